@@ -1,0 +1,279 @@
+"""What a model is and what a run is: ViTGPT2Config, TrainConfig and the named recipes in PRESETS.
+
+Imports nothing of this project, and everything else may import it. Every field of TrainConfig and of its
+model is a flag of main.py; the sentence under a field is the flag's help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class UserError(ValueError):
+    """Something the user can put right. Its message is one line: what, where, what to do."""
+
+
+@dataclass(kw_only=True)
+class ViTGPT2Config:
+    """A vision transformer joined to GPT-2. The defaults are ViT-B/16 and GPT-2 small with 512 positions."""
+
+    image_size: int = 224
+    """Side of the square picture the encoder sees, in pixels."""
+    patch_size: int = 16
+    """Side of one patch, in pixels; divides image_size."""
+    resize_size: int | None = None
+    """Pictures are resized to this side, then cropped to image_size (default: image_size, no crop)."""
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Subtracted from each colour (as a fraction of 255)."""
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Each colour is divided by this after the mean is subtracted."""
+    vision_embed_dim: int = 768
+    """Width of the encoder."""
+    vision_num_layers: int = 12
+    """Layers of the encoder."""
+    vision_num_heads: int = 12
+    """Attention heads of the encoder; divides vision_embed_dim."""
+    vision_dropout: float = 0.0
+    """Dropout in the encoder."""
+    vocab_size: int = 50257
+    """Entries of the tokenizer (a tokenizer trained on the captions is made this large at most)."""
+    max_length: int = 512
+    """Positions of the decoder: the longest caption it can read, in tokens."""
+    decoder_embed_dim: int = 768
+    """Width of the decoder."""
+    decoder_num_layers: int = 12
+    """Layers of the decoder."""
+    decoder_num_heads: int = 12
+    """Attention heads of the decoder; divides decoder_embed_dim."""
+    dropout: float = 0.1
+    """Dropout in the decoder: after the embeddings and at the end of every residual branch."""
+    bridge: Literal["cross_attention"] = "cross_attention"
+    """How the decoder sees the picture."""
+    end_token_id: int | None = None
+    """The token that ends a caption (default: the vocabulary's last, as in GPT-2)."""
+    start_token_id: int | None = None
+    """The token a caption starts with (default: end_token_id)."""
+    pad_token_id: int | None = None
+    """The token that fills up short captions (default: end_token_id)."""
+
+    def __post_init__(self) -> None:
+        if self.resize_size is None:
+            self.resize_size = self.image_size
+        if self.end_token_id is None:
+            self.end_token_id = self.vocab_size - 1
+        if self.start_token_id is None:
+            self.start_token_id = self.end_token_id
+        if self.pad_token_id is None:
+            self.pad_token_id = self.end_token_id
+        self.image_mean = tuple(self.image_mean)  # type: ignore[assignment]  # JSON gives lists
+        self.image_std = tuple(self.image_std)  # type: ignore[assignment]
+        for name, value in dataclasses.asdict(self).items():
+            if "dropout" not in name and isinstance(value, int) and value < (0 if name.endswith("_id") else 1):
+                raise UserError(f"{name} is {value}: it must be positive")
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}: change one of them"
+            )
+        if self.resize_size < self.image_size:
+            raise UserError(f"resize_size {self.resize_size} is smaller than image_size {self.image_size}")
+        for part in ("vision", "decoder"):
+            width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
+            if width % heads:
+                raise UserError(
+                    f"{part}_num_heads {heads} does not divide {part}_embed_dim {width}: change one of them"
+                )
+        if not 0 <= max(self.end_token_id, self.start_token_id, self.pad_token_id) < self.vocab_size:
+            raise UserError(f"a special token's id lies outside the vocabulary of {self.vocab_size}")
+        for name in ("dropout", "vision_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        if self.bridge != "cross_attention":
+            raise UserError(f"bridge {self.bridge!r} is unknown: use cross_attention")
+
+    @property
+    def num_patches(self) -> int:
+        """P, the patches of one picture, the class token not counted."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ViTGPT2Config:
+        """The inverse of to_dict. Raises UserError for a field this version does not know."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise UserError(f"the model's config has unknown fields: {', '.join(unknown)}")
+        return cls(**values)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """A run. Every field is a flag of main.py."""
+
+    preset: str = "coco"
+    """Named recipe that sets the defaults of all other flags: coco, demo or flickr8k."""
+    dataset: Literal["auto", "coco", "flickr8k", "scenes"] = "coco"
+    """Layout of the data: recognised from the folder with auto; scenes are drawn on the spot."""
+    data_dir: Path | None = None
+    """Folder of the data (default: ./coco_data for COCO; scenes are drawn into the output directory)."""
+    output_dir: Path | None = None
+    """Folder for everything the run writes (default: runs/<preset>-<date>-<time>)."""
+    num_scenes: int = 20000
+    """Pictures to draw for training when the data set is scenes."""
+    tokenizer: str = "gpt2"
+    """GPT-2's tokenizer from the Hub or from a folder with vocab.json and merges.txt; or: train, one on the captions."""
+    epochs: int = 10
+    """Passes over the training pictures."""
+    max_steps: int | None = None
+    """Stop the schedule after this many steps, whatever epochs says."""
+    batch_size: int = 128
+    """Pictures in one step on one device."""
+    captions_per_image: int = 5
+    """Captions of each picture learned in one step; 1 visits every caption once an epoch instead."""
+    accumulation_steps: int = 1
+    """Steps whose gradients are added up before one update."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for the matrices inside the layers with AdamW for the rest."""
+    learning_rate: float = 2e-4
+    """Highest learning rate; it falls to zero along a cosine."""
+    warmup_steps: int = 500
+    """Steps in which the learning rate rises from zero (at most a tenth of the run)."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices; biases, norms and embeddings have none."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradients."""
+    word_dropout: float = 0.0
+    """Share of the words that the decoder reads as blanks while it learns, so that it must look at the picture."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over the whole vocabulary."""
+    random_flip: bool = False
+    """Mirror half of the training pictures (not where captions say left and right)."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to train."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Of matrix products; auto: fp16 on CUDA, elsewhere bf16 where it is measured to be faster."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: slower, less memory."""
+    flash_attention: bool = True
+    """Use the flash_attn package where it is installed and can serve."""
+    num_workers: int = 4
+    """Processes that load pictures, when they do not fit into memory (16 at most)."""
+    seed: int = 0
+    """Of the weights, the order, the crops and the drawn scenes."""
+    eval_interval: int = 500
+    """Steps between sample captions for a fixed set of pictures."""
+    checkpoint_interval: int | None = None
+    """Steps between checkpoints (default: one at every epoch's end)."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep."""
+    resume: str = "auto"
+    """auto: go on with the newest unfinished run of the same settings; never; or the folder of a run."""
+    caption_length: int = 32
+    """Longest caption to write when evaluating, in tokens."""
+    yes: bool = False
+    """Answer yes to every question, such as the one before a large download."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+    model: ViTGPT2Config = field(default_factory=ViTGPT2Config)
+    """Sizes of the model."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "captions_per_image", "accumulation_steps", "eval_interval", "num_scenes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("max_steps", "checkpoint_interval"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate is {self.learning_rate}: it must be positive")
+        for name in ("word_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        values = dataclasses.asdict(self)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two configs whose runs learn the same; where they write and what they print does not count."""
+        ignored = {
+            "output_dir",
+            "resume",
+            "yes",
+            "debug",
+            "num_workers",
+            "eval_interval",
+            "keep_checkpoints",
+            "checkpoint_interval",
+        }
+        values = {name: value for name, value in self.to_dict().items() if name not in ignored}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+PRESETS = {
+    "coco": TrainConfig(),
+    # Drawn scenes, minutes on two CPU cores. Muon learns them in a third of AdamW's steps: EXPERIMENTS.md.
+    "demo": TrainConfig(
+        preset="demo",
+        dataset="scenes",
+        tokenizer="train",
+        epochs=2,
+        batch_size=64,
+        optimizer="muon",
+        learning_rate=2e-3,
+        warmup_steps=30,
+        eval_interval=200,
+        model=ViTGPT2Config(
+            image_size=48,
+            patch_size=8,
+            vision_embed_dim=128,
+            vision_num_layers=4,
+            vision_num_heads=4,
+            vocab_size=512,
+            max_length=32,
+            decoder_embed_dim=128,
+            decoder_num_layers=2,
+            decoder_num_heads=4,
+            dropout=0.0,
+        ),
+    ),
+    # Real photographs from scratch, half an hour on two CPU cores.
+    "flickr8k": TrainConfig(
+        preset="flickr8k",
+        dataset="flickr8k",
+        tokenizer="train",
+        epochs=20,
+        batch_size=32,
+        optimizer="muon",
+        learning_rate=2e-3,
+        warmup_steps=100,
+        weight_decay=0.05,
+        random_flip=True,
+        model=ViTGPT2Config(
+            image_size=128,
+            resize_size=144,
+            patch_size=16,
+            vision_embed_dim=192,
+            vision_num_layers=6,
+            vision_num_heads=3,
+            vision_dropout=0.1,
+            vocab_size=4096,
+            max_length=64,
+            decoder_embed_dim=192,
+            decoder_num_layers=4,
+            decoder_num_heads=3,
+            dropout=0.1,
+        ),
+    ),
+}

@@ -1,0 +1,282 @@
+"""A model, or a file of captions, against references: numbers, captions, a contact sheet.
+
+    python evaluate.py MODEL --data-dir flickr8k --split test
+    python evaluate.py --results captions.json --references captions_val2014.json
+
+Imports config, model, metrics, dataset and utils. Decodes with 3 beams and no sampling unless told.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from config import UserError
+from dataset import CaptionDataset, decode, load_table, make_dataloader, to_device
+from metrics import diversity, score_captions
+from model import ImageCaptionModel
+from utils import autocast, choose_device, choose_precision, run_script, writable_directory, write_json
+
+DECODING = {"num_beams": 3, "max_length": 32}
+
+
+@dataclass
+class Captioned:
+    """Captions of a loader's pictures, in its order: rows of its table, captions, their references, which were cut."""
+
+    rows: list[int]
+    captions: list[str]
+    references: list[list[str]]
+    cut: list[bool]
+
+    def metrics(self) -> dict[str, float]:
+        """BLEU-1..4, ROUGE-L and CIDEr-D, how varied the captions are, and the share cut off at max_length."""
+        scores = score_captions(self.captions, self.references)
+        return scores | diversity(self.captions) | {"cut_captions": sum(self.cut) / max(1, len(self.cut))}
+
+
+def caption_loader(
+    model: ImageCaptionModel,
+    dataloader: DataLoader[Any],
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: bool = True,
+    **decoding: Any,
+) -> Captioned:
+    """Captions every picture of the loader; `decoding` goes to model.generate."""
+    result = Captioned([], [], [], [])
+    for batch in tqdm(dataloader, "captioning", unit="batch", disable=not progress):
+        with autocast(device, dtype):
+            sequences = model.generate(batch["pixel_values"].to(device), **(DECODING | decoding)).sequences.cpu()
+        result.rows += batch["rows"]
+        result.captions += decode(tokenizer, sequences)
+        result.references += batch["captions"]
+        result.cut += (sequences != model.config.end_token_id).all(-1).tolist()
+    return result
+
+
+def evaluate_captions(
+    model: ImageCaptionModel,
+    dataloader: DataLoader[Any],
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device | str,
+    **decoding: Any,
+) -> dict[str, float]:
+    """All metrics of a model on a loader, as fractions (CIDEr-D on its scale of 0 to 10)."""
+    device = torch.device(device)
+    dtype, _ = choose_precision("auto", device)
+    return caption_loader(model.to(device), dataloader, tokenizer, device, dtype, **decoding).metrics()
+
+
+def evaluate(
+    model: ImageCaptionModel,
+    dataloader: DataLoader[Any],
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device | str,
+    **decoding: Any,
+) -> float:
+    """BLEU-4 of a model on a loader, between 0 and 1."""
+    return evaluate_captions(model, dataloader, tokenizer, device, **decoding)["bleu_4"]
+
+
+@torch.no_grad()
+def caption_loss(
+    model: ImageCaptionModel,
+    dataloader: DataLoader[Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    shuffle_pictures: bool = False,
+) -> float:
+    """Mean negative log likelihood of a reference token, in nats.
+
+    With shuffle_pictures each picture gets its neighbour's captions: a model that looks at pictures must lose by it.
+    """
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in dataloader:
+        batch = to_device(batch, device)
+        pixels: Tensor = batch["pixel_values"]
+        tokens = int(batch["lengths"].sum())
+        with autocast(device, dtype):
+            output = model(
+                pixels.roll(1, 0) if shuffle_pictures else pixels,
+                batch["input_ids"],
+                batch["lengths"],
+                batch["labels"],
+                batch["positions"],
+            )
+        total, count = total + output.loss.item() * tokens, count + tokens
+    model.train(was_training)
+    return total / max(1, count)
+
+
+def contact_sheet(
+    path: Path, pictures: Sequence[Tensor], captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> None:
+    """Pictures (uint8 (3, S, S)) in a grid, each with its caption and, in grey, two references."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = 4
+    rows = -(-len(pictures) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(columns * 3.2, rows * 4.1), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, picture, caption, known in zip(axes.flat, pictures, captions, references, strict=False):
+        axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.text(
+            0,
+            -0.03,
+            textwrap.fill(caption or "(nothing)", 34),
+            transform=axis.transAxes,
+            va="top",
+            weight="bold",
+            size=10,
+        )
+        grey = "\n".join(textwrap.shorten(text, 44, placeholder="…") for text in known[:2])
+        lines = len(textwrap.wrap(caption, 34)) or 1
+        axis.text(0, -0.05 - 0.075 * lines, grey, transform=axis.transAxes, va="top", color="0.4", size=8)
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.1, hspace=0.45, wspace=0.1)
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def evaluate_dataset(
+    model: ImageCaptionModel,
+    dataset: CaptionDataset,
+    device: torch.device,
+    dtype: torch.dtype,
+    directory: Path,
+    batch_size: int = 64,
+    **decoding: Any,
+) -> tuple[Captioned, dict[str, float]]:
+    """Captions and scores a data set; writes captions.json (COCO's results format) and samples.png into the folder.
+
+    The metrics hold, besides the caption metrics, the loss with the right pictures and with each other's.
+    """
+    loader = make_dataloader(dataset, batch_size)
+    captioned = caption_loader(model, loader, model.tokenizer, device, dtype, **decoding)
+    metrics = captioned.metrics()
+    metrics["loss"] = caption_loss(model, loader, device, dtype)
+    metrics["loss_shuffled_pictures"] = caption_loss(model, loader, device, dtype, shuffle_pictures=True)
+    metrics["pictures"] = len(captioned.captions)
+    ids = [dataset.table.ids[row] for row in captioned.rows]
+    write_json(
+        directory / "captions.json",
+        [{"image_id": i, "caption": c} for i, c in zip(ids, captioned.captions, strict=True)],
+    )
+    chosen = range(0, len(dataset), max(1, len(dataset) // 12))[:12]  # spread over the set: good and bad as they fall
+    contact_sheet(
+        directory / "samples.png",
+        [dataset[0, captioned.rows[i]].pixels for i in chosen],
+        [captioned.captions[i] for i in chosen],
+        [captioned.references[i] for i in chosen],
+    )
+    return captioned, metrics
+
+
+def read_results(results: Path, references: Path) -> tuple[list[str], list[list[str]]]:
+    """Candidates in COCO's results format and their references from an annotation file, matched by image id."""
+    try:
+        candidates = {entry["image_id"]: entry["caption"] for entry in json.loads(results.read_text(encoding="utf-8"))}
+        known: dict[int | str, list[str]] = {}
+        for entry in json.loads(references.read_text(encoding="utf-8"))["annotations"]:
+            known.setdefault(entry["image_id"], []).append(entry["caption"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{results} or {references} is not in COCO's format ({type(error).__name__}: {error})"
+        ) from error
+    missing = [str(image) for image in known if image not in candidates]
+    if missing:
+        raise UserError(f"{results}: no caption for {len(missing)} pictures of {references} ({', '.join(missing[:3])})")
+    return [candidates[image] for image in known], list(known.values())
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Score a model on a data set, or a file of captions against references."""
+
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """The model: a file, a folder or a Hub name."""
+    data_dir: Path | None = None
+    """Folder of the data."""
+    dataset: Literal["auto", "coco", "flickr8k"] = "auto"
+    """Layout of the data: recognised from the folder with auto."""
+    split: Literal["train", "val", "test"] = "test"
+    """Which part of the data."""
+    results: Path | None = None
+    """Captions in COCO's results format, from anybody's model."""
+    references: Path | None = None
+    """COCO annotations that the results are scored against."""
+    output_dir: Path = Path("evaluation")
+    """Folder for metrics.json, captions.json and samples.png."""
+    num_beams: int = 3
+    """Beams; 1 is greedy."""
+    length_penalty: float = 1.0
+    """Above 0, longer captions win more often."""
+    max_length: int = 32
+    """Longest caption, in tokens."""
+    batch_size: int = 64
+    """Pictures decoded at a time."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to run."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Of matrix products."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+
+def main() -> None:
+    """The command line."""
+    config = tyro.cli(EvaluateConfig, description=__doc__)
+    if config.results and config.references:
+        metrics: dict[str, float] = dict(score_captions(*read_results(config.results, config.references)))
+        directory = writable_directory(config.output_dir)
+    elif config.model and config.data_dir:
+        model = ImageCaptionModel.from_pretrained(config.model)
+        table = load_table(config.dataset, config.data_dir, config.split)
+        device, _ = choose_device(config.device)
+        dtype, _ = choose_precision(config.precision, device)
+        directory = writable_directory(config.output_dir)
+        data = CaptionDataset(table, model.tokenizer, model.config, cache=False)
+        _, metrics = evaluate_dataset(
+            model.to(device),
+            data,
+            device,
+            dtype,
+            directory,
+            config.batch_size,
+            num_beams=config.num_beams,
+            length_penalty=config.length_penalty,
+            max_length=config.max_length,
+        )
+    else:
+        raise UserError("name a model and --data-dir, or --results and --references (see --help)")
+    write_json(directory / "metrics.json", metrics)
+    print_metrics(metrics)
+    print(f"written to {directory}")
+
+
+def print_metrics(metrics: dict[str, float]) -> None:
+    """One line a metric."""
+    for name, value in metrics.items():
+        print(f"{name:26} {value:.4f}" if isinstance(value, float) else f"{name:26} {value}")
+
+
+if __name__ == "__main__":
+    run_script(main)

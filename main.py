@@ -1,0 +1,48 @@
+"""Trains a captioner: python main.py [--preset coco|demo|flickr8k] [any field of TrainConfig as a flag].
+
+The command line is the config; --help shows every field with its sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Literal
+
+import tyro
+
+from config import PRESETS, TrainConfig, UserError
+from utils import run_script
+
+# The defaults that people edit. A preset's own values, and flags, go before them.
+BATCH_SIZE = 128
+EPOCHS = 10
+DEVICE: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
+    """The preset's config with the flags' values. Raises UserError for an unknown preset or values that do not fit."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="coco")
+    preset = first.parse_known_args(arguments)[0].preset
+    if preset not in PRESETS:
+        raise UserError(f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}")
+    defaults = PRESETS[preset]
+    if preset == "coco":
+        defaults = dataclasses.replace(defaults, batch_size=BATCH_SIZE, epochs=EPOCHS)
+    defaults = dataclasses.replace(defaults, device=DEVICE)
+    return tyro.cli(
+        TrainConfig, args=arguments, default=defaults, config=(tyro.conf.OmitArgPrefixes,), description=__doc__
+    )
+
+
+def main() -> int:
+    """Parses the command line and trains; the heavy imports come after --help."""
+    config = parse_arguments()
+    from train import train
+
+    return train(config)
+
+
+if __name__ == "__main__":
+    run_script(main)

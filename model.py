@@ -1,0 +1,609 @@
+"""The model: a vision transformer (ViT) whose patches a GPT-2 decoder reads through cross-attention.
+
+Bottom up: attention, the encoder, the decoder with its cache, the captioner with its loss, load and save. Imports
+config only; generation is reached by a late import in `generate`. Nothing here trains, decodes pictures or picks a device.
+
+Dimensions: N pictures, K captions of each, T tokens of a caption, S encoder states of a picture (class token +
+patches), H heads, D width, V vocabulary, M real positions (the ones with a target).
+
+References: ViT, Dosovitskiy et al. 2021 (arXiv:2010.11929); GPT-2, Radford et al. 2019; cross-attention as in
+Vaswani et al. 2017 (arXiv:1706.03762), placed where transformers' GPT2Model places it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from config import UserError, ViTGPT2Config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MODEL_FILE = "vit-gpt2-captioning.safetensors"
+
+
+# Attention
+
+_flash_wanted = True
+
+
+def use_flash_attention(wanted: bool) -> None:
+    """Whether `attention` may call the flash_attn package; it may until told otherwise."""
+    global _flash_wanted
+    _flash_wanted = wanted
+
+
+@functools.cache
+def flash_attn_function() -> tuple[Callable[..., Tensor] | None, str]:
+    """flash_attn's own function and why, or None and why not.
+
+    The function itself is imported: other packages also answer to the name flash_attn without having it.
+    """
+    try:
+        from flash_attn import flash_attn_func
+    except Exception as error:  # a build against another torch fails with anything from ImportError to OSError
+        return None, f"flash_attn cannot be imported ({type(error).__name__})"
+    return flash_attn_func, "flash_attn is installed"
+
+
+def choose_attention(device_type: str, dtype: torch.dtype) -> tuple[Callable[..., Tensor] | None, str]:
+    """flash_attn's function where it can serve these tensors, else None for torch's; and the reason in words."""
+    if not _flash_wanted:
+        return None, "torch scaled_dot_product_attention (flash_attn not wanted)"
+    if device_type != "cuda":
+        return None, f"torch scaled_dot_product_attention (device is {device_type}, flash_attn needs cuda)"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return None, f"torch scaled_dot_product_attention ({dtype} tensors, flash_attn needs half precision)"
+    function, reason = flash_attn_function()
+    return function, f"{'flash_attn' if function else 'torch scaled_dot_product_attention'} ({reason})"
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
+    """softmax(query key^T / sqrt(head size)) value, by the fastest kernel at hand.
+
+    query (B, Tq, H, D/H), key and value (B, Tk, H, D/H), one dtype; `causal` needs Tq = Tk.
+    Returns (B, Tq, H, D/H).
+    """
+    function, _ = choose_attention(query.device.type, query.dtype)
+    if function is not None:
+        return function(query, key, value, causal=causal)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, T, D/H)
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        # At captions' lengths torch's CPU kernel and its backward take 3 to 6 times as long as these products.
+        scores = query @ (key * key.shape[-1] ** -0.5).transpose(-1, -2)  # (B, H, Tq, Tk)
+        if causal:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2)
+
+
+def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """(B, T, parts * D) -> `parts` tensors of (B, T, H, D/H)."""
+    return x.unflatten(-1, (parts, heads, -1)).unbind(-3)
+
+
+# The encoder
+
+
+class EncoderBlock(nn.Module):
+    """One pre-norm ViT layer: self-attention, then an MLP with exact GELU."""
+
+    def __init__(self, config: ViTGPT2Config) -> None:
+        super().__init__()
+        width = config.vision_embed_dim
+        self.num_heads, self.dropout = config.vision_num_heads, config.vision_dropout
+        self.norm_before = nn.LayerNorm(width, eps=1e-12)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm_after = nn.LayerNorm(width, eps=1e-12)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, S, D) -> (N, S, D)."""
+        query, key, value = split_heads(self.qkv(self.norm_before(x)), 3, self.num_heads)
+        x = x + F.dropout(self.proj(attention(query, key, value).flatten(2)), self.dropout, self.training)
+        return x + F.dropout(self.fc2(F.gelu(self.fc1(self.norm_after(x)))), self.dropout, self.training)
+
+
+class VisionTransformer(nn.Module):
+    """ViT without pooler: uint8 or normalised pictures in, one state for the class token and each patch out."""
+
+    def __init__(self, config: ViTGPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        width, patch = config.vision_embed_dim, config.patch_size
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_patches + 1, width))
+        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.vision_num_layers))
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.gradient_checkpointing = False
+        # Not saved: they follow from the config.
+        self.register_buffer("mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values (N, 3, S, S), uint8 (normalised here) or float (taken as normalised) -> (N, P + 1, D)."""
+        size = self.config.image_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
+            raise ValueError(f"pixel_values is {tuple(pixel_values.shape)}: expected (N, 3, {size}, {size})")
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = (pixel_values / 255 - self.mean) / self.std
+        x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.position_embeddings
+        for block in self.blocks:
+            x = run_block(block, x, save_memory=self.gradient_checkpointing)
+        return self.norm(x)
+
+
+def run_block(block: nn.Module, *inputs: Any, save_memory: bool) -> Tensor:
+    """block(*inputs); with save_memory its activations are computed again in the backward pass instead of kept."""
+    if save_memory and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+# The decoder
+
+
+@dataclass
+class DecoderCache:
+    """What decoding one more token needs of everything before it.
+
+    cross: per layer the picture's keys and values, each (N, S, H, D/H), computed once and shared by a picture's
+    K rows. own: per layer the text's keys and values, (2, N * K, max_length, H, D/H), of which the first `length`
+    positions are filled.
+    """
+
+    cross: list[tuple[Tensor, ...]]
+    own: list[Tensor]
+    length: int = 0
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i continues what row rows[i] (int64, (N * K,)) had written. The picture's part stays as it is."""
+        for states in self.own:
+            filled = states[:, :, : self.length]
+            filled.copy_(filled.index_select(1, rows))
+
+
+@dataclass
+class Packing:
+    """Where the real tokens of (rows, T) captions are, so that only they meet the linear layers.
+
+    positions: int64 (M,), indices into rows * T. Entries equal to rows * T stand for nothing: they round M up.
+    """
+
+    positions: Tensor
+    rows: int
+    length: int
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(rows, T, ...) -> (M, ...)."""
+        return x.flatten(0, 1).index_select(0, self.positions.clamp(max=self.rows * self.length - 1))
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(M, ...) -> (rows, T, ...), zero where there is no token."""
+        grid = x.new_zeros(self.rows * self.length + 1, *x.shape[1:]).index_copy(0, self.positions, x)
+        return grid[:-1].unflatten(0, (self.rows, self.length))
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention of one decoder layer, with GPT-2's names."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.c_attn = nn.Linear(width, 3 * width)
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, packing: Packing | None, states: Tensor | None, past: int) -> Tensor:
+        """x (N * K, T, D), or (M, D) with a packing; `past` positions of this layer's cache are filled -> like x."""
+        projected = self.c_attn(x)
+        query, key, value = split_heads(packing.unpack(projected) if packing else projected, 3, self.num_heads)
+        length = query.shape[1]
+        if states is not None:
+            states[0, :, past : past + length] = key
+            states[1, :, past : past + length] = value
+            if past:  # a query may see every key before it; more than one at a time would need a shifted mask
+                assert length == 1
+                key, value = states[0, :, : past + 1].to(query.dtype), states[1, :, : past + 1].to(query.dtype)
+        mixed = attention(query, key, value, causal=length > 1).flatten(2)
+        return self.c_proj(packing.pack(mixed) if packing else mixed)
+
+
+class CrossAttention(nn.Module):
+    """The text's look at the picture in one decoder layer, with transformers' names for GPT-2's cross-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.q_attn = nn.Linear(width, width)
+        self.c_attn = nn.Linear(width, 2 * width)
+        self.c_proj = nn.Linear(width, width)
+
+    def keys_and_values(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """(N, S, D) -> keys and values, each (N, S, H, D/H)."""
+        return split_heads(self.c_attn(encoder_hidden_states), 2, self.num_heads)
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, packing: Packing | None) -> Tensor:
+        """x as above, key and value (N, S, H, D/H): a picture's K rows are folded into one, nothing is expanded."""
+        query = self.q_attn(x)
+        query = packing.unpack(query) if packing else query
+        rows_and_length = query.shape[:2]
+        query = query.reshape(len(key), -1, *key.shape[2:])  # (N, K * T, H, D/H)
+        mixed = attention(query, key, value).reshape(*rows_and_length, -1)
+        return self.c_proj(packing.pack(mixed) if packing else mixed)
+
+
+class DecoderBlock(nn.Module):
+    """One GPT-2 layer with cross-attention: self-attention, cross-attention, MLP (tanh GELU), each pre-norm."""
+
+    def __init__(self, config: ViTGPT2Config) -> None:
+        super().__init__()
+        width, heads = config.decoder_embed_dim, config.decoder_num_heads
+        self.dropout = config.dropout
+        self.ln_1 = nn.LayerNorm(width, eps=1e-5)
+        self.attn = SelfAttention(width, heads)
+        self.ln_cross_attn = nn.LayerNorm(width, eps=1e-5)
+        self.crossattention = CrossAttention(width, heads)
+        self.ln_2 = nn.LayerNorm(width, eps=1e-5)
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(
+        self,
+        x: Tensor,
+        key: Tensor,
+        value: Tensor,
+        packing: Packing | None = None,
+        states: Tensor | None = None,
+        past: int = 0,
+    ) -> Tensor:
+        """x (N * K, T, D), or (M, D) with a packing; the picture's key and value (N, S, H, D/H) -> like x."""
+        x = x + F.dropout(self.attn(self.ln_1(x), packing, states, past), self.dropout, self.training)
+        seen = self.crossattention(self.ln_cross_attn(x), key, value, packing)
+        x = x + F.dropout(seen, self.dropout, self.training)
+        hidden = F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh")
+        return x + F.dropout(self.c_proj(hidden), self.dropout, self.training)
+
+
+class GPT2Decoder(nn.Module):
+    """GPT-2 with cross-attention in every layer; its head is its token embedding (tied, stored once)."""
+
+    def __init__(self, config: ViTGPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        width = config.decoder_embed_dim
+        self.wte = nn.Embedding(config.vocab_size, width)
+        self.wpe = nn.Embedding(config.max_length, width)
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_num_layers))
+        self.ln_f = nn.LayerNorm(width, eps=1e-5)
+        self.gradient_checkpointing = False
+
+    def look(self, encoder_hidden_states: Tensor) -> list[tuple[Tensor, ...]]:
+        """Every layer's keys and values of the pictures: (N, S, D) -> layers x ((N, S, H, D/H), (N, S, H, D/H))."""
+        return [block.crossattention.keys_and_values(encoder_hidden_states) for block in self.blocks]
+
+    def new_cache(self, encoder_hidden_states: Tensor, rows: int, max_length: int) -> DecoderCache:
+        """An empty cache for `rows` (= N * K) captions of at most max_length tokens."""
+        cross = self.look(encoder_hidden_states)
+        key = cross[0][0]
+        own = [key.new_zeros(2, rows, max_length, *key.shape[2:]) for _ in self.blocks]
+        return DecoderCache(cross, own)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cross: list[tuple[Tensor, ...]],
+        packing: Packing | None = None,
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
+        """input_ids (N * K, T) -> the last layer's normalised states (N * K, T, D), or (M, D) with a packing.
+
+        The cache, if there is one, grows by T.
+        """
+        past, length = (cache.length if cache else 0), input_ids.shape[1]
+        if past + length > self.config.max_length:
+            raise ValueError(
+                f"a caption of {past + length} tokens does not fit into {self.config.max_length} positions"
+            )
+        positions = torch.arange(past, past + length, device=input_ids.device).expand_as(input_ids)
+        if packing:
+            input_ids, positions = packing.pack(input_ids), packing.pack(positions)
+        x = F.dropout(self.wte(input_ids) + self.wpe(positions), self.config.dropout, self.training)
+        for index, block in enumerate(self.blocks):
+            states = cache.own[index] if cache else None
+            x = run_block(block, x, *cross[index], packing, states, past, save_memory=self.gradient_checkpointing)
+        if cache:
+            cache.length += length
+        return self.ln_f(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> logits (..., V)."""
+        return F.linear(hidden, self.wte.weight)
+
+
+# The captioner
+
+
+@dataclass
+class CaptionOutput:
+    """What a forward pass gives: logits (..., T, V) without labels; the scalar loss, and no logits, with them."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class ImageCaptionModel(nn.Module):
+    """Pictures and the captions so far in, next-token logits or a loss out."""
+
+    def __init__(self, config: ViTGPT2Config | None = None, **fields: Any) -> None:
+        """A config, or its fields as keywords: ImageCaptionModel(vocab_size=50257)."""
+        super().__init__()
+        self.config = config or ViTGPT2Config(**fields)
+        self._tokenizer: PreTrainedTokenizerFast | None = None
+        self.encoder = VisionTransformer(self.config)
+        self.decoder = GPT2Decoder(self.config)
+        if self.config.vision_embed_dim != self.config.decoder_embed_dim:
+            self.enc_to_dec_proj = nn.Linear(self.config.vision_embed_dim, self.config.decoder_embed_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random weights with GPT-2's spread: 0.02 at width 768, as 1/sqrt(fan in) at others, so that narrow models learn as fast.
+
+        The last layer of every residual branch is divided by sqrt(number of branches), as GPT-2 does.
+        """
+        config = self.config
+        branches = {"encoder": 2 * config.vision_num_layers, "decoder": 3 * config.decoder_num_layers}
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:  # biases and norms
+                nn.init.constant_(parameter, 1.0 if "norm" in name or "ln_" in name else 0.0)
+                if name.endswith("bias"):
+                    nn.init.zeros_(parameter)
+                continue
+            width = config.vision_embed_dim if name.startswith("encoder") else config.decoder_embed_dim
+            std = 0.02 * math.sqrt(768 / width)
+            if name.endswith(("proj.weight", "fc2.weight")):
+                std /= math.sqrt(branches.get(name.split(".")[0], 1))
+            nn.init.normal_(parameter, std=std)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.decoder.wte.weight.device
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are learned."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that came with the weights; for weights that came without one, GPT-2's."""
+        if self._tokenizer is None:
+            self._tokenizer = gpt2_tokenizer()
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+
+    def set_gradient_checkpointing(self, on: bool = True) -> None:
+        """Trade a second forward pass for the memory of the activations."""
+        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = on
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values (N, 3, S, S) -> the states that the decoder looks at, (N, P + 1, decoder width)."""
+        hidden = self.encoder(pixel_values)
+        return self.enc_to_dec_proj(hidden) if hasattr(self, "enc_to_dec_proj") else hidden
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        lengths: Tensor | None = None,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> CaptionOutput:
+        """Next-token logits, or with labels the mean loss over real targets.
+
+        pixel_values: uint8 (N, 3, S, S), normalised inside; or float, taken as normalised.
+        input_ids: int64 (N, T) or (N, K, T), filled up on the right; the first token is the start token.
+        lengths: int64 (N,) or (N, K), real tokens of each caption. Attention is causal, so what fills up a row on its
+            right never reaches a real position; lengths only say which labels count.
+        labels: like input_ids, aligned with them (nothing is shifted here), -100 where there is no target.
+        positions: int64 (M,), where the targets are in labels.flatten() (the collate knows it without asking the
+            device); entries of N * K * T stand for nothing and only round M up.
+        """
+        captions = 1 if input_ids.ndim == 2 else input_ids.shape[1]
+        if input_ids.ndim not in (2, 3) or len(input_ids) != len(pixel_values):
+            expected = f"({len(pixel_values)}, T) or ({len(pixel_values)}, K, T)"
+            raise ValueError(f"input_ids is {tuple(input_ids.shape)}: expected {expected}")
+        cross = self.decoder.look(self.encode(pixel_values))
+        rows = input_ids.reshape(len(pixel_values) * captions, -1)  # (N * K, T)
+        if labels is None:
+            return CaptionOutput(logits=self.decoder.head(self.decoder(rows, cross)).view(*input_ids.shape, -1))
+        if lengths is not None:
+            padding = torch.arange(labels.shape[-1], device=labels.device) >= lengths.unsqueeze(-1)
+            labels = labels.masked_fill(padding, -100)
+        # A token without a target is still read by the tokens behind it, so rows are packed by length, not by label.
+        if positions is None:
+            behind = (labels != -100).flip(-1).cumsum(-1).flip(-1)  # targets at or behind each position
+            positions = behind.flatten().nonzero().squeeze(-1)
+        hidden = self.decoder(rows, cross, Packing(positions, *rows.shape))  # (M, D)
+        targets = F.pad(labels.flatten(), (0, 1), value=-100)[positions]
+        total = F.cross_entropy(
+            self.decoder.head(hidden).float(),
+            targets,
+            ignore_index=-100,
+            reduction="sum",
+            label_smoothing=label_smoothing,
+        )
+        return CaptionOutput(loss=total / (targets != -100).sum().clamp(min=1))
+
+    def generate(self, pixel_values: Tensor, **options: Any) -> Any:
+        """Captions for pictures: see generation.generate, which this calls."""
+        from generation import generate
+
+        return generate(self, pixel_values, **options)
+
+    # Load and save
+
+    def save_file(self, path: str | os.PathLike[str]) -> None:
+        """Writes weights, config, preprocessing and tokenizer into one safetensors file, all of it or nothing."""
+        metadata = {"format": "pt", "config": json.dumps(self.config.to_dict(), sort_keys=True)}
+        if self._tokenizer is not None:
+            metadata["tokenizer"] = self._tokenizer.backend_tokenizer.to_str()
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        try:
+            save_file(weights, unfinished, metadata=metadata)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes a folder with the model as one file, config.json and the tokenizer's files."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.save_file(directory / MODEL_FILE)
+        (directory / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(directory)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str]) -> ImageCaptionModel:
+        """The model in a file, in a folder that save_pretrained wrote, or in a Hub repository; in eval mode.
+
+        Raises UserError where there is no model, or where the file's tensors do not fit its config.
+        """
+        path = find_model_file(source)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a safetensors file that can be read ({error}): name another model") from error
+        try:
+            fields = json.loads(metadata["config"]) if "config" in metadata else config_fields_from_shapes(weights)
+            config = ViTGPT2Config.from_dict(fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not a model of this project ({error}): name another file") from error
+        model = cls(config)
+        check_shapes(path, model.state_dict(), weights)
+        model.load_state_dict(weights)
+        if "tokenizer" in metadata:
+            model.tokenizer = tokenizer_from_json(metadata["tokenizer"], config)
+        return model.eval()
+
+
+def find_model_file(source: str | os.PathLike[str]) -> Path:
+    """The safetensors file that a path or a Hub name (user/repo) stands for. Raises UserError where there is none."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if (path / MODEL_FILE).is_file():
+            return path / MODEL_FILE
+        raise UserError(f"{path}: this folder has no {MODEL_FILE}: name a folder that save_pretrained wrote")
+    name = str(source)
+    if path.suffix or name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"{name}: no such model file or folder: train one (python main.py) or name one")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, MODEL_FILE))
+    except Exception as error:  # the client raises a dozen kinds, for absent, private and unreachable repositories
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{name}: no such path, and not to be had from the Hugging Face Hub: {reason}") from error
+
+
+def check_shapes(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Raises UserError, naming the first three of each kind, unless both have the same names and shapes."""
+    wrong = [
+        f"{name} is {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    faults = {"missing": sorted(set(expected) - set(found)), "unknown": sorted(set(found) - set(expected)), "": wrong}
+    parts = [f"{len(names)} tensors {kind}: {', '.join(names[:3])}" for kind, names in faults.items() if names]
+    if parts:
+        raise UserError(
+            f"{path}: the weights do not fit the config ({'; '.join(parts)})".replace("tensors :", "tensors:")
+        )
+
+
+def config_fields_from_shapes(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """The config of a file without metadata, read off its tensors; heads are 64 wide, as in ViT and GPT-2.
+
+    Raises KeyError when a tensor of this model is missing.
+    """
+
+    def layers(part: str) -> int:
+        return 1 + max((int(name.split(".")[2]) for name in weights if name.startswith(f"{part}.blocks.")), default=-1)
+
+    vision_width, _, patch_size, _ = weights["encoder.patch_embedding.weight"].shape
+    vocab_size, width = weights["decoder.wte.weight"].shape
+    patches = weights["encoder.position_embeddings"].shape[1] - 1
+    return {
+        "image_size": patch_size * math.isqrt(patches),
+        "patch_size": patch_size,
+        "vision_embed_dim": vision_width,
+        "vision_num_layers": layers("encoder"),
+        "vision_num_heads": max(1, vision_width // 64),
+        "vocab_size": vocab_size,
+        "max_length": len(weights["decoder.wpe.weight"]),
+        "decoder_embed_dim": width,
+        "decoder_num_layers": layers("decoder"),
+        "decoder_num_heads": max(1, width // 64),
+    }
+
+
+def tokenizer_from_json(text: str, config: ViTGPT2Config) -> PreTrainedTokenizerFast:
+    """A tokenizer from the text of its tokenizer.json, its special tokens named after the config's ids."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_str(text)
+    assert config.start_token_id is not None and config.end_token_id is not None and config.pad_token_id is not None
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=tokenizer.id_to_token(config.start_token_id),
+        eos_token=tokenizer.id_to_token(config.end_token_id),
+        pad_token=tokenizer.id_to_token(config.pad_token_id),
+        model_max_length=config.max_length,
+    )
+
+
+def gpt2_tokenizer(source: str = "gpt2") -> PreTrainedTokenizerFast:
+    """GPT-2's byte-level BPE from a local folder (vocab.json and merges.txt) or the Hub.
+
+    Raises UserError, one line, where neither can be had.
+    """
+    from transformers import GPT2Tokenizer
+
+    try:
+        return GPT2Tokenizer.from_pretrained(source)
+    except Exception as error:  # offline, absent, damaged: the Hub client and tokenizers raise many kinds
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"tokenizer {source!r} cannot be loaded ({reason}): name a folder with vocab.json and merges.txt, or use --tokenizer train"
+        ) from error

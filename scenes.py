@@ -1,0 +1,275 @@
+"""The demo's data set: drawn scenes of coloured shapes, five captions each, and a parser that marks captions.
+
+Written to disk in COCO 2017's layout, so that the demo goes through the very code that real photographs go through.
+Imports config only; knows nothing of models. Equal seeds draw equal files.
+
+A scene holds one group of shapes at one of five places, or two groups in one of four relations. A group is one to
+three shapes of one size, colour and kind.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+COLOURS = {
+    "red": (214, 39, 40),
+    "orange": (255, 140, 20),
+    "yellow": (240, 214, 30),
+    "green": (44, 150, 60),
+    "blue": (40, 90, 214),
+    "purple": (130, 50, 170),
+    "pink": (250, 150, 200),
+    "black": (25, 25, 25),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = {"small": 8.0, "large": 14.5}  # radius in pixels of a 96-pixel picture
+COUNTS = {"a": 1, "two": 2, "three": 3}
+PLACES = ("at the top", "at the bottom", "on the left", "on the right", "in the middle")
+RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # and their inverses
+SIDE = 96
+TWO_GROUPS = (1, 3)  # of every five scenes, these have two groups
+SPLITS = {"train": "train2017", "val": "val2017", "test": "test2017"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Shapes of one kind that stand together."""
+
+    count: int
+    size: str
+    colour: str
+    shape: str
+
+    def __str__(self) -> str:
+        word = next(word for word, count in COUNTS.items() if count == self.count)
+        return f"{word} {self.size} {self.colour} {self.shape}{self.plural}"
+
+    @property
+    def plural(self) -> str:
+        """What the plural adds to the shape's name."""
+        return "" if self.count == 1 else "es" if self.shape == "cross" else "s"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: one group and its place, or two groups and where the first is seen from the second."""
+
+    groups: tuple[Group, ...]
+    where: str
+
+    @property
+    def inverse(self) -> Scene:
+        """The same scene told from its other group."""
+        return Scene(self.groups[::-1], RELATIONS[self.where]) if len(self.groups) == 2 else self
+
+    def captions(self, rng: random.Random) -> list[str]:
+        """Five different captions, each of which states every attribute."""
+        if len(self.groups) == 1:
+            group = self.groups[0]
+            verb = "is" if group.count == 1 else "are"
+            return [
+                f"{group} {self.where}",
+                f"there {verb} {group} {self.where}",
+                f"{self.where} there {verb} {group}",
+                f"{self.where} {group}",
+                f"a picture of {group} {self.where}",
+            ]
+        texts = []
+        for scene in (self, self.inverse):
+            first, second = scene.groups
+            verb = "is" if first.count == 1 else "are"
+            texts += [
+                f"{first} {scene.where} {second}",
+                f"there {verb} {first} {scene.where} {second}",
+                f"a picture of {first} {scene.where} {second}",
+            ]
+        return rng.sample(texts, 5)
+
+
+def random_scene(rng: random.Random, groups: int) -> Scene:
+    """A scene with so many groups, every attribute drawn evenly; two groups differ in colour or shape."""
+
+    def group() -> Group:
+        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+        return Group(rng.randint(1, 3), rng.choice(list(SIZES)), colour, shape)
+
+    if groups == 1:
+        return Scene((group(),), rng.choice(PLACES))
+    first = second = group()
+    while (first.colour, first.shape) == (second.colour, second.shape):
+        second = group()
+    return Scene((first, second), rng.choice(list(RELATIONS)))
+
+
+def group_centres(scene: Scene) -> list[tuple[float, float, bool]]:
+    """Where each group's middle is, as fractions of the picture, and whether its shapes stand side by side."""
+    places = {"at the top": (0.5, 1 / 6), "at the bottom": (0.5, 5 / 6), "on the left": (1 / 6, 0.5)}
+    places |= {"on the right": (5 / 6, 0.5), "in the middle": (0.5, 0.5)}
+    if len(scene.groups) == 1:
+        return [(*places[scene.where], scene.where not in ("on the left", "on the right"))]
+    upright = scene.where in ("left of", "right of")
+    low, high = 0.23, 0.77
+    ends = (low, high) if scene.where in ("left of", "above") else (high, low)
+    return [(end, 0.5, False) if upright else (0.5, end, True) for end in ends]
+
+
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """The scene as a SIDE x SIDE RGB picture; the rng moves groups and shapes a little and tints the ground."""
+    scale = 2  # drawn large and averaged down, for smooth edges
+    ground = tuple(rng.randint(225, 250) for _ in range(3))
+    picture = Image.new("RGB", (SIDE * scale, SIDE * scale), ground)
+    canvas = ImageDraw.Draw(picture)
+    step = SIDE / 3
+    for group, (centre_x, centre_y, side_by_side) in zip(scene.groups, group_centres(scene), strict=True):
+        slack = (3 - group.count) * 4 + 1  # few shapes have more room along their line
+        along, across = rng.uniform(-slack, slack), rng.uniform(-1.5, 1.5)
+        for index in range(group.count):
+            offset = (index - (group.count - 1) / 2) * step + along
+            x, y = (offset, across) if side_by_side else (across, offset)
+            x, y = x + centre_x * SIDE + rng.uniform(-1, 1), y + centre_y * SIDE + rng.uniform(-1, 1)
+            draw_shape(canvas, group, x * scale, y * scale, SIZES[group.size] * rng.uniform(0.94, 1.06) * scale)
+    return picture.reduce(scale)
+
+
+def draw_shape(canvas: ImageDraw.ImageDraw, group: Group, x: float, y: float, radius: float) -> None:
+    """One shape around (x, y), in pixels."""
+    colour = COLOURS[group.colour]
+    if group.shape == "circle":
+        canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    elif group.shape == "square":
+        half = radius * 0.86
+        canvas.rectangle((x - half, y - half, x + half, y + half), fill=colour)
+    elif group.shape == "triangle":
+        canvas.polygon([(x, y - radius), (x - radius, y + 0.8 * radius), (x + radius, y + 0.8 * radius)], fill=colour)
+    else:
+        arm = radius * 0.32
+        canvas.rectangle((x - radius, y - arm, x + radius, y + arm), fill=colour)
+        canvas.rectangle((x - arm, y - radius, x + arm, y + radius), fill=colour)
+
+
+def make_scene(seed: int, split: str, index: int) -> tuple[Scene, list[str], random.Random]:
+    """Scene number `index` of a split, its captions, and the rng that goes on to draw it."""
+    rng = random.Random(f"{seed} {split} {index}")
+    scene = random_scene(rng, 2 if index % 5 in TWO_GROUPS else 1)
+    return scene, scene.captions(rng), rng
+
+
+def _draw_files(folder: Path, seed: int, split: str, indices: range) -> list[tuple[Scene, list[str]]]:
+    made = []
+    for index in indices:
+        scene, captions, rng = make_scene(seed, split, index)
+        draw(scene, rng).save(folder / f"{index:012d}.png", compress_level=1)
+        made.append((scene, captions))
+    return made
+
+
+def draw_scenes(directory: Path, sizes: dict[str, int], seed: int = 0) -> None:
+    """Draws `sizes[split]` scenes for each split into `directory` in COCO 2017's layout, unless they are there.
+
+    Writes train2017/, val2017/, test2017/ and annotations/captions_*.json, whose images carry their truth under
+    "scene". The annotations of a split are written after its pictures, so a drawing that was cut is drawn again.
+    """
+    (directory / "annotations").mkdir(parents=True, exist_ok=True)
+    recipe = {"seed": seed, "version": 1}
+    for split, size in sizes.items():
+        annotations = directory / "annotations" / f"captions_{SPLITS[split]}.json"
+        if annotations.is_file():
+            content = json.loads(annotations.read_text(encoding="utf-8"))
+            if content["info"] == recipe and len(content["images"]) == size:
+                continue
+        folder = directory / SPLITS[split]
+        folder.mkdir(exist_ok=True)
+        images: list[dict[str, Any]] = []
+        captions: list[dict[str, Any]] = []
+        pieces = [range(start, min(start + 500, size)) for start in range(0, size, 500)]
+        with ProcessPoolExecutor() as pool, tqdm(total=size, desc=f"drawing {split}", unit="scene") as bar:
+            drawn = pool.map(functools.partial(_draw_files, folder, seed, split), pieces)
+            for piece, made in zip(pieces, drawn, strict=True):
+                for index, (scene, texts) in zip(piece, made, strict=True):
+                    name = f"{index:012d}.png"
+                    images.append(
+                        {"id": index, "file_name": name, "height": SIDE, "width": SIDE, "scene": asdict(scene)}
+                    )
+                    for text in texts:
+                        captions.append({"id": len(captions), "image_id": index, "caption": text})
+                bar.update(len(piece))
+        unfinished = annotations.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps({"info": recipe, "images": images, "annotations": captions}), encoding="utf-8")
+        unfinished.replace(annotations)
+
+
+# Marking captions
+
+_GROUP = re.compile(
+    rf"\b({'|'.join(COUNTS)}) ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(es|s)?\b",
+)
+
+
+def parse_caption(caption: str) -> Scene | None:
+    """The scene that a caption states, or None where it does not state one in full and in good grammar."""
+    text = caption.strip().lower().rstrip(".")
+    groups = []
+    for match in _GROUP.finditer(text):
+        count, size, colour, shape, plural = match.groups()
+        group = Group(COUNTS[count], size, colour, shape)
+        if group.plural != (plural or ""):
+            return None
+        groups.append(group)
+    frame = re.sub(r"^a picture of |\bthere (is|are) ", "", _GROUP.sub("#", text)).strip()
+    if len(groups) == 1:
+        where = frame.replace("#", "").strip()
+        return Scene((groups[0],), where) if where in PLACES and frame in (f"# {where}", f"{where} #") else None
+    if len(groups) == 2:
+        where = frame.removeprefix("#").removesuffix("#").strip()
+        return Scene((groups[0], groups[1]), where) if where in RELATIONS and frame == f"# {where} #" else None
+    return None
+
+
+def scene_from_dict(values: dict[str, Any]) -> Scene:
+    """The inverse of dataclasses.asdict."""
+    return Scene(tuple(Group(**group) for group in values["groups"]), values["where"])
+
+
+def mark(truth: Scene, caption: str) -> dict[str, bool]:
+    """Which attributes a caption states rightly: count, size, colour, shape (of every group), where, and `all`.
+
+    Two groups may be told from either one.
+    """
+    said = parse_caption(caption)
+    names = ("count", "size", "colour", "shape")
+    if said is None or len(said.groups) != len(truth.groups):
+        return dict.fromkeys((*names, "where", "all"), False)
+
+    def compare(version: Scene) -> dict[str, bool]:
+        pairs = list(zip(version.groups, truth.groups, strict=True))
+        marks = {name: all(getattr(a, name) == getattr(b, name) for a, b in pairs) for name in names}
+        marks["where"] = version.where == truth.where
+        return marks | {"all": all(marks.values())}
+
+    return max((compare(said), compare(said.inverse)), key=lambda marks: sum(marks.values()))
+
+
+def score_scenes(truths: Sequence[Scene], captions: Sequence[str]) -> dict[str, float]:
+    """Shares of captions right in every attribute: of all scenes, of those with one group and of those with two."""
+    right = [mark(truth, caption)["all"] for truth, caption in zip(truths, captions, strict=True)]
+
+    def share(groups: int | None) -> float:
+        chosen = [r for r, truth in zip(right, truths, strict=True) if groups in (None, len(truth.groups))]
+        return sum(chosen) / max(1, len(chosen))
+
+    return {
+        "scene_accuracy": share(None),
+        "scene_accuracy_one_group": share(1),
+        "scene_accuracy_two_groups": share(2),
+    }

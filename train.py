@@ -1,0 +1,464 @@
+"""The training loop: data, plan, schedule, precision, checkpoints, resume, and the finished model with its pictures.
+
+Imports everything but the scripts. `train(config)` is all that main.py calls. Batches and dropout are pure functions of
+(seed, step), so a run that was stopped goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import TrainConfig, UserError, ViTGPT2Config
+from dataset import (
+    CaptionDataset,
+    decode,
+    download_coco_dataset,
+    load_table,
+    load_tokenizer,
+    make_dataloader,
+    to_device,
+)
+from evaluate import caption_loss, evaluate_dataset, print_metrics
+from model import MODEL_FILE, ImageCaptionModel, choose_attention, use_flash_attention
+from scenes import draw_scenes, mark, scene_from_dict, score_scenes
+from sources import CaptionTable
+from utils import (
+    MetricLog,
+    StopSignal,
+    autocast,
+    checkpoints,
+    choose_device,
+    choose_precision,
+    load_optimizers,
+    matmul_rate,
+    put_in_place,
+    read_log,
+    save_checkpoint,
+    writable_directory,
+    write_json,
+)
+
+COCO_PICTURES = 118_287
+COCO_DOWNLOAD_GB = 20
+TYPICAL_CAPTION = 14  # tokens, for estimates made before the captions are read
+
+
+# Data
+
+
+def load_tables(config: TrainConfig, run: Path) -> dict[str, CaptionTable]:
+    """The train, val and test tables, drawn or downloaded where that is what the config means."""
+    if config.dataset == "scenes":
+        directory = config.data_dir or run / "scenes"
+        draw_scenes(directory, {"train": config.num_scenes, "val": 500, "test": 500}, config.seed)
+        return {split: load_table("coco", directory, split) for split in ("train", "val", "test")}  # type: ignore[arg-type]
+    directory = config.data_dir or Path("coco_data")
+    if config.data_dir is None and config.dataset == "coco" and not (directory / "annotations").is_dir():
+        ask_before_download(config)
+        download_coco_dataset(directory)
+    elif config.data_dir is None and config.dataset != "coco":
+        raise UserError(f"preset {config.preset} needs --data-dir: the folder with the {config.dataset} data")
+    return {split: load_table(config.dataset, directory, split) for split in ("train", "val", "test")}  # type: ignore[arg-type]
+
+
+def ask_before_download(config: TrainConfig) -> None:
+    """Stops before COCO's 20 GB on a machine that would need days to train on them, unless --yes."""
+    device, _ = choose_device(config.device)
+    if device.type == "cuda" or config.yes:
+        return
+    dtype, _ = choose_precision(config.precision, device)
+    days = estimated_seconds(config, COCO_PICTURES, TYPICAL_CAPTION, device, dtype) / 86400
+    raise UserError(
+        f"./coco_data is not there; COCO 2017 is a download of {COCO_DOWNLOAD_GB} GB and training on it would take about "
+        f"{days:.0f} days on this {device.type}: add --yes to go on, --data-dir for data you have, or try --preset demo"
+    )
+
+
+# The plan
+
+
+def step_operations(config: ViTGPT2Config, captions: int, tokens: float) -> float:
+    """Floating-point operations of one picture's training step with so many captions of so many tokens.
+
+    Two for every weight and position it meets, forward once and backward twice (Kaplan et al. 2020, arXiv:2001.08361).
+    """
+    states, vision, width = config.num_patches + 1, config.vision_embed_dim, config.decoder_embed_dim
+    encoder = states * config.vision_num_layers * (12 * vision**2 + 2 * states * vision)
+    looking = states * config.decoder_num_layers * 2 * vision * width
+    words = captions * tokens
+    decoder = words * config.decoder_num_layers * (14 * width**2 + 2 * states * width)
+    return 3 * 2 * (encoder + looking + decoder + words * width * config.vocab_size)
+
+
+def estimated_seconds(
+    config: TrainConfig, pictures: int, tokens: float, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Time of the whole run, at 40 % of the rate that a matrix product is measured to have."""
+    rate = 0.4 * matmul_rate(device.type, dtype, 4096 if device.type == "cuda" else 512)
+    captions = config.captions_per_image
+    passes = config.epochs * (5 if captions == 1 else 1)
+    seen = config.max_steps * config.batch_size * config.accumulation_steps if config.max_steps else passes * pictures
+    return seen * step_operations(config.model, captions, tokens) / max(rate, 1.0)
+
+
+def estimated_memory(config: TrainConfig, parameters: int, tokens: float) -> float:
+    """Bytes: weights, gradients and AdamW's two moments in fp32, and the activations kept for the backward pass."""
+    m = config.model
+    kept = 2 if config.gradient_checkpointing else 34  # numbers a layer keeps for each position and unit of width
+    states = (m.num_patches + 1) * m.vision_num_layers * m.vision_embed_dim
+    words = config.captions_per_image * tokens * m.decoder_num_layers * m.decoder_embed_dim * 1.3
+    head = config.captions_per_image * tokens * m.vocab_size * 3
+    return 16.0 * parameters + config.batch_size * (2 * kept * (states + words) + 4 * head)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 45 s, 12 min, 3.5 h, 2.1 days."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.{0 if unit < 3600 else 1}f} {name}"
+    return f"{seconds / 86400:.1f} days"
+
+
+# Optimizers
+
+
+def build_optimizers(model: ImageCaptionModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW over everything; or Muon (Jordan 2024, kellerjordan.github.io/posts/muon) over the layers' matrices and
+    AdamW over embeddings, biases and norms. Only the layers' matrices decay.
+    """
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.ndim == 2 and ".blocks." in name else others).append(parameter)
+    rate, betas, fused = config.learning_rate, (0.9, 0.95), next(model.parameters()).device.type in ("cuda", "cpu")
+    rest: dict[str, Any] = {"params": others, "weight_decay": 0.0}
+    if config.optimizer == "muon":
+        return [
+            torch.optim.Muon(matrices, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([rest], lr=rate, betas=betas, fused=fused),
+        ]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, rest]
+    return [torch.optim.AdamW(groups, lr=rate, betas=betas, fused=fused)]
+
+
+def learning_rate_at(update: int, updates: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine down to zero at the last update."""
+    warmup = min(config.warmup_steps, updates // 10)
+    if update < warmup:
+        return config.learning_rate * (update + 1) / warmup
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (update - warmup) / max(1, updates - warmup)))
+
+
+# Runs on disk
+
+
+def find_run(config: TrainConfig) -> Path:
+    """The folder of this run: the one asked for, an unfinished one of the same settings to go on with, or a new one."""
+    if config.resume not in ("auto", "never"):
+        run = Path(config.resume)
+        if not checkpoints(run):
+            raise UserError(f"{run}: no checkpoint to resume from there: name a run's folder, auto or never")
+        check_fingerprint(run, config)
+        return run
+    if config.output_dir is not None:
+        if config.resume == "auto" and checkpoints(config.output_dir):
+            check_fingerprint(config.output_dir, config)
+        elif (config.output_dir / "run.json").is_file():
+            shutil.rmtree(config.output_dir / "checkpoints", ignore_errors=True)
+            (config.output_dir / "metrics.jsonl").unlink(missing_ok=True)
+        return writable_directory(config.output_dir)
+    if config.resume == "auto":
+        for run in sorted(Path("runs").glob("*-*"), reverse=True):
+            if (
+                read_run(run).get("fingerprint") == config.fingerprint
+                and not read_run(run)["finished"]
+                and checkpoints(run)
+            ):
+                return run
+    return writable_directory(Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """run.json of a run, empty where there is none."""
+    path = run / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def check_fingerprint(run: Path, config: TrainConfig) -> None:
+    """Raises UserError when a run was started with other settings."""
+    if read_run(run).get("fingerprint") != config.fingerprint:
+        raise UserError(
+            f"{run} holds a run with other settings: choose another --output-dir, or --resume never to replace it"
+        )
+
+
+# The loop
+
+
+def train(config: TrainConfig) -> int:
+    """A whole run, from data to the finished model and its evaluation. Returns an exit code (0, or 130/143 when stopped)."""
+    device, device_reason = choose_device(config.device)
+    dtype, precision_reason = choose_precision(config.precision, device)
+    run = find_run(config)
+    tables = load_tables(config, run)
+    torch.manual_seed(config.seed)
+    texts = [text for captions in tables["train"].captions for text in captions]
+    tokenizer = load_tokenizer(config.tokenizer, texts, config.model.vocab_size)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {config.tokenizer} has no end token: choose another --tokenizer")
+    sizes = dataclasses.replace(
+        config.model,
+        vocab_size=len(tokenizer),
+        end_token_id=tokenizer.eos_token_id,
+        start_token_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    model = ImageCaptionModel(sizes).to(device)
+    model.tokenizer = tokenizer
+    model.set_gradient_checkpointing(config.gradient_checkpointing)
+    use_flash_attention(config.flash_attention)
+    datasets = {
+        split: CaptionDataset(
+            table,
+            tokenizer,
+            sizes,
+            captions_per_image=config.captions_per_image if split == "train" else 5,
+            seed=config.seed,
+            augment=split == "train",
+            random_flip=config.random_flip,
+        )
+        for split, table in tables.items()
+    }
+    train_set = datasets["train"]
+    first_loader = make_dataloader(train_set, config.batch_size, shuffle=True)
+    steps_per_epoch = len(first_loader)
+    steps = config.max_steps or config.epochs * steps_per_epoch
+    updates = -(-steps // config.accumulation_steps)
+    tokens = len(train_set.tokens) / max(1, len(texts)) + 1
+
+    step = 0
+    optimizers = build_optimizers(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    saved = checkpoints(run)
+    if saved:
+        state = json.loads((saved[-1] / "state.json").read_text(encoding="utf-8"))
+        model.load_state_dict(ImageCaptionModel.from_pretrained(saved[-1] / "model.safetensors").state_dict())
+        load_optimizers(saved[-1], optimizers)
+        scaler.load_state_dict(state["scaler"])
+        step = state["step"]
+    _, attention_reason = choose_attention(device.type, dtype)
+    write_json(run / "run.json", {"fingerprint": config.fingerprint, "finished": False, "config": config.to_dict()})
+
+    memory = estimated_memory(config, model.num_parameters, tokens)
+    expected = estimated_seconds(config, len(tables["train"]), tokens, device, dtype) * (1 - step / steps)
+    captions = f"{len(texts):,} captions of {tokens:.1f} tokens"
+    print(
+        f"device      {device} ({device_reason})\n"
+        f"precision   {str(dtype).removeprefix('torch.')} ({precision_reason})\n"
+        f"attention   {attention_reason}\n"
+        f"model       {model.num_parameters:,} parameters, vocabulary {sizes.vocab_size:,}\n"
+        f"data        {tables['train'].name}: {len(train_set):,} pictures, {captions}; "
+        f"{len(datasets['val']):,} to validate, {len(datasets['test']):,} to test\n"
+        f"steps       {steps:,} of {config.batch_size} pictures x {config.captions_per_image} captions, "
+        f"{steps_per_epoch:,} an epoch" + (f"; going on at step {step:,}" if step else "") + "\n"
+        f"estimate    about {duration(expected)} of training, about {memory / 2**30:.1f} GiB of memory\n"
+        f"output      {run}",
+        flush=True,
+    )
+
+    val_loader = make_dataloader(datasets["val"], config.batch_size)
+    loader = make_dataloader(
+        train_set,
+        config.batch_size,
+        first_step=step,
+        last_step=steps,
+        shuffle=True,
+        num_workers=0 if train_set.cache is not None else min(16, config.num_workers),
+        pin_memory=device.type == "cuda",
+    )
+    log = MetricLog(run / "metrics.jsonl", step)
+    stop = StopSignal()
+    batches = iter(loader)
+    learner = torch.compile(model) if config.compile else model
+    model.train()
+    bar = tqdm(total=steps, initial=step, desc="training", unit="step", smoothing=0.05)
+    first_step, losses, since, pictures = step, [], time.perf_counter(), 0
+    while True:
+        last = step == steps
+        stopping = stop.received is not None
+        fresh = step > first_step
+        checkpoint_due = step % (config.checkpoint_interval or steps_per_epoch) == 0
+        if fresh and (last or step % steps_per_epoch == 0):
+            val_loss = caption_loss(model, val_loader, device, dtype)
+            log.write(step, epoch=step / steps_per_epoch, val_loss=val_loss)
+            tqdm.write(f"step {step:,}: validation loss {val_loss:.3f}")
+        if fresh and (last or step % config.eval_interval == 0):
+            samples = sample_captions(model, datasets["val"], device, dtype, config.caption_length)
+            log.write(step, samples=samples)
+            tqdm.write("\n".join(f"  {name}: {caption}" for name, caption in samples.items()))
+        if fresh and (last or stopping or checkpoint_due):
+            save_checkpoint(
+                run / "checkpoints" / f"step-{step:08d}",
+                model.save_file,
+                optimizers,
+                {"step": step, "scaler": scaler.state_dict()},
+            )
+            for old in checkpoints(run)[: -config.keep_checkpoints]:
+                shutil.rmtree(old)
+        if last or stopping:
+            break
+
+        update = step // config.accumulation_steps
+        rate = learning_rate_at(update, updates, config)
+        batch = to_device(next(batches), device)
+        torch.manual_seed((config.seed << 32) + step)  # dropout is a function of the step: resuming needs no RNG state
+        input_ids = blank_words(batch["input_ids"], config.word_dropout, sizes)
+        with autocast(device, dtype):
+            loss = learner(
+                batch["pixel_values"],
+                input_ids,
+                batch["lengths"],
+                batch["labels"],
+                batch["positions"],
+                label_smoothing=config.label_smoothing,
+            ).loss
+        scaler.scale(loss / config.accumulation_steps).backward()
+        step += 1
+        if step % config.accumulation_steps == 0 or step == steps:
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+            scaler.update()
+        losses.append(loss.detach())
+        pictures += len(batch["pixel_values"])
+        bar.update()
+        if step % 10 == 0 or step == steps:
+            mean = torch.stack(losses).mean().item()
+            if not math.isfinite(mean):
+                raise UserError(f"the loss is {mean} at step {step}: lower --learning-rate or use --precision fp32")
+            seconds = time.perf_counter() - since
+            speed = pictures / seconds
+            pairs = speed * (config.captions_per_image if config.captions_per_image > 1 else 1)
+            bar.set_postfix_str(f"loss {mean:.3f}, lr {rate:.1e}, {speed:.0f} pictures/s, {pairs:.0f} pairs/s")
+            log.write(
+                step,
+                epoch=step / steps_per_epoch,
+                loss=mean,
+                learning_rate=rate,
+                gradient_norm=norm.item(),
+                pictures_per_second=speed,
+            )
+            losses, since, pictures = [], time.perf_counter(), 0
+    bar.close()
+    log.close()
+    stop.restore()
+    if stopping and not last:
+        print(f"stopped at step {step:,} and saved: the same command goes on from there")
+        return stop.exit_code
+    finish(config, run, model.eval(), datasets["test"], device, dtype)
+    return 0
+
+
+def blank_words(input_ids: Tensor, share: float, config: ViTGPT2Config) -> Tensor:
+    """input_ids with a share of its tokens, never the first, replaced by the padding token."""
+    if not share:
+        return input_ids
+    blank = torch.rand(input_ids.shape, device=input_ids.device) < share
+    blank[..., 0] = False
+    return input_ids.masked_fill(blank, config.pad_token_id or 0)
+
+
+def sample_captions(
+    model: ImageCaptionModel, dataset: CaptionDataset, device: torch.device, dtype: torch.dtype, max_length: int
+) -> dict[str, str]:
+    """Greedy captions of the same four pictures every time, by file name."""
+    rows = list(range(0, len(dataset), max(1, len(dataset) // 4)))[:4]
+    pixels = torch.stack([dataset[0, row].pixels for row in rows]).to(device)
+    with autocast(device, dtype):
+        sequences = model.generate(pixels, max_length=max_length).sequences
+    return {dataset.table.paths[r].name: c for r, c in zip(rows, decode(model.tokenizer, sequences), strict=True)}
+
+
+# The end of a run
+
+
+def finish(
+    config: TrainConfig,
+    run: Path,
+    model: ImageCaptionModel,
+    test: CaptionDataset,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Saves the model, evaluates it on the test pictures, draws the curves and says where everything is."""
+    model.save_file(run / MODEL_FILE)
+    captioned, metrics = evaluate_dataset(model, test, device, dtype, run, max_length=config.caption_length)
+    if config.dataset == "scenes":
+        metrics |= score_drawn_scenes(config.data_dir or run / "scenes", run, captioned.captions)
+    write_json(run / "metrics.json", metrics)
+    draw_curves(run)
+    write_json(run / "run.json", {"fingerprint": config.fingerprint, "finished": True, "config": config.to_dict()})
+    previous = put_in_place(run / MODEL_FILE, Path(MODEL_FILE))
+    print_metrics(metrics)
+    if previous:
+        print(f"another run's model was kept as {previous}")
+    print(
+        f"model       {MODEL_FILE}\npictures    {run / 'samples.png'}, {run / 'curves.png'}\nnumbers     {run / 'metrics.json'}"
+    )
+    print(f"try it      python example_usage.py {test.table.paths[0]}")
+
+
+def score_drawn_scenes(directory: Path, run: Path, captions: list[str]) -> dict[str, float]:
+    """Marks the test scenes' captions, writes scenes_test.json (file, truth, caption, marks), returns the shares."""
+    annotations = json.loads((directory / "annotations" / "captions_test2017.json").read_text(encoding="utf-8"))
+    truths = [scene_from_dict(image["scene"]) for image in annotations["images"]]
+    write_json(
+        run / "scenes_test.json",
+        [
+            {"file": image["file_name"], "truth": image["scene"], "caption": caption, "right": mark(truth, caption)}
+            for image, truth, caption in zip(annotations["images"], truths, captions, strict=True)
+        ],
+    )
+    return score_scenes(truths, captions)
+
+
+def draw_curves(run: Path) -> None:
+    """curves.png: the loss of training and validation, and the learning rate, against the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_log(run / "metrics.jsonl")
+    figure, (losses, rates) = pyplot.subplots(
+        2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained"
+    )
+    for axis, name, style, label in (
+        (losses, "loss", {"color": "0.6", "linewidth": 1}, "training"),
+        (losses, "val_loss", {"color": "black", "marker": "o", "linestyle": "--"}, "validation"),
+        (rates, "learning_rate", {"color": "black"}, None),
+    ):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, **style)
+    losses.set_ylabel("loss (nats a token)")
+    losses.legend()
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("step")
+    figure.savefig(run / "curves.png", dpi=100)
+    pyplot.close(figure)

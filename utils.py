@@ -1,0 +1,255 @@
+"""The run's plumbing: device and precision chosen with a reason, checkpoints, the metric log, signals, one-line errors.
+
+Imports config only; knows nothing of models or data.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from config import UserError
+
+# Scripts
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Runs a script's main: a UserError becomes one line and exit code 2, Ctrl-C exit code 130. --debug shows tracebacks."""
+    debug = "--debug" in sys.argv
+    try:
+        code = main()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of a pipe left: `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+class StopSignal:
+    """Turns the first SIGINT or SIGTERM into a wish to stop at the next step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells report it."""
+        return 128 + (self.received or 0)
+
+    def restore(self) -> None:
+        """Gives the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+# Device and precision
+
+
+@functools.cache
+def matmul_rate(device_type: str, dtype: torch.dtype, size: int = 512) -> float:
+    """Floating-point operations a second of a matrix product, measured in some milliseconds; 0 where it fails."""
+
+    def settle() -> None:
+        if device_type != "cpu":
+            getattr(torch, device_type).synchronize()
+
+    try:
+        a = torch.randn(size, size, device=device_type).to(dtype)
+        for _ in range(2):
+            a @ a
+        settle()
+        best = float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(2):
+                a @ a
+            settle()
+            best = min(best, (time.perf_counter() - start) / 2)
+    except RuntimeError:
+        return 0.0
+    return 2 * size**3 / best
+
+
+def choose_device(wanted: str) -> tuple[torch.device, str]:
+    """The device and the reason for it. `auto` takes CUDA, else mps where it multiplies faster than the CPU, else the CPU."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if wanted != "auto":
+        if not available.get(wanted, False):
+            raise UserError(f"device {wanted} is not available here: use --device auto")
+        return torch.device(wanted), "asked for"
+    if available["cuda"]:
+        return torch.device("cuda"), f"found {torch.cuda.get_device_name()}"
+    if available["mps"]:
+        mps, cpu = (matmul_rate(kind, torch.float32, 1024) for kind in ("mps", "cpu"))
+        reason = f"measured: mps {mps / 1e9:.0f}, cpu {cpu / 1e9:.0f} GFLOP/s"
+        return torch.device("mps" if mps > cpu else "cpu"), reason
+    return torch.device("cpu"), "no GPU found"
+
+
+def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of matrix products and the reason: fp16 on CUDA, elsewhere bf16 only where it is measured to be faster."""
+    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if wanted == "fp16" and device.type == "cpu":
+        raise UserError("precision fp16 needs a GPU: use --precision auto, bf16 or fp32")
+    if wanted != "auto":
+        return names[wanted], "asked for"
+    if device.type == "cuda":
+        return torch.float16, "the default on CUDA (bf16 by --precision bf16)"
+    single, half = (matmul_rate(device.type, dtype) for dtype in (torch.float32, torch.bfloat16))
+    reason = f"measured: bf16 {half / 1e9:.0f}, fp32 {single / 1e9:.0f} GFLOP/s"
+    return (torch.bfloat16 if half > 1.2 * single else torch.float32), reason
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Mixed precision with this dtype; nothing for float32."""
+    half = dtype != torch.float32
+    return torch.autocast(device.type, dtype if half else torch.bfloat16, enabled=half)
+
+
+# Files
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes all of a file or nothing of it."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON, all of it or nothing."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def writable_directory(path: Path) -> Path:
+    """Makes the folder; raises UserError where it cannot be made or written into."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there ({error.strerror}): choose another --output-dir") from error
+    return path
+
+
+def put_in_place(source: Path, target: Path) -> Path | None:
+    """Copies source to target; a different file standing there is kept as *.previous.*, whose path is returned."""
+    previous = None
+    if target.exists():
+        if file_hash(target) == file_hash(source):
+            return None
+        previous = target.with_name(f"{target.stem}.previous{target.suffix}")
+        target.replace(previous)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.copyfile(source, unfinished)
+    unfinished.replace(target)
+    return previous
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Checkpoints
+
+
+def save_checkpoint(
+    folder: Path, save_model: Callable[[Path], None], optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
+) -> None:
+    """Writes model.safetensors, optimizer.safetensors and state.json into `folder`, which appears whole or not at all."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save_model(unfinished / "model.safetensors")
+    tensors: dict[str, Tensor] = {}
+    for number, optimizer in enumerate(optimizers):
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"{number}.{index}.{name}": value.cpu() for name, value in values.items()}
+    save_file(tensors, unfinished / "optimizer.safetensors")
+    write_json(unfinished / "state.json", state)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Gives the optimizers back the state that save_checkpoint wrote."""
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+        number, index, name = key.split(".", 2)
+        states[int(number)].setdefault(int(index), {})[name] = tensor
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "state.json").is_file())
+
+
+# The log
+
+
+class MetricLog:
+    """Appends one JSON object a line to metrics.jsonl; on resuming, drops the lines behind the checkpoint."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        lines = read_log(path)
+        if any(line["step"] > step for line in lines):
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, **values: Any) -> None:
+        """One line, flushed."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a crash cut short is left out."""
+    lines = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines
