@@ -218,7 +218,9 @@ class CaptionDataset(Dataset[Sample]):
     def epoch_keys(self, epoch: int, shuffle: bool = True) -> list[tuple[int, ...]]:
         """Every picture once; with captions_per_image = 1, once for each of its captions."""
         if self.captions_per_image == 1:
-            keys: list[tuple[int, ...]] = [(epoch, row, c) for row, captions in enumerate(self.table.captions) for c in range(len(captions))]
+            keys: list[tuple[int, ...]] = [
+                (epoch, row, c) for row, captions in enumerate(self.table.captions) for c in range(len(captions))
+            ]
         else:
             keys = [(epoch, row) for row in range(len(self.table))]
         if not shuffle:

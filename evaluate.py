@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from config import UserError
-from dataset import CaptionDataset, decode, load_table, make_dataloader, to_device
+from dataset import CaptionDataset, decode, load_picture, load_table, make_dataloader, to_device
 from metrics import diversity, score_captions
 from model import ImageCaptionModel
 from utils import autocast, choose_device, choose_precision, run_script, writable_directory, write_json
@@ -138,7 +139,7 @@ def contact_sheet(
     for axis in axes.flat:
         axis.axis("off")
     for axis, picture, caption, known in zip(axes.flat, pictures, captions, references, strict=False):
-        axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="antialiased")
         axis.text(
             0,
             -0.03,
@@ -183,7 +184,7 @@ def evaluate_dataset(
     chosen = range(0, len(dataset), max(1, len(dataset) // 12))[:12]  # spread over the set: good and bad as they fall
     contact_sheet(
         directory / "samples.png",
-        [dataset[0, captioned.rows[i]].pixels for i in chosen],
+        [load_picture(dataset.table.paths[captioned.rows[i]], 256) for i in chosen],
         [captioned.captions[i] for i in chosen],
         [captioned.references[i] for i in chosen],
     )
@@ -193,7 +194,7 @@ def evaluate_dataset(
 def read_results(results: Path, references: Path) -> tuple[list[str], list[list[str]]]:
     """Candidates in COCO's results format and their references from an annotation file, matched by image id."""
     try:
-        candidates = {entry["image_id"]: entry["caption"] for entry in json.loads(results.read_text(encoding="utf-8"))}
+        entries = [(entry["image_id"], entry["caption"]) for entry in json.loads(results.read_text(encoding="utf-8"))]
         known: dict[int | str, list[str]] = {}
         for entry in json.loads(references.read_text(encoding="utf-8"))["annotations"]:
             known.setdefault(entry["image_id"], []).append(entry["caption"])
@@ -201,6 +202,10 @@ def read_results(results: Path, references: Path) -> tuple[list[str], list[list[
         raise UserError(
             f"{results} or {references} is not in COCO's format ({type(error).__name__}: {error})"
         ) from error
+    candidates = dict(entries)
+    if len(candidates) < len(entries):
+        image, times = Counter(image for image, _ in entries).most_common(1)[0]
+        raise UserError(f"{results}: {times} captions for picture {image}: give one for each")
     missing = [str(image) for image in known if image not in candidates]
     if missing:
         raise UserError(f"{results}: no caption for {len(missing)} pictures of {references} ({', '.join(missing[:3])})")

@@ -81,12 +81,12 @@ def generate(
         tokens = torch.full((rows,), model.config.start_token_id or 0, device=hidden.device)
         finished = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
         for step in range(max_length):
-            logits = next_logits(model, tokens, cache, may_end=step >= min_length)
+            log_probs = next_log_probs(model, tokens, cache, may_end=step >= min_length)
             if do_sample:
-                probabilities = sampling_probabilities(logits, temperature, top_k, top_p)
+                probabilities = sampling_probabilities(log_probs, temperature, top_k, top_p)
                 tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
             else:
-                tokens = logits.argmax(-1)
+                tokens = log_probs.argmax(-1)
             tokens = tokens.masked_fill(finished, end)
             sequences[:, step] = tokens
             finished |= tokens == end
@@ -97,13 +97,17 @@ def generate(
         model.train(was_training)
 
 
-def next_logits(model: ImageCaptionModel, tokens: Tensor, cache: DecoderCache, may_end: bool) -> Tensor:
-    """float32 logits (rows, V) of what follows the cache and these tokens (rows,)."""
+def next_log_probs(model: ImageCaptionModel, tokens: Tensor, cache: DecoderCache, may_end: bool) -> Tensor:
+    """float32 log probabilities (rows, V) of what follows the cache and these tokens (rows,).
+
+    Where a caption may not end, the other tokens' are left as they are and not raised to sum to one: so does
+    transformers, and beams of it depend on it.
+    """
     hidden = model.decoder(tokens.unsqueeze(-1), cache.cross, cache=cache)
-    logits = model.decoder.head(hidden[:, -1]).float()
+    log_probs = model.decoder.head(hidden[:, -1]).float().log_softmax(-1)
     if not may_end:
-        logits[:, model.config.end_token_id] = float("-inf")
-    return logits
+        log_probs[:, model.config.end_token_id] = float("-inf")
+    return log_probs
 
 
 def sampling_probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -154,7 +158,7 @@ def beam_search(
         return x[torch.arange(pictures, device=device).unsqueeze(-1), beams]
 
     for step in range(max_length):
-        log_probs = next_logits(model, tokens, cache, may_end=step >= min_length).log_softmax(-1)
+        log_probs = next_log_probs(model, tokens, cache, may_end=step >= min_length)
         vocab_size = log_probs.shape[-1]
         total = (log_probs.view(pictures, num_beams, vocab_size) + running_scores.unsqueeze(-1)).flatten(1)
         scores, best = total.topk(2 * num_beams)  # (N, 2 * num_beams)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MODEL_FILE = "vit-gpt2-captioning.safetensors"
+METADATA_KEY = "vit_gpt2_captioning"
 
 
 # Attention
@@ -65,6 +66,8 @@ def choose_attention(device_type: str, dtype: torch.dtype) -> tuple[Callable[...
     if not _flash_wanted:
         return None, "torch scaled_dot_product_attention (flash_attn not wanted)"
     if device_type != "cuda":
+        if device_type == "cpu" and dtype == torch.bfloat16:
+            return None, "plain products in bfloat16 (at captions' lengths faster than torch's kernel on a CPU)"
         return None, f"torch scaled_dot_product_attention (device is {device_type}, flash_attn needs cuda)"
     if dtype not in (torch.float16, torch.bfloat16):
         return None, f"torch scaled_dot_product_attention ({dtype} tensors, flash_attn needs half precision)"
@@ -123,6 +126,9 @@ class EncoderBlock(nn.Module):
 
 class VisionTransformer(nn.Module):
     """ViT without pooler: uint8 or normalised pictures in, one state for the class token and each patch out."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: ViTGPT2Config) -> None:
         super().__init__()
@@ -298,7 +304,8 @@ class GPT2Decoder(nn.Module):
 
     def look(self, encoder_hidden_states: Tensor) -> list[tuple[Tensor, ...]]:
         """Every layer's keys and values of the pictures: (N, S, D) -> layers x ((N, S, H, D/H), (N, S, H, D/H))."""
-        return [block.crossattention.keys_and_values(encoder_hidden_states) for block in self.blocks]
+        layers = [block.crossattention for block in self.blocks if isinstance(block, DecoderBlock)]
+        return [layer.keys_and_values(encoder_hidden_states) for layer in layers]
 
     def new_cache(self, encoder_hidden_states: Tensor, rows: int, max_length: int) -> DecoderCache:
         """An empty cache for `rows` (= N * K) captions of at most max_length tokens."""
@@ -468,9 +475,11 @@ class ImageCaptionModel(nn.Module):
 
     def save_file(self, path: str | os.PathLike[str]) -> None:
         """Writes weights, config, preprocessing and tokenizer into one safetensors file, all of it or nothing."""
-        metadata = {"format": "pt", "config": json.dumps(self.config.to_dict(), sort_keys=True)}
+        about = {"config": self.config.to_dict()}
         if self._tokenizer is not None:
-            metadata["tokenizer"] = self._tokenizer.backend_tokenizer.to_str()
+            about["tokenizer"] = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        # One entry, because safetensors writes several in an order that changes from call to call.
+        metadata = {METADATA_KEY: json.dumps(about, sort_keys=True)}
         path = Path(path)
         unfinished = path.with_name(f".{path.name}.unfinished")
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -503,15 +512,15 @@ class ImageCaptionModel(nn.Module):
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a safetensors file that can be read ({error}): name another model") from error
         try:
-            fields = json.loads(metadata["config"]) if "config" in metadata else config_fields_from_shapes(weights)
-            config = ViTGPT2Config.from_dict(fields)
+            about = json.loads(metadata.get(METADATA_KEY, "{}"))
+            config = ViTGPT2Config.from_dict(about.get("config") or config_fields_from_shapes(weights))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a model of this project ({error}): name another file") from error
         model = cls(config)
         check_shapes(path, model.state_dict(), weights)
         model.load_state_dict(weights)
-        if "tokenizer" in metadata:
-            model.tokenizer = tokenizer_from_json(metadata["tokenizer"], config)
+        if "tokenizer" in about:
+            model.tokenizer = tokenizer_from_json(json.dumps(about["tokenizer"]), config)
         return model.eval()
 
 
@@ -601,9 +610,13 @@ def gpt2_tokenizer(source: str = "gpt2") -> PreTrainedTokenizerFast:
     from transformers import GPT2Tokenizer
 
     try:
-        return GPT2Tokenizer.from_pretrained(source)
+        tokenizer = GPT2Tokenizer.from_pretrained(source)
+        if len(tokenizer) < 257:  # a folder without the files gives an empty one
+            raise ValueError("no vocab.json and merges.txt there")
+        return tokenizer
     except Exception as error:  # offline, absent, damaged: the Hub client and tokenizers raise many kinds
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"tokenizer {source!r} cannot be loaded ({reason}): name a folder with vocab.json and merges.txt, or use --tokenizer train"
+            f"tokenizer {source!r} cannot be loaded ({reason}): name a folder with vocab.json and merges.txt, "
+            "or use --tokenizer train"
         ) from error

@@ -33,7 +33,7 @@ COLOURS = {
     "black": (25, 25, 25),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 8.0, "large": 14.5}  # radius in pixels of a 96-pixel picture
+SIZES = {"small": 8.0, "large": 14.0}  # radius in pixels of a 96-pixel picture
 COUNTS = {"a": 1, "two": 2, "three": 3}
 PLACES = ("at the top", "at the bottom", "on the left", "on the right", "in the middle")
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # and their inverses
@@ -137,7 +137,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         for index in range(group.count):
             offset = (index - (group.count - 1) / 2) * step + along
             x, y = (offset, across) if side_by_side else (across, offset)
-            x, y = x + centre_x * SIDE + rng.uniform(-1, 1), y + centre_y * SIDE + rng.uniform(-1, 1)
+            x, y = x + centre_x * SIDE + rng.uniform(-0.8, 0.8), y + centre_y * SIDE + rng.uniform(-0.8, 0.8)
             draw_shape(canvas, group, x * scale, y * scale, SIZES[group.size] * rng.uniform(0.94, 1.06) * scale)
     return picture.reduce(scale)
 
@@ -181,7 +181,7 @@ def draw_scenes(directory: Path, sizes: dict[str, int], seed: int = 0) -> None:
     "scene". The annotations of a split are written after its pictures, so a drawing that was cut is drawn again.
     """
     (directory / "annotations").mkdir(parents=True, exist_ok=True)
-    recipe = {"seed": seed, "version": 1}
+    recipe = {"seed": seed, "version": 2}
     for split, size in sizes.items():
         annotations = directory / "annotations" / f"captions_{SPLITS[split]}.json"
         if annotations.is_file():

@@ -279,6 +279,7 @@ class Archive:
 
     @property
     def name(self) -> str:
+        """The file's name, without the folders of its address."""
         return self.path.rpartition("/")[2]
 
 

@@ -11,10 +11,12 @@ import json
 import math
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -50,6 +52,7 @@ from utils import (
 
 COCO_PICTURES = 118_287
 COCO_DOWNLOAD_GB = 20
+LOG_INTERVAL = 10  # steps
 TYPICAL_CAPTION = 14  # tokens, for estimates made before the captions are read
 
 
@@ -205,28 +208,61 @@ def check_fingerprint(run: Path, config: TrainConfig) -> None:
 # The loop
 
 
+@dataclass
+class Job:
+    """A run made ready: its folder, where and how it computes, the model, the data and the number of steps."""
+
+    config: TrainConfig
+    run: Path
+    device: torch.device
+    dtype: torch.dtype
+    model: ImageCaptionModel
+    datasets: dict[str, CaptionDataset]
+    steps_per_epoch: int
+    steps: int
+    tokens: float
+    """Mean length of a training caption with its end token."""
+
+    @property
+    def updates(self) -> int:
+        """Steps of the optimizer."""
+        return -(-self.steps // self.config.accumulation_steps)
+
+
 def train(config: TrainConfig) -> int:
-    """A whole run, from data to the finished model and its evaluation. Returns an exit code (0, or 130/143 when stopped)."""
+    """A whole run, from data to the finished model and its evaluation. Returns an exit code: 0, or 130/143 when stopped."""
     device, device_reason = choose_device(config.device)
     dtype, precision_reason = choose_precision(config.precision, device)
+    use_flash_attention(config.flash_attention)
+    job = prepare(config, device, dtype)
+    print(f"device      {device} ({device_reason})\nprecision   {str(dtype)[6:]} ({precision_reason})")
+    stopped = learn(job)
+    if stopped is not None:
+        return stopped
+    finish(job)
+    return 0
+
+
+def prepare(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Job:
+    """The run's folder, data, tokenizer and fresh model."""
     run = find_run(config)
     tables = load_tables(config, run)
-    torch.manual_seed(config.seed)
     texts = [text for captions in tables["train"].captions for text in captions]
     tokenizer = load_tokenizer(config.tokenizer, texts, config.model.vocab_size)
-    if tokenizer.eos_token_id is None:
+    end = tokenizer.eos_token_id
+    if end is None:
         raise UserError(f"tokenizer {config.tokenizer} has no end token: choose another --tokenizer")
     sizes = dataclasses.replace(
         config.model,
         vocab_size=len(tokenizer),
-        end_token_id=tokenizer.eos_token_id,
-        start_token_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        end_token_id=end,
+        start_token_id=end if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
+        pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
-    model = ImageCaptionModel(sizes).to(device)
+    torch.manual_seed(config.seed)
+    model = ImageCaptionModel(sizes)
     model.tokenizer = tokenizer
     model.set_gradient_checkpointing(config.gradient_checkpointing)
-    use_flash_attention(config.flash_attention)
     datasets = {
         split: CaptionDataset(
             table,
@@ -239,94 +275,89 @@ def train(config: TrainConfig) -> int:
         )
         for split, table in tables.items()
     }
-    train_set = datasets["train"]
-    first_loader = make_dataloader(train_set, config.batch_size, shuffle=True)
-    steps_per_epoch = len(first_loader)
-    steps = config.max_steps or config.epochs * steps_per_epoch
-    updates = -(-steps // config.accumulation_steps)
-    tokens = len(train_set.tokens) / max(1, len(texts)) + 1
-
-    step = 0
-    optimizers = build_optimizers(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    saved = checkpoints(run)
-    if saved:
-        state = json.loads((saved[-1] / "state.json").read_text(encoding="utf-8"))
-        model.load_state_dict(ImageCaptionModel.from_pretrained(saved[-1] / "model.safetensors").state_dict())
-        load_optimizers(saved[-1], optimizers)
-        scaler.load_state_dict(state["scaler"])
-        step = state["step"]
-    _, attention_reason = choose_attention(device.type, dtype)
-    write_json(run / "run.json", {"fingerprint": config.fingerprint, "finished": False, "config": config.to_dict()})
-
-    memory = estimated_memory(config, model.num_parameters, tokens)
-    expected = estimated_seconds(config, len(tables["train"]), tokens, device, dtype) * (1 - step / steps)
-    captions = f"{len(texts):,} captions of {tokens:.1f} tokens"
-    print(
-        f"device      {device} ({device_reason})\n"
-        f"precision   {str(dtype).removeprefix('torch.')} ({precision_reason})\n"
-        f"attention   {attention_reason}\n"
-        f"model       {model.num_parameters:,} parameters, vocabulary {sizes.vocab_size:,}\n"
-        f"data        {tables['train'].name}: {len(train_set):,} pictures, {captions}; "
-        f"{len(datasets['val']):,} to validate, {len(datasets['test']):,} to test\n"
-        f"steps       {steps:,} of {config.batch_size} pictures x {config.captions_per_image} captions, "
-        f"{steps_per_epoch:,} an epoch" + (f"; going on at step {step:,}" if step else "") + "\n"
-        f"estimate    about {duration(expected)} of training, about {memory / 2**30:.1f} GiB of memory\n"
-        f"output      {run}",
-        flush=True,
+    steps_per_epoch = len(make_dataloader(datasets["train"], config.batch_size))
+    return Job(
+        config=config,
+        run=run,
+        device=device,
+        dtype=dtype,
+        model=model.to(device),
+        datasets=datasets,
+        steps_per_epoch=steps_per_epoch,
+        steps=config.max_steps or config.epochs * steps_per_epoch,
+        tokens=len(datasets["train"].tokens) / len(texts) + 1,
     )
 
-    val_loader = make_dataloader(datasets["val"], config.batch_size)
+
+def plan(job: Job, step: int) -> str:
+    """What is about to happen: sizes, steps, estimates."""
+    config, table = job.config, job.datasets["train"].table
+    seconds = estimated_seconds(config, len(table), job.tokens, job.device, job.dtype) * (1 - step / job.steps)
+    memory = estimated_memory(config, job.model.num_parameters, job.tokens)
+    val, test = len(job.datasets["val"]), len(job.datasets["test"])
+    return (
+        f"attention   {choose_attention(job.device.type, job.dtype)[1]}\n"
+        f"model       {job.model.num_parameters:,} parameters, vocabulary {job.model.config.vocab_size:,}\n"
+        f"data        {table.name}: {len(table):,} pictures, {table.num_captions:,} captions of {job.tokens:.1f} tokens; "
+        f"{val:,} pictures to validate, {test:,} to test\n"
+        f"steps       {job.steps:,} of {config.batch_size} pictures x {config.captions_per_image} captions, "
+        f"{job.steps_per_epoch:,} an epoch{f'; going on at step {step:,}' if step else ''}\n"
+        f"estimate    about {duration(seconds)} of training, about {memory / 2**30:.1f} GiB of memory\n"
+        f"output      {job.run}"
+    )
+
+
+def learn(job: Job) -> int | None:
+    """Trains from the newest checkpoint, or from the start, to the last step. Returns an exit code when it was stopped."""
+    config, run, device, model = job.config, job.run, job.device, job.model
+    optimizers = build_optimizers(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=job.dtype == torch.float16)
+    step, losses = 0, []
+    if saved := checkpoints(run):
+        state = json.loads((saved[-1] / "state.json").read_text(encoding="utf-8"))
+        model.load_state_dict(load_file(saved[-1] / "model.safetensors"))
+        load_optimizers(saved[-1], optimizers)
+        scaler.load_state_dict(state["scaler"])
+        step, losses = state["step"], [torch.tensor(loss, device=device) for loss in state["losses"]]
+    write_json(run / "run.json", {"fingerprint": config.fingerprint, "finished": False, "config": config.to_dict()})
+    print(plan(job, step), flush=True)
+
+    train_set = job.datasets["train"]
     loader = make_dataloader(
         train_set,
         config.batch_size,
         first_step=step,
-        last_step=steps,
+        last_step=job.steps,
         shuffle=True,
         num_workers=0 if train_set.cache is not None else min(16, config.num_workers),
         pin_memory=device.type == "cuda",
     )
-    log = MetricLog(run / "metrics.jsonl", step)
-    stop = StopSignal()
     batches = iter(loader)
     learner = torch.compile(model) if config.compile else model
     model.train()
-    bar = tqdm(total=steps, initial=step, desc="training", unit="step", smoothing=0.05)
-    first_step, losses, since, pictures = step, [], time.perf_counter(), 0
-    while True:
-        last = step == steps
-        stopping = stop.received is not None
-        fresh = step > first_step
-        checkpoint_due = step % (config.checkpoint_interval or steps_per_epoch) == 0
-        if fresh and (last or step % steps_per_epoch == 0):
-            val_loss = caption_loss(model, val_loader, device, dtype)
-            log.write(step, epoch=step / steps_per_epoch, val_loss=val_loss)
-            tqdm.write(f"step {step:,}: validation loss {val_loss:.3f}")
-        if fresh and (last or step % config.eval_interval == 0):
-            samples = sample_captions(model, datasets["val"], device, dtype, config.caption_length)
-            log.write(step, samples=samples)
-            tqdm.write("\n".join(f"  {name}: {caption}" for name, caption in samples.items()))
-        if fresh and (last or stopping or checkpoint_due):
-            save_checkpoint(
-                run / "checkpoints" / f"step-{step:08d}",
-                model.save_file,
-                optimizers,
-                {"step": step, "scaler": scaler.state_dict()},
-            )
-            for old in checkpoints(run)[: -config.keep_checkpoints]:
-                shutil.rmtree(old)
+    log, stop = MetricLog(run / "metrics.jsonl", step), StopSignal()
+    bar = tqdm(total=job.steps, initial=step, desc="training", unit="step", smoothing=0.05)
+    first_step, pictures, since = step, 0, time.perf_counter()
+    while True:  # one time more than there are steps, so that the last look, save and stop are no special case
+        last, stopping = step == job.steps, stop.received is not None
+        if step > first_step:
+            look(job, step, log)
+            due = step % (config.checkpoint_interval or job.steps_per_epoch) == 0
+            if due or last or stopping:
+                state = {"step": step, "scaler": scaler.state_dict(), "losses": [loss.item() for loss in losses]}
+                save_checkpoint(run / "checkpoints" / f"step-{step:08d}", model.save_file, optimizers, state)
+                for old in checkpoints(run)[: -config.keep_checkpoints]:
+                    shutil.rmtree(old)
         if last or stopping:
             break
 
-        update = step // config.accumulation_steps
-        rate = learning_rate_at(update, updates, config)
         batch = to_device(next(batches), device)
         torch.manual_seed((config.seed << 32) + step)  # dropout is a function of the step: resuming needs no RNG state
-        input_ids = blank_words(batch["input_ids"], config.word_dropout, sizes)
-        with autocast(device, dtype):
+        rate = learning_rate_at(step // config.accumulation_steps, job.updates, config)
+        with autocast(device, job.dtype):
             loss = learner(
                 batch["pixel_values"],
-                input_ids,
+                blank_words(batch["input_ids"], config.word_dropout, model.config),
                 batch["lengths"],
                 batch["labels"],
                 batch["positions"],
@@ -334,44 +365,64 @@ def train(config: TrainConfig) -> int:
             ).loss
         scaler.scale(loss / config.accumulation_steps).backward()
         step += 1
-        if step % config.accumulation_steps == 0 or step == steps:
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-                optimizer.zero_grad(set_to_none=True)
-            scaler.update()
+        if step % config.accumulation_steps == 0 or step == job.steps:
+            norm = update(model, optimizers, scaler, rate, config.gradient_clip)
         losses.append(loss.detach())
         pictures += len(batch["pixel_values"])
         bar.update()
-        if step % 10 == 0 or step == steps:
+        if step % LOG_INTERVAL == 0 or step == job.steps:
             mean = torch.stack(losses).mean().item()
             if not math.isfinite(mean):
                 raise UserError(f"the loss is {mean} at step {step}: lower --learning-rate or use --precision fp32")
-            seconds = time.perf_counter() - since
-            speed = pictures / seconds
-            pairs = speed * (config.captions_per_image if config.captions_per_image > 1 else 1)
+            speed = pictures / (time.perf_counter() - since)
+            pairs = speed * config.captions_per_image
             bar.set_postfix_str(f"loss {mean:.3f}, lr {rate:.1e}, {speed:.0f} pictures/s, {pairs:.0f} pairs/s")
+            epoch = step / job.steps_per_epoch
             log.write(
-                step,
-                epoch=step / steps_per_epoch,
-                loss=mean,
-                learning_rate=rate,
-                gradient_norm=norm.item(),
-                pictures_per_second=speed,
+                step, epoch=epoch, loss=mean, learning_rate=rate, gradient_norm=norm.item(), pictures_per_second=speed
             )
-            losses, since, pictures = [], time.perf_counter(), 0
+            losses, pictures, since = [], 0, time.perf_counter()
     bar.close()
     log.close()
     stop.restore()
-    if stopping and not last:
-        print(f"stopped at step {step:,} and saved: the same command goes on from there")
-        return stop.exit_code
-    finish(config, run, model.eval(), datasets["test"], device, dtype)
-    return 0
+    if last:
+        return None
+    print(f"stopped at step {step:,} and saved: the same command goes on from there")
+    return stop.exit_code
+
+
+def update(
+    model: ImageCaptionModel,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    learning_rate: float,
+    gradient_clip: float,
+) -> Tensor:
+    """One update with the gradients gathered so far, clipped; they are gone afterwards. Returns their norm."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    return norm
+
+
+def look(job: Job, step: int, log: MetricLog) -> None:
+    """Where the step asks for it: the validation loss, at an epoch's end, and sample captions, every eval_interval."""
+    last = step == job.steps
+    if last or step % job.steps_per_epoch == 0:
+        loader = make_dataloader(job.datasets["val"], job.config.batch_size)
+        val_loss = caption_loss(job.model, loader, job.device, job.dtype)
+        log.write(step, epoch=step / job.steps_per_epoch, val_loss=val_loss)
+        tqdm.write(f"step {step:,}: validation loss {val_loss:.3f}")
+    if last or step % job.config.eval_interval == 0:
+        samples = sample_captions(job)
+        log.write(step, samples=samples)
+        tqdm.write("\n".join(f"  {name}: {caption}" for name, caption in samples.items()))
 
 
 def blank_words(input_ids: Tensor, share: float, config: ViTGPT2Config) -> Tensor:
@@ -383,31 +434,29 @@ def blank_words(input_ids: Tensor, share: float, config: ViTGPT2Config) -> Tenso
     return input_ids.masked_fill(blank, config.pad_token_id or 0)
 
 
-def sample_captions(
-    model: ImageCaptionModel, dataset: CaptionDataset, device: torch.device, dtype: torch.dtype, max_length: int
-) -> dict[str, str]:
-    """Greedy captions of the same four pictures every time, by file name."""
+def sample_captions(job: Job) -> dict[str, str]:
+    """Greedy captions of the same four validation pictures every time, by file name."""
+    dataset = job.datasets["val"]
     rows = list(range(0, len(dataset), max(1, len(dataset) // 4)))[:4]
-    pixels = torch.stack([dataset[0, row].pixels for row in rows]).to(device)
-    with autocast(device, dtype):
-        sequences = model.generate(pixels, max_length=max_length).sequences
-    return {dataset.table.paths[r].name: c for r, c in zip(rows, decode(model.tokenizer, sequences), strict=True)}
+    pixels = torch.stack([dataset[0, row].pixels for row in rows]).to(job.device)
+    with autocast(job.device, job.dtype):
+        sequences = job.model.generate(pixels, max_length=caption_length(job)).sequences
+    return {dataset.table.paths[r].name: c for r, c in zip(rows, decode(job.model.tokenizer, sequences), strict=True)}
+
+
+def caption_length(job: Job) -> int:
+    """The longest caption to write: as asked for, within the model's positions."""
+    return min(job.config.caption_length, job.model.config.max_length)
 
 
 # The end of a run
 
 
-def finish(
-    config: TrainConfig,
-    run: Path,
-    model: ImageCaptionModel,
-    test: CaptionDataset,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
+def finish(job: Job) -> None:
     """Saves the model, evaluates it on the test pictures, draws the curves and says where everything is."""
-    model.save_file(run / MODEL_FILE)
-    captioned, metrics = evaluate_dataset(model, test, device, dtype, run, max_length=config.caption_length)
+    run, config, test = job.run, job.config, job.datasets["test"]
+    job.model.eval().save_file(run / MODEL_FILE)
+    captioned, metrics = evaluate_dataset(job.model, test, job.device, job.dtype, run, max_length=caption_length(job))
     if config.dataset == "scenes":
         metrics |= score_drawn_scenes(config.data_dir or run / "scenes", run, captioned.captions)
     write_json(run / "metrics.json", metrics)

@@ -225,12 +225,10 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 class MetricLog:
-    """Appends one JSON object a line to metrics.jsonl; on resuming, drops the lines behind the checkpoint."""
+    """Appends one JSON object a line to metrics.jsonl; on resuming, drops what came after the checkpoint."""
 
     def __init__(self, path: Path, step: int) -> None:
-        lines = read_log(path)
-        if any(line["step"] > step for line in lines):
-            write_text(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, **values: Any) -> None:

@@ -1,0 +1,83 @@
+"""evaluate's contract, the loss with shuffled pictures, results files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import needs_shared, tiny_config
+
+from config import UserError
+from dataset import CaptionDataset, make_dataloader
+from evaluate import caption_loss, evaluate, evaluate_captions, read_results
+from metrics import score_captions
+from model import ImageCaptionModel
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model_and_loader(scenes_table, scenes_tokenizer):
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=len(scenes_tokenizer), resize_size=16)
+    model = ImageCaptionModel(config)
+    model.tokenizer = scenes_tokenizer
+    return model, make_dataloader(CaptionDataset(scenes_table.head(20), scenes_tokenizer, config), 8)
+
+
+def test_evaluate_is_bleu_4_as_a_float(model_and_loader):
+    model, loader = model_and_loader
+    bleu = evaluate(model, loader, model.tokenizer, "cpu", max_length=10)
+    assert isinstance(bleu, float) and 0 <= bleu <= 1
+    metrics = evaluate_captions(model, loader, model.tokenizer, "cpu", max_length=10)
+    assert metrics["bleu_4"] == bleu
+    assert {"bleu_1", "rouge_l", "cider_d", "unique_captions", "cut_captions"} <= set(metrics)
+
+
+def test_a_model_that_repeats_a_reference_scores_one(model_and_loader, monkeypatch):
+    """The whole chain, from tokens to score: a model that writes each picture's first reference has BLEU 1."""
+    model, loader = model_and_loader
+    firsts = iter([list(batch["labels"][:, 0]) for batch in loader])
+
+    def copy_first(pixels, **options):
+        rows = torch.stack(next(firsts))
+        return type("Generated", (), {"sequences": rows.masked_fill(rows == -100, model.config.end_token_id)})
+
+    monkeypatch.setattr(model, "generate", copy_first)
+    assert evaluate(model, loader, model.tokenizer, "cpu") == pytest.approx(1)
+
+
+def test_caption_loss_is_the_mean_over_tokens_whatever_the_batches(model_and_loader):
+    model, loader = model_and_loader
+    other = make_dataloader(loader.dataset, 5)
+    first, second = (caption_loss(model, each, CPU, torch.float32) for each in (loader, other))
+    assert first == pytest.approx(second, rel=1e-5)
+    assert caption_loss(model, loader, CPU, torch.float32, shuffle_pictures=True) != first
+
+
+def test_results_files(tmp_path):
+    references = {"annotations": [{"image_id": i, "caption": f"a dog number {i} runs"} for i in (1, 2, 2)]}
+    (tmp_path / "refs.json").write_text(json.dumps(references))
+    good = [{"image_id": 2, "caption": "b"}, {"image_id": 1, "caption": "a"}]
+    (tmp_path / "good.json").write_text(json.dumps(good))
+    candidates, known = read_results(tmp_path / "good.json", tmp_path / "refs.json")
+    assert candidates == ["a", "b"] and list(map(len, known)) == [1, 2]
+    for content, words in {
+        json.dumps(good[:1]): r"no caption for 1 pictures .* \(1\)",
+        json.dumps(good + good[:1]): "2 captions for picture 2",
+        json.dumps([{"image_id": 1}]): "not in COCO's format",
+        "{": "not in COCO's format",
+    }.items():
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(UserError, match=words) as error:
+            read_results(tmp_path / "bad.json", tmp_path / "refs.json")
+        assert "\n" not in str(error.value)
+
+
+def test_the_official_example_scores_as_published():
+    folder = needs_shared("coco_eval")
+    pair = read_results(folder / "captions_val2014_fakecap_results.json", folder / "captions_val2014_fakecap_refs.json")
+    scores = score_captions(*pair)
+    assert scores["cider_d"] == pytest.approx(0.599791, abs=1e-3)
+    assert scores["bleu_4"] == pytest.approx(0.190829, abs=5e-4)

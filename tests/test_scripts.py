@@ -1,0 +1,274 @@
+"""The commands people type, as real processes in an empty folder: main.py, example_usage.py, evaluate.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SHARED, needs_shared
+from PIL import Image
+
+import example_usage
+from config import PRESETS, TrainConfig, UserError, ViTGPT2Config
+from dataset import CaptionDataset, prepare_picture
+from evaluate import caption_loss
+from example_usage import caption_image, is_model
+from main import parse_arguments
+from model import ImageCaptionModel
+from scenes import parse_caption, scene_from_dict, score_scenes
+from sources import load_table
+
+MODEL = "vit-gpt2-captioning.safetensors"
+
+
+def script(cwd: Path, *arguments: str | Path, code: int = 0) -> str:
+    """Runs a script; returns its standard output, or its standard error when it is meant to fail."""
+    command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+    result = subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=900)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stderr if code else result.stdout
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """The demo cut short: enough steps to look at pictures, too few to caption them well."""
+    directory = tmp_path_factory.mktemp("demo")
+    arguments = ["--num-scenes", "3000", "--max-steps", "60", "--output-dir", "out", "--eval-interval", "30"]
+    output = script(directory, "main.py", "--preset", "demo", *arguments)
+    for word in ("device ", "precision ", "attention ", "parameters", "pictures", "steps ", "estimate "):
+        assert word in output
+    return directory
+
+
+def test_the_demo_leaves_everything_it_promises(demo):
+    assert {path.name for path in demo.iterdir()} == {"out", MODEL}
+    assert (demo / MODEL).read_bytes() == (demo / "out" / MODEL).read_bytes()
+    for picture in ("samples.png", "curves.png"):
+        assert min(Image.open(demo / "out" / picture).size) > 300
+    lines = [json.loads(line) for line in (demo / "out/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(10, 61, 10))
+    assert all(line["learning_rate"] >= 0 for line in lines if "loss" in line)
+    assert [line["step"] for line in lines if "samples" in line] == [30, 60]
+    assert any("val_loss" in line for line in lines)
+
+
+def test_scenes_test_json_can_be_scored_again(demo):
+    metrics = json.loads((demo / "out/metrics.json").read_text())
+    entries = json.loads((demo / "out/scenes_test.json").read_text())
+    assert len(entries) == 500 and all((demo / "out/scenes/test2017" / entry["file"]).is_file() for entry in entries)
+    again = score_scenes([scene_from_dict(e["truth"]) for e in entries], [e["caption"] for e in entries])
+    assert again.items() <= metrics.items()
+    assert {"bleu_4", "cider_d", "rouge_l", "scene_accuracy", "scene_accuracy_one_group"} <= set(metrics)
+
+
+def test_the_demo_model_looks_at_the_picture(demo):
+    """Swapping pictures among captions must cost the model dearly: a captioner can score well without looking."""
+    model = ImageCaptionModel.from_pretrained(demo / MODEL)
+    table = load_table("coco", demo / "out/scenes", "test").head(200)
+    from dataset import make_dataloader
+
+    loader = make_dataloader(CaptionDataset(table, model.tokenizer, model.config), 50)
+    right, shuffled = (caption_loss(model, loader, torch.device("cpu"), torch.float32, s) for s in (False, True))
+    assert shuffled > right + 0.3
+
+
+def test_example_usage(demo, tmp_path):
+    picture = demo / "out/scenes/test2017/000000000000.png"
+    caption = script(tmp_path, "example_usage.py", picture, demo / MODEL).strip()
+    entries = json.loads((demo / "out/scenes_test.json").read_text())
+    assert caption == entries[0]["caption"]  # the script and the evaluation decode alike
+    (tmp_path / "folder").mkdir()
+    for name in ("b.png", "a.png"):
+        (tmp_path / "folder" / name).write_bytes(picture.read_bytes())
+    (tmp_path / "folder" / "notes.txt").write_text("no picture")
+    output = script(tmp_path, "example_usage.py", "folder", picture, demo / MODEL)
+    assert output.splitlines() == [f"folder/{n}\t{caption}" for n in ("a.png", "b.png")] + [f"{picture}\t{caption}"]
+    assert "a drawn scene" in script(demo, "example_usage.py")  # no arguments: the newest local model
+
+
+def test_example_usage_names_bad_pictures_and_does_the_rest(demo, tmp_path):
+    (tmp_path / "bad.png").write_text("no picture")
+    picture = demo / "out/scenes/test2017/000000000000.png"
+    error = script(tmp_path, "example_usage.py", "bad.png", picture, demo / MODEL, code=1)
+    assert error.strip().splitlines() == [error.strip()] and "bad.png" in error
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+def test_caption_image_takes_paths_and_urls(demo):
+    picture = demo / "out/scenes/test2017/000000000000.png"
+    greedy = caption_image(picture, demo / MODEL, do_sample=False, num_beams=3)
+    entries = json.loads((demo / "out/scenes_test.json").read_text())
+    assert greedy == entries[0]["caption"]
+    handler = functools.partial(Quiet, directory=str(picture.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        assert caption_image(address + picture.name, demo / MODEL, do_sample=False, num_beams=3) == greedy
+        with pytest.raises(UserError, match=r"absent\.png"):
+            caption_image(address + "absent.png", demo / MODEL)
+        server.shutdown()
+    torch.manual_seed(0)
+    sampled = caption_image(image_path=str(picture), model_source=str(demo / MODEL), device="cuda", max_length=32,
+                            temperature=1.0, do_sample=True, top_k=50, top_p=0.95)  # fmt: skip
+    torch.manual_seed(0)
+    assert isinstance(sampled, str) and sampled == caption_image(picture, demo / MODEL)
+    with pytest.raises(UserError, match="only http"):
+        caption_image("file:///etc/passwd", demo / MODEL)
+
+
+def test_what_is_a_model_and_what_a_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "config.json").write_text("{}")
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user" / "pictures").mkdir()
+    models = {"m.safetensors", "here", "someone/model"}
+    for name in models | {"folder", "user/pictures", "photo.jpg", "dir/photo.jpg", "http://x/y", "./a/b", "a/b/c"}:
+        assert is_model(name) == (name in models), name
+    with pytest.raises(UserError, match="no model here"):
+        example_usage.newest_model()
+
+
+def test_another_runs_model_is_kept(demo, tmp_path):
+    (tmp_path / MODEL).write_text("someone else's")
+    arguments = ["--num-scenes", "64", "--max-steps", "2", "--batch-size", "8", "--seed", "1"]
+    script(tmp_path, "main.py", "--preset", "demo", *arguments)
+    assert (tmp_path / "vit-gpt2-captioning.previous.safetensors").read_text() == "someone else's"
+    assert [path.name[:5] for path in (tmp_path / "runs").iterdir()] == ["demo-"]
+
+
+def test_evaluate_script(demo, tmp_path):
+    output = script(tmp_path, "evaluate.py", demo / MODEL, "--data-dir", demo / "out/scenes", "--split", "test")
+    before = json.loads((demo / "out/metrics.json").read_text())
+    after = json.loads((tmp_path / "evaluation/metrics.json").read_text())
+    assert after["bleu_4"] == before["bleu_4"] and "cider_d" in output
+    folder = needs_shared("coco_eval")
+    results, references = (folder / f"captions_val2014_fakecap_{kind}.json" for kind in ("results", "refs"))
+    script(tmp_path, "evaluate.py", "--results", results, "--references", references)
+    assert json.loads((tmp_path / "evaluation/metrics.json").read_text())["cider_d"] == pytest.approx(0.5998, abs=1e-3)
+
+
+def test_flickr8k_preset_cut_short(tmp_path):
+    folder = needs_shared("flickr8k")
+    model = ["--vision-num-layers", "1", "--decoder-num-layers", "1", "--image-size", "32", "--resize-size", "36"]
+    script(tmp_path, "main.py", "--preset", "flickr8k", "--data-dir", folder, "--max-steps", "3", *model)
+    (run,) = (tmp_path / "runs").iterdir()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["pictures"] == 1000 and metrics["loss"] < 9
+    assert not [path for path in SHARED.rglob("*") if path.name.startswith(".")]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["main.py"], "./coco_data is not there"),
+        (["main.py", "--data-dir", "nowhere"], "nowhere"),
+        (["main.py", "--preset", "flickr8k"], "needs --data-dir"),
+        (["main.py", "--preset", "flickr9k"], "preset 'flickr9k' is unknown"),
+        (["main.py", "--preset", "demo", "--image-size", "50"], "image_size 50 is not divisible by patch_size 8"),
+        (["main.py", "--preset", "demo", "--decoder-num-heads", "3"], "decoder_num_heads 3 does not divide"),
+        (["main.py", "--preset", "demo", "--output-dir", "file/inside"], "cannot write there"),
+        (["main.py", "--preset", "demo", "--batch-size", "0"], "batch_size is 0"),
+        (["main.py", "--preset", "demo", "--resume", "nowhere"], "no checkpoint to resume from"),
+        (["example_usage.py", "photo.jpg"], "no model here"),
+        (["example_usage.py", "photo.jpg", "file.safetensors"], "not a safetensors file"),
+        (["example_usage.py", "photo.jpg", "absent.safetensors"], "no such model file"),
+        (["evaluate.py"], "name a model"),
+        (["evaluate.py", "--results", "file", "--references", "file"], "not in COCO's format"),
+    ],
+    ids=lambda value: "-".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
+)
+def test_bad_input_gets_one_line(tmp_path, arguments, words):
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "file.safetensors").write_text("text")
+    error = script(tmp_path, *arguments, code=2)
+    assert words in error and len(error.strip().splitlines()) == 1, error
+    assert {path.name for path in tmp_path.iterdir()} <= {"file", "file.safetensors"}
+
+
+def test_unknown_flags_are_refused(tmp_path):
+    assert "--no-such-flag" in script(tmp_path, "main.py", "--no-such-flag", code=2)
+
+
+# The command line is the config
+
+
+def test_help_shows_every_field_with_its_sentence(tmp_path):
+    text = " ".join(script(tmp_path, "main.py", "--help").replace("│", " ").split())
+    for config in (TrainConfig, ViTGPT2Config):
+        for field in dataclasses.fields(config):
+            if field.name != "model":
+                assert f"--{field.name.replace('_', '-')}" in text, field.name
+    assert "Widest" not in text and "Highest learning rate" in text and "Width of the encoder" in text
+
+
+def test_flags_presets_and_the_constants_people_edit(monkeypatch):
+    import main
+
+    config = parse_arguments([])
+    assert (config.preset, config.dataset) == ("coco", "coco")
+    assert (config.batch_size, config.epochs, config.device) == (128, 10, "auto")
+    assert (config.learning_rate, config.weight_decay, config.gradient_clip) == (2e-4, 0.01, 1.0)
+    assert (config.optimizer, config.captions_per_image, config.model) == ("adamw", 5, ViTGPT2Config())
+    monkeypatch.setattr(main, "BATCH_SIZE", 7)
+    assert parse_arguments([]).batch_size == 7
+    assert parse_arguments(["--batch-size", "9"]).batch_size == 9
+    demo = parse_arguments(["--preset", "demo", "--vision-embed-dim", "64", "--random-flip"])
+    assert demo.model.vision_embed_dim == 64 and demo.random_flip
+    assert demo.batch_size == PRESETS["demo"].batch_size
+    flags = "--data-dir --output-dir --max-steps --warmup-steps --precision --seed --num-workers --checkpoint-interval"
+    for flag in flags.split():
+        parse_arguments([flag, "fp32" if flag == "--precision" else "3"])
+    for flag in ("--tokenizer", "--resume"):
+        parse_arguments([flag, "x"])
+    parse_arguments(["--compile", "--yes"])
+
+
+def test_seed_names():
+    from dataset import download_coco_dataset
+
+    assert callable(download_coco_dataset)
+    config = ViTGPT2Config(image_size=224, patch_size=16, vision_embed_dim=768, vocab_size=50257)
+    assert (config.max_length, config.bridge, config.num_patches) == (512, "cross_attention", 196)
+
+
+# The whole demo
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path):
+    """What the README promises of its first command: right captions for scenes never seen, within 8 minutes."""
+    script(tmp_path, "main.py", "--preset", "demo")
+    (run,) = (tmp_path / "runs").iterdir()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["scene_accuracy"] >= 0.9 and metrics["scene_accuracy_one_group"] >= 0.95
+    assert metrics["loss_shuffled_pictures"] > metrics["loss"] + 1
+    entries = json.loads((run / "scenes_test.json").read_text())
+    right = next(entry for entry in entries if entry["right"]["all"])
+    caption = script(tmp_path, "example_usage.py", run / "scenes/test2017" / right["file"])
+    truth = scene_from_dict(right["truth"])
+    assert parse_caption(caption) in (truth, truth.inverse)
+
+
+def test_captioning_sees_what_evaluation_sees(demo):
+    config = ImageCaptionModel.from_pretrained(demo / MODEL).config
+    picture = demo / "out/scenes/test2017/000000000003.png"
+    assert prepare_picture(picture, config).shape == (3, 48, 48)

@@ -1,0 +1,95 @@
+"""Device and precision chosen with a reason, files that are whole or absent, the log, one-line errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import utils
+from config import UserError
+from utils import MetricLog, choose_device, choose_precision, put_in_place, read_log, run_script, writable_directory
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("half", "expected"), [(300.0, torch.bfloat16), (110.0, torch.float32), (0.0, torch.float32)])
+def test_precision_on_a_cpu_follows_the_measurement(monkeypatch, half, expected):
+    monkeypatch.setattr(utils, "matmul_rate", lambda device, dtype: half * 1e9 if dtype == torch.bfloat16 else 100e9)
+    dtype, reason = choose_precision("auto", CPU)
+    assert dtype == expected and f"bf16 {half:.0f}, fp32 100 GFLOP/s" in reason
+
+
+@pytest.mark.parametrize(("mps", "expected"), [(900.0, "mps"), (50.0, "cpu")])
+def test_apple_gpus_are_taken_only_where_they_are_faster(monkeypatch, mps, expected):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(utils, "matmul_rate", lambda device, dtype, size: (mps if device == "mps" else 100.0) * 1e9)
+    device, reason = choose_device("auto")
+    assert device.type == expected and f"mps {mps:.0f}" in reason
+
+
+def test_the_rate_is_measured():
+    rate = utils.matmul_rate("cpu", torch.float32, 256)
+    assert 1e8 < rate < 1e14
+    assert utils.matmul_rate("cpu", torch.float32, 256) == rate  # once a process
+
+
+def test_fp16_is_the_default_on_cuda_and_refused_on_a_cpu():
+    assert choose_precision("auto", torch.device("cuda"))[0] == torch.float16
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        choose_precision("fp16", CPU)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="cuda is not available"):
+            choose_device("cuda")
+
+
+def test_another_runs_model_is_kept(tmp_path):
+    for name, text in {"a": "1", "b": "2", "model.safetensors": "0"}.items():
+        (tmp_path / name).write_text(text)
+    target = tmp_path / "model.safetensors"
+    assert put_in_place(tmp_path / "a", target) == tmp_path / "model.previous.safetensors"
+    assert target.read_text() == "1" and (tmp_path / "model.previous.safetensors").read_text() == "0"
+    assert put_in_place(tmp_path / "a", target) is None  # the same run again moves nothing
+    assert (tmp_path / "model.previous.safetensors").read_text() == "0"
+
+
+def test_the_log_survives_a_crash_and_forgets_what_will_be_done_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(path, 0)
+    for step in (10, 20, 30):
+        log.write(step, loss=1.0)
+    log.close()
+    with path.open("a") as file:
+        file.write('{"step": 40, "lo')
+    assert [line["step"] for line in read_log(path)] == [10, 20, 30]
+    MetricLog(path, 20).close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20]
+
+
+def test_a_line_cut_by_a_crash_does_not_swallow_the_next(tmp_path):
+    """A half-written last line once ran into the first line of the resumed run."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10}\n{"step": 20, "lo')
+    log = MetricLog(path, 10)
+    log.write(20, loss=1.0)
+    log.close()
+    assert [line["step"] for line in read_log(path)] == [10, 20]
+
+
+def test_folders_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another --output-dir"):
+        writable_directory(tmp_path / "file" / "inside")
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("what: do this"), 2), (KeyboardInterrupt(), 130)])
+def test_scripts_end_with_one_line(capsys, error, code):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    assert end.value.code == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
