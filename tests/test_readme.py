@@ -1,0 +1,65 @@
+"""The README keeps its word: its flags exist, its files exist, its commands run in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = [
+    line.split("  #")[0].strip() for block in re.findall(r"```\n(.*?)```", TEXT, re.S) for line in block.splitlines()
+]
+COMMANDS = [line for line in BLOCKS if line.startswith("python ")] + re.findall(r"`(python [^`]+)`", TEXT)
+
+
+def test_every_flag_and_file_it_names_exists():
+    assert len(COMMANDS) >= 8
+    sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("main.py", "config.py", "evaluate.py")}
+    fields = set(re.findall(r"^    (\w+): ", sources["config.py"] + sources["evaluate.py"], re.M)) | {"help"}
+    for flag in set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", TEXT)):
+        assert flag.replace("-", "_") in fields, flag
+    for name in set(re.findall(r"`(\w+\.(?:py|md))`", TEXT)) | set(re.findall(r"python (\w+\.py)", TEXT)):
+        assert (ROOT / name).is_file(), name
+
+
+def test_every_dependency_has_its_reason():
+    requirements = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-dev.txt").read_text()
+    section = TEXT.split("## Dependencies")[1].split("## ")[0]
+    for name in re.findall(r"^([\w-]+)>=", requirements, re.M):
+        assert name in section, name
+
+
+def test_ci_runs_the_test_command_as_it_stands_here():
+    command = next(command for command in COMMANDS if "requirements-dev.txt" in command)
+    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def clean_copy(directory: Path) -> Path:
+    """The files that git knows, in an empty folder."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True, check=True).stdout.split()
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, directory / name)
+    return directory
+
+
+@pytest.mark.slow
+def test_the_first_command_on_a_bare_machine(tmp_path):
+    """Install and demo from an empty folder, as the README has it, then the example."""
+    copy = clean_copy(tmp_path)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV", "TQDM"))}
+    command = next(command for command in COMMANDS if "requirements.txt" in command)
+    subprocess.run(["bash", "-c", command], cwd=copy, env=environment, check=True, timeout=3000)
+    (run,) = (copy / "runs").iterdir()
+    assert json.loads((run / "metrics.json").read_text())["scene_accuracy"] >= 0.9
+    example = subprocess.run(
+        [".venv/bin/python", "example_usage.py"], cwd=copy, env=environment, check=True, text=True, capture_output=True
+    )
+    assert "a drawn scene" in example.stdout
