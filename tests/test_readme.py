@@ -13,17 +13,16 @@ import pytest
 from conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = [
-    line.split("  #")[0].strip() for block in re.findall(r"```\n(.*?)```", TEXT, re.S) for line in block.splitlines()
-]
-COMMANDS = [line for line in BLOCKS if line.startswith("python ")] + re.findall(r"`(python [^`]+)`", TEXT)
+SHELL = [block for language, block in re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.S | re.M) if not language]
+LINES = [line.split("  #")[0].strip() for block in SHELL for line in block.splitlines()]
+COMMANDS = [line for line in LINES if line.startswith("python ")] + re.findall(r"`(python [^`]+)`", TEXT)
 
 
 def test_every_flag_and_file_it_names_exists():
     assert len(COMMANDS) >= 8
     sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("main.py", "config.py", "evaluate.py")}
     fields = set(re.findall(r"^    (\w+): ", sources["config.py"] + sources["evaluate.py"], re.M)) | {"help"}
-    for flag in set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", TEXT)):
+    for flag in set(re.findall(r"(?<=[\s`])--([a-z-]*[a-z])", TEXT)):
         assert flag.replace("-", "_") in fields, flag
     for name in set(re.findall(r"`(\w+\.(?:py|md))`", TEXT)) | set(re.findall(r"python (\w+\.py)", TEXT)):
         assert (ROOT / name).is_file(), name
