@@ -55,11 +55,11 @@ class ViTGPT2Config:
     bridge: Literal["cross_attention"] = "cross_attention"
     """How the decoder sees the picture."""
     end_token_id: int | None = None
-    """The token that ends a caption (default: the vocabulary's last, as in GPT-2)."""
+    """The token that ends a caption (default: the vocabulary's last, as in GPT-2); training takes the tokenizer's."""
     start_token_id: int | None = None
-    """The token a caption starts with (default: end_token_id)."""
+    """The token a caption starts with (default: end_token_id); training takes the tokenizer's."""
     pad_token_id: int | None = None
-    """The token that fills up short captions (default: end_token_id)."""
+    """The token that fills up short captions (default: end_token_id); training takes the tokenizer's."""
 
     def __post_init__(self) -> None:
         if self.resize_size is None:
@@ -89,6 +89,8 @@ class ViTGPT2Config:
                 )
         if not 0 <= max(self.end_token_id, self.start_token_id, self.pad_token_id) < self.vocab_size:
             raise UserError(f"a special token's id lies outside the vocabulary of {self.vocab_size}")
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or not all(self.image_std):
+            raise UserError("image_mean and image_std need three numbers each, and no image_std may be zero")
         for name in ("dropout", "vision_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
@@ -134,11 +136,11 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop the schedule after this many steps, whatever epochs says."""
     batch_size: int = 128
-    """Pictures in one step on one device."""
+    """Pictures that go through the model at a time."""
     captions_per_image: int = 5
     """Captions of each picture learned in one step; 1 visits every caption once an epoch instead."""
     accumulation_steps: int = 1
-    """Steps whose gradients are added up before one update."""
+    """Batches whose gradients are added up to one step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon for the matrices inside the layers with AdamW for the rest."""
     learning_rate: float = 2e-4
@@ -187,14 +189,18 @@ class TrainConfig:
     """Sizes of the model."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "captions_per_image", "accumulation_steps", "eval_interval", "num_scenes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("max_steps", "checkpoint_interval"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate is {self.learning_rate}: it must be positive")
+        least = dict.fromkeys(("num_workers", "warmup_steps", "weight_decay", "seed"), 0)
+        least |= dict.fromkeys(("epochs", "max_steps", "batch_size", "captions_per_image", "accumulation_steps"), 1)
+        least |= dict.fromkeys(("eval_interval", "checkpoint_interval", "keep_checkpoints", "num_scenes"), 1)
+        for name, lowest in (least | {"caption_length": 1}).items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise UserError(f"{name} is {value}: it must be at least {lowest}")
+        if self.seed >= 1 << 31:
+            raise UserError(f"seed is {self.seed}: it must be below 2147483648")
+        for name in ("learning_rate", "gradient_clip"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be positive")
         for name in ("word_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")

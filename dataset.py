@@ -1,6 +1,6 @@
 """From a table of pictures and captions to batches: pictures decoded, captions tokenized, samples drawn and collated.
 
-Imports config and sources. What a batch holds is a pure function of (seed, epoch, step): every sample draws from a
+Imports config, model (for GPT-2's tokenizer) and sources. What a batch holds is a pure function of (seed, epoch, step): every sample draws from a
 generator of its own, so any number of workers, and a run that is killed and resumed, see the same batches. Pixels for
 training and for captioning come through one function, `load_picture`.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,6 +42,7 @@ END_OF_TEXT = "<|endoftext|>"
 IGNORE = -100
 POSITIONS_MULTIPLE = 64  # M is rounded up to this, so that compiled code sees few shapes
 CACHE_SHARE_OF_MEMORY = 0.4
+MAX_PIXELS = 80_000_000  # Pillow warns a little above, and gives up at twice that
 
 
 # Pictures
@@ -55,14 +56,12 @@ def load_picture(source: str | os.PathLike[str] | bytes | Image.Image, size: int
     """
     name = "picture" if isinstance(source, bytes | Image.Image) else str(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = (
-                source
-                if isinstance(source, Image.Image)
-                else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            )
-            image = to_rgb(ImageOps.exif_transpose(image))
+        image = source
+        if not isinstance(image, Image.Image):
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        if image.width * image.height > MAX_PIXELS:  # known before anything is decoded: a small file can be a bomb
+            raise ValueError(f"{image.width} x {image.height} pixels are too many")
+        image = to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise UserError(f"{name}: no such file") from None
     except Exception as error:  # Pillow raises a dozen kinds for damaged files, SyntaxError among them
@@ -270,16 +269,20 @@ def collate(samples: Sequence[Sample], config: ViTGPT2Config, captions_per_image
             input_ids[n, k, 1 : len(tokens) + 1] = labels[n, k, : len(tokens)] = tokens
             labels[n, k, len(tokens)] = config.end_token_id
     positions = (np.arange(input_ids.shape[2]) < lengths[..., None]).reshape(-1).nonzero()[0]
-    missing = -len(positions) % POSITIONS_MULTIPLE
     return {
         "pixel_values": torch.stack([sample.pixels for sample in samples]),
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
         "lengths": torch.from_numpy(lengths),
-        "positions": torch.from_numpy(np.pad(positions, (0, missing), constant_values=input_ids.size)),
+        "positions": rounded_up(torch.from_numpy(positions), input_ids.size),
         "rows": [sample.row for sample in samples],
         "captions": [sample.captions for sample in samples],
     }
+
+
+def rounded_up(positions: Tensor, nothing: int) -> Tensor:
+    """positions (M,) filled up with `nothing` to a multiple of POSITIONS_MULTIPLE."""
+    return torch.nn.functional.pad(positions, (0, -len(positions) % POSITIONS_MULTIPLE), value=nothing)
 
 
 @dataclass
@@ -312,8 +315,27 @@ def make_dataloader(
         collate_fn=Collate(dataset.config, dataset.captions_per_image),
         num_workers=num_workers,
         pin_memory=pin_memory,
-        persistent_workers=False,
+        worker_init_fn=ignore_interrupts,
     )
+
+
+def micro_batches(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    """A batch in parts of at most `size` pictures each, for gradients that are added up."""
+    pictures, captions, length = batch["input_ids"].shape
+    if pictures <= size:
+        yield batch
+        return
+    for start in range(0, pictures, size):
+        part = {name: values[start : start + size] for name, values in batch.items() if name != "positions"}
+        shifted = batch["positions"] - start * captions * length
+        tokens = part["input_ids"].numel()
+        part["positions"] = rounded_up(shifted[(shifted >= 0) & (shifted < tokens)], tokens)
+        yield part
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Leaves Ctrl-C, which reaches the workers too, to the process that they work for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

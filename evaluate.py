@@ -27,9 +27,9 @@ from config import UserError
 from dataset import CaptionDataset, decode, load_picture, load_table, make_dataloader, to_device
 from metrics import diversity, score_captions
 from model import ImageCaptionModel
-from utils import autocast, choose_device, choose_precision, run_script, writable_directory, write_json
+from utils import autocast, choose_device, choose_precision, parse_flags, run_script, writable_directory, write_json
 
-DECODING = {"num_beams": 3, "max_length": 32}
+NUM_BEAMS = 3
 
 
 @dataclass
@@ -56,11 +56,13 @@ def caption_loader(
     progress: bool = True,
     **decoding: Any,
 ) -> Captioned:
-    """Captions every picture of the loader; `decoding` goes to model.generate."""
+    """Captions every picture of the loader; `decoding` goes to model.generate, with 3 beams unless it samples."""
+    if not decoding.get("do_sample"):
+        decoding = {"num_beams": NUM_BEAMS} | decoding
     result = Captioned([], [], [], [])
     for batch in tqdm(dataloader, "captioning", unit="batch", disable=not progress):
         with autocast(device, dtype):
-            sequences = model.generate(batch["pixel_values"].to(device), **(DECODING | decoding)).sequences.cpu()
+            sequences = model.generate(batch["pixel_values"].to(device), **decoding).sequences.cpu()
         result.rows += batch["rows"]
         result.captions += decode(tokenizer, sequences)
         result.references += batch["captions"]
@@ -107,13 +109,16 @@ def caption_loss(
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
+    other = None
     for batch in dataloader:
         batch = to_device(batch, device)
         pixels: Tensor = batch["pixel_values"]
+        if shuffle_pictures:  # a batch of one takes the last picture of the batch before it
+            pixels, other = pixels.roll(1, 0) if len(pixels) > 1 or other is None else other, pixels[-1:]
         tokens = int(batch["lengths"].sum())
         with autocast(device, dtype):
             output = model(
-                pixels.roll(1, 0) if shuffle_pictures else pixels,
+                pixels,
                 batch["input_ids"],
                 batch["lengths"],
                 batch["labels"],
@@ -151,7 +156,9 @@ def contact_sheet(
         )
         grey = "\n".join(textwrap.shorten(text, 44, placeholder="…") for text in known[:2])
         lines = len(textwrap.wrap(caption, 34)) or 1
-        axis.text(0, -0.05 - 0.075 * lines, grey, transform=axis.transAxes, va="top", color="0.4", size=8)
+        axis.text(
+            0, -0.05 - 0.075 * lines, grey, transform=axis.transAxes, va="top", color="0.4", parse_math=False, size=8
+        )
     figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.1, hspace=0.45, wspace=0.1)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
@@ -193,15 +200,21 @@ def evaluate_dataset(
 
 def read_results(results: Path, references: Path) -> tuple[list[str], list[list[str]]]:
     """Candidates in COCO's results format and their references from an annotation file, matched by image id."""
+    name = results
     try:
         entries = [(entry["image_id"], entry["caption"]) for entry in json.loads(results.read_text(encoding="utf-8"))]
+        name = references
         known: dict[int | str, list[str]] = {}
         for entry in json.loads(references.read_text(encoding="utf-8"))["annotations"]:
             known.setdefault(entry["image_id"], []).append(entry["caption"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{results} or {references} is not in COCO's format ({type(error).__name__}: {error})"
-        ) from error
+        for image, caption in [*entries, *((image, c) for image, captions in known.items() for c in captions)]:
+            if not isinstance(image, int | str) or not isinstance(caption, str):
+                raise TypeError(f"picture {image}, caption {caption!r}")
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{name}: not in COCO's format ({reason}): results are [{{image_id, caption}}, ...]") from error
     candidates = dict(entries)
     if len(candidates) < len(entries):
         image, times = Counter(image for image, _ in entries).most_common(1)[0]
@@ -234,8 +247,8 @@ class EvaluateConfig:
     """Beams; 1 is greedy."""
     length_penalty: float = 1.0
     """Above 0, longer captions win more often."""
-    max_length: int = 32
-    """Longest caption, in tokens."""
+    max_length: int | None = None
+    """Longest caption, in tokens (default: 32, or what the model can hold)."""
     batch_size: int = 64
     """Pictures decoded at a time."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -248,7 +261,7 @@ class EvaluateConfig:
 
 def main() -> None:
     """The command line."""
-    config = tyro.cli(EvaluateConfig, description=__doc__)
+    config = parse_flags(EvaluateConfig, __doc__)
     if config.results and config.references:
         metrics: dict[str, float] = dict(score_captions(*read_results(config.results, config.references)))
         directory = writable_directory(config.output_dir)

@@ -14,6 +14,7 @@ here; without one the newest local model is used. Decodes with 3 beams unless to
 from __future__ import annotations
 
 import functools
+import http.client
 import sys
 import urllib.error
 import urllib.request
@@ -32,16 +33,21 @@ from config import UserError
 from dataset import decode, prepare_picture
 from model import MODEL_FILE, ImageCaptionModel
 from scenes import draw, make_scene
-from utils import autocast, choose_device, choose_precision, run_script
+from utils import autocast, choose_device, choose_precision, parse_flags, run_script
 
 PICTURE_SUFFIXES = set(Image.registered_extensions())
 URL_SECONDS = 15
 URL_BYTES = 50 << 20
 
 
-@functools.lru_cache(maxsize=1)
 def load_model(source: str, device: str) -> ImageCaptionModel:
     """The model on its device; the last one is kept, so that captioning many pictures loads it once."""
+    path = Path(source)
+    return _load_model(source, device, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_model(source: str, device: str, written: int) -> ImageCaptionModel:
     return ImageCaptionModel.from_pretrained(source).to(device)
 
 
@@ -88,7 +94,7 @@ def fetch(name: str) -> str | bytes:
     try:
         with urllib.request.urlopen(request, timeout=URL_SECONDS) as response:
             content: bytes = response.read(URL_BYTES + 1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"{name}: cannot be fetched ({error})") from error
     if len(content) > URL_BYTES:
         raise UserError(f"{name}: larger than {URL_BYTES >> 20} MiB")
@@ -100,7 +106,8 @@ def is_model(name: str) -> bool:
     path = Path(name)
     if name.endswith(".safetensors") or (path / "config.json").is_file():
         return True
-    return not path.exists() and "://" not in name and not path.suffix and name.count("/") == 1 and name[0] not in "./"
+    picture = path.exists() or "://" in name or path.suffix.lower() in PICTURE_SUFFIXES
+    return not picture and name.count("/") == 1 and name[0] not in "./"
 
 
 def newest_model() -> str:
@@ -141,8 +148,8 @@ class CaptionConfig:
     """Sample among the fewest words that hold this much probability."""
     length_penalty: float = 1.0
     """Above 0, longer captions win more often in beam search."""
-    max_length: int = 32
-    """Longest caption, in tokens."""
+    max_length: int | None = None
+    """Longest caption, in tokens (default: 32, or what the model can hold)."""
     batch_size: int = 16
     """Pictures captioned at a time."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -155,7 +162,7 @@ class CaptionConfig:
 
 def main() -> int:
     """The command line. Returns 1 when some of the pictures could not be captioned."""
-    config = tyro.cli(CaptionConfig, description=__doc__)
+    config = parse_flags(CaptionConfig, __doc__)
     inputs = list(config.inputs)
     source = inputs.pop() if inputs and is_model(inputs[-1]) else newest_model()
     model = load_model(source, str(choose_device(config.device)[0]))

@@ -37,7 +37,7 @@ def generate(
     model: ImageCaptionModel,
     pixel_values: Tensor,
     *,
-    max_length: int = 32,
+    max_length: int | None = None,
     min_length: int = 0,
     num_beams: int = 1,
     do_sample: bool = False,
@@ -51,8 +51,11 @@ def generate(
 ) -> Generated:
     """Captions for pixel_values (N, 3, S, S), uint8 or normalised float.
 
-    `generator` makes sampling repeatable. Raises UserError for options that do not go together.
+    max_length is 32 where nothing is said, or as many positions as the model has. `generator` makes sampling
+    repeatable. Raises UserError for options that do not go together.
     """
+    if max_length is None:
+        max_length = min(32, model.config.max_length)
     if max_length < 1 or max_length > model.config.max_length:
         raise UserError(
             f"max_length {max_length} must be between 1 and the model's {model.config.max_length} positions"
@@ -63,6 +66,8 @@ def generate(
         raise UserError("do_sample and num_beams > 1 do not go together: choose one")
     if do_sample and (temperature <= 0 or top_k < 0 or not 0 < top_p <= 1):
         raise UserError("sampling needs temperature > 0, top_k >= 0 (0 = all) and 0 < top_p <= 1")
+    if num_beams < 1 or num_return_sequences < 1:
+        raise UserError("num_beams and num_return_sequences must be at least 1")
     if not do_sample and num_return_sequences > num_beams:
         raise UserError(f"{num_return_sequences} captions a picture need as many beams, or do_sample")
     was_training = model.training

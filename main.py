@@ -6,13 +6,12 @@ The command line is the config; --help shows every field with its sentence.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 from typing import Literal
 
-import tyro
-
 from config import PRESETS, TrainConfig, UserError
-from utils import run_script
+from utils import parse_flags, run_script
 
 # The defaults that people edit. A preset's own values, and flags, go before them.
 BATCH_SIZE = 128
@@ -30,10 +29,14 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
     defaults = PRESETS[preset]
     if preset == "coco":
         defaults = dataclasses.replace(defaults, batch_size=BATCH_SIZE, epochs=EPOCHS)
-    defaults = dataclasses.replace(defaults, device=DEVICE)
-    return tyro.cli(
-        TrainConfig, args=arguments, default=defaults, config=(tyro.conf.OmitArgPrefixes,), description=__doc__
-    )
+    model = copy.copy(defaults.model)  # what follows from other fields must follow from the flags' values
+    if model.resize_size == model.image_size:
+        model.resize_size = None
+    model.end_token_id = model.start_token_id = model.pad_token_id = None
+    defaults = dataclasses.replace(defaults, device=DEVICE, model=model)
+    from tyro.conf import OmitArgPrefixes
+
+    return parse_flags(TrainConfig, __doc__, arguments, default=defaults, config=(OmitArgPrefixes,))
 
 
 def main() -> int:

@@ -12,7 +12,6 @@ Vaswani et al. 2017 (arXiv:1706.03762), placed where transformers' GPT2Model pla
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -40,6 +39,7 @@ METADATA_KEY = "vit_gpt2_captioning"
 # Attention
 
 _flash_wanted = True
+_flash: tuple[Callable[..., Tensor] | None, str] | None = None
 
 
 def use_flash_attention(wanted: bool) -> None:
@@ -48,12 +48,20 @@ def use_flash_attention(wanted: bool) -> None:
     _flash_wanted = wanted
 
 
-@functools.cache
 def flash_attn_function() -> tuple[Callable[..., Tensor] | None, str]:
-    """flash_attn's own function and why, or None and why not.
+    """flash_attn's own function and why, or None and why not; looked for once.
 
     The function itself is imported: other packages also answer to the name flash_attn without having it.
     """
+    global _flash
+    if _flash is None:  # a plain global, because torch.compile does not see through functools.cache
+        _flash = _find_flash_attn()
+    return _flash
+
+
+def _find_flash_attn() -> tuple[Callable[..., Tensor] | None, str]:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return None, "flash_attn needs an Ampere GPU or newer"
     try:
         from flash_attn import flash_attn_func
     except Exception as error:  # a build against another torch fails with anything from ImportError to OSError
@@ -61,17 +69,23 @@ def flash_attn_function() -> tuple[Callable[..., Tensor] | None, str]:
     return flash_attn_func, "flash_attn is installed"
 
 
-def choose_attention(device_type: str, dtype: torch.dtype) -> tuple[Callable[..., Tensor] | None, str]:
-    """flash_attn's function where it can serve these tensors, else None for torch's; and the reason in words."""
+def choose_attention(
+    device_type: str, dtype: torch.dtype, head_size: int = 64
+) -> tuple[Callable[..., Tensor] | None, str]:
+    """flash_attn's function where it can serve such tensors, else None for torch's; and the reason in words."""
+    if device_type == "cpu" and dtype == torch.bfloat16:
+        return None, "plain products in bfloat16 (at captions' lengths faster than torch's kernel on a CPU)"
+    function = None
     if not _flash_wanted:
-        return None, "torch scaled_dot_product_attention (flash_attn not wanted)"
-    if device_type != "cuda":
-        if device_type == "cpu" and dtype == torch.bfloat16:
-            return None, "plain products in bfloat16 (at captions' lengths faster than torch's kernel on a CPU)"
-        return None, f"torch scaled_dot_product_attention (device is {device_type}, flash_attn needs cuda)"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return None, f"torch scaled_dot_product_attention ({dtype} tensors, flash_attn needs half precision)"
-    function, reason = flash_attn_function()
+        reason = "flash_attn not wanted"
+    elif device_type != "cuda":
+        reason = f"device is {device_type}, flash_attn needs cuda"
+    elif dtype not in (torch.float16, torch.bfloat16):
+        reason = f"{dtype} tensors, flash_attn needs half precision"
+    elif head_size % 8 or head_size > 256:
+        reason = f"heads of {head_size}, flash_attn needs a multiple of 8 up to 256"
+    else:
+        function, reason = flash_attn_function()
     return function, f"{'flash_attn' if function else 'torch scaled_dot_product_attention'} ({reason})"
 
 
@@ -81,7 +95,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False
     query (B, Tq, H, D/H), key and value (B, Tk, H, D/H), one dtype; `causal` needs Tq = Tk.
     Returns (B, Tq, H, D/H).
     """
-    function, _ = choose_attention(query.device.type, query.dtype)
+    function, _ = choose_attention(query.device.type, query.dtype, query.shape[-1])
     if function is not None:
         return function(query, key, value, causal=causal)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, T, D/H)
@@ -514,7 +528,7 @@ class ImageCaptionModel(nn.Module):
         try:
             about = json.loads(metadata.get(METADATA_KEY, "{}"))
             config = ViTGPT2Config.from_dict(about.get("config") or config_fields_from_shapes(weights))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a model of this project ({error}): name another file") from error
         model = cls(config)
         check_shapes(path, model.state_dict(), weights)
@@ -534,7 +548,7 @@ def find_model_file(source: str | os.PathLike[str]) -> Path:
             return path / MODEL_FILE
         raise UserError(f"{path}: this folder has no {MODEL_FILE}: name a folder that save_pretrained wrote")
     name = str(source)
-    if path.suffix or name.count("/") != 1 or name.startswith((".", "/")):
+    if path.suffix == ".safetensors" or name.count("/") != 1 or name.startswith((".", "/")):
         raise UserError(f"{name}: no such model file or folder: train one (python main.py) or name one")
     from huggingface_hub import hf_hub_download
 
@@ -591,7 +605,10 @@ def tokenizer_from_json(text: str, config: ViTGPT2Config) -> PreTrainedTokenizer
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer.from_str(text)
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise UserError(f"the model's tokenizer cannot be read ({error})") from error
     assert config.start_token_id is not None and config.end_token_id is not None and config.pad_token_id is not None
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

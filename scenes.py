@@ -9,18 +9,18 @@ three shapes of one size, colour and kind.
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 import re
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+from config import UserError
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -73,8 +73,8 @@ class Scene:
         """The same scene told from its other group."""
         return Scene(self.groups[::-1], RELATIONS[self.where]) if len(self.groups) == 2 else self
 
-    def captions(self, rng: random.Random) -> list[str]:
-        """Five different captions, each of which states every attribute."""
+    def statements(self) -> list[str]:
+        """Every caption that states the whole scene: five of one group, six of two."""
         if len(self.groups) == 1:
             group = self.groups[0]
             verb = "is" if group.count == 1 else "are"
@@ -94,7 +94,11 @@ class Scene:
                 f"there {verb} {first} {scene.where} {second}",
                 f"a picture of {first} {scene.where} {second}",
             ]
-        return rng.sample(texts, 5)
+        return texts
+
+    def captions(self, rng: random.Random) -> list[str]:
+        """Five different captions."""
+        return rng.sample(self.statements(), 5)
 
 
 def random_scene(rng: random.Random, groups: int) -> Scene:
@@ -165,13 +169,21 @@ def make_scene(seed: int, split: str, index: int) -> tuple[Scene, list[str], ran
     return scene, scene.captions(rng), rng
 
 
-def _draw_files(folder: Path, seed: int, split: str, indices: range) -> list[tuple[Scene, list[str]]]:
-    made = []
-    for index in indices:
-        scene, captions, rng = make_scene(seed, split, index)
-        draw(scene, rng).save(folder / f"{index:012d}.png", compress_level=1)
-        made.append((scene, captions))
-    return made
+def already_drawn(directory: Path, split: str, recipe: dict[str, Any], size: int) -> bool:
+    """Whether a split is already drawn as asked for. Raises UserError where a data set lies that was not drawn here."""
+    annotations = directory / "annotations" / f"captions_{SPLITS[split]}.json"
+    foreign = UserError(f"{directory} holds another data set: choose an empty --data-dir for the drawn scenes")
+    try:
+        content = json.loads(annotations.read_text(encoding="utf-8"))
+        if content["info"]["drawn"] != recipe["drawn"]:
+            raise foreign
+        return bool(content["info"] == recipe and len(content["images"]) == size)
+    except FileNotFoundError:
+        if any(path.suffix != ".png" for path in (directory / SPLITS[split]).glob("*")):
+            raise foreign from None
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        raise foreign from None
 
 
 def draw_scenes(directory: Path, sizes: dict[str, int], seed: int = 0) -> None:
@@ -179,31 +191,23 @@ def draw_scenes(directory: Path, sizes: dict[str, int], seed: int = 0) -> None:
 
     Writes train2017/, val2017/, test2017/ and annotations/captions_*.json, whose images carry their truth under
     "scene". The annotations of a split are written after its pictures, so a drawing that was cut is drawn again.
+    Raises UserError, and writes nothing, where the folder holds anything else.
     """
+    recipe = {"drawn": "scenes", "seed": seed, "version": 3}
+    missing = {split: size for split, size in sizes.items() if not already_drawn(directory, split, recipe, size)}
     (directory / "annotations").mkdir(parents=True, exist_ok=True)
-    recipe = {"seed": seed, "version": 2}
-    for split, size in sizes.items():
+    for split, size in missing.items():
         annotations = directory / "annotations" / f"captions_{SPLITS[split]}.json"
-        if annotations.is_file():
-            content = json.loads(annotations.read_text(encoding="utf-8"))
-            if content["info"] == recipe and len(content["images"]) == size:
-                continue
         folder = directory / SPLITS[split]
         folder.mkdir(exist_ok=True)
         images: list[dict[str, Any]] = []
         captions: list[dict[str, Any]] = []
-        pieces = [range(start, min(start + 500, size)) for start in range(0, size, 500)]
-        with ProcessPoolExecutor() as pool, tqdm(total=size, desc=f"drawing {split}", unit="scene") as bar:
-            drawn = pool.map(functools.partial(_draw_files, folder, seed, split), pieces)
-            for piece, made in zip(pieces, drawn, strict=True):
-                for index, (scene, texts) in zip(piece, made, strict=True):
-                    name = f"{index:012d}.png"
-                    images.append(
-                        {"id": index, "file_name": name, "height": SIDE, "width": SIDE, "scene": asdict(scene)}
-                    )
-                    for text in texts:
-                        captions.append({"id": len(captions), "image_id": index, "caption": text})
-                bar.update(len(piece))
+        for index in tqdm(range(size), f"drawing {split}", unit="scene"):
+            scene, texts, rng = make_scene(seed, split, index)
+            name = f"{index:012d}.png"
+            draw(scene, rng).save(folder / name, compress_level=1)
+            images.append({"id": index, "file_name": name, "height": SIDE, "width": SIDE, "scene": asdict(scene)})
+            captions += [{"id": 5 * index + k, "image_id": index, "caption": text} for k, text in enumerate(texts)]
         unfinished = annotations.with_suffix(".unfinished")
         unfinished.write_text(json.dumps({"info": recipe, "images": images, "annotations": captions}), encoding="utf-8")
         unfinished.replace(annotations)
@@ -212,27 +216,18 @@ def draw_scenes(directory: Path, sizes: dict[str, int], seed: int = 0) -> None:
 # Marking captions
 
 _GROUP = re.compile(
-    rf"\b({'|'.join(COUNTS)}) ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(es|s)?\b",
+    rf"\b({'|'.join(COUNTS)}) ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})",
 )
 
 
 def parse_caption(caption: str) -> Scene | None:
-    """The scene that a caption states, or None where it does not state one in full and in good grammar."""
+    """The scene that a caption states, or None where it does not state one in full, word for word."""
     text = caption.strip().lower().rstrip(".")
-    groups = []
-    for match in _GROUP.finditer(text):
-        count, size, colour, shape, plural = match.groups()
-        group = Group(COUNTS[count], size, colour, shape)
-        if group.plural != (plural or ""):
-            return None
-        groups.append(group)
-    frame = re.sub(r"^a picture of |\bthere (is|are) ", "", _GROUP.sub("#", text)).strip()
-    if len(groups) == 1:
-        where = frame.replace("#", "").strip()
-        return Scene((groups[0],), where) if where in PLACES and frame in (f"# {where}", f"{where} #") else None
-    if len(groups) == 2:
-        where = frame.removeprefix("#").removesuffix("#").strip()
-        return Scene((groups[0], groups[1]), where) if where in RELATIONS and frame == f"# {where} #" else None
+    groups = tuple(Group(COUNTS[count], size, colour, shape) for count, size, colour, shape in _GROUP.findall(text))
+    for where in PLACES if len(groups) == 1 else RELATIONS if len(groups) == 2 else ():
+        scene = Scene(groups, where)
+        if text in scene.statements():
+            return scene
     return None
 
 

@@ -5,8 +5,10 @@ Imports config only; knows nothing of models or data.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,13 +19,17 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import UserError
+
+T = TypeVar("T")
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Scripts
 
@@ -36,15 +42,40 @@ def run_script(main: Callable[[], int | None]) -> None:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        # From a loader's worker the message comes with a traceback before it.
+        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('config.UserError: ')}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        code = 130
     except BrokenPipeError:  # the reader of a pipe left: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        if debug:
+            raise
+        reason = next(iter(str(error).strip().splitlines()), "")
+        print(f"error: {type(error).__name__}: {reason} (--debug shows where)", file=sys.stderr)
+        code = 1
     sys.exit(code)
+
+
+def parse_flags(kind: type[T], description: str | None, arguments: list[str] | None = None, **options: Any) -> T:
+    """The config that a command line describes, by tyro. A UserError from the config's own checks comes out as such."""
+    import tyro  # late: only scripts need it
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=arguments, description=description, **options)
+    except SystemExit as end:
+        cause: BaseException | None = end
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 class StopSignal:
@@ -93,7 +124,7 @@ def matmul_rate(device_type: str, dtype: torch.dtype, size: int = 512) -> float:
                 a @ a
             settle()
             best = min(best, (time.perf_counter() - start) / 2)
-    except RuntimeError:
+    except (RuntimeError, TypeError):  # a device that does not have the dtype
         return 0.0
     return 2 * size**3 / best
 
@@ -120,11 +151,10 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype of matrix products and the reason: fp16 on CUDA, elsewhere bf16 only where it is measured to be faster."""
-    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if wanted == "fp16" and device.type == "cpu":
         raise UserError("precision fp16 needs a GPU: use --precision auto, bf16 or fp32")
     if wanted != "auto":
-        return names[wanted], "asked for"
+        return PRECISIONS[wanted], "asked for"
     if device.type == "cuda":
         return torch.float16, "the default on CUDA (bf16 by --precision bf16)"
     single, half = (matmul_rate(device.type, dtype) for dtype in (torch.float32, torch.bfloat16))
@@ -206,10 +236,26 @@ def save_checkpoint(
     unfinished.rename(folder)
 
 
-def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
+def load_checkpoint(run: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Puts the newest checkpoint that can be read into model and optimizers; returns its state, {} where there is none."""
+    for folder in reversed(checkpoints(run)):
+        try:
+            state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            weights = load_file(folder / "model.safetensors")
+            moments = load_file(folder / "optimizer.safetensors")
+        except (SafetensorError, OSError, ValueError) as error:
+            print(f"{folder} is damaged ({str(error).splitlines()[0]}): going back to the one before")
+            continue
+        model.load_state_dict(weights)
+        load_optimizers(moments, optimizers)
+        return state
+    return {}
+
+
+def load_optimizers(moments: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
     """Gives the optimizers back the state that save_checkpoint wrote."""
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+    for key, tensor in moments.items():
         number, index, name = key.split(".", 2)
         states[int(number)].setdefault(int(index), {})[name] = tensor
     for optimizer, state in zip(optimizers, states, strict=True):

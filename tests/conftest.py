@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
-os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 

@@ -19,9 +19,11 @@ from dataset import (
     load_picture,
     load_tokenizer,
     make_dataloader,
+    micro_batches,
     prepare_picture,
     train_tokenizer,
 )
+from model import ImageCaptionModel
 from sources import CaptionTable
 
 
@@ -163,6 +165,23 @@ def test_an_epoch_visits_everything_once(scenes_table, scenes_tokenizer):
     one = dataset(scenes_table, scenes_tokenizer, captions_per_image=1)
     rows = [row for batch in make_dataloader(one, 7, shuffle=True) for row in batch["rows"]]
     assert sorted(rows) == sorted(list(range(len(scenes_table))) * 5)
+
+
+def test_micro_batches_add_up_to_the_batch(scenes_table, scenes_tokenizer):
+    """Gradients of the parts, weighed by their tokens, are those of the whole batch."""
+    data = dataset(scenes_table, scenes_tokenizer)
+    batch = collate([data[0, row] for row in range(7)], data.config, 5)
+    model = ImageCaptionModel(data.config)
+    names = ("pixel_values", "input_ids", "lengths", "labels", "positions")
+    gradients = []
+    for size in (7, 3):
+        model.zero_grad()
+        for part in micro_batches(batch, size):
+            loss = model(*(part[name] for name in names)).loss
+            (loss * (part["lengths"].sum() / batch["lengths"].sum())).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_augmentation_crops_and_flips(scenes_table, scenes_tokenizer):

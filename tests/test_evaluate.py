@@ -10,7 +10,7 @@ from conftest import needs_shared, tiny_config
 
 from config import UserError
 from dataset import CaptionDataset, make_dataloader
-from evaluate import caption_loss, evaluate, evaluate_captions, read_results
+from evaluate import caption_loss, contact_sheet, evaluate, evaluate_captions, read_results
 from metrics import score_captions
 from model import ImageCaptionModel
 
@@ -28,9 +28,9 @@ def model_and_loader(scenes_table, scenes_tokenizer):
 
 def test_evaluate_is_bleu_4_as_a_float(model_and_loader):
     model, loader = model_and_loader
-    bleu = evaluate(model, loader, model.tokenizer, "cpu", max_length=10)
+    bleu = evaluate(model, loader, model.tokenizer, "cpu")
     assert isinstance(bleu, float) and 0 <= bleu <= 1
-    metrics = evaluate_captions(model, loader, model.tokenizer, "cpu", max_length=10)
+    metrics = evaluate_captions(model, loader, model.tokenizer, "cpu")
     assert metrics["bleu_4"] == bleu
     assert {"bleu_1", "rouge_l", "cider_d", "unique_captions", "cut_captions"} <= set(metrics)
 
@@ -56,6 +56,22 @@ def test_caption_loss_is_the_mean_over_tokens_whatever_the_batches(model_and_loa
     assert caption_loss(model, loader, CPU, torch.float32, shuffle_pictures=True) != first
 
 
+def test_a_batch_of_one_is_shuffled_too(model_and_loader):
+    """Rolling a batch of one picture by one gave each picture its own captions, and no difference in the loss."""
+    model, loader = model_and_loader
+    one_by_one = make_dataloader(loader.dataset, 1)
+    right, shuffled = (caption_loss(model, one_by_one, CPU, torch.float32, shuffle) for shuffle in (False, True))
+    assert shuffled != right
+
+
+def test_captions_with_dollars_can_be_drawn(tmp_path):
+    """Matplotlib took what stands between two $ for a formula, and failed on most captions that have them."""
+    contact_sheet(
+        tmp_path / "s.png", [torch.zeros(3, 8, 8, dtype=torch.uint8)], ["pays $1 # 2 for $3"], [["$$", "\\x"]]
+    )
+    assert (tmp_path / "s.png").stat().st_size > 1000
+
+
 def test_results_files(tmp_path):
     references = {"annotations": [{"image_id": i, "caption": f"a dog number {i} runs"} for i in (1, 2, 2)]}
     (tmp_path / "refs.json").write_text(json.dumps(references))
@@ -67,6 +83,8 @@ def test_results_files(tmp_path):
         json.dumps(good[:1]): r"no caption for 1 pictures .* \(1\)",
         json.dumps(good + good[:1]): "2 captions for picture 2",
         json.dumps([{"image_id": 1}]): "not in COCO's format",
+        json.dumps([{"image_id": 1, "caption": None}, {"image_id": 2, "caption": "b"}]): "not in COCO's format",
+        json.dumps([{"image_id": [1], "caption": "a"}]): "not in COCO's format",
         "{": "not in COCO's format",
     }.items():
         (tmp_path / "bad.json").write_text(content)

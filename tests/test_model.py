@@ -233,9 +233,8 @@ def flash_calls(monkeypatch):
     package = types.ModuleType("flash_attn")
     package.flash_attn_func = flash_attn_func
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    model_module.flash_attn_function.cache_clear()
-    yield calls
-    model_module.flash_attn_function.cache_clear()
+    monkeypatch.setattr(model_module, "_flash", None)
+    return calls
 
 
 def test_flash_attention_gets_its_own_layout_and_mask(flash_calls):
@@ -258,14 +257,15 @@ def test_flash_attention_is_left_alone_where_it_cannot_serve(flash_calls):
     finally:
         model_module.use_flash_attention(True)
     assert flash_calls == [] and function is None and "not wanted" in reason
+    function, reason = choose_attention("cuda", torch.float16, head_size=20)
+    assert function is None and "heads of 20" in reason
 
 
 def test_flash_attention_is_probed_by_importing_the_function(monkeypatch):
     """Another package answers to the name flash_attn without having the function; find_spec alone was fooled by it."""
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
-    model_module.flash_attn_function.cache_clear()
+    monkeypatch.setattr(model_module, "_flash", None)
     function, reason = choose_attention("cuda", torch.bfloat16)
-    model_module.flash_attn_function.cache_clear()
     assert function is None and "cannot be imported" in reason
 
 
@@ -325,6 +325,8 @@ def test_bad_model_files_get_one_line(tmp_path):
     (tmp_path / "text.safetensors").write_text("not a model")
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     metadata = {model_module.METADATA_KEY: json.dumps({"config": model.config.to_dict()})}
+    (tmp_path / "list.safetensors").write_bytes(b"")
+    save_file(weights, tmp_path / "list.safetensors", metadata={model_module.METADATA_KEY: "[]"})
     less = {k: v for k, v in weights.items() if "ln_f" not in k}
     save_file(less, tmp_path / "missing.safetensors", metadata=metadata)
     save_file(weights | {"x": torch.zeros(1)}, tmp_path / "extra.safetensors", metadata=metadata)
@@ -333,6 +335,7 @@ def test_bad_model_files_get_one_line(tmp_path):
     for name, words in {
         "text": "not a safetensors file",
         "foreign": "not a model of this project",
+        "list": "not a model of this project",
         "missing": "2 tensors missing: decoder.ln_f.bias, decoder.ln_f.weight",
         "extra": "1 tensors unknown: x",
         "shape": r"decoder.ln_f.weight is \(5,\) instead of \(32,\)",

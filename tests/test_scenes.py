@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from config import UserError
 from scenes import (
     COLOURS,
     COUNTS,
@@ -78,6 +79,7 @@ def test_marks_find_each_single_error():
         "two small red circles left right of a large blue cross",
         "two small red circles left of a large blue cross above a small red circle",
         "two small red circles at the top of a large blue cross",
+        "there is two small red circles left of a large blue cross",
     ],
 )
 def test_captions_that_say_less_or_nonsense_are_wrong(caption):
@@ -114,6 +116,21 @@ def test_pictures_show_their_colours_and_counts():
                     stack += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
             count += 1
         assert count == group.count, scene
+
+
+def test_drawing_spares_a_data_set_that_was_not_drawn_here(tmp_path):
+    """`--preset demo --data-dir my_coco` once replaced the annotations of a real data set."""
+    for name, content in {"foreign": '{"info": {}, "images": []}', "broken": "{", "pictures": None}.items():
+        (tmp_path / name / "annotations").mkdir(parents=True)
+        (tmp_path / name / "val2017").mkdir()
+        if content is None:
+            (tmp_path / name / "val2017" / "1.jpg").write_text("a photograph")
+        else:
+            (tmp_path / name / "annotations" / "captions_val2017.json").write_text(content)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError, match="holds another data set"):
+            draw_scenes(tmp_path / name, {"train": 2, "val": 2})
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_drawing_is_repeatable_and_drawn_once(tmp_path):
