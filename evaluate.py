@@ -138,30 +138,22 @@ def contact_sheet(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = 4
+    columns, width = 4, 34
     rows = -(-len(pictures) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(columns * 3.2, rows * 4.1), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, picture, caption, known in zip(axes.flat, pictures, captions, references, strict=False):
-        axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="antialiased")
-        axis.text(
-            0,
-            -0.03,
-            textwrap.fill(caption or "(nothing)", 34),
-            transform=axis.transAxes,
-            va="top",
-            weight="bold",
-            size=10,
-        )
-        grey = "\n".join(textwrap.shorten(text, 44, placeholder="…") for text in known[:2])
-        lines = len(textwrap.wrap(caption, 34)) or 1
-        axis.text(
-            0, -0.05 - 0.075 * lines, grey, transform=axis.transAxes, va="top", color="0.4", parse_math=False, size=8
-        )
-    figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.1, hspace=0.45, wspace=0.1)
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
+    with pyplot.rc_context({"text.parse_math": False}):  # a $ in a caption is no formula
+        figure, axes = pyplot.subplots(rows, columns, figsize=(columns * 3.2, rows * 4.1), squeeze=False)
+        for axis in axes.flat:
+            axis.axis("off")
+        for axis, picture, caption, known in zip(axes.flat, pictures, captions, references, strict=False):
+            axis.imshow(picture.permute(1, 2, 0).numpy())
+            lines = textwrap.wrap(caption, width) or ["(nothing)"]
+            place = {"transform": axis.transAxes, "va": "top"}
+            axis.text(0, -0.03, "\n".join(lines), weight="bold", size=9.5, **place)
+            grey = "\n".join(textwrap.shorten(text, 44, placeholder="…") for text in known[:2])
+            axis.text(0, -0.05 - 0.075 * len(lines), grey, color="0.4", size=8, **place)
+        figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.1, hspace=0.45, wspace=0.1)
+        figure.savefig(path, dpi=90)
+        pyplot.close(figure)
 
 
 def evaluate_dataset(
