@@ -121,8 +121,8 @@ class TrainConfig:
 
     preset: str = "coco"
     """Named recipe that sets the defaults of all other flags: coco, demo or flickr8k."""
-    dataset: Literal["auto", "coco", "flickr8k", "scenes"] = "coco"
-    """Layout of the data: recognised from the folder with auto; scenes are drawn on the spot."""
+    dataset: Literal["auto", "coco", "flickr8k", "scenes"] = "auto"
+    """Layout of the data: auto recognises it, and without a folder means COCO; scenes are drawn on the spot."""
     data_dir: Path | None = None
     """Folder of the data (default: ./coco_data for COCO; scenes are drawn into the output directory)."""
     output_dir: Path | None = None

@@ -69,11 +69,12 @@ def load_tables(config: TrainConfig, run: Path) -> dict[str, CaptionTable]:
         draw_scenes(directory, {"train": config.num_scenes, "val": 500, "test": 500}, config.seed)
         return {split: load_table("coco", directory, split) for split in ("train", "val", "test")}  # type: ignore[arg-type]
     directory = config.data_dir or Path("coco_data")
+    coco = config.data_dir is None and config.dataset in ("auto", "coco")
     whole = all((directory / part).is_dir() for part in ("annotations", "train2017", "val2017"))
-    if config.data_dir is None and config.dataset == "coco" and not whole:
+    if coco and not whole:
         ask_before_download(config)
         download_coco_dataset(directory)
-    elif config.data_dir is None and config.dataset != "coco":
+    elif config.data_dir is None and not coco:
         raise UserError(f"preset {config.preset} needs --data-dir: the folder with the {config.dataset} data")
     return {split: load_table(config.dataset, directory, split) for split in ("train", "val", "test")}  # type: ignore[arg-type]
 
@@ -251,8 +252,8 @@ def train(config: TrainConfig) -> int:
     else:
         dtype, precision_reason = choose_precision(config.precision, device)
     use_flash_attention(config.flash_attention)
+    print(f"device      {device} ({device_reason})\nprecision   {str(dtype)[6:]} ({precision_reason})", flush=True)
     job = prepare(config, run, device, dtype)
-    print(f"device      {device} ({device_reason})\nprecision   {str(dtype)[6:]} ({precision_reason})")
     stopped = learn(job)
     if stopped is not None:
         return stopped

@@ -226,7 +226,7 @@ def test_flags_presets_and_the_constants_people_edit(monkeypatch):
     import main
 
     config = parse_arguments([])
-    assert (config.preset, config.dataset) == ("coco", "coco")
+    assert (config.preset, config.dataset) == ("coco", "auto")
     assert (config.batch_size, config.epochs, config.device) == (128, 10, "auto")
     assert (config.learning_rate, config.weight_decay, config.gradient_clip) == (2e-4, 0.01, 1.0)
     assert (config.optimizer, config.captions_per_image, config.model) == ("adamw", 5, ViTGPT2Config())
