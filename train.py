@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -355,7 +356,8 @@ def learn(job: Job) -> int | None:
     learner = torch.compile(model) if config.compile else model
     model.train()
     log, stop = MetricLog(run / "metrics.jsonl", step), StopSignal()
-    bar = tqdm(total=job.steps, initial=step, desc="training", unit="step", smoothing=0.05)
+    pause = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file is not a terminal
+    bar = tqdm(total=job.steps, initial=step, desc="training", unit="step", smoothing=0.05, mininterval=pause)
     first_step, pictures, since, norm = step, 0, time.perf_counter(), torch.zeros(())
     while True:  # one time more than there are steps, so that the last look, save and stop are no special case
         last, stopping = step == job.steps, stop.received is not None
@@ -402,7 +404,9 @@ def learn(job: Job) -> int | None:
             mean = torch.stack(losses).mean().item()
             speed = pictures / (time.perf_counter() - since)
             pairs = speed * config.captions_per_image
-            bar.set_postfix_str(f"loss {mean:.3f}, lr {rate:.1e}, {speed:.0f} pictures/s, {pairs:.0f} pairs/s")
+            bar.set_postfix_str(
+                f"loss {mean:.3f}, lr {rate:.1e}, {speed:.0f} pictures/s, {pairs:.0f} pairs/s", refresh=False
+            )
             epoch = step / job.steps_per_epoch
             log.write(
                 step,
