@@ -116,21 +116,61 @@ class ViTGPT2Config:
 
 
 @dataclass(kw_only=True)
+class Augmentation:
+    """What training does to pictures, beside the random crop where resize_size leaves room. Zeros: nothing."""
+
+    flip: float = 0.0
+    """Share of the pictures that are mirrored, with left and right swapped in their captions."""
+    random_resized_crop: float = 0.0
+    """Smallest share of the picture's area that a random crop, resized back, keeps; 0: no such crop."""
+    color_jitter: float = 0.0
+    """How much brightness, contrast and saturation may change, as a share of themselves."""
+    rand_augment: int = 0
+    """Magnitude of RandAugment (Cubuk et al. 2019, arXiv:1909.13719), of 30."""
+
+    def __post_init__(self) -> None:
+        for name, most in (("flip", 1), ("random_resized_crop", 1), ("color_jitter", 1), ("rand_augment", 30)):
+            if not 0 <= getattr(self, name) <= most:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be between 0 and {most}")
+
+    @property
+    def moves_pixels_only(self) -> bool:
+        """Whether crops and flips are all there is: what can be done to a batch on the GPU in one go."""
+        return not (self.random_resized_crop or self.color_jitter or self.rand_augment)
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """A run. Every field is a flag of main.py."""
 
     preset: str = "coco"
     """Named recipe that sets the defaults of all other flags: coco, demo or flickr8k."""
-    dataset: Literal["auto", "coco", "flickr8k", "scenes"] = "auto"
-    """Layout of the data: auto recognises it, and without a folder means COCO; scenes are drawn on the spot."""
+    dataset: str = "auto"
+    """Layout of the data: auto (recognised; without a folder COCO), coco, karpathy, flickr30k, flickr8k, imagefolder,
+    webdataset, csv, sidecar; user/name, a data set on the Hugging Face Hub; or scenes, drawn on the spot."""
     data_dir: Path | None = None
-    """Folder of the data (default: ./coco_data for COCO; scenes are drawn into the output directory)."""
+    """Folder of the data, or the file of captions in it (default: ./coco_data for COCO, Flickr30k from Kaggle; scenes
+    are drawn into the output directory)."""
+    image_column: str | None = None
+    """Column of the pictures, where a table's has no usual name."""
+    caption_column: str | None = None
+    """Column of the captions, where a table's has no usual name."""
+    max_bad_share: float = 0.01
+    """Largest share of pictures that may be missing or damaged; they are named in bad_samples.csv and skipped."""
+    allow_overlap: bool = False
+    """Go on although some of the pictures to test on are also trained on."""
+    cache: bool = False
+    """Keep all pictures, resized, in a memory-mapped file that later runs and other processes share. (Those that fit
+    into 40 % of the memory are kept there in any case.)"""
+    cache_on_gpu: bool = False
+    """Keep the training pictures on the GPU, where they are cropped and mirrored."""
     output_dir: Path | None = None
     """Folder for everything the run writes (default: runs/<preset>-<date>-<time>)."""
     num_scenes: int = 20000
     """Pictures to draw for training when the data set is scenes."""
-    tokenizer: str = "gpt2"
-    """GPT-2's tokenizer from the Hub or from a folder with vocab.json and merges.txt; or: train, one on the captions."""
+    tokenizer: str = "auto"
+    """gpt2 (from the Hub), a folder with vocab.json and merges.txt, or train: one on the captions. auto: gpt2 where it
+    can be had, else train."""
     epochs: int = 10
     """Passes over the training pictures."""
     max_steps: int | None = None
@@ -155,8 +195,6 @@ class TrainConfig:
     """Share of the words that the decoder reads as blanks while it learns, so that it must look at the picture."""
     label_smoothing: float = 0.0
     """Share of each target that is spread over the whole vocabulary."""
-    random_flip: bool = False
-    """Mirror half of the training pictures (not where captions say left and right)."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to train."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
@@ -185,6 +223,8 @@ class TrainConfig:
     """Answer yes to every question, such as the one before a large download."""
     debug: bool = False
     """Show tracebacks of errors."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """What happens to training pictures."""
     model: ViTGPT2Config = field(default_factory=ViTGPT2Config)
     """Sizes of the model."""
 
@@ -201,7 +241,9 @@ class TrainConfig:
         for name in ("learning_rate", "gradient_clip"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be positive")
-        for name in ("word_dropout", "label_smoothing"):
+        if self.cache_on_gpu and not self.augmentation.moves_pixels_only:
+            raise UserError("cache_on_gpu crops and mirrors only: leave it out, or the other kinds of augmentation")
+        for name in ("word_dropout", "label_smoothing", "max_bad_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
 
@@ -222,6 +264,10 @@ class TrainConfig:
             "eval_interval",
             "keep_checkpoints",
             "checkpoint_interval",
+            "cache",
+            "cache_on_gpu",
+            "max_bad_share",
+            "allow_overlap",
         }
         values = {name: value for name, value in self.to_dict().items() if name not in ignored}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
@@ -266,7 +312,7 @@ PRESETS = {
         warmup_steps=100,
         weight_decay=0.05,
         word_dropout=0.1,
-        random_flip=True,
+        augmentation=Augmentation(flip=0.5),
         model=ViTGPT2Config(
             image_size=128,
             resize_size=144,

@@ -1,39 +1,41 @@
-"""From a table of pictures and captions to batches: pictures decoded, captions tokenized, samples drawn and collated.
+"""From a table of pictures and captions to batches: captions tokenized, samples drawn, grouped by length and collated.
 
-Imports config, model (for GPT-2's tokenizer) and sources. What a batch holds is a pure function of (seed, epoch, step): every sample draws from a
-generator of its own, so any number of workers, and a run that is killed and resumed, see the same batches. Pixels for
-training and for captioning come through one function, `load_picture`.
+    python dataset.py check DIR          is this data fit to train on? (check.py)
+
+Imports config, model (for GPT-2's tokenizer), table, sources, cache, pixels and pictures. What a batch holds is a pure
+function of (seed, epoch, step): every sample draws from a generator of its own, so any number of workers, and a run
+that is killed and resumed, see the same batches.
 """
 
 from __future__ import annotations
 
-import io
-import os
+import re
 import signal
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from config import UserError, ViTGPT2Config
+from config import Augmentation, UserError, ViTGPT2Config
+from download import download_coco_dataset
 from model import gpt2_tokenizer
-from sources import CaptionTable, download_coco_dataset, load_table
+from pictures import load_picture, prepare_picture
+from pixels import Augmenter, Pixels, cut_out
+from sources import load_table, load_tables
+from table import CaptionTable
 
 __all__ = [
     "CaptionDataset",
     "download_coco_dataset",
     "load_picture",
     "load_table",
+    "load_tables",
     "make_dataloader",
     "prepare_picture",
 ]
@@ -41,68 +43,21 @@ __all__ = [
 END_OF_TEXT = "<|endoftext|>"
 IGNORE = -100
 POSITIONS_MULTIPLE = 64  # M is rounded up to this, so that compiled code sees few shapes
-CACHE_SHARE_OF_MEMORY = 0.4
-MAX_PIXELS = 80_000_000  # Pillow warns a little above, and gives up at twice that
-
-
-# Pictures
-
-
-def load_picture(source: str | os.PathLike[str] | bytes | Image.Image, size: int) -> Tensor:
-    """A picture as uint8 (3, size, size), squashed to a square as ViT's own preprocessing does.
-
-    Takes a path, a file's bytes or a Pillow image. Turned upright by its EXIF; transparency is laid on white; 16-bit
-    pictures are scaled to 8. Raises UserError, naming the file, for what cannot be decoded.
-    """
-    name = "picture" if isinstance(source, bytes | Image.Image) else str(source)
-    try:
-        image = source
-        if not isinstance(image, Image.Image):
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        if image.width * image.height > MAX_PIXELS:  # known before anything is decoded: a small file can be a bomb
-            raise ValueError(f"{image.width} x {image.height} pixels are too many")
-        image = to_rgb(ImageOps.exif_transpose(image))
-    except FileNotFoundError:
-        raise UserError(f"{name}: no such file") from None
-    except Exception as error:  # Pillow raises a dozen kinds for damaged files, SyntaxError among them
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"{name}: not a picture that can be read ({reason})") from error
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return transforms.resize(pixels, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True).contiguous()
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as RGB: 16-bit scaled instead of clipped, transparency on white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image)
-    return image.convert("RGB")
-
-
-def prepare_picture(source: str | os.PathLike[str] | bytes | Image.Image, config: ViTGPT2Config) -> Tensor:
-    """What the model sees of a picture outside training: resized, its middle cut out, uint8 (3, S, S)."""
-    assert config.resize_size is not None
-    margin = (config.resize_size - config.image_size) // 2
-    return crop(load_picture(source, config.resize_size), margin, margin, config.image_size)
-
-
-def crop(pixels: Tensor, top: int, left: int, size: int) -> Tensor:
-    """(3, R, R) -> (3, size, size)."""
-    return pixels[:, top : top + size, left : left + size]
+POOL = 50  # batches that are sorted by length together
+TEXTS_AT_A_TIME = 10_000  # captions tokenized in one go: the tokenizer's own objects are large
+UNUSED = np.random.default_rng(0)
+SIDES = re.compile(r"\b(left|right)(?=\b|most\b|hand|side|ward)", re.IGNORECASE)
 
 
 # Tokenizers
 
 
-def load_tokenizer(name: str, captions: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str, captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """GPT-2's byte-level BPE: trained on these captions for the name "train", else a local folder or a Hub name."""
     return train_tokenizer(captions, vocab_size) if name == "train" else gpt2_tokenizer(name)
 
 
-def train_tokenizer(captions: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most vocab_size entries (at least 257: the bytes and the end token, which is the last).
 
     Unlike GPT-2's it puts a space before the first word, so that a word is one token wherever it stands.
@@ -127,17 +82,70 @@ def decode(tokenizer: PreTrainedTokenizerFast, sequences: Tensor) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(sequences, skip_special_tokens=True)]
 
 
-# Samples and batches
+# Samples
 
 
 @dataclass
 class Sample:
-    """One picture, uint8 (3, S, S), K token lists (without start and end), its row in the table, all its captions."""
+    """One picture and K token lists (without start and end), its row in the table, all its captions.
 
-    pixels: Tensor
+    pixels: uint8 (3, S, S); or, where the pictures are kept on the GPU, None, and `place` (top, left, mirrored) says
+    what to cut out there. A picture that cannot be decoded is black, without captions to learn, and `bad` says why.
+    """
+
+    pixels: Tensor | None
+    place: tuple[int, int, bool]
     tokens: list[np.ndarray]
     row: int
     captions: list[str]
+    bad: str | None = None
+
+
+class Tokens:
+    """Token ids of many texts, each at most `limit` long, as one flat array that worker processes share."""
+
+    def __init__(self, texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
+        ids: list[np.ndarray] = []
+        lengths: list[int] = []
+        self.cut = 0
+        """How many texts were longer."""
+        for some in _portions(texts, TEXTS_AT_A_TIME):
+            encoded = [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(some, add_special_tokens=False)]
+            self.cut += sum(len(e) > limit for e in encoded)
+            ids += [np.fromiter((i for e in encoded for i in e[:limit]), dtype=np.int32)]
+            lengths += [min(len(e), limit) for e in encoded]
+        self.ids = np.concatenate([np.empty(0, np.int32), *ids])
+        self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+    def __getitem__(self, text: int) -> np.ndarray:
+        return self.ids[self.offsets[text] : self.offsets[text + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64, one for each text."""
+        return np.diff(self.offsets)
+
+
+def _portions(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    portion: list[str] = []
+    for item in items:
+        portion.append(item)
+        if len(portion) == size:
+            yield portion
+            portion = []
+    if portion:
+        yield portion
+
+
+def mirrored(caption: str) -> str:
+    """The caption of the mirrored picture: left and right (rightmost, left-hand, ...) change places."""
+
+    def swap(match: re.Match[str]) -> str:
+        word = match[1]
+        other = "right" if word.lower() == "left" else "left"
+        return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
+
+    return SIDES.sub(swap, caption)
 
 
 class CaptionDataset(Dataset[Sample]):
@@ -151,103 +159,125 @@ class CaptionDataset(Dataset[Sample]):
         *,
         captions_per_image: int = 5,
         seed: int = 0,
-        augment: bool = False,
-        random_flip: bool = False,
-        cache: bool = True,
+        augmentation: Augmentation | None = None,
+        keep: Literal["no", "memory", "disk"] = "no",
         progress: bool = True,
     ) -> None:
-        """With `augment`, pictures are cropped at random (where resize_size leaves room) and, with random_flip, mirrored.
+        """With an augmentation, pictures are cropped at random (where resize_size leaves room) and changed as it says.
 
-        `cache` keeps all decoded pictures in memory when they fit into 40 % of it.
+        `keep` says where the decoded pictures stay: see pixels.Pixels.
         """
+        assert config.resize_size is not None
         self.table, self.config, self.captions_per_image, self.seed = table, config, captions_per_image, seed
-        self.augment, self.random_flip = augment, random_flip
-        texts = [text for captions in table.captions for text in captions]
         limit = config.max_length - 1  # room for the start token, or seen from the labels, for the end token
-        encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else []
-        # One flat array instead of a list of lists: workers share it without copying.
-        lengths = np.array([min(len(e.ids), limit) for e in encoded], dtype=np.int64)
-        self.offsets = np.concatenate([[0], lengths.cumsum()])
-        self.tokens = np.concatenate(
-            [np.array(e.ids[:limit], dtype=np.int32) for e in encoded] or [np.empty(0, np.int32)]
-        )
-        self.first_caption = np.concatenate([[0], np.cumsum([len(c) for c in table.captions], dtype=np.int64)])
-        self.cache = self._fill_cache(progress) if cache and self._cache_fits() else None
+        texts = table.captions()
+        self.tokens = Tokens((text.as_py() for text in texts), tokenizer, limit)
+        self.first_caption = np.concatenate([[0], np.cumsum(table.rows["captions"].combine_chunks().value_lengths())])
+        self.augmenter = augmentation and Augmenter(config.resize_size, config.image_size, augmentation)
+        self.sides: dict[int, int] = {}
+        """Number of a caption -> place in mirror_tokens, for those that a mirror changes."""
+        if augmentation and augmentation.flip:
+            changed = [(n, new) for n, text in enumerate(texts) if (new := mirrored(old := text.as_py())) != old]
+            self.sides = {n: place for place, (n, _) in enumerate(changed)}
+            self.mirror_tokens = Tokens((text for _, text in changed), tokenizer, limit)
+        self.pixels = Pixels(table, config.resize_size, keep, progress)
+        self.on_gpu: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def _cache_fits(self) -> bool:
-        assert self.config.resize_size is not None
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
-        return len(self.table) * 3 * self.config.resize_size**2 < CACHE_SHARE_OF_MEMORY * memory
-
-    def _fill_cache(self, progress: bool) -> Tensor:
-        size = self.config.resize_size
-        assert size is not None
-        cache = torch.empty(len(self.table), 3, size, size, dtype=torch.uint8)
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            loaded = pool.map(lambda path: load_picture(path, size), self.table.paths)
-            label = f"reading {self.table.split} pictures"
-            for row, pixels in enumerate(tqdm(loaded, label, len(self.table), unit="picture", disable=not progress)):
-                cache[row] = pixels
-        return cache
-
-    def caption_tokens(self, caption: int) -> np.ndarray:
-        """Token ids of caption number `caption` of the whole table, int32."""
-        return self.tokens[self.offsets[caption] : self.offsets[caption + 1]]
+    def keep_on(self, device: torch.device) -> None:
+        """Moves the kept pictures to the device; batches then hold places, and to_device cuts their pixels out there."""
+        assert self.pixels.kept is not None
+        self.on_gpu = self.pixels.kept.to(device)
 
     def __getitem__(self, key: tuple[int, ...]) -> Sample:
         epoch, row = key[:2]
-        rng = np.random.default_rng((self.seed, epoch, row))
-        size = self.config.image_size
-        assert self.config.resize_size is not None
-        pixels = load_picture(self.table.paths[row], self.config.resize_size) if self.cache is None else self.cache[row]
-        room = self.config.resize_size - size
-        top, left = rng.integers(0, room + 1, 2) if self.augment else (room // 2, room // 2)
-        pixels = crop(pixels, int(top), int(left), size)
-        if self.augment and self.random_flip and rng.random() < 0.5:
-            pixels = pixels.flip(-1)
-        first, last = self.first_caption[row : row + 2]
-        chosen = np.arange(first, last) if len(key) == 2 else np.array([first + key[2]])
+        first, last = self.first_caption[row : row + 2].tolist()
+        chosen = list(range(first, last)) if len(key) == 2 else [first + key[2]]
+        drawn = self.augmenter is not None or len(chosen) > self.captions_per_image
+        rng = np.random.default_rng((self.seed, epoch, row)) if drawn else UNUSED  # making one takes a while
+        margin = (self.pixels.size - self.config.image_size) // 2
+        place = self.augmenter.draw(rng) if self.augmenter else (margin, margin, False)
         if len(chosen) > self.captions_per_image:
-            chosen = np.sort(rng.choice(chosen, self.captions_per_image, replace=False))
-        return Sample(pixels, [self.caption_tokens(c) for c in chosen], row, self.table.captions[row])
+            chosen = sorted(rng.choice(chosen, self.captions_per_image, replace=False).tolist())
+        captions = self.table.captions_of(row)
+        size = self.config.image_size
+        try:
+            if self.on_gpu is not None:
+                pixels = None
+                if row in self.pixels.bad:
+                    raise UserError(self.pixels.bad[row])
+            elif self.augmenter:
+                pixels = self.augmenter.apply(self.pixels[row], *place, rng)
+            else:
+                pixels = self.pixels[row][:, margin : margin + size, margin : margin + size]
+        except UserError as error:
+            black = None if self.on_gpu is not None else torch.zeros(3, size, size, dtype=torch.uint8)
+            return Sample(black, place, [], row, captions, str(error))
+        sides = self.sides if place[2] else {}
+        tokens = [self.mirror_tokens[sides[c]] if c in sides else self.tokens[c] for c in chosen]
+        return Sample(pixels, place, tokens, row, captions)
 
-    def epoch_keys(self, epoch: int, shuffle: bool = True) -> list[tuple[int, ...]]:
-        """Every picture once; with captions_per_image = 1, once for each of its captions."""
-        if self.captions_per_image == 1:
-            keys: list[tuple[int, ...]] = [
-                (epoch, row, c) for row, captions in enumerate(self.table.captions) for c in range(len(captions))
-            ]
-        else:
-            keys = [(epoch, row) for row in range(len(self.table))]
-        if not shuffle:
-            return keys
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(keys))
-        return [keys[index] for index in order]
+
+# Batches
 
 
 class Batches:
-    """The lists of keys of consecutive batches from a given step on, for a DataLoader's batch_sampler."""
+    """The lists of keys of consecutive batches from a given step on, for a DataLoader's batch_sampler.
+
+    An epoch visits every picture once; with captions_per_image = 1, once for each of its captions. Shuffled, the order
+    is drawn for the epoch, pools of POOL batches are sorted by their longest caption so that little is padded, and the
+    batches then come in an order of their own. Of every batch, process `rank` of `world_size` gets its share.
+    """
 
     def __init__(
-        self, dataset: CaptionDataset, batch_size: int, first_step: int, last_step: int, shuffle: bool
+        self,
+        dataset: CaptionDataset,
+        batch_size: int,
+        first_step: int,
+        last_step: int,
+        shuffle: bool,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.dataset, self.batch_size, self.shuffle = dataset, batch_size, shuffle
-        self.first_step, self.last_step = first_step, last_step
-        self.steps_per_epoch = -(-len(dataset.epoch_keys(0, shuffle=False)) // batch_size)
+        self.first_step, self.last_step, self.rank, self.world_size = first_step, last_step, rank, world_size
+        lengths = dataset.tokens.lengths
+        if dataset.captions_per_image > 1 and len(lengths):
+            lengths = np.maximum.reduceat(lengths, dataset.first_caption[:-1])
+        self.lengths = lengths
+        self.steps_per_epoch = -(-len(lengths) // batch_size)
 
     def __len__(self) -> int:
         return self.last_step - self.first_step
 
+    def order(self, epoch: int) -> np.ndarray:
+        """What the epoch visits, int64: numbers of pictures, or of captions where captions_per_image is 1."""
+        number, size = len(self.lengths), self.batch_size
+        if not self.shuffle:
+            return np.arange(number)
+        rng = np.random.default_rng((self.dataset.seed, epoch))
+        order = rng.permutation(number)
+        full = order[: number - number % size]
+        pools = [full[start : start + POOL * size] for start in range(0, len(full), POOL * size)]
+        grouped = [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
+        batches = np.concatenate([full[:0], *grouped]).reshape(-1, size)
+        return np.concatenate([rng.permutation(batches).reshape(-1), order[len(full) :]])
+
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        epoch, keys = -1, []
+        epoch, order = -1, np.empty(0, np.int64)
         for step in range(self.first_step, self.last_step):
             wanted, place = divmod(step, self.steps_per_epoch)
             if wanted != epoch:
-                epoch, keys = wanted, self.dataset.epoch_keys(wanted, self.shuffle)
-            yield keys[place * self.batch_size : (place + 1) * self.batch_size]
+                epoch, order = wanted, self.order(wanted)
+            chosen = order[place * self.batch_size : (place + 1) * self.batch_size][self.rank :: self.world_size]
+            if self.dataset.captions_per_image > 1:
+                yield [(epoch, row) for row in chosen.tolist()]
+                continue
+            rows = np.searchsorted(self.dataset.first_caption, chosen, side="right") - 1
+            within = chosen - self.dataset.first_caption[rows]
+            yield [(epoch, *key) for key in zip(rows.tolist(), within.tolist(), strict=True)]
 
 
 def collate(samples: Sequence[Sample], config: ViTGPT2Config, captions_per_image: int) -> dict[str, Any]:
@@ -255,7 +285,9 @@ def collate(samples: Sequence[Sample], config: ViTGPT2Config, captions_per_image
 
     pixel_values uint8 (N, 3, S, S); input_ids and labels int64 (N, K, T), T the longest caption with its start (or
     end) token; lengths int64 (N, K), 0 for an empty place; positions int64 (M,): where labels.flatten() has targets,
-    rounded up to a multiple of 64 with N * K * T; rows: the table's row of each picture; captions: all its captions.
+    rounded up to a multiple of 64 with N * K * T; rows: the table's row of each picture; captions: all its captions;
+    bad: (row, what is wrong) of pictures that cannot be decoded, which have no captions to learn. Where the pictures
+    are kept on the GPU, pixel_values is missing until to_device makes it from rows and places int64 (N, 3).
     """
     assert config.start_token_id is not None and config.end_token_id is not None and config.pad_token_id is not None
     lengths = np.zeros((len(samples), captions_per_image), dtype=np.int64)
@@ -269,14 +301,17 @@ def collate(samples: Sequence[Sample], config: ViTGPT2Config, captions_per_image
             input_ids[n, k, 1 : len(tokens) + 1] = labels[n, k, : len(tokens)] = tokens
             labels[n, k, len(tokens)] = config.end_token_id
     positions = (np.arange(input_ids.shape[2]) < lengths[..., None]).reshape(-1).nonzero()[0]
+    pixels = [sample.pixels for sample in samples if sample.pixels is not None]
     return {
-        "pixel_values": torch.stack([sample.pixels for sample in samples]),
+        **({"pixel_values": torch.stack(pixels)} if pixels else {}),
+        "places": torch.tensor([sample.place for sample in samples], dtype=torch.int64),
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
         "lengths": torch.from_numpy(lengths),
         "positions": rounded_up(torch.from_numpy(positions), input_ids.size),
         "rows": [sample.row for sample in samples],
         "captions": [sample.captions for sample in samples],
+        "bad": [(sample.row, sample.bad) for sample in samples if sample.bad],
     }
 
 
@@ -305,9 +340,14 @@ def make_dataloader(
     shuffle: bool = False,
     num_workers: int = 0,
     pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DataLoader[Any]:
-    """Batches from step first_step up to last_step (default: the end of the first epoch), epoch after epoch."""
-    batches = Batches(dataset, batch_size, first_step, first_step, shuffle)
+    """Batches from step first_step up to last_step (default: the end of the first epoch), epoch after epoch.
+
+    batch_size counts the pictures of all world_size processes; this one, number `rank`, gets its share of each batch.
+    """
+    batches = Batches(dataset, batch_size, first_step, first_step, shuffle, rank, world_size)
     batches.last_step = batches.steps_per_epoch if last_step is None else last_step
     return DataLoader(
         dataset,
@@ -316,6 +356,8 @@ def make_dataloader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=ignore_interrupts,
+        # Forked workers share the table, the tokens and kept pictures; elsewhere they would be sent a copy each.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
     )
 
 
@@ -338,6 +380,27 @@ def ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on the device; what is not a tensor stays."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def to_device(batch: dict[str, Any], device: torch.device, dataset: CaptionDataset | None = None) -> dict[str, Any]:
+    """The batch with its tensors on the device; what is not a tensor stays. Pixels kept there are cut out there."""
+    moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    if "pixel_values" not in moved:
+        assert dataset is not None and dataset.on_gpu is not None
+        rows = torch.tensor(batch["rows"]).to(device, non_blocking=True)
+        top, left, flip = moved["places"].unbind(1)
+        moved["pixel_values"] = cut_out(dataset.on_gpu, rows, top, left, flip.bool(), dataset.config.image_size)
+    return moved
+
+
+def main() -> int:
+    """The command line."""
+    if sys.argv[1:2] != ["check"]:
+        raise UserError("usage: python dataset.py check DIR (see python dataset.py check --help)")
+    from check import main as check
+
+    return check(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    from utils import run_script
+
+    run_script(main)

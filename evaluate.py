@@ -8,14 +8,16 @@ Imports config, model, metrics, dataset and utils. Decodes with 3 beams and no s
 
 from __future__ import annotations
 
+import csv
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor
@@ -27,6 +29,7 @@ from config import UserError
 from dataset import CaptionDataset, decode, load_picture, load_table, make_dataloader, to_device
 from metrics import diversity, score_captions
 from model import ImageCaptionModel
+from table import CaptionTable
 from utils import autocast, choose_device, choose_precision, parse_flags, run_script, writable_directory, write_json
 
 NUM_BEAMS = 3
@@ -63,10 +66,13 @@ def caption_loader(
     for batch in tqdm(dataloader, "captioning", unit="batch", disable=not progress):
         with autocast(device, dtype):
             sequences = model.generate(batch["pixel_values"].to(device), **decoding).sequences.cpu()
-        result.rows += batch["rows"]
-        result.captions += decode(tokenizer, sequences)
-        result.references += batch["captions"]
-        result.cut += (sequences != model.config.end_token_id).all(-1).tolist()
+        bad = {row for row, _ in batch.get("bad", ())}
+        good = [place for place, row in enumerate(batch["rows"]) if row not in bad]
+        captions = decode(tokenizer, sequences)
+        result.rows += [batch["rows"][place] for place in good]
+        result.captions += [captions[place] for place in good]
+        result.references += [batch["captions"][place] for place in good]
+        result.cut += (sequences[good] != model.config.end_token_id).all(-1).tolist()
     return result
 
 
@@ -163,31 +169,92 @@ def evaluate_dataset(
     dtype: torch.dtype,
     directory: Path,
     batch_size: int = 64,
+    bad: BadPictures | None = None,
     **decoding: Any,
 ) -> tuple[Captioned, dict[str, float]]:
     """Captions and scores a data set; writes captions.json (COCO's results format) and samples.png into the folder.
 
-    The metrics hold, besides the caption metrics, the loss with the right pictures and with each other's.
+    The metrics hold, besides the caption metrics, the loss with the right pictures and with each other's. Pictures that
+    are missing or damaged are left out, counted, and named in the folder's bad_samples.csv.
     """
+    bad = bad or BadPictures(directory / "bad_samples.csv", [dataset.table])
     loader = make_dataloader(dataset, batch_size)
     captioned = caption_loader(model, loader, model.tokenizer, device, dtype, **decoding)
+    bad.add_known(dataset)
+    if not captioned.captions:
+        raise UserError(f"{dataset.table.root}: no picture of the {dataset.table.split} part can be read")
     metrics = captioned.metrics()
     metrics["loss"] = caption_loss(model, loader, device, dtype)
     metrics["loss_shuffled_pictures"] = caption_loss(model, loader, device, dtype, shuffle_pictures=True)
     metrics["pictures"] = len(captioned.captions)
-    ids = [dataset.table.ids[row] for row in captioned.rows]
+    metrics["pictures_left_out"] = len(dataset.table) + len(dataset.table.missing) - len(captioned.captions)
+    ids = [dataset.table.id_of(row) for row in captioned.rows]
     write_json(
         directory / "captions.json",
         [{"image_id": i, "caption": c} for i, c in zip(ids, captioned.captions, strict=True)],
     )
-    chosen = range(0, len(dataset), max(1, len(dataset) // 12))[:12]  # spread over the set: good and bad as they fall
+    number = len(captioned.captions)
+    chosen = range(0, number, max(1, number // 12))[:12]  # spread over the set: good and bad as they fall
     contact_sheet(
         directory / "samples.png",
-        [load_picture(dataset.table.paths[captioned.rows[i]], 256) for i in chosen],
+        [load_picture(dataset.table.picture(captioned.rows[i]), 256) for i in chosen],
         [captioned.captions[i] for i in chosen],
         [captioned.references[i] for i in chosen],
     )
     return captioned, metrics
+
+
+def check_overlap(trained_on: np.ndarray, table: CaptionTable, allowed: bool) -> None:
+    """Raises UserError unless allowed, where pictures of the table are among those that a model was trained on."""
+    seen = np.flatnonzero(np.isin(table.keys(), trained_on)).tolist()
+    if seen and not allowed:
+        some = ", ".join(str(table.id_of(row)) for row in seen[:3])
+        raise UserError(
+            f"{len(seen):,} of the {len(table):,} {table.split} pictures ({some}{', ...' if len(seen) > 3 else ''}) were "
+            "trained on, so a score on them means nothing: choose other pictures, or add --allow-overlap"
+        )
+
+
+class BadPictures:
+    """Pictures that are missing or damaged: skipped, counted, named in a CSV file; too many of them are an error."""
+
+    def __init__(self, path: Path, tables: Iterable[CaptionTable], most: float = 0.01) -> None:
+        """`most` is the largest share of the tables' pictures that may be so."""
+        self.path, self.most = path, most
+        self.total = sum(len(table) + len(table.missing) for table in {id(table): table for table in tables}.values())
+        self.found: dict[tuple[str, str], str] = {}
+        """(part, picture) -> what is wrong."""
+
+    @property
+    def notes(self) -> list[str]:
+        """How many were found, in words."""
+        return [f"{len(self.found):,} pictures skipped, named in {self.path}"] if self.found else []
+
+    def add_known(self, dataset: CaptionDataset) -> None:
+        """Takes over what is missing from the data set's table, and what has failed to decode."""
+        table = dataset.table
+        named = [(name, "no such file") for name in table.missing]
+        self._add(table, [*named, *((table.name_of(row), reason) for row, reason in dataset.pixels.bad.items())])
+
+    def add(self, dataset: CaptionDataset, rows: Sequence[tuple[int, str]]) -> None:
+        """Takes over a batch's bad rows. Raises UserError where they become too many."""
+        if rows:
+            self._add(dataset.table, [(dataset.table.name_of(row), reason) for row, reason in rows])
+
+    def _add(self, table: CaptionTable, named: Sequence[tuple[str, str]]) -> None:
+        new = {(table.split, name): reason for name, reason in named if (table.split, name) not in self.found}
+        if not new:
+            return
+        self.found |= new
+        with open(self.path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(
+                [("part", "picture", "reason"), *((*key, why) for key, why in self.found.items())]
+            )
+        if (number := len(self.found)) > self.most * self.total:
+            raise UserError(
+                f"{number:,} of {self.total:,} pictures are missing or damaged, {number / self.total:.1%} where "
+                f"{self.most:.1%} are allowed: they are named in {self.path}, mend them or raise --max-bad-share"
+            )
 
 
 def read_results(results: Path, references: Path) -> tuple[list[str], list[list[str]]]:
@@ -225,8 +292,16 @@ class EvaluateConfig:
     """The model: a file, a folder or a Hub name."""
     data_dir: Path | None = None
     """Folder of the data."""
-    dataset: Literal["auto", "coco", "flickr8k"] = "auto"
-    """Layout of the data: recognised from the folder with auto."""
+    dataset: str = "auto"
+    """Layout of the data, recognised from the folder with auto; or user/name on the Hugging Face Hub."""
+    image_column: str | None = None
+    """Column of the pictures, where a table's has no usual name."""
+    caption_column: str | None = None
+    """Column of the captions, where a table's has no usual name."""
+    max_bad_share: float = 0.01
+    """Largest share of pictures that may be missing or damaged; they are left out and counted."""
+    allow_overlap: bool = False
+    """Score the model although it was trained on some of the pictures."""
     split: Literal["train", "val", "test"] = "test"
     """Which part of the data."""
     results: Path | None = None
@@ -257,13 +332,15 @@ def main() -> None:
     if config.results and config.references:
         metrics: dict[str, float] = dict(score_captions(*read_results(config.results, config.references)))
         directory = writable_directory(config.output_dir)
-    elif config.model and config.data_dir:
+    elif config.model and (config.data_dir or "/" in config.dataset):
         model = ImageCaptionModel.from_pretrained(config.model)
-        table = load_table(config.dataset, config.data_dir, config.split)
+        columns = {"image_column": config.image_column, "caption_column": config.caption_column}
+        table = load_table(config.dataset, config.data_dir or Path(), config.split, **columns)
+        check_overlap(model.trained_on, table, config.allow_overlap)
         device, _ = choose_device(config.device)
         dtype, _ = choose_precision(config.precision, device)
         directory = writable_directory(config.output_dir)
-        data = CaptionDataset(table, model.tokenizer, model.config, cache=False)
+        data = CaptionDataset(table, model.tokenizer, model.config)
         _, metrics = evaluate_dataset(
             model.to(device),
             data,
@@ -271,6 +348,7 @@ def main() -> None:
             dtype,
             directory,
             config.batch_size,
+            BadPictures(directory / "bad_samples.csv", [table], config.max_bad_share),
             num_beams=config.num_beams,
             length_penalty=config.length_penalty,
             max_length=config.max_length,

@@ -12,6 +12,7 @@ Vaswani et al. 2017 (arXiv:1706.03762), placed where transformers' GPT2Model pla
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -379,6 +381,8 @@ class ImageCaptionModel(nn.Module):
         super().__init__()
         self.config = config or ViTGPT2Config(**fields)
         self._tokenizer: PreTrainedTokenizerFast | None = None
+        self.trained_on = np.empty(0, np.uint64)
+        """Keys of the pictures it has learned from (CaptionTable.keys), so that nobody is scored on them unawares."""
         self.encoder = VisionTransformer(self.config)
         self.decoder = GPT2Decoder(self.config)
         if self.config.vision_embed_dim != self.config.decoder_embed_dim:
@@ -489,9 +493,11 @@ class ImageCaptionModel(nn.Module):
 
     def save_file(self, path: str | os.PathLike[str]) -> None:
         """Writes weights, config, preprocessing and tokenizer into one safetensors file, all of it or nothing."""
-        about = {"config": self.config.to_dict()}
+        about: dict[str, Any] = {"config": self.config.to_dict()}
         if self._tokenizer is not None:
             about["tokenizer"] = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        if len(self.trained_on):
+            about["trained_on"] = base64.b64encode(np.sort(self.trained_on).astype("<u8").tobytes()).decode()
         # One entry, because safetensors writes several in an order that changes from call to call.
         metadata = {METADATA_KEY: json.dumps(about, sort_keys=True)}
         path = Path(path)
@@ -528,11 +534,13 @@ class ImageCaptionModel(nn.Module):
         try:
             about = json.loads(metadata.get(METADATA_KEY, "{}"))
             config = ViTGPT2Config.from_dict(about.get("config") or config_fields_from_shapes(weights))
+            trained_on = np.frombuffer(base64.b64decode(about.get("trained_on", "")), "<u8")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a model of this project ({error}): name another file") from error
         model = cls(config)
         check_shapes(path, model.state_dict(), weights)
         model.load_state_dict(weights)
+        model.trained_on = trained_on
         if "tokenizer" in about:
             model.tokenizer = tokenizer_from_json(json.dumps(about["tokenizer"]), config)
         return model.eval()

@@ -1,201 +1,300 @@
-"""Every way people keep pictures with captions, read into one table; and the download of COCO 2017.
+"""Every way people keep pictures with captions, read into one table (table.py).
 
-May import config only (besides the standard library and tqdm). It never opens a picture, never follows a name in
-an annotation file or an archive out of its folder, and writes only below the folder given to download_coco_dataset.
-
-Layouts, below the data folder (Flickr8k also one level down, in flickr8k/):
-    coco       annotations/captions_{train,val}2017.json, train2017/, val2017/       as cocodataset.org ships them
-    flickr8k   captions.txt, Images/                                                 as Kaggle ships them, beside
-               Flickr_8k.{train,dev,test}Images.txt                                  the authors' split lists
+May import config, table and cache only (besides pyarrow and, late, Hugging Face's datasets). It never opens a picture,
+and never follows a name in a file of captions out of its folder. A layout is a function that finds its files and one
+that yields rows from them; LAYOUTS names them all, in the order in which a folder is tried.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
-import fnmatch
-import hashlib
-import http.client
+import functools
 import io
+import itertools
 import json
+import math
 import os
-import shutil
-import threading
-import time
+import re
+import tarfile
 import urllib.error
-import urllib.request
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+import table
+from cache import forget_older, kept_file, key_of, stamps, whole
 from config import UserError
+from table import SPLITS, CaptionTable, Row
+
+VERSION = 1  # of the tables kept on disk: one more when a reader or the columns change
+WORTH_KEEPING = 8 << 20  # bytes of captions' files from which on the packed table is kept
+PICTURE_SUFFIXES = frozenset(
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".pcx",
+        ".pgm",
+        ".png",
+        ".ppm",
+        ".qoi",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
+)
+SPLIT_WORDS = {"train": "train", "training": "train", "restval": "train", "val": "val", "valid": "val"}
+SPLIT_WORDS |= {"validation": "val", "dev": "val", "test": "test", "testing": "test"}
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+PICTURE_COLUMN = re.compile(r"(image|img|picture|photo|file)([ _-]?(name|file|path))?|path|filepath", re.IGNORECASE)
+CAPTION_WORDS = ("caption", "text", "sentence", "comment", "description", "title")  # the first that is there counts
+CAPTION_COLUMN = re.compile(rf"(image[ _-])?({'|'.join(CAPTION_WORDS)})s?[ _-]?\d*", re.IGNORECASE)
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # what is not white space
+ID_COLUMN = re.compile(r"(image|img|coco)?[ _-]?id", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class CaptionTable:
-    """Pictures and their captions: row i is paths[i], ids[i], captions[i] (at least one, white space collapsed)."""
+class Columns:
+    """Names of columns, where a person says them; None: recognised by their usual names."""
 
-    paths: list[Path]
-    ids: list[int | str]
-    captions: list[list[str]]
-    name: str
-    split: str
-
-    def __len__(self) -> int:
-        """The number of pictures."""
-        return len(self.paths)
-
-    @property
-    def num_captions(self) -> int:
-        """The captions of all pictures together."""
-        return sum(map(len, self.captions))
-
-    def head(self, n: int) -> CaptionTable:
-        """The first n pictures (all of them where there are fewer). Raises UserError for n < 1."""
-        if n < 1:
-            raise UserError(f"the first {n} pictures were asked for: ask for at least 1")
-        return dataclasses.replace(self, paths=self.paths[:n], ids=self.ids[:n], captions=self.captions[:n])
+    picture: str | None = None
+    caption: str | None = None
 
 
-def load_table(
-    dataset: Literal["auto", "coco", "flickr8k"], data_dir: Path, split: Literal["train", "val", "test"]
-) -> CaptionTable:
-    """Read one split of the data set below data_dir; "auto" recognises which it is.
+@dataclass(frozen=True)
+class Layout:
+    """One way to keep pictures with captions."""
 
-    COCO's test captions are not public. Its "test" is therefore annotations/captions_test2017.json with test2017/
-    where somebody made both (the demo does), and val2017 otherwise; the table's split then says "val".
-    Pictures without a caption are left out. Raises UserError, in one line, for anything missing or damaged.
+    shape: str
+    """What lies in the folder, in words."""
+    find: Callable[[Path, Columns], list[Path]]
+    """The files that hold the captions; none where the folder is not of this layout."""
+    read: Callable[[Path, list[Path], Columns], Iterable[Row]]
+    """The rows of those files, with pictures' paths below the folder."""
+
+
+def load_tables(
+    dataset: str, data_dir: str | Path, image_column: str | None = None, caption_column: str | None = None
+) -> dict[str, CaptionTable]:
+    """All parts of a data set as {"train": ..., "val": ..., "test": ...}; a part without a picture is not there.
+
+    `dataset` is a layout of LAYOUTS, "auto" to recognise it, or a name on the Hugging Face Hub (user/name, where
+    data_dir does not count). `data_dir` is the folder, or the one file in it that holds the captions. A part that the
+    source does not have is set aside as table.split_up says; val serves as test where there is val and no test.
+    Raises UserError, in one line with the file and the line or id, for anything damaged.
     """
-    if dataset not in ("auto", "coco", "flickr8k"):
-        raise UserError(f"dataset {dataset!r} is unknown: use auto, coco or flickr8k")
-    if split not in ("train", "val", "test"):
+    tables = _load(dataset, data_dir, Columns(image_column, caption_column))
+    return {split: _with_pictures(part) for split, part in tables.items()}
+
+
+def load_table(dataset: str, data_dir: str | Path, split: str, **columns: str | None) -> CaptionTable:
+    """One part of load_tables; the pictures of the others need not be there. Raises UserError where the source does not
+    have it."""
+    if split not in SPLITS:
         raise UserError(f"split {split!r} is unknown: use train, val or test")
+    tables = _load(dataset, data_dir, Columns(columns.get("image_column"), columns.get("caption_column")))
+    if split not in tables:
+        raise UserError(f"{data_dir} has no {split} part, only {' and '.join(tables)}: choose another, or add it")
+    return _with_pictures(tables[split])
+
+
+def _with_pictures(part: CaptionTable) -> CaptionTable:
+    """The part as it is. Raises UserError where all of its pictures are missing."""
+    if not len(part):
+        raise UserError(
+            f"{part.root}: none of the {len(part.missing):,} {part.split} pictures is there "
+            f"({str(part.root / part.missing[0])!r}, ...): put them there, or name the folder that holds them"
+        )
+    return part
+
+
+def _load(dataset: str, data_dir: str | Path, columns: Columns) -> dict[str, CaptionTable]:
+    if dataset not in ("auto", *LAYOUTS) and "/" not in dataset:
+        raise UserError(f"dataset {dataset!r} is unknown: use auto, {', '.join(LAYOUTS)}, or user/name on the Hub")
+    if "/" in dataset:
+        return _read_hub(dataset, columns)
+    path = Path(data_dir).expanduser()
     try:
-        root = _existing_folder(data_dir)
-        found = recognise(root) if dataset == "auto" else dataset
-        return _load_coco(root, split) if found == "coco" else _load_flickr8k(_flickr8k_root(root), split)
+        name, root, files = recognise(path, columns, dataset)
+        if name == "huggingface":
+            return _read_hub(str(root), columns)
+        packed, about = _packed(name, root, files, columns)
     except OSError as error:
-        raise UserError(f"{data_dir} cannot be read: {_reason(error)}") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+    how = f"{'recognised as ' if dataset == 'auto' else ''}{LAYOUTS[name].shape}"
+    family = files[0].stem.removeprefix("dataset_") if name == "karpathy" else name
+    return _parts(packed, about, root, family, how)
 
 
-def recognise(data_dir: Path) -> str:
-    """The data set in data_dir: "coco" (also where both are) or "flickr8k". Raises UserError where neither is."""
-    root = _existing_folder(data_dir)
-    if any((root / f"annotations/captions_{part}2017.json").is_file() for part in ("train", "val")):
-        return "coco"
-    if (_flickr8k_root(root) / "captions.txt").is_file():
-        return "flickr8k"
-    raise UserError(
-        f"no known data set in {root}: looked for annotations/captions_{{train,val}}2017.json (COCO 2017) and "
-        "captions.txt or flickr8k/captions.txt (Flickr8k): name the folder that holds one, or try --preset demo"
-    )
+def recognise(path: Path, columns: Columns = Columns(), dataset: str = "auto") -> tuple[str, Path, list[Path]]:
+    """A layout's name, its folder, and the files of captions in it; `dataset` allows one layout only.
 
-
-def _load_coco(root: Path, split: str) -> CaptionTable:
-    """Pictures in the order of the file's "images", each one's captions in the order of their ids."""
-    if split == "test" and not all(
-        (root / part).exists() for part in ("annotations/captions_test2017.json", "test2017")
-    ):
-        split = "val"
-    source, folder = root / f"annotations/captions_{split}2017.json", root / f"{split}2017"
-    text = _read_text(source, f"put COCO 2017 into {root} as annotations/, train2017/ and val2017/")
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source}:{error.lineno}: not JSON ({error.msg}): cut or damaged, get it anew") from None
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
-        raise UserError(f"{source}: not readable as JSON ({_reason(error)}): get it anew") from None
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
-        raise UserError(f"{source}: no lists 'images' and 'annotations': this is not a COCO captions file")
-
-    paths: dict[int | str, Path] = {}
-    for i, image in enumerate(content["images"]):
-        image_id = _field(image, "id", (int, str), f"{source}: images[{i}]")
-        name = _checked_name(_field(image, "file_name", str, f"{source}: image {image_id!r}"), source, image_id)
-        if image_id in paths:
-            raise UserError(f"{source}: image {image_id!r} is there twice: leave one of them out")
-        paths[image_id] = folder / name
-
-    captions: dict[int | str, list[tuple[int, str]]] = {image_id: [] for image_id in paths}
-    for i, annotation in enumerate(content["annotations"]):
-        annotation_id = _field(annotation, "id", int, f"{source}: annotations[{i}]")
-        image_id = _field(annotation, "image_id", (int, str), f"{source}: annotation {annotation_id}")
-        caption = _clean(_field(annotation, "caption", str, f"{source}: annotation {annotation_id}"))
-        # A cut-down file often keeps captions of pictures that it no longer lists.
-        if caption and image_id in captions:
-            captions[image_id].append((annotation_id, caption))
-
-    rows = [(paths[i], i, [caption for _, caption in sorted(found)]) for i, found in captions.items() if found]
-    return _table(rows, "coco", split, source)
-
-
-def _load_flickr8k(root: Path, split: str) -> CaptionTable:
-    """Pictures in the order of the official list, captions in the order of captions.txt; ids are the file names."""
-    source = root / "captions.txt"
-    captions = _read_flickr8k_captions(source)
-    part = {"train": "trainImages", "val": "devImages", "test": "testImages"}[split]
-    split_list = root / f"Flickr_8k.{part}.txt"
-    hint = f"Kaggle ships no split lists: put the authors' Flickr_8k.{{train,dev,test}}Images.txt into {root}"
-    names: list[str] = []
-    for number, line in enumerate(_read_text(split_list, hint).split("\n"), start=1):
-        if name := line.strip():
-            names.append(_checked_name(name, split_list, number))
-    if repeated := [name for name, times in Counter(names).items() if times > 1]:
-        raise UserError(f"{split_list}: listed more than once: {_some(repeated)}: list each picture once")
-    # The end of a cut CSV file looks like any other, so a picture that captions.txt does not know is an error.
-    if unknown := [name for name in names if name not in captions]:
+    Raises UserError where nothing fits, and says what was looked for.
+    """
+    only = path if path.is_file() else None
+    root = path if only is None else path.parent.parent if path.parent.name == "annotations" else path.parent
+    if not root.is_dir():
         raise UserError(
-            f"{source}: no line for {_some(unknown)} of the {len(names)} pictures in {split_list.name}: "
-            "the file is cut or another data set's, get it anew"
+            f"no such folder: {path}: name one with --data-dir (a folder of pictures with name.txt beside each "
+            "name.jpg will do, or COCO 2017, Flickr8k, Flickr30k, ...), or try --preset demo"
         )
-    rows = [(root / "Images" / name, name, captions[name]) for name in names if captions[name]]
-    return _table(rows, "flickr8k", split, source)
+    for name, layout in LAYOUTS.items():
+        if dataset in ("auto", name):
+            files = layout.find(root, columns)
+            if only is None and files:
+                return name, root, files
+            if only in files or (only and only.suffix in TABLE_SUFFIXES and name == "csv"):
+                return name, root, files if name in ("coco", "flickr8k") else [only]
+    if dataset == "auto" and _is_saved_dataset(root):
+        return "huggingface", root, []
+    if dataset == "auto":
+        wanted = "; ".join(f"{layout.shape} ({name})" for name, layout in LAYOUTS.items())
+        pictures = sum(1 for _ in _sidecars(root))
+        beside = f" beside {pictures:,} pictures without captions" if pictures else ""
+        raise UserError(f"no captions found in {path}{beside}: looked for {wanted}; or try --preset demo")
+    raise UserError(f"{path} is not in the layout {dataset}: expected {LAYOUTS[dataset].shape}")
 
 
-def _read_flickr8k_captions(source: Path) -> dict[str, list[str]]:
-    """captions.txt as {file name: captions}."""
-    rows = csv.reader(io.StringIO(_read_text(source, "put Flickr8k there as captions.txt and Images/")), strict=True)
-    captions: dict[str, list[str]] = {}
-    try:
-        header = [column.strip() for column in next(rows, [])]
-        if header != ["image", "caption"]:
-            raise UserError(f"{source}:1: the header is {','.join(header)!r} where 'image,caption' is expected")
-        for row in filter(None, rows):
-            if len(row) != 2:
-                raise UserError(
-                    f"{source}:{rows.line_num}: {len(row)} columns where 2 are expected (image,caption): put a caption "
-                    "with a comma in double quotes"
-                )
-            of_picture = captions.setdefault(_checked_name(row[0].strip(), source, rows.line_num), [])
-            if caption := _clean(row[1]):
-                of_picture.append(caption)
-    except csv.Error as error:
-        raise UserError(f"{source}:{rows.line_num}: not CSV ({error}): mend the line or get the file anew") from None
-    return captions
+def _packed(name: str, root: Path, files: list[Path], columns: Columns) -> tuple[pa.Table, dict[str, Any]]:
+    """The packed rows, from disk where they are kept there, and {"parts": in words, "left_out": ...}.
+
+    Rows from disk count only if the pictures are where they were: a look at a few tells whether the folder was moved.
+    """
+    seen = stamps(files)
+    worth = name == "webdataset" or sum(size for _, size, _ in seen) >= WORTH_KEEPING
+    kept = kept_file("table", [name, str(root.absolute())], key_of(VERSION, dataclasses.astuple(columns), seen))
+    if worth:
+        try:
+            rows, about = table.read_table(kept)
+            some = rows["picture"].take(np.linspace(0, rows.num_rows - 1, 16).astype(int)).to_pylist()
+            if all((root / picture).is_file() for picture in some):
+                return rows, about
+        except (OSError, pa.ArrowException, KeyError, ValueError):
+            pass  # not there yet, or damaged: made anew below
+    rows, about = _settled(LAYOUTS[name].read(root, files, columns), files[0])
+    if worth:
+        try:
+            with whole(kept) as part:
+                table.write_table(rows, part, about)
+            forget_older(kept)
+            return table.read_table(kept)
+        except OSError:
+            pass  # no room, or no home to write to: read anew next time
+    return rows, about
 
 
-def _table(rows: Sequence[tuple[Path, int | str, list[str]]], name: str, split: str, source: Path) -> CaptionTable:
-    """The table, once every picture is known to exist: one listing of each folder, for a stat per file is slow."""
-    if not rows:
+def _settled(rows: Iterable[Row], source: Path | str) -> tuple[pa.Table, dict[str, Any]]:
+    """Rows packed and split up, and {"parts": in words, "left_out": ...}."""
+    packed, left_out = table.pack(rows)
+    if not packed.num_rows:
         raise UserError(f"{source}: no picture has a caption: get the file anew")
-    paths, ids, captions = (list(column) for column in zip(*rows, strict=True))
-    listings = {folder: _files(folder) for folder in {path.parent for path in paths}}
-    if missing := [str(path) for path in paths if path.name not in listings[path.parent]]:
-        raise UserError(
-            f"{source}: {_some(missing)} of the {len(paths)} pictures that it names are missing: put them there, "
-            "or leave them out of the file"
-        )
-    return CaptionTable(paths, ids, captions, name, split)
+    try:
+        packed, parts = table.split_up(packed)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    return packed, {"parts": parts, "left_out": left_out}
 
 
-def _files(folder: Path) -> set[str]:
+def _parts(
+    rows: pa.Table, about: dict[str, Any], root: Path, name: str, how: str, hub: Any = None
+) -> dict[str, CaptionTable]:
+    """Rows in the order of SPLITS as one table a part, without the pictures that are not there."""
+    how = "; ".join(filter(None, [how, about["parts"]]))
+    tables = {}
+    start = 0
+    for split in SPLITS:
+        number = pc.sum(pc.equal(rows["split"], split)).as_py() or 0
+        part, start = rows.slice(start, number).drop_columns("split"), start + number
+        missing: tuple[str, ...] = ()
+        if number and hub is None:
+            there = _there(part["picture"], root)
+            missing = tuple(part["picture"].filter(pc.invert(there)).to_pylist())
+            part = part.filter(there) if missing else part
+        if number:
+            tables[split] = CaptionTable(part, root, name, split, how, about["left_out"], missing, hub)
+    if "val" in tables and "test" not in tables:
+        tables["test"] = tables["val"]
+    return tables
+
+
+def _there(pictures: pa.ChunkedArray, root: Path) -> pa.ChunkedArray:
+    """Which of the files exist: one listing of each folder, since a look at each of 100,000 files is slow."""
+    folders = pc.unique(pc.replace_substring_regex(pictures, r"[^/\\]*$", "")).to_pylist()
+    names = [folder + name for folder in folders for name in file_names(root / folder)]
+    return pc.is_in(pictures, pa.array(filter(_is_text, names), pa.string()))
+
+
+# What readers share
+
+
+def clean(caption: Any, where: str) -> str:
+    """A caption as text in one line: white space collapsed, control characters and lone surrogates out, numbers as
+    digits, "" for null. Raises UserError, which begins with `where`, for anything else."""
+    if caption is None or (isinstance(caption, float) and math.isnan(caption)):
+        return ""
+    if not isinstance(caption, str | int | float) or isinstance(caption, bool):
+        raise UserError(f"{where}: the caption is {str(caption)[:40]!r} and not text: mend it or leave it out")
+    text = str(caption).encode("utf-8", "replace").decode("utf-8")
+    return " ".join(CONTROL.sub("", text).split())
+
+
+def _captions(value: Any, where: str) -> list[str]:
+    """A caption, or a list of them, cleaned."""
+    return [clean(caption, where) for caption in (value if isinstance(value, list) else [value])]
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a relative name, read as POSIX's or as Windows', stays below the folder it is joined to."""
+    parts = name.replace("\\", "/").split("/")
+    return parts[0] != "" and ":" not in parts[0] and ".." not in parts
+
+
+def _checked(name: Any, where: str) -> str:
+    """A picture's name from a file of captions. Raises UserError unless it is a path that stays in the folder."""
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{where}: no picture is named: mend it or leave it out")
+    if not _is_text(name):
+        raise UserError(f"{where}: {name!r} is no name in UTF-8: rename the picture")
+    if not stays_inside(name):
+        raise UserError(f"{where}: {name!r} leads out of the data folder: use a relative name without ..")
+    return name
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8, as one from an old archive in another encoding cannot."""
+    return name.encode("utf-8", "replace").decode("utf-8") == name
+
+
+def _id(value: Any, name: str) -> int | str:
+    """A picture's id from a column or field: a number where it is one, the picture's name where there is none."""
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    return value if isinstance(value, str | int) and value != "" else name
+
+
+def _split_word(value: Any, where: str) -> str:
+    """The part that a column names, "" for none. Raises UserError for a word that means none of the three."""
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if split := SPLIT_WORDS.get(str(value).strip().lower()):
+        return split
+    raise UserError(f"{where}: split {value!r} is none of {', '.join(SPLIT_WORDS)}: mend it or leave it empty")
+
+
+def file_names(folder: Path) -> set[str]:
     """The names of the files in folder; none where there is no such folder."""
     try:
         with os.scandir(folder) as entries:
@@ -204,309 +303,518 @@ def _files(folder: Path) -> set[str]:
         return set()
 
 
-def _flickr8k_root(root: Path) -> Path:
-    nested = root / "flickr8k"
-    return nested if nested.is_dir() and not (root / "captions.txt").exists() else root
-
-
-def _existing_folder(data_dir: Path) -> Path:
-    folder = Path(data_dir).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"no such folder: {folder}: put COCO 2017 there (annotations/, train2017/, val2017/) or Flickr8k "
-            "(captions.txt, Images/), name another folder with --data-dir, or try --preset demo"
-        )
-    return folder
-
-
-def _read_text(path: Path, hint: str) -> str:
-    """A whole text file, with or without a byte order mark; the hint says what to do where there is none."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}: {hint}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text: save the file as UTF-8, or get it anew") from None
-
-
-def _field(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    value = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f"{where}: {key!r} is missing or of the wrong type: this is not a COCO captions file")
-    return value
-
-
-def _clean(caption: str) -> str:
-    """White space collapsed; JSON's lone surrogates replaced, since no tokenizer can encode them."""
-    return " ".join(caption.encode("utf-8", "replace").decode("utf-8").split())
-
-
-def _stays_inside(name: str) -> bool:
-    """Whether a relative name, read as POSIX's or as Windows', stays below the folder it is joined to."""
-    parts = name.replace("\\", "/").split("/")
-    return parts[0] != "" and ":" not in parts[0] and ".." not in parts
-
-
-def _checked_name(name: str, source: Path, place: int | str) -> str:
-    if not _stays_inside(name):
-        raise UserError(f"{source}:{place}: {name!r} leads out of the data folder: use a relative name without ..")
-    return name
-
-
-def _some(names: list[str]) -> str:
-    """How many, and the first three."""
-    return f"{len(names)} ({', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''})"
-
-
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """An exception's text in one line."""
     inner = error.reason if isinstance(error, urllib.error.URLError) else error
     return " ".join(str(inner).split()) or type(inner).__name__
 
 
-@dataclass(frozen=True)
-class Archive:
-    """One zip file of COCO 2017 and the folder it unpacks to, whole when `count` of its files match `pattern`."""
-
-    path: str  # below the server's address
-    size: int  # bytes
-    sha256: str
-    folder: str
-    pattern: str
-    count: int
-    unpacked_size: int  # bytes, rounded up
-
-    @property
-    def name(self) -> str:
-        """The file's name, without the folders of its address."""
-        return self.path.rpartition("/")[2]
+def _some(names: Iterable[Any]) -> str:
+    """How many, and the first three."""
+    listed = list(names)
+    return f"{len(listed):,} ({', '.join(map(repr, listed[:3]))}{', ...' if len(listed) > 3 else ''})"
 
 
-COCO_SERVER = "http://images.cocodataset.org"  # has no https; the SHA-256 vouches for what arrives
-ARCHIVES = (
-    Archive(
-        "annotations/annotations_trainval2017.zip",
-        252_907_541,
-        "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
-        *("annotations", "captions_*2017.json", 2, 900_000_000),
-    ),
-    Archive(
-        "zips/val2017.zip",
-        815_585_330,
-        "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
-        *("val2017", "*.jpg", 5_000, 850_000_000),
-    ),
-    Archive(
-        "zips/train2017.zip",
-        19_336_861_798,
-        "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
-        *("train2017", "*.jpg", 118_287, 20_000_000_000),
-    ),
-)
-CONTACT_SECONDS = 8.0  # until a server that says nothing counts as out of reach
-STALL_SECONDS = 30.0  # until a download that has gone quiet is taken up anew
-ATTEMPTS = 5  # in a row without a new byte
-PAUSE_SECONDS = 1.0  # before the first repetition; doubles with each
-CHUNK = 1 << 18
+def _split_of(*names: str) -> str:
+    """train, val or test where one of the names holds such a word, else ""."""
+    words = (word for name in names for word in re.split(r"[^a-z]+", name.lower()))
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")
 
 
-def download_coco_dataset(directory: str | Path = "./coco_data") -> Path:
-    """Fetch COCO 2017 (20.4 GB) into directory, unpack it there (another 21 GB), and return the directory.
-
-    Nothing half-finished is ever taken for whole: archives grow as *.part and get their name after size and SHA-256
-    agree; they are unpacked into a hidden folder that is renamed when complete. What is already whole is not
-    fetched again, and what was cut (Ctrl-C included) goes on where it stopped. The archives stay; once their folders
-    stand beside them they may be deleted. COCO_MIRROR in the environment replaces http://images.cocodataset.org.
-    Raises UserError, in one line, for no network, no room, wrong content and folders that are only partly there.
-    """
-    root = Path(directory).expanduser()
-    server = (os.environ.get("COCO_MIRROR") or COCO_SERVER).rstrip("/")
-    if not server.startswith(("http://", "https://")):
-        raise UserError(f"COCO_MIRROR is {server!r}: it must start with http:// or https://")
+def _read_text(path: Path) -> str:
+    """A whole text file, with or without a byte order mark."""
     try:
-        wanted = [archive for archive in ARCHIVES if not _is_unpacked(archive, root)]
-        if not wanted:
-            return root
-        _check_room(wanted, root)
-        to_fetch = [archive for archive in wanted if not (root / archive.name).exists()]
-        if to_fetch and (reason := _out_of_reach(f"{server}/{to_fetch[0].path}")):
-            raise UserError(_cannot(f"{server} is out of reach ({reason})", root))
-        root.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(root):
-            for archive in wanted:
-                _fetch(archive, f"{server}/{archive.path}", root)
-                _unpack(archive, root)
-    except OSError as error:
-        raise UserError(f"COCO cannot be put into {root}: {_reason(error)}") from None
-    return root
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}: put it there, or name another folder") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text: save the file as UTF-8, or get it anew") from None
 
 
-def _is_unpacked(archive: Archive, root: Path) -> bool:
-    """Whether the folder is there and whole. Raises UserError where it holds only part: it is not ours to touch."""
-    folder = root / archive.folder
-    if not folder.exists() or (folder.is_dir() and not os.listdir(folder)):
-        return False
-    if (count := len(fnmatch.filter(_files(folder), archive.pattern))) >= archive.count:
-        return True
-    raise UserError(
-        f"{folder} holds only {count} of COCO 2017's {archive.count} files {archive.pattern}: move it away, or "
-        "download into another folder"
-    )
-
-
-def _check_room(wanted: Iterable[Archive], root: Path) -> None:
-    """Raises UserError unless what is still to fetch and all that is still to unpack will fit on the disk."""
-    needed = 0
-    for archive in wanted:
-        there = max(_size(root / archive.name), _size(root / f"{archive.name}.part"))
-        needed += archive.unpacked_size + max(0, archive.size - there)
-    free = shutil.disk_usage(next(folder for folder in (root, *root.absolute().parents) if folder.exists())).free
-    if needed > free:
-        raise UserError(
-            f"not enough room for COCO in {root}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: "
-            "make room, or name another folder"
-        )
-
-
-def _out_of_reach(url: str) -> str | None:
-    """Why the server does not answer, or None. In a thread, as a name's look-up and its list of addresses heed no
-    timeout as a whole."""
-    reason: list[str | None] = [f"no answer in {CONTACT_SECONDS:g} s"]
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONTACT_SECONDS).close()
-            reason[0] = None
-        except urllib.error.HTTPError as answer:  # even a refusal is an answer; the download will name it
-            answer.close()
-            reason[0] = None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason[0] = _reason(error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(CONTACT_SECONDS)
-    return reason[0]
-
-
-def _cannot(what: str, root: Path) -> str:
-    return (
-        f"{what}: put COCO 2017 from elsewhere at {root} as annotations/, train2017/ and val2017/, set COCO_MIRROR to "
-        "a server that has it, or try --preset demo"
-    )
-
-
-@contextlib.contextmanager
-def _one_at_a_time(root: Path) -> Iterator[None]:
-    """Two downloads into one folder would write into each other's .part files. (Windows has no such guard.)"""
+def _json(text: str, source: Path, line: int | None = None) -> Any:
+    """JSON's content; `line` is where in the source the text stands, when it is one line of it."""
     try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(root / ".download.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another download into {root} is running: wait for it to end") from None
-        yield
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{source}:{line or error.lineno}"
+        raise UserError(f"{where}: not JSON ({error.msg}): cut or damaged, mend it or get it anew") from None
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+        raise UserError(f"{source}: not readable as JSON ({reason(error)}): get it anew") from None
 
 
-def _fetch(archive: Archive, url: str, root: Path) -> None:
-    """Make root/archive.name exist with the right size and SHA-256."""
-    target, part = root / archive.name, root / f"{archive.name}.part"
-    if target.exists():
-        if _size(target) != archive.size or _sha256(target) != archive.sha256:
-            raise UserError(f"{target} is not COCO's archive (size or SHA-256 differs): move it away and run again")
-        return
-    if _size(part) > archive.size:
-        part.unlink()
-    failures, best = 0, _size(part)
-    with _bar(archive.size, archive.name) as bar:
-        while best < archive.size:
-            reason = "the connection was cut"
-            try:
-                _fetch_rest(url, part, archive.size, bar)
-            except urllib.error.HTTPError as answer:
-                answer.close()
-                reason = f"answer {answer.code} {answer.reason}"
-                if answer.code < 500 and answer.code not in (408, 429):
-                    raise UserError(_cannot(f"{url} cannot be had ({reason})", root)) from None
-            except (OSError, http.client.HTTPException) as error:
-                reason = _reason(error)
-            failures = 0 if _size(part) > best else failures + 1
-            best = max(best, _size(part))
-            if failures == ATTEMPTS:
+def _field(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{where}: {key!r} is missing or of the wrong type: mend the file or get it anew")
+    return value
+
+
+def _lists(content: Any, source: Path, *keys: str) -> list[Any]:
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
+        names = " and ".join(map(repr, keys))
+        raise UserError(f"{source}: no list {names} in it: this is another kind of file")
+    return [content[key] for key in keys]
+
+
+def _first_folder(root: Path, folders: Iterable[str], names: Iterable[str]) -> str:
+    """The first of the folders below root that has one of the first hundred names, as a prefix; "" where none has."""
+    some = [name for name in itertools.islice(names, 100) if stays_inside(name)]
+    found = (folder for folder in folders if any((root / folder / name).is_file() for name in some))
+    return next((f"{folder}/" for folder in found), "")
+
+
+# COCO
+
+
+def _coco_parts(root: Path) -> dict[str, Path]:
+    """{split: annotations}, the newest year's where there are several. COCO's own test captions are not public: a test
+    part counts where somebody made one with its pictures, as the demo does."""
+    parts = {}
+    for path in sorted(root.glob("annotations/captions_*.json")):
+        match = re.fullmatch(r"(train|val|test)\d*", part := path.stem.removeprefix("captions_"))
+        if match and (match[1] != "test" or (root / part).is_dir()):
+            parts[match[1]] = path
+    return parts
+
+
+def _read_coco(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
+    """Pictures in the order of the file's "images", each one's captions in the order of their ids."""
+    for split, source in _coco_parts(root).items():
+        part = source.stem.removeprefix("captions_")
+        folder = part if (root / part).is_dir() else f"images/{part}" if (root / "images" / part).is_dir() else part
+        images, annotations = _lists(_json(_read_text(source), source), source, "images", "annotations")
+        names: dict[int | str, str] = {}
+        for i, image in enumerate(images):
+            image_id = _field(image, "id", (int, str), f"{source}: images[{i}]")
+            if image_id in names:
+                raise UserError(f"{source}: image {image_id!r} is there twice: leave one of them out")
+            names[image_id] = _checked(image.get("file_name"), f"{source}: image {image_id!r}")
+        captions: dict[int | str, list[tuple[int, str]]] = {image_id: [] for image_id in names}
+        for i, annotation in enumerate(annotations):
+            number = _field(annotation, "id", int, f"{source}: annotations[{i}]")
+            where = f"{source}: annotation {number}"
+            image_id = _field(annotation, "image_id", (int, str), where)
+            if image_id not in captions:
                 raise UserError(
-                    f"the download of {url} stopped at {_size(part) / archive.size:.0%} ({reason}): run the same "
-                    "command again to go on from there"
+                    f"{where}: its image {image_id!r} is not among the {len(names):,} 'images': the file is cut, get it "
+                    "anew or leave the annotation out"
                 )
-            if best < archive.size:
-                time.sleep(PAUSE_SECONDS * 2**failures)
-    if _sha256(part) != archive.sha256:
-        part.unlink()
-        raise UserError(f"{url} sent something else than COCO's archive (SHA-256 differs), now deleted: run it again")
-    part.replace(target)
+            captions[image_id].append((number, clean(annotation.get("caption"), where)))
+        del images, annotations
+        for image_id, own in captions.items():
+            yield Row(split, f"{folder}/{names[image_id]}", image_id, [caption for _, caption in sorted(own)])
 
 
-def _fetch_rest(url: str, part: Path, size: int, bar: tqdm) -> None:
-    """Append to part what it lacks, or less where the server hangs up early; never more than size bytes in all."""
-    done = _size(part)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-    with urllib.request.urlopen(request, timeout=STALL_SECONDS) as answer:
-        if answer.status != 206:
-            done = 0  # the server knows no ranges and sends everything
-        length = answer.headers.get("Content-Length", "")
-        if length.isdigit() and done + int(length) != size:
+# Karpathy's splits
+
+FLICKR_FOLDERS = "Images images flickr30k_images/flickr30k_images flickr30k_images flickr30k-images Flicker8k_Dataset"
+
+
+def _read_karpathy(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
+    """Karpathy & Fei-Fei (2015, arXiv:1412.2306). COCO's pictures are looked for in the 2014 folders and, by their
+    number, in the 2017 folders; their id is that number, the others' is the file name."""
+    if len(files) > 1:
+        raise UserError(f"{root} holds {_some(path.name for path in files)}: name one of the files with --data-dir")
+    source = files[0]
+    (images,) = _lists(_json(_read_text(source), source), source, "images")
+    listed = functools.cache(lambda folder: file_names(root / folder))
+    names = (
+        image["filename"] for image in images if isinstance(image, dict) and isinstance(image.get("filename"), str)
+    )
+    flickr = _first_folder(root, FLICKR_FOLDERS.split(), names)
+    for i, image in enumerate(images):
+        where = f"{source}: images[{i}]"
+        name = _checked(_field(image, "filename", str, where), where)
+        split = _split_word(_field(image, "split", str, where), where)
+        captions = [clean(s.get("raw"), where) for s in _field(image, "sentences", list, where) if isinstance(s, dict)]
+        if "cocoid" in image:
+            number = _field(image, "cocoid", int, where)
+            old, new = _checked(image.get("filepath", "val2014"), where), f"{number:012d}.jpg"
+            places = [(base + old, name) for base in ("", "images/")]
+            places += [(base + year, new) for base in ("", "images/") for year in ("val2017", "train2017")]
+            folder, file = next((place for place in places if place[1] in listed(place[0])), ("train2017", new))
+            yield Row(split, f"{folder}/{file}", number, captions)
+        else:
+            yield Row(split, flickr + name, name, captions)
+
+
+# Flickr30k and Flickr8k
+
+
+def _find_flickr30k(root: Path, columns: Columns) -> list[Path]:
+    found = [root / place / "results.csv" for place in (".", "flickr30k_images", "flickr30k_images/flickr30k_images")]
+    return [path for path in found if path.is_file()][:1]
+
+
+def _read_flickr30k(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
+    """Kaggle's results.csv: image_name| comment_number| comment, with a row in it whose second bar is missing."""
+    source = files[0]
+    lines = _read_text(source).split("\n")  # and not at U+2028 or another break inside a caption
+    if [word.strip() for word in lines[0].split("|")] != ["image_name", "comment_number", "comment"]:
+        raise UserError(
+            f"{source}:1: the header is not 'image_name| comment_number| comment': get Kaggle's Flickr30k anew, or "
+            "read another table with --dataset csv"
+        )
+    captions: dict[str, list[str]] = {}
+    for number, line in enumerate(lines[1:], start=2):
+        name, _, rest = line.partition("|")
+        match = re.fullmatch(r"\s*\d+\s*(?:\||\s)(.*)", rest)
+        if not match and line.strip():
+            raise UserError(f"{source}:{number}: not 'name| number| caption': mend the line or get the file anew")
+        if match:
+            own = captions.setdefault(_checked(name.strip(), f"{source}:{number}"), [])
+            own.append(clean(match[1], f"{source}:{number}"))
+    base = source.parent.relative_to(root)
+    folder = _first_folder(root, (f"{base}/flickr30k_images", f"{base}", f"{base}/images"), captions)
+    for name, own in captions.items():
+        yield Row("", (folder or "flickr30k_images/").removeprefix("./") + name, name, own)
+
+
+FLICKR8K_LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt"}
+FLICKR8K_LISTS |= {"test": "Flickr_8k.testImages.txt"}
+
+
+def _find_flickr8k(root: Path, columns: Columns) -> list[Path]:
+    folder = root if (root / "captions.txt").is_file() else root / "flickr8k"
+    lists = [folder / name for name in FLICKR8K_LISTS.values()]
+    captions = folder / "captions.txt"
+    return [captions, *(path for path in lists if path.is_file())] if captions.is_file() else []
+
+
+def _read_flickr8k(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
+    """Kaggle's captions.txt. With the authors' split lists, pictures in the order of the lists and none besides."""
+    source = files[0]
+    captions: dict[str, list[str]] = {}
+    for where, record in _csv_records(source, ","):
+        if list(record) != ["image", "caption"]:
             raise UserError(
-                f"{url} offers {done + int(length)} bytes where COCO's archive has {size}: look at it in a browser (a "
-                "sign-in page?), or set COCO_MIRROR to another server"
+                f"{source}:1: the header is {','.join(record)!r} where 'image,caption' is expected: mend it or get the "
+                "file anew"
             )
-        bar.n = bar.initial = done
-        bar.refresh()
-        with open(part, "ab" if done else "wb") as file:
-            while chunk := answer.read(min(CHUNK, size - done)):
-                file.write(chunk)
-                done += len(chunk)
-                bar.update(len(chunk))
+        captions.setdefault(_checked(record["image"], where), []).append(clean(record["caption"], where))
+    folder = f"{source.parent.relative_to(root)}/Images/".removeprefix("./")
+    if len(files) == 1:
+        yield from (Row("", folder + name, name, own) for name, own in captions.items())
+    for split, list_name in FLICKR8K_LISTS.items():
+        listed = source.with_name(list_name)
+        if listed not in files:
+            continue
+        lines = _read_text(listed).splitlines()
+        names = [_checked(line.strip(), f"{listed}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
+        if repeated := [name for name, times in Counter(names).items() if times > 1]:
+            raise UserError(f"{listed}: listed more than once: {_some(repeated)}: list each picture once")
+        # The end of a cut CSV file looks like any other, so a picture that captions.txt does not know is an error.
+        if unknown := [name for name in names if name not in captions]:
+            raise UserError(
+                f"{source}: no line for {_some(unknown)} of the {len(names):,} pictures in {list_name}: the file is cut "
+                "or another data set's, get it anew"
+            )
+        yield from (Row(split, folder + name, name, captions[name]) for name in names)
 
 
-def _unpack(archive: Archive, root: Path) -> None:
-    """Unpack root/archive.name to root/archive.folder, which appears in one piece or not at all."""
-    source, target, staging = root / archive.name, root / archive.folder, root / f".{archive.folder}.unpacking"
-    shutil.rmtree(staging, ignore_errors=True)  # of an attempt that was killed
+# Tables of named columns: CSV, TSV, JSON lines, a JSON list, Parquet; also as Hugging Face's imagefolder
+
+
+def _csv_records(source: Path, delimiter: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, {column: text}) for each line; the delimiter is the header's most frequent where it is not given."""
+    text = _read_text(source)
+    header_line = text.partition("\n")[0]
+    delimiter = delimiter or max("\t,;|" if source.suffix == ".tsv" else ",\t;|", key=header_line.count)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line = 1  # where a record begins; an unbalanced quote is noticed at the end of the file
     try:
-        with zipfile.ZipFile(source) as zipped:
-            for name in zipped.namelist():
-                if not _stays_inside(name) or name.split("/")[0] != archive.folder:
-                    raise UserError(f"{source}: member {name!r} lies outside {archive.folder}/: nothing was unpacked")
-            for member in tqdm(zipped.infolist(), desc=f"unpack {archive.name}", unit="file", mininterval=1.0):
-                zipped.extract(member, staging)
-        if not _is_unpacked(archive, staging):
-            raise UserError(f"{source} holds no {archive.folder}/: nothing was unpacked")
-        if target.exists():
-            target.rmdir()  # an empty one, or _is_unpacked would have raised before
-        (staging / archive.folder).rename(target)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{source} cannot be unpacked ({_reason(error)}): move it away and run again") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        header = [column.strip() for column in next(rows, [])]
+        if repeated := [column for column, times in Counter(header).items() if times > 1]:
+            raise UserError(f"{source}:1: the column {repeated[0]!r} is there twice: rename one")
+        line = rows.line_num + 1
+        for row in rows:
+            where, line = f"{source}:{line}", rows.line_num + 1
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise UserError(
+                    f"{where}: {len(row)} columns where {len(header)} are expected ({delimiter.join(header)!r}): put a "
+                    f"caption with {delimiter!r} in it in double quotes"
+                )
+            yield where, {column: value.strip() for column, value in zip(header, row, strict=True)}
+    except csv.Error as error:
+        raise UserError(f"{source}:{line}: not CSV ({error}): mend the line or get the file anew") from None
 
 
-def _size(path: Path) -> int:
-    """In bytes; 0 where there is no such file."""
-    return path.stat().st_size if path.exists() else 0
+def _records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, record) for each record of a file of named columns, by its suffix."""
+    if source.suffix in (".csv", ".tsv"):
+        yield from _csv_records(source)
+    elif source.suffix == ".parquet":
+        import pyarrow.parquet as pq  # late: it is large, and few need it
+
+        number = 0
+        try:
+            for batch in pq.ParquetFile(source).iter_batches():
+                rows = enumerate(batch.to_pylist(), start=number)
+                yield from ((f"{source}: row {i}", record) for i, record in rows)
+                number += batch.num_rows
+        except pa.ArrowException as error:
+            raise UserError(f"{source}: not readable as Parquet ({reason(error)}): get it anew") from None
+    elif source.suffix == ".jsonl":
+        for number, line in enumerate(_read_text(source).split("\n"), start=1):
+            if line.strip():
+                record = _json(line, source, number)
+                if not isinstance(record, dict):
+                    raise UserError(f"{source}:{number}: not an object with named fields: write {{...}} on every line")
+                yield f"{source}:{number}", record
+    else:
+        content = _json(_read_text(source), source)
+        if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
+            raise UserError(f"{source}: not a list of objects: write [{{...}}, ...]")
+        yield from ((f"{source}: [{i}]", record) for i, record in enumerate(content))
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file, _bar(_size(path), f"check {path.name}") as bar:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()
+def _column(names: Iterable[str], pattern: re.Pattern[str], wanted: str | None) -> list[str]:
+    """The column that was asked for, or those with a usual name."""
+    return [name for name in names if (name == wanted if wanted else pattern.fullmatch(name))]
 
 
-def _bar(total: int, text: str) -> tqdm:
-    return tqdm(total=total, desc=text, unit="B", unit_scale=True, mininterval=1.0)
+def _caption_columns(names: Iterable[str], wanted: str | None) -> list[str]:
+    """The captions' column, or several, as in caption_1 ... caption_5; a title beside captions is none of them."""
+    usual = _column(names, CAPTION_COLUMN, wanted)
+    words = [CAPTION_COLUMN.fullmatch(name) for name in usual]
+    ranks = [CAPTION_WORDS.index(word[2].lower()) if word else 0 for word in words]
+    return [name for name, rank in zip(usual, ranks, strict=True) if rank == min(ranks)]
+
+
+def _has_columns(source: Path, columns: Columns) -> bool:
+    """Whether a file's first record has a picture's and a caption's column; of a long JSON list only that is read."""
+    try:  # a byte that is not UTF-8 does not matter here: the reader will say which line it is on
+        if source.suffix == ".json":
+            with open(source, encoding="utf-8-sig", errors="replace") as file:
+                start = file.read(1 << 16).lstrip()
+            first = json.JSONDecoder().raw_decode(start[1:].lstrip())[0] if start.startswith("[") else None
+        elif source.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            schema = pq.read_schema(source)  # where pictures are inside, Hugging Face's datasets reads it
+            first = [column.name for column in schema if not pa.types.is_struct(column.type)]
+        else:
+            with open(source, encoding="utf-8-sig", errors="replace") as file:
+                start = file.readline(1 << 16)
+            first = json.loads(start) if source.suffix == ".jsonl" else re.split(r"[,\t;|]", start.replace('"', ""))
+    except (ValueError, RecursionError, pa.ArrowException):
+        return False
+    if not isinstance(first, dict | list):
+        return False
+    names = [str(name).strip() for name in first]
+    return bool(_column(names, PICTURE_COLUMN, columns.picture) and _caption_columns(names, columns.caption))
+
+
+def _find_columns(root: Path, columns: Columns) -> list[Path]:
+    names = sorted(name for name in file_names(root) if Path(name).suffix in TABLE_SUFFIXES)
+    return [root / name for name in names if _has_columns(root / name, columns)]
+
+
+def _find_imagefolder(root: Path, columns: Columns) -> list[Path]:
+    names = [f"metadata.{suffix}" for suffix in ("jsonl", "csv", "parquet")]
+    places = [root, *sorted(path for path in root.iterdir() if path.is_dir() and _split_of(path.name))]
+    return [place / name for place in places for name in names if (place / name).is_file()]
+
+
+def _read_columns(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
+    """Lines of one picture (several captions on lines of their own) are joined, in the order of its first one."""
+    if len({_split_of(path.stem, path.parent.name) for path in files}) < len(files):
+        raise UserError(f"{root} holds {_some(path.name for path in files)}: name one of the files with --data-dir")
+    for source in files:
+        base = source.parent.relative_to(root)
+        found: dict[str, tuple[str, int | str, list[str]]] = {}
+        pictures: list[str] = []
+        for where, record in _records(source):
+            if not found:
+                pictures = _column(record, PICTURE_COLUMN, columns.picture)
+                captions = _caption_columns(record, columns.caption)
+                if not pictures or not captions:
+                    raise UserError(
+                        f"{source}: no column for the {'captions' if pictures else 'pictures'} among "
+                        f"{', '.join(map(repr, record))}: name it with --{'caption' if pictures else 'image'}-column"
+                    )
+                ids = _column(record, ID_COLUMN, None)
+            name = _checked(record.get(pictures[0]), where)
+            texts = [text for column in captions for text in _captions(record.get(column), where)]
+            split = _split_word(record.get("split"), where)
+            known = found.setdefault(name, (split, _id(record.get(ids[0]) if ids else None, name), []))
+            if split != known[0]:
+                raise UserError(f"{where}: {name!r} is in {known[0] or 'no part'!r} above: one picture, one part")
+            known[2].extend(texts)
+        folders = [(near / inside).as_posix() for near in (base, Path()) for inside in (".", "images", "Images")]
+        folder = _first_folder(root, folders, found) or f"{base.as_posix()}/"
+        for name, (split, number, texts) in found.items():
+            split = split or _split_of(
+                source.stem if len(files) > 1 else "", source.parent.name if base != Path() else ""
+            )
+            split = split or SPLIT_WORDS.get(name.split("/")[0].lower(), "")
+            yield Row(split, (folder + name).removeprefix("./"), number, texts)
+
+
+# A person's own folder: name.jpg with name.txt beside it
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Folders below root (hidden ones left out) with their files, in order."""
+    for folder, inside, names in os.walk(root):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        yield Path(folder), sorted(name for name in names if not name.startswith("."))
+
+
+def _sidecars(root: Path) -> Iterator[tuple[Path, Path | None]]:
+    """Every picture below root with its text, or None."""
+    for folder, names in _walk(root):
+        texts = {Path(name).stem: folder / name for name in names if name.lower().endswith((".txt", ".caption"))}
+        for name in names:
+            if Path(name).suffix.lower() in PICTURE_SUFFIXES:
+                yield folder / name, texts.get(Path(name).stem) or texts.get(name)
+
+
+def _read_sidecars(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
+    """Every line of the text that is not empty is a caption. A folder train/, val/ or test/ says the part."""
+    for picture, text in _sidecars(root):
+        name = picture.relative_to(root).as_posix()
+        if not _is_text(name):
+            raise UserError(f"{root}: {name!r} is no name in UTF-8: rename the picture")
+        lines = [] if text is None else _read_text(text).split("\n")
+        captions = [clean(line, str(text)) for line in lines if line.strip()]
+        yield Row(SPLIT_WORDS.get(name.split("/")[0].lower(), ""), name, name, captions)
+
+
+# WebDataset shards
+
+
+def _find_shards(root: Path, columns: Columns) -> list[Path]:
+    places = [root, *sorted(path for path in root.iterdir() if path.is_dir() and _split_of(path.name))]
+    return [path for place in places for path in sorted(place.glob("*.tar"))]
+
+
+def _read_shards(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
+    """img2dataset's layout: members 000.jpg, 000.txt, 000.json one after the other make a sample. Only headers and
+    captions are read; the pictures stay where they are and are found again by their offset."""
+    for shard in files:
+        name = shard.relative_to(root).as_posix()
+        split = _split_of(shard.stem, shard.parent.name if shard.parent != root else "")
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                sample: dict[str, Any] = {}
+                for member in tar:
+                    if not member.isfile():
+                        continue
+                    folder, _, file = member.name.rpartition("/")
+                    stem, _, suffix = file.partition(".")
+                    key = f"{folder}/{stem}".removeprefix("/")
+                    if sample and sample["key"] != key:
+                        yield _shard_row(sample, split, name, shard)
+                        sample = {}
+                    sample["key"] = key
+                    if f".{suffix.lower()}" in PICTURE_SUFFIXES:
+                        sample["picture"] = member.offset_data, member.size
+                    elif suffix.lower() in ("txt", "caption", "json"):
+                        content = tar.extractfile(member)
+                        assert content is not None
+                        sample[suffix.lower()] = content.read()
+                    tar.members = []  # type: ignore[attr-defined]  # or the list of a long shard's members grows for nothing
+                if sample:
+                    yield _shard_row(sample, split, name, shard)
+                with open(shard, "rb") as end:  # tarfile takes a cut header for the end
+                    end.seek(tar.offset)
+                    if end.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                        raise EOFError("it ends in the middle")
+        except (tarfile.TarError, EOFError) as error:
+            raise UserError(f"{shard}: cut, packed or no tar file ({reason(error)}): get it anew, unpacked") from None
+
+
+def _shard_row(sample: dict[str, Any], split: str, name: str, shard: Path) -> Row:
+    where = f"{shard}: {sample['key']}"
+    try:
+        texts = {kind: sample[kind].decode("utf-8-sig") for kind in ("txt", "caption", "json") if kind in sample}
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: its text is not UTF-8: write the shard anew") from None
+    about = _json(texts["json"], Path(where), 1) if "json" in texts else {}
+    about = about if isinstance(about, dict) else {}
+    lines = texts.get("txt", texts.get("caption", "")).split("\n")
+    captions = about.get("captions") or [line for line in lines if line.strip()] or about.get("caption")
+    number = _id(next((about[key] for key in about if ID_COLUMN.fullmatch(key)), None), sample["key"])
+    if "picture" not in sample:
+        captions = None
+    if "picture" in sample and sample["picture"][0] + sample["picture"][1] > shard.stat().st_size:
+        raise UserError(f"{where}: the shard ends before its picture does: it is cut, get it anew")
+    return Row(split, name, number, _captions(captions or [], where), *sample.get("picture", (-1, -1)))
+
+
+# Hugging Face's datasets
+
+
+def _is_saved_dataset(root: Path) -> bool:
+    saved = any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    return saved or any(name.endswith(".parquet") for name in file_names(root) | file_names(root / "data"))
+
+
+def _read_hub(source: str, columns: Columns) -> dict[str, CaptionTable]:
+    """A data set by its name on the Hub, or as save_to_disk or Parquet files keep it in a folder."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{source} is read with Hugging Face's datasets: pip install -r requirements-data.txt"
+        ) from None
+    try:
+        saved = any((Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+        found = datasets.load_from_disk(source) if saved else datasets.load_dataset(source)
+    except Exception as error:  # the library raises dozens of kinds
+        raise UserError(
+            f"{source}: the data set cannot be loaded ({reason(error)[:200]}): check its name and the network"
+        ) from None
+    parts = found if isinstance(found, dict) else {"train": found}
+    features = next(iter(parts.values())).features
+    pictures = [n for n, kind in features.items() if n == columns.picture or isinstance(kind, datasets.Image)]
+    captions = _caption_columns((n for n in features if n not in pictures), columns.caption)
+    if not pictures or not captions:
+        raise UserError(
+            f"{source}: no column for the {'captions' if pictures else 'pictures'} among {', '.join(features)}: name it "
+            f"with --{'caption' if pictures else 'image'}-column"
+        )
+    ids = _column(features, ID_COLUMN, None) or _column(features, re.compile("filename|file_name"), None)
+
+    def rows() -> Iterator[Row]:
+        for part, data in parts.items():
+            texts = data.select_columns([*captions, *ids[:1], *(["split"] if "split" in features else [])])
+            for number, record in enumerate(texts):
+                where = f"{source}[{part}][{number}]"
+                own = [text for name in captions for text in _captions(record[name], where)]
+                split = _split_word(record.get("split"), where) or (_split_of(part) if len(parts) > 1 else "")
+                yield Row(split, part, _id(record[ids[0]] if ids else None, f"{part}-{number}"), own, number)
+
+    packed, about = _settled(rows(), source)
+    picture = {part: data.select_columns(pictures[:1]) for part, data in parts.items()}
+    raw = {part: data.cast_column(pictures[0], datasets.Image(decode=False)) for part, data in picture.items()}
+    hub = {part: data.rename_column(pictures[0], "picture") for part, data in raw.items()}
+    return _parts(packed, about, Path(source), source, "Hugging Face data set", hub)
+
+
+LAYOUTS = {
+    "coco": Layout(
+        "COCO: annotations/captions_{train,val}2017.json, train2017/, val2017/",
+        lambda root, _: list(_coco_parts(root).values()),
+        _read_coco,
+    ),
+    "karpathy": Layout(
+        "Karpathy's split: dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json",
+        lambda root, _: sorted(
+            p for n in ("coco", "flickr8k", "flickr30k") if (p := root / f"dataset_{n}.json").is_file()
+        ),
+        _read_karpathy,
+    ),
+    "flickr30k": Layout("Flickr30k: flickr30k_images/results.csv", _find_flickr30k, _read_flickr30k),
+    "flickr8k": Layout("Flickr8k: captions.txt, Images/", _find_flickr8k, _read_flickr8k),
+    "imagefolder": Layout("imagefolder: metadata.jsonl, .csv or .parquet", _find_imagefolder, _read_columns),
+    "webdataset": Layout("WebDataset: *.tar", _find_shards, _read_shards),
+    "csv": Layout("a CSV, TSV or JSON file with a picture's and a caption's column", _find_columns, _read_columns),
+    "sidecar": Layout(
+        "name.txt beside each name.jpg", lambda root, _: [text for _, text in _sidecars(root) if text], _read_sidecars
+    ),
+}

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -21,27 +22,29 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from config import TrainConfig, UserError, ViTGPT2Config
 from dataset import (
     CaptionDataset,
     decode,
-    download_coco_dataset,
-    load_table,
+    load_tables,
     load_tokenizer,
     make_dataloader,
     micro_batches,
     to_device,
 )
-from evaluate import caption_loss, evaluate_dataset, print_metrics
+from download import download_coco_dataset, download_flickr30k
+from evaluate import BadPictures, caption_loss, check_overlap, evaluate_dataset, print_metrics
 from model import MODEL_FILE, ImageCaptionModel, choose_attention, use_flash_attention
 from scenes import draw_scenes, mark, scene_from_dict, score_scenes
-from sources import CaptionTable
+from table import CaptionTable
 from utils import (
     PRECISIONS,
     MetricLog,
     StopSignal,
     autocast,
+    available_memory,
     checkpoints,
     choose_device,
     choose_precision,
@@ -58,26 +61,33 @@ COCO_PICTURES = 118_287
 COCO_DOWNLOAD_GB = 20
 LOG_INTERVAL = 10  # steps
 TYPICAL_CAPTION = 14  # tokens, for estimates made before the captions are read
+KEPT_SHARE_OF_MEMORY = 0.4  # up to which pictures are kept there
 
 
 # Data
 
 
-def load_tables(config: TrainConfig, run: Path) -> dict[str, CaptionTable]:
+def find_tables(config: TrainConfig, run: Path) -> dict[str, CaptionTable]:
     """The train, val and test tables, drawn or downloaded where that is what the config means."""
-    if config.dataset == "scenes":
-        directory = config.data_dir or run / "scenes"
+    dataset, directory = config.dataset, config.data_dir
+    if dataset == "scenes":
+        dataset, directory = "coco", directory or run / "scenes"
         draw_scenes(directory, {"train": config.num_scenes, "val": 500, "test": 500}, config.seed)
-        return {split: load_table("coco", directory, split) for split in ("train", "val", "test")}  # type: ignore[arg-type]
-    directory = config.data_dir or Path("coco_data")
-    coco = config.data_dir is None and config.dataset in ("auto", "coco")
-    whole = all((directory / part).is_dir() for part in ("annotations", "train2017", "val2017"))
-    if coco and not whole:
-        ask_before_download(config)
-        download_coco_dataset(directory)
-    elif config.data_dir is None and not coco:
-        raise UserError(f"preset {config.preset} needs --data-dir: the folder with the {config.dataset} data")
-    return {split: load_table(config.dataset, directory, split) for split in ("train", "val", "test")}  # type: ignore[arg-type]
+    elif directory is None and dataset in ("auto", "coco"):
+        directory = Path("coco_data")
+        if not all((directory / part).is_dir() for part in ("annotations", "train2017", "val2017")):
+            ask_before_download(config)
+            download_coco_dataset(directory)
+    elif directory is None and dataset == "flickr30k":
+        directory = download_flickr30k()
+    elif directory is None and "/" not in dataset:
+        raise UserError(f"dataset {dataset} needs --data-dir: the folder that it lies in")
+    tables = load_tables(dataset, directory or Path(), config.image_column, config.caption_column)
+    if lacking := [part for part in ("train", "val") if part not in tables]:
+        raise UserError(
+            f"{directory or dataset} has no {' and no '.join(lacking)} part, only {', '.join(tables)}: add it"
+        )
+    return tables
 
 
 def ask_before_download(config: TrainConfig) -> None:
@@ -208,7 +218,8 @@ def write_run(job: Job, finished: bool) -> None:
     """run.json: which run this is, and what it must go on with to reach the same bits."""
     precision = next(name for name, dtype in PRECISIONS.items() if dtype == job.dtype)
     about = {"fingerprint": job.config.fingerprint, "finished": finished, "device": job.device.type}
-    write_json(job.run / "run.json", about | {"precision": precision, "config": job.config.to_dict()})
+    about |= {"precision": precision, "tokenizer": job.tokenizer, "config": job.config.to_dict()}
+    write_json(job.run / "run.json", about)
 
 
 def check_fingerprint(run: Path, config: TrainConfig) -> None:
@@ -236,6 +247,9 @@ class Job:
     steps: int
     tokens: float
     """Mean length of a training caption with its end token."""
+    bad: BadPictures
+    tokenizer: str
+    """What the tokenizer was loaded by: see TrainConfig.tokenizer."""
 
     @property
     def pictures_a_step(self) -> int:
@@ -264,9 +278,10 @@ def train(config: TrainConfig) -> int:
 
 def prepare(config: TrainConfig, run: Path, device: torch.device, dtype: torch.dtype) -> Job:
     """The run's data, tokenizer and fresh model."""
-    tables = load_tables(config, run)
-    texts = [text for captions in tables["train"].captions for text in captions]
-    tokenizer = load_tokenizer(config.tokenizer, texts, config.model.vocab_size)
+    tables = find_tables(config, run)
+    train_keys = tables["train"].keys()
+    check_overlap(train_keys, tables["test"], config.allow_overlap)
+    name, tokenizer = choose_tokenizer(config, tables["train"], read_run(run).get("tokenizer"))
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError(f"tokenizer {config.tokenizer} has no end token: choose another --tokenizer")
@@ -279,8 +294,11 @@ def prepare(config: TrainConfig, run: Path, device: torch.device, dtype: torch.d
     )
     torch.manual_seed(config.seed)
     model = ImageCaptionModel(sizes)
-    model.tokenizer = tokenizer
+    model.tokenizer, model.trained_on = tokenizer, train_keys
     model.set_gradient_checkpointing(config.gradient_checkpointing)
+    assert sizes.resize_size is not None
+    pixels = 3 * sizes.resize_size**2 * sum(map(len, tables.values()))
+    small = pixels < KEPT_SHARE_OF_MEMORY * available_memory()
     datasets = {
         split: CaptionDataset(
             table,
@@ -288,11 +306,16 @@ def prepare(config: TrainConfig, run: Path, device: torch.device, dtype: torch.d
             sizes,
             captions_per_image=config.captions_per_image if split == "train" else 5,
             seed=config.seed,
-            augment=split == "train",
-            random_flip=config.random_flip,
+            augmentation=config.augmentation if split == "train" else None,
+            keep="disk" if config.cache or config.cache_on_gpu else "memory" if small else "no",
         )
         for split, table in tables.items()
     }
+    if config.cache_on_gpu:
+        datasets["train"].keep_on(device)
+    bad = BadPictures(run / "bad_samples.csv", tables.values(), config.max_bad_share)
+    for data in datasets.values():
+        bad.add_known(data)
     pictures_a_step = config.batch_size * config.accumulation_steps
     steps_per_epoch = len(make_dataloader(datasets["train"], pictures_a_step))
     return Job(
@@ -304,8 +327,25 @@ def prepare(config: TrainConfig, run: Path, device: torch.device, dtype: torch.d
         datasets=datasets,
         steps_per_epoch=steps_per_epoch,
         steps=config.max_steps or config.epochs * steps_per_epoch,
-        tokens=len(datasets["train"].tokens) / len(texts) + 1,
+        tokens=len(datasets["train"].tokens.ids) / tables["train"].num_captions + 1,
+        bad=bad,
+        tokenizer=name,
     )
+
+
+def choose_tokenizer(
+    config: TrainConfig, table: CaptionTable, began: str | None
+) -> tuple[str, PreTrainedTokenizerFast]:
+    """The tokenizer and its name, which for "auto" is what the run began with, or gpt2 where that can be had."""
+    name = (began or "gpt2") if config.tokenizer == "auto" else config.tokenizer
+    texts = (text.as_py() for text in table.captions())
+    try:
+        return name, load_tokenizer(name, texts, config.model.vocab_size)
+    except UserError as error:
+        if config.tokenizer != "auto" or began:
+            raise
+        print(f"tokenizer   trained on the captions, as GPT-2's cannot be had ({error})")
+    return "train", load_tokenizer("train", texts, config.model.vocab_size)
 
 
 def plan(job: Job, step: int) -> str:
@@ -313,13 +353,16 @@ def plan(job: Job, step: int) -> str:
     config, table = job.config, job.datasets["train"].table
     seconds = estimated_seconds(config, len(table), job.tokens, job.device, job.dtype) * (1 - step / job.steps)
     memory = estimated_memory(config, job.model.num_parameters, job.tokens)
-    kept = sum(data.cache.numel() for data in job.datasets.values() if data.cache is not None)
+    kept = sum(data.pixels.kept.numel() for data in job.datasets.values() if data.pixels.kept is not None)
     val, test = len(job.datasets["val"]), len(job.datasets["test"])
+    left_out = table.left_out | {"captions cut at the model's max_length": job.datasets["train"].tokens.cut}
+    notes = [table.about, *(f"{number:,} {what}" for what, number in left_out.items() if number), *job.bad.notes]
     return (
         f"attention   {choose_attention(job.device.type, job.dtype, config.model.decoder_embed_dim // config.model.decoder_num_heads)[1]}\n"
         f"model       {job.model.num_parameters:,} parameters, vocabulary {job.model.config.vocab_size:,}\n"
         f"data        {table.name}: {len(table):,} pictures, {table.num_captions:,} captions of {job.tokens:.1f} tokens; "
         f"{val:,} pictures to validate, {test:,} to test\n"
+        f"            {'; '.join(filter(None, notes))}\n"
         f"steps       {job.steps:,} of {job.pictures_a_step} pictures x {config.captions_per_image} captions, "
         f"{job.steps_per_epoch:,} an epoch{f'; going on at step {step:,}' if step else ''}\n"
         f"estimate    about {duration(seconds)} of training, about {memory / 2**30:.1f} GiB for the model "
@@ -349,7 +392,7 @@ def learn(job: Job) -> int | None:
         first_step=step,
         last_step=job.steps,
         shuffle=True,
-        num_workers=0 if train_set.cache is not None else min(16, config.num_workers),
+        num_workers=0 if train_set.pixels.kept is not None else min(16, os.cpu_count() or 1, config.num_workers),
         pin_memory=device.type == "cuda",
     )
     batches = iter(loader)
@@ -376,12 +419,13 @@ def learn(job: Job) -> int | None:
             break
 
         batch = next(batches)
+        job.bad.add(train_set, batch["bad"])
         torch.manual_seed((config.seed << 32) + step)  # dropout is a function of the step: resuming needs no RNG state
         targets = batch["lengths"].sum()
         loss = torch.zeros((), device=device)
         for part in micro_batches(batch, config.batch_size):
             share = float(part["lengths"].sum() / targets)  # so that every token of the step weighs the same
-            part = to_device(part, device)
+            part = to_device(part, device, train_set)
             with autocast(device, job.dtype):
                 part_loss = learner(
                     part["pixel_values"],
@@ -397,7 +441,7 @@ def learn(job: Job) -> int | None:
         norm = update(model, optimizers, scaler, rate, config.gradient_clip)
         step += 1
         losses.append(loss)
-        pictures += len(batch["pixel_values"])
+        pictures += len(batch["rows"])
         bar.update()
         if step % LOG_INTERVAL == 0 or step == job.steps:
             check_finite(losses, norm, scaler, step)
@@ -483,10 +527,12 @@ def sample_captions(job: Job) -> dict[str, str]:
     """Greedy captions of the same four validation pictures every time, by file name."""
     dataset = job.datasets["val"]
     rows = list(range(0, len(dataset), max(1, len(dataset) // 4)))[:4]
-    pixels = torch.stack([dataset[0, row].pixels for row in rows]).to(job.device)
+    samples = [dataset[0, row] for row in rows]
+    pixels = torch.stack([sample.pixels for sample in samples if sample.pixels is not None]).to(job.device)
     with autocast(job.device, job.dtype):
         sequences = job.model.generate(pixels, max_length=caption_length(job)).sequences
-    return {dataset.table.paths[r].name: c for r, c in zip(rows, decode(job.model.tokenizer, sequences), strict=True)}
+    captions = decode(job.model.tokenizer, sequences)
+    return {Path(dataset.table.name_of(row)).name: caption for row, caption in zip(rows, captions, strict=True)}
 
 
 def caption_length(job: Job) -> int:
@@ -504,7 +550,9 @@ def finish(job: Job) -> None:
     put_in_place(newest, run / MODEL_FILE)
     previous = put_in_place(newest, Path(MODEL_FILE))
     job.model.eval()
-    captioned, metrics = evaluate_dataset(job.model, test, job.device, job.dtype, run, max_length=caption_length(job))
+    captioned, metrics = evaluate_dataset(
+        job.model, test, job.device, job.dtype, run, bad=job.bad, max_length=caption_length(job)
+    )
     if config.dataset == "scenes":
         metrics |= score_drawn_scenes(config.data_dir or run / "scenes", run, captioned.captions)
     write_json(run / "metrics.json", metrics)
@@ -516,7 +564,8 @@ def finish(job: Job) -> None:
     print(
         f"model       {MODEL_FILE}\npictures    {run / 'samples.png'}, {run / 'curves.png'}\nnumbers     {run / 'metrics.json'}"
     )
-    print(f"try it      python example_usage.py {test.table.paths[0]}")
+    if isinstance(test.table.picture(0), Path):
+        print(f"try it      python example_usage.py {test.table.name_of(0)}")
 
 
 def score_drawn_scenes(directory: Path, run: Path, captions: list[str]) -> dict[str, float]:

@@ -183,6 +183,15 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def available_memory() -> int:
+    """Bytes that this process may use in all: the machine's, or its container's where that is less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30]
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(Path(name).read_text()))
+    return min(limits)
+
+
 def writable_directory(path: Path) -> Path:
     """Makes the folder; raises UserError where it cannot be made or written into."""
     try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+os.environ["VIT_GPT2_CACHE"] = tempfile.mkdtemp(prefix="vit-gpt2-tests-")
 
 import torch
 
@@ -62,7 +64,7 @@ def scenes_table(scenes_dir):
 
 @pytest.fixture(scope="session")
 def scenes_tokenizer(scenes_table):
-    return train_tokenizer([text for captions in scenes_table.captions for text in captions], 400)
+    return train_tokenizer(scenes_table.captions().to_pylist(), 400)
 
 
 def needs_shared(name: str) -> Path:

@@ -1,30 +1,44 @@
-"""Pictures, tokenizers, samples and batches."""
+"""Tokenizers, samples and batches, and where their pixels are kept."""
 
 from __future__ import annotations
 
-import io
 import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import needs_shared, tiny_config
+from conftest import ROOT, needs_shared, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from config import UserError
+import cache
+import pixels
+from config import Augmentation, UserError
 from dataset import (
+    Batches,
     CaptionDataset,
     collate,
     decode,
-    load_picture,
+    load_table,
     load_tokenizer,
     make_dataloader,
     micro_batches,
+    mirrored,
     prepare_picture,
+    to_device,
     train_tokenizer,
 )
 from model import ImageCaptionModel
-from sources import CaptionTable
+from table import make_table
+
+EVERYTHING = Augmentation(flip=0.5, random_resized_crop=0.5, color_jitter=0.3, rand_augment=9)
 
 
 def dataset(table, tokenizer, **options) -> CaptionDataset:
@@ -32,56 +46,22 @@ def dataset(table, tokenizer, **options) -> CaptionDataset:
     return CaptionDataset(table, tokenizer, config, **options)
 
 
-# Pictures
-
-
-def test_pictures_come_out_square_upright_and_on_white(tmp_path):
-    picture = Image.new("RGB", (40, 20), "white")
-    picture.paste("red", (0, 0, 20, 20))  # the left half
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        turned = Image.new("RGB", (8, 8))
-        inverse = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
-        turned = picture if inverse is None else picture.transpose(Image.Transpose(inverse))
-        turned.save(tmp_path / "p.png", exif=exif)
-        pixels = load_picture(tmp_path / "p.png", 16)
-        assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8
-        assert torch.equal(pixels, load_picture(picture, 16)), orientation
-    clear = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
-    assert (load_picture(clear, 4) == 255).all()
-
-
-def test_sixteen_bits_are_scaled_not_clipped():
-    """Pillow's own conversion makes 16-bit pictures almost white."""
-    grey = Image.fromarray(np.full((8, 8), 128 * 257, dtype=np.uint16))
-    assert (load_picture(grey, 8).float() - 128).abs().max() <= 1
-
-
-def test_modes_agree(tmp_path):
-    colour = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
-    for mode in ("RGBA", "P", "CMYK", "L", "1", "LA"):
-        expected = colour.convert(mode).convert("RGB")
-        assert (load_picture(colour.convert(mode), 16).int() - load_picture(expected, 16).int()).abs().max() <= 2, mode
-
-
-def test_training_and_captioning_see_the_same_pixels(scenes_table, scenes_tokenizer):
-    data = dataset(scenes_table, scenes_tokenizer)
-    for cached in (data, dataset(scenes_table, scenes_tokenizer, cache=False)):
-        assert torch.equal(cached[0, 3].pixels, prepare_picture(scenes_table.paths[3], data.config))
-
-
-def test_unreadable_pictures_are_named_in_one_line(tmp_path):
-    good = io.BytesIO()
-    Image.effect_noise((64, 64), 50).convert("RGB").save(good, "JPEG")
-    (tmp_path / "cut.jpg").write_bytes(good.getvalue()[:900])
-    (tmp_path / "text.png").write_text("hello")
-    (tmp_path / "empty.gif").write_bytes(b"")
-    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
-    for name in ("cut.jpg", "text.png", "empty.gif", "bomb.png", "absent.jpg"):
-        with pytest.raises(UserError, match=name) as error:
-            load_picture(tmp_path / name, 16)
-        assert "\n" not in str(error.value)
+def damaged_copy(scenes_dir: Path, folder: Path, number: int, damaged: int) -> Path:
+    """So many of the drawn training scenes as COCO 2017, the first of them damaged."""
+    shutil.copytree(scenes_dir / "annotations", folder / "annotations")
+    for part in ("val2017", "test2017"):
+        shutil.copytree(scenes_dir / part, folder / part)
+    source = folder / "annotations" / "captions_train2017.json"
+    content = json.loads(source.read_text())
+    content["images"] = content["images"][:number]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    source.write_text(json.dumps(content))
+    (folder / "train2017").mkdir()
+    for i, image in enumerate(content["images"]):
+        picture = (scenes_dir / "train2017" / image["file_name"]).read_bytes()
+        (folder / "train2017" / image["file_name"]).write_bytes(picture[:99] if i < damaged else picture)
+    return folder
 
 
 # Tokenizers
@@ -126,36 +106,86 @@ def test_a_batch_is_what_its_docstring_says(scenes_table, scenes_tokenizer):
     for n in range(4):
         for k in range(5):
             length = batch["lengths"][n, k]
-            ids = scenes_tokenizer(scenes_table.captions[n][k]).input_ids
+            ids = scenes_tokenizer(scenes_table.captions_of(n)[k]).input_ids
             assert batch["input_ids"][n, k, :length].tolist() == [end, *ids]
             assert batch["labels"][n, k, :length].tolist() == [*ids, end]  # the end token is a target
             assert (batch["labels"][n, k, length:] == -100).all()
     real = batch["positions"][batch["positions"] < batch["labels"].numel()]
     assert torch.equal(real, (batch["labels"].flatten() != -100).nonzero().squeeze(-1))
     assert len(batch["positions"]) % 64 == 0
-    assert batch["captions"] == scenes_table.captions[:4]
+    assert batch["captions"] == [scenes_table.captions_of(row) for row in range(4)]
 
 
-def test_long_captions_are_cut_with_their_end_kept(scenes_table, scenes_tokenizer):
-    table = CaptionTable(scenes_table.paths[:1], [0], [["red " * 300, "blue"]], "made", "train")
-    data = dataset(table, scenes_tokenizer)
-    batch = collate([data[0, 0]], data.config, 5)
+ODD = ["", " \t", "\u200f\u202eabc", "red " * 10_000, "🙂" * 50, "東京の猫", "שלום", "a\0b", "3.5", "e\u0301" * 9]
+
+
+def test_odd_captions_give_finite_losses(scenes_dir, scenes_tokenizer, scenes_table):
+    """Over-long captions are cut with their end token kept, and counted."""
+    table = make_table([(scenes_table.picture(0), 0, [*ODD, "blue"]), (scenes_table.picture(1), 1, ["\u200d"])])
+    data = dataset(table, scenes_tokenizer, captions_per_image=12)
+    assert data.tokens.cut == 3  # the red, the smiling and, in bytes, the Japanese one
+    batch = collate([data[0, 0], data[0, 1]], data.config, 12)
     assert batch["input_ids"].shape[-1] == data.config.max_length
-    assert batch["labels"][0, 0, -1] == data.config.end_token_id
+    ends = batch["labels"].gather(2, (batch["lengths"] - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    assert (ends[batch["lengths"] > 0] == data.config.end_token_id).all()
+    model = ImageCaptionModel(data.config)
+    loss = model(*(batch[name] for name in ("pixel_values", "input_ids", "lengths", "labels", "positions"))).loss
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@settings(max_examples=25, deadline=None)
+@given(texts=st.lists(st.lists(st.text(max_size=30), max_size=4), min_size=1, max_size=4))
+def test_any_captions_give_finite_losses(texts, scenes_table, scenes_tokenizer):
+    table = make_table([(scenes_table.picture(n), n, captions) for n, captions in enumerate(texts)])
+    if not len(table):
+        return
+    data = dataset(table, scenes_tokenizer)
+    batch = collate([data[0, row] for row in range(len(table))], data.config, 5)
+    model = ImageCaptionModel(data.config)
+    names = ("pixel_values", "input_ids", "lengths", "labels", "positions")
+    assert model(*(batch[name] for name in names)).loss.isfinite()
+
+
+def test_a_batch_without_any_target_has_the_loss_zero(scenes_table, scenes_tokenizer, tmp_path):
+    """The mean over no targets is 0 / 0, and one NaN in the gradients ruins a run."""
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    data = dataset(make_table([(tmp_path / "bad.jpg", 0, ["red"])]), scenes_tokenizer)
+    batch = collate([data[0, 0]], data.config, 5)
+    assert batch["lengths"].sum() == 0 and (batch["labels"] == -100).all()
+    model = ImageCaptionModel(data.config)
+    loss = model(*(batch[name] for name in ("pixel_values", "input_ids", "lengths", "labels", "positions"))).loss
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def batches(data, **options):
     return [(b["rows"], b["pixel_values"], b["input_ids"]) for b in make_dataloader(data, 7, shuffle=True, **options)]
 
 
-def test_batches_are_a_pure_function_of_seed_epoch_and_step(scenes_table, scenes_tokenizer):
+@pytest.mark.parametrize("keep", ["no", "memory", "disk"])
+def test_batches_are_a_pure_function_of_seed_epoch_and_step(scenes_table, scenes_tokenizer, keep):
     """Started in the middle, or with workers, the loader must give the very batches that it gave from the start."""
-    data = dataset(scenes_table, scenes_tokenizer, augment=True, random_flip=True, captions_per_image=2)
+    data = dataset(scenes_table, scenes_tokenizer, augmentation=EVERYTHING, captions_per_image=2, keep=keep)
+    state = torch.random.get_rng_state()
+    assert data[0, 3].pixels.shape == (3, 16, 16)
+    assert torch.equal(torch.random.get_rng_state(), state)  # or loading in this process would change dropout
     whole = batches(data, last_step=30)
-    for other in (batches(data, first_step=9, last_step=30), batches(data, first_step=9, last_step=30, num_workers=2)):
-        for (rows, pixels, ids), (other_rows, other_pixels, other_ids) in zip(whole[9:], other, strict=True):
-            assert rows == other_rows and torch.equal(pixels, other_pixels) and torch.equal(ids, other_ids)
+    for options in ({}, {"num_workers": 2}, {"num_workers": 4}):
+        later = batches(data, first_step=9, last_step=30, **options)
+        for batch, other in zip(whole[9:], later, strict=True):
+            assert batch[0] == other[0] and torch.equal(batch[1], other[1]) and torch.equal(batch[2], other[2])
     assert whole[0][0] != whole[14][0]  # another epoch, another order
+
+
+def test_processes_share_the_global_batches(scenes_table, scenes_tokenizer):
+    """One process or two: the same pictures in the same step."""
+    data = dataset(scenes_table, scenes_tokenizer)
+    alone = batches(data)
+    shares = [batches(data, rank=rank, world_size=2) for rank in (0, 1)]
+    for whole, first, second in zip(alone, *shares, strict=True):
+        assert whole[0][0::2] == first[0] and whole[0][1::2] == second[0]
+        assert torch.equal(whole[1][1::2], second[1])
 
 
 def test_an_epoch_visits_everything_once(scenes_table, scenes_tokenizer):
@@ -184,9 +214,248 @@ def test_micro_batches_add_up_to_the_batch(scenes_table, scenes_tokenizer):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def padding(data, batch_size: int) -> float:
+    loader = make_dataloader(data, batch_size, shuffle=True)
+    real, room = 0, 0
+    for batch in loader:
+        real, room = real + int(batch["lengths"].sum()), room + batch["input_ids"].numel()
+    return 1 - real / room
+
+
+def test_batches_are_grouped_by_length(scenes_tokenizer, scenes_table):
+    folder = needs_shared("flickr8k")
+    table = load_table("flickr8k", folder, "train")
+    config = tiny_config(vocab_size=50257, max_length=512)
+    tokenizer = load_tokenizer(str(needs_shared("gpt2")), [], 50257)
+    data = CaptionDataset(table, tokenizer, config)
+    data.pixels.kept = torch.zeros(1, 3, 16, 16, dtype=torch.uint8).expand(len(table), 3, 16, 16)
+    assert padding(data, 32) < 0.258 + 0.02
+    data.captions_per_image = 1
+    assert padding(data, 32) < 0.10
+
+
+def test_grouping_loses_no_randomness(scenes_table, scenes_tokenizer):
+    """Sorting the whole epoch would put the same captions together every time, and the short ones first."""
+    data = dataset(scenes_table, scenes_tokenizer)
+    orders = [Batches(data, 8, 0, 1, True).order(epoch).reshape(-1, 8) for epoch in range(30)]
+    together = {tuple(sorted(batch)) for order in orders for batch in order.tolist()}
+    assert len(together) > 0.9 * 30 * len(orders[0])
+    longest = np.array([Batches(data, 8, 0, 1, True).lengths[order].max(1) for order in orders])
+    assert abs(longest[:, 0].mean() - longest[:, -1].mean()) < longest.mean() / 4
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("keep", ["no", "memory", "disk"])
+def test_training_and_captioning_see_the_same_pixels(scenes_table, scenes_tokenizer, keep):
+    data = dataset(scenes_table, scenes_tokenizer, keep=keep)
+    for row in (3, 95):
+        assert torch.equal(data[0, row].pixels, prepare_picture(scenes_table.picture(row), data.config))
+
+
 def test_augmentation_crops_and_flips(scenes_table, scenes_tokenizer):
-    data = dataset(scenes_table, scenes_tokenizer, augment=True, random_flip=True)
+    data = dataset(scenes_table, scenes_tokenizer, augmentation=Augmentation(flip=0.5))
     seen = {data[epoch, 0].pixels.numpy().tobytes() for epoch in range(40)}
     assert len(seen) > 10
     plain = dataset(scenes_table, scenes_tokenizer)
     assert len({plain[epoch, 0].pixels.numpy().tobytes() for epoch in range(5)}) == 1
+
+
+@pytest.mark.parametrize("name", ["random_resized_crop", "color_jitter", "rand_augment"])
+def test_every_augmentation_changes_pictures(scenes_table, scenes_tokenizer, name):
+    strength = 9 if name == "rand_augment" else 0.3
+    data = dataset(scenes_table, scenes_tokenizer, augmentation=Augmentation(**{name: strength}))
+    data.augmenter.room = 0  # no crops of its own
+    seen = {data[epoch, 0].pixels.numpy().tobytes() for epoch in range(10)}
+    assert len(seen) > 4 and data[0, 0].pixels.shape == (3, 16, 16) and data[0, 0].pixels.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("wrong", [{"flip": 1.5}, {"rand_augment": 31}, {"color_jitter": -1}])
+def test_augmentations_that_make_no_sense(wrong):
+    with pytest.raises(UserError, match="between 0 and"):
+        Augmentation(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("caption", "other"),
+    [
+        ("a cat on the left", "a cat on the right"),
+        ("The Right-hand dog, LEFT of it", "The Left-hand dog, RIGHT of it"),
+        ("the rightmost and the leftmost", "the leftmost and the rightmost"),
+        ("a bright copyright, cleft", "a bright copyright, cleft"),
+    ],
+)
+def test_mirrored_captions(caption, other):
+    assert mirrored(caption) == other and mirrored(other) == caption
+
+
+def test_a_mirrored_picture_has_a_mirrored_caption(scenes_table, scenes_tokenizer):
+    """A model that sees flipped pictures with unchanged captions learns that left is right."""
+    data = dataset(scenes_table, scenes_tokenizer, augmentation=Augmentation(flip=1.0))
+    data.augmenter.room = 0
+    plain = dataset(scenes_table, scenes_tokenizer)
+    changed = 0
+    for row in range(len(scenes_table)):
+        sample = data[0, row]
+        assert torch.equal(sample.pixels, data.pixels[row][:, :16, :16].flip(-1))
+        told = [scenes_tokenizer.decode(tokens).strip() for tokens in sample.tokens]
+        assert told == [mirrored(caption) for caption in scenes_table.captions_of(row)]
+        changed += told != scenes_table.captions_of(row)
+        assert [t.tolist() for t in plain[0, row].tokens] == [scenes_tokenizer(c).input_ids for c in sample.captions]
+    assert changed > 10
+
+
+def test_cutting_out_on_the_device_gives_the_same_batch(scenes_table, scenes_tokenizer):
+    """--cache-on-gpu crops and mirrors in one gather; here the device is the CPU."""
+    augmentation = Augmentation(flip=0.5)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = [dataset(scenes_table, scenes_tokenizer, augmentation=augmentation, keep="memory") for _ in range(2)]
+    data[1].keep_on(device)
+    loaders = [make_dataloader(d, 7, shuffle=True) for d in data]
+    for batch, other in zip(*loaders, strict=True):
+        assert "pixel_values" not in other
+        assert torch.equal(batch["pixel_values"], to_device(other, device, data[1])["pixel_values"].cpu())
+        parts = [to_device(part, device, data[1])["pixel_values"].cpu() for part in micro_batches(other, 3)]
+        assert torch.equal(batch["pixel_values"], torch.cat(parts))
+
+
+# Pictures kept on disk
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("VIT_GPT2_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def pixel_files(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("pixels-*") if path.suffix not in (".json", ".lock")]
+
+
+def test_kept_pictures_are_made_once_and_anew_when_one_changes(
+    kept, scenes_dir, tmp_path, scenes_tokenizer, monkeypatch
+):
+    folder = damaged_copy(scenes_dir, tmp_path / "data", 20, damaged=1)
+    first = dataset(load_table("coco", folder, "train"), scenes_tokenizer, keep="disk")
+    (file,) = pixel_files(kept)
+    assert list(first.pixels.bad) == [0] and file.stat().st_size == 20 * 3 * 20 * 20
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pixels, "load_picture", None)  # the second time nothing is decoded
+        again = dataset(load_table("coco", folder, "train"), scenes_tokenizer, keep="disk")
+    assert torch.equal(first.pixels.kept, again.pixels.kept) and again.pixels.bad == first.pixels.bad
+
+    Image.new("RGB", (9, 9), "white").save(folder / "train2017" / "000000000000.png")
+    mended = dataset(load_table("coco", folder, "train"), scenes_tokenizer, keep="disk")
+    assert not mended.pixels.bad and (mended[0, 0].pixels == 255).all()
+    assert pixel_files(kept) != [file] and len(pixel_files(kept)) == 1  # the old one is not left to fill the disk
+
+
+def test_an_interrupted_cache_is_not_taken_for_whole(kept, scenes_table, scenes_tokenizer, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pixels, "load_picture", interrupted)
+        dataset(scenes_table, scenes_tokenizer, keep="disk")
+    assert not pixel_files(kept)
+    assert torch.equal(
+        dataset(scenes_table, scenes_tokenizer, keep="disk").pixels.kept,
+        dataset(scenes_table, scenes_tokenizer, keep="memory").pixels.kept,
+    )
+
+
+def test_no_room_and_no_folder_for_kept_pictures(kept, scenes_table, scenes_tokenizer, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="leave --cache out"):
+        patch.setattr(pixels.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+        dataset(scenes_table, scenes_tokenizer, keep="disk")
+    kept.rmdir() if kept.is_dir() and not any(kept.iterdir()) else shutil.rmtree(kept)
+    kept.write_text("a file stands where the folder should be")
+    with pytest.raises(UserError, match="VIT_GPT2_CACHE"):
+        dataset(scenes_table, scenes_tokenizer, keep="disk")
+
+
+def make_cache(table, tokenizer, queue) -> None:
+    data = dataset(table, tokenizer, keep="disk", progress=False)
+    queue.put(hash(data.pixels.kept.numpy().tobytes()))
+
+
+def test_processes_share_one_cache(kept, scenes_table, scenes_tokenizer):
+    """Two ranks that start together: one makes it, the other waits."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    ranks = [context.Process(target=make_cache, args=(scenes_table, scenes_tokenizer, queue)) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    assert len({queue.get(timeout=60) for _ in ranks}) == 1
+    for rank in ranks:
+        rank.join()
+    assert len(pixel_files(kept)) == 1
+
+
+# Damaged pictures
+
+
+@pytest.mark.parametrize("keep", ["no", "memory", "disk"])
+def test_damaged_pictures_are_black_untaught_and_named(kept, scenes_dir, tmp_path, scenes_tokenizer, keep):
+    table = load_table("coco", damaged_copy(scenes_dir, tmp_path / "data", 20, damaged=2), "train")
+    data = dataset(table, scenes_tokenizer, keep=keep, augmentation=EVERYTHING)
+    for workers in (0, 2):
+        found, targets = {}, 0
+        for batch in make_dataloader(data, 5, shuffle=True, num_workers=workers):
+            found |= dict(batch["bad"])
+            targets += int(batch["lengths"].sum())
+            for place, row in enumerate(batch["rows"]):
+                assert (row in (0, 1)) == (int(batch["lengths"][place].sum()) == 0)
+        assert sorted(found) == [0, 1] and "000000000001.png" in found[1]
+        assert targets == len(data.tokens.ids) + 18 * 5 - sum(len(data.tokens[n]) for n in range(10))
+
+
+# Memory
+
+
+PROBE = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+from dataset import CaptionDataset, make_dataloader, train_tokenizer
+from config import ViTGPT2Config
+from table import make_table
+from pathlib import Path
+
+def private():
+    lines = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
+    return sum(int(lines[kind].split()[0]) for kind in ("Private_Dirty",)) / 1024
+
+texts = [f"caption number {{n}} of a table that is as large as COCO's" for n in range({captions})]
+table = make_table((Path(f"/none/{{n}}.jpg"), n, texts[n : n + 5]) for n in range(0, len(texts), 5))
+tokenizer = train_tokenizer(texts[:100], 300)
+del texts
+data = CaptionDataset(table, tokenizer, ViTGPT2Config(vocab_size=len(tokenizer)))
+data.pixels.kept = torch.zeros(1, 3, 8, 8, dtype=torch.uint8).expand(len(table), 3, 8, 8)
+if os.fork() == 0:
+    before = private()
+    for row in range(len(table)):
+        data[0, row]
+    print(private() - before, flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_reading_a_large_table_copies_nothing():
+    """Python objects are copied into every worker as their reference counts change: these captions in lists cost each
+    worker 10 MB, and COCO's 100."""
+    code = PROBE.format(root=str(ROOT), captions=60_000)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 3
+
+
+def test_kept_files_notice_their_sources(tmp_path):
+    (tmp_path / "a").write_text("a")
+    first = cache.stamps([tmp_path / "a"])
+    (tmp_path / "a").write_text("ab")
+    assert cache.key_of(first) != cache.key_of(cache.stamps([tmp_path / "a"]))
+    assert cache.key_of([1, "x"]) == cache.key_of([1, "x"])

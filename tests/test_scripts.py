@@ -17,8 +17,9 @@ import torch
 from conftest import ROOT, needs_shared
 from PIL import Image
 
+import evaluate
 import example_usage
-from config import PRESETS, TrainConfig, UserError, ViTGPT2Config
+from config import PRESETS, Augmentation, TrainConfig, UserError, ViTGPT2Config
 from dataset import CaptionDataset
 from evaluate import caption_loss
 from example_usage import caption_image, is_model
@@ -172,6 +173,82 @@ def test_flickr8k_preset_cut_short(tmp_path):
     assert metrics["pictures"] == 1000 and metrics["loss"] < 9
 
 
+# Data as people have it
+
+SMALL = "--image-size 16 --patch-size 8 --vision-num-layers 1 --decoder-num-layers 1 --vision-embed-dim 32"
+SMALL = f"{SMALL} --decoder-embed-dim 32 --vision-num-heads 2 --decoder-num-heads 2 --max-length 32".split()
+
+
+def own_photos(folder: Path, scenes_dir: Path, number: int, damaged: int = 0) -> Path:
+    """A person's own folder: so many pictures with a .txt beside each, the first of them damaged."""
+    table = load_table("coco", scenes_dir, "train")
+    folder.mkdir()
+    for row in range(number):
+        picture = table.picture(row).read_bytes()
+        (folder / f"photo {row:02}.png").write_bytes(picture[:50] if row < damaged else picture)
+        (folder / f"photo {row:02}.txt").write_text("\r\n".join(table.captions_of(row)))
+    return folder
+
+
+def test_a_persons_own_folder_simply_works(tmp_path, scenes_dir):
+    """Pictures with a .txt beside each, no parts, no tokenizer to be had: one flag is all it takes."""
+    own_photos(tmp_path / "my_photos", scenes_dir, 24)
+    before = sorted((tmp_path / "my_photos").iterdir())
+    output = script(tmp_path, "main.py", "--data-dir", "my_photos", "--max-steps", "2", *SMALL)
+    assert "recognised as name.txt beside each name.jpg; 1 pictures each set aside for val and test" in output
+    assert "22 pictures, 110 captions" in output and "tokenizer   trained on the captions" in output
+    assert sorted((tmp_path / "my_photos").iterdir()) == before  # nothing is written there
+    assert (tmp_path / MODEL).is_file()
+
+
+def test_damaged_pictures_are_named_skipped_and_counted(tmp_path, scenes_dir):
+    own_photos(tmp_path / "photos", scenes_dir, 40, damaged=1)
+    arguments = ["main.py", "--data-dir", "photos", "--max-steps", "4", "--batch-size", "9", *SMALL]
+    error = script(tmp_path, *arguments, "--output-dir", "strict", code=2)
+    assert "1 of 40 pictures are missing or damaged, 2.5% where 1.0% are allowed" in error
+    assert "photo 00.png" in (tmp_path / "strict/bad_samples.csv").read_text()
+    output = script(tmp_path, *arguments, "--output-dir", "lenient", "--max-bad-share", "0.05")
+    assert "1 pictures skipped" in output and "photo 00.png" in (tmp_path / "lenient/bad_samples.csv").read_text()
+
+
+def test_pictures_trained_on_are_not_scored(demo, tmp_path):
+    """A model of train2017 has learned nearly all of Karpathy's test pictures; such a figure once went into a paper."""
+    arguments = ["evaluate.py", demo / MODEL, "--data-dir", demo / "out/scenes", "--split", "train"]
+    error = script(tmp_path, *arguments, code=2)
+    assert "3,000 of the 3,000 train pictures" in error and "--allow-overlap" in error
+    model = ImageCaptionModel.from_pretrained(demo / MODEL)
+    model.save_pretrained(tmp_path / "saved")
+    known = ImageCaptionModel.from_pretrained(tmp_path / "saved").trained_on
+    train, test = (load_table("coco", demo / "out/scenes", split) for split in ("train", "test"))
+    assert set(known) == set(train.keys()) and not set(known) & set(test.keys())
+    evaluate.check_overlap(known, train, allowed=True)
+
+
+def test_a_run_from_the_cache_is_the_same_run(tmp_path, scenes_dir):
+    """Pixels kept on disk are the ones that are decoded on the way: the models are equal to the bit."""
+    arguments = [
+        "main.py",
+        "--data-dir",
+        scenes_dir,
+        "--max-steps",
+        "5",
+        "--precision",
+        "fp32",
+        "--flip",
+        "0.5",
+        *SMALL,
+    ]
+    arguments += ["--resize-size", "20", "--tokenizer", "train"]
+    environment = os.environ | {"VIT_GPT2_CACHE": str(tmp_path / "cache")}
+    for name, flags in (("plain", ()), ("kept", ("--cache",)), ("again", ("--cache",))):
+        command = [sys.executable, ROOT / "main.py", *map(str, arguments[1:]), "--output-dir", name, *flags]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert ("cache  " in done.stdout) == (name == "kept")  # made once
+    models = {(tmp_path / name / MODEL).read_bytes() for name in ("plain", "kept", "again")}
+    assert len(models) == 1
+
+
 # Bad input
 
 
@@ -215,9 +292,9 @@ def test_unknown_flags_are_refused(tmp_path):
 
 def test_help_shows_every_field_with_its_sentence(tmp_path):
     text = " ".join(script(tmp_path, "main.py", "--help").replace("│", " ").split())
-    for config in (TrainConfig, ViTGPT2Config):
+    for config in (TrainConfig, Augmentation, ViTGPT2Config):
         for field in dataclasses.fields(config):
-            if field.name != "model":
+            if field.name not in ("model", "augmentation"):
                 assert f"--{field.name.replace('_', '-')}" in text, field.name
     assert "Highest learning rate" in text and "Width of the encoder" in text
 
@@ -233,8 +310,8 @@ def test_flags_presets_and_the_constants_people_edit(monkeypatch):
     monkeypatch.setattr(main, "BATCH_SIZE", 7)
     assert parse_arguments([]).batch_size == 7
     assert parse_arguments(["--batch-size", "9"]).batch_size == 9
-    demo = parse_arguments(["--preset", "demo", "--vision-embed-dim", "64", "--random-flip"])
-    assert demo.model.vision_embed_dim == 64 and demo.random_flip
+    demo = parse_arguments(["--preset", "demo", "--vision-embed-dim", "64", "--flip", "0.5"])
+    assert demo.model.vision_embed_dim == 64 and demo.augmentation.flip == 0.5
     assert demo.batch_size == PRESETS["demo"].batch_size
     # Defaults that follow from other fields once stayed at what the preset's own values gave.
     assert parse_arguments(["--image-size", "384"]).model.resize_size == 384

@@ -21,6 +21,7 @@ import train as train_module
 from config import PRESETS, TrainConfig, UserError
 from dataset import CaptionDataset, collate, decode
 from model import ImageCaptionModel
+from table import make_table
 from train import blank_words, build_optimizers, duration, learning_rate_at
 from utils import checkpoints, file_hash, load_checkpoint, read_log
 
@@ -28,7 +29,7 @@ from utils import checkpoints, file_hash, load_checkpoint, read_log
 def test_it_learns_to_stop(scenes_table, scenes_tokenizer):
     """GPT-2's end token is also its padding; masking targets by token id once made models that never stop."""
     texts = [["a dog"], ["two dogs run on the green grass"], ["three men"], ["a red circle left of a small blue cross"]]
-    table = dataclasses.replace(scenes_table.head(4), captions=texts)
+    table = make_table((scenes_table.picture(n), n, own) for n, own in enumerate(texts))
     torch.manual_seed(0)
     config = tiny_config(
         vocab_size=len(scenes_tokenizer), max_length=48, vision_embed_dim=64, decoder_embed_dim=64, image_size=48

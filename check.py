@@ -1,0 +1,479 @@
+"""Is a data set fit to train on? Reads every picture and caption once, and says so.
+
+    python dataset.py check DIR
+
+May import config, table, sources, pictures and utils (besides matplotlib and, where it is installed, ImageHash, both
+late). Writes under --output-dir only, never into the data folder, and remembers a few hundred bytes a picture.
+
+Not fit, in words and by exit code 1, is a data set
+- that has no train part;
+- of which a part has more than max_bad_share of its pictures missing or undecodable (where training would stop too);
+- of which a test picture is, by its id, a train picture (training refuses that as well);
+- of which more than max_bad_share of the val or of the test pictures are, byte for byte, in train.
+Fewer such copies are a warning: most collections of photographs have some, and they barely move a score. So are near
+duplicates, because what is still the same picture is for a person to say.
+
+Near duplicates are resized, recompressed or slightly cropped copies: pictures whose perceptual hashes (pHash, 64 bits)
+differ in at most 4 bits, and whose colours, averaged over an 8 x 8 grid, differ nowhere by more than 24 of 255. Of 906
+resized or recompressed copies of photographs all but two stay within both; of the 32.7 million pairs in Flickr8k one
+does, a photograph that is there twice. The hash sees grey only, and takes half of the demo's drawn scenes for one
+another: hence the colours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import itertools
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from config import UserError
+from pictures import load_picture
+from sources import load_tables
+from table import CaptionTable
+from utils import parse_flags, run_script, writable_directory, write_json, write_text
+
+SIZE, GRID = 64, 8  # pixels and cells a side of what is remembered of a picture
+MAX_DISTANCE = 4  # bits
+MAX_DIFFERENCE = 24  # of a cell's colour, of 255
+ROWS_A_TASK = 32
+SHOWN = 5  # examples printed
+PAIRS_SHOWN = 8
+ODD = "[^ -~]"  # what is not printable ASCII
+ODD_CHARACTERS = {  # in the order in which a caption is given to one of them
+    "replacement character": r"\x{fffd}",
+    "mojibake": "[ÃÂ][¡-¿€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]|â€|ï¿½|ï»¿|ðŸ",
+    "control or invisible": r"[\x00-\x1f\x7f-\x9f\x{200b}\x{200e}\x{200f}\x{202a}-\x{202e}\x{2060}-\x{2069}\x{feff}]",
+    "emoji": r"[\x{1f000}-\x{1faff}\x{2600}-\x{27bf}\x{2b50}\x{2b55}\x{fe0f}]",
+    "Chinese, Japanese or Korean": r"\p{Han}|\p{Hiragana}|\p{Katakana}|\p{Hangul}",
+    "right-to-left": r"\p{Arabic}|\p{Hebrew}|\p{Syriac}|\p{Thaana}",
+    "other non-ASCII": "",
+}
+DAMAGED = ("replacement character", "mojibake", "control or invisible")
+
+PHash = Callable[[Image.Image], Any]
+
+
+class BadPicture(NamedTuple):
+    """A picture that is missing or cannot be decoded."""
+
+    part: str
+    picture: str
+    reason: str
+
+
+class Duplicate(NamedTuple):
+    """A picture (a row of its part) and its copy in an earlier part: an exact one, or the nearest of the near ones."""
+
+    part: str
+    row: int
+    same_as_part: str
+    same_as_row: int
+    distance: int | None
+    """Bits in which their perceptual hashes differ; None where the files are equal, byte for byte."""
+
+
+@dataclass
+class Report:
+    """What was found."""
+
+    tables: dict[str, CaptionTable]
+    """The parts, without a test part that is val's table."""
+    figures: dict[str, Any]
+    """All counts, as in check.json."""
+    bad: list[BadPicture]
+    duplicates: list[Duplicate]
+    warnings: list[str]
+    reasons: list[str]
+    """Why the data is not fit to train on; none where it is."""
+
+    @property
+    def verdict(self) -> str:
+        """In plain words."""
+        return f"not fit: {'; '.join(self.reasons)}" if self.reasons else "fit to train on"
+
+
+def check_tables(
+    tables: dict[str, CaptionTable],
+    max_bad_share: float = 0.01,
+    max_words: int = 100,
+    num_workers: int | None = None,
+    progress: bool | None = None,
+) -> Report:
+    """Looks at all pictures and captions of a data set's parts, as load_tables gives them.
+
+    progress shows a bar; None: where the standard error is a terminal.
+    """
+    phash: PHash | None = None
+    with contextlib.suppress(ImportError):
+        from imagehash import phash
+    parts = {split: t for split, t in tables.items() if split != "test" or t is not tables.get("val")}
+    views: dict[str, View] = {}
+    off = None if progress is None else not progress
+    with tqdm(desc="reading pictures", total=sum(map(len, parts.values())), unit="picture", disable=off) as bar:
+        for split, table in parts.items():
+            views[split] = look_at(table, phash, num_workers or min(16, os.cpu_count() or 1), bar)
+    bad, duplicates, copies = [], [], {}
+    for split, table in parts.items():
+        bad += [BadPicture(split, str(table.root / name), "no such file") for name in table.missing]
+        bad += [BadPicture(split, table.name_of(row), why) for row, why in sorted(views[split].bad.items())]
+    for first, later in itertools.combinations(parts, 2):
+        found = find_copies(views, first, later)
+        exact = sum(pair.distance is None for pair in found)
+        copies[f"{first}/{later}"] = {"exact": exact, "near": len(found) - exact if phash else None}
+        duplicates += found
+    figures = {
+        "parts": {split: count_part(table, views[split]) for split, table in parts.items()},
+        "left_out": next(iter(parts.values())).left_out,
+        "captions": count_captions(list(parts.values()), max_words),
+        "duplicates": copies,
+    }
+    warnings, reasons = judge(parts, figures, max_bad_share)
+    figures |= {"warnings": warnings, "reasons": reasons, "fit": not reasons}
+    return Report(parts, figures, bad, duplicates, warnings, reasons)
+
+
+# Pictures
+
+
+class View:
+    """What is remembered of a part's N pictures."""
+
+    def __init__(self, number: int) -> None:
+        self.sha256 = [b""] * number  # nothing of a picture that cannot be decoded
+        self.phash = np.zeros(number, np.uint64)
+        self.cells = np.zeros((number, 3 * GRID * GRID), np.int16)  # mean colours
+        self.hashed = np.zeros(number, bool)
+        self.bad: dict[int, str] = {}  # row -> why it cannot be decoded
+
+
+def look_at(table: CaptionTable, phash: PHash | None, num_workers: int, bar: tqdm[Any]) -> View:
+    """Reads and decodes every picture once. In threads, since decoding and hashing let go of Python's lock."""
+    view = View(len(table))
+
+    def look(start: int) -> int:
+        rows = range(start, min(start + ROWS_A_TASK, len(table)))
+        for row in rows:
+            look_at_one(table, row, phash, view)
+        return len(rows)
+
+    pool = ThreadPoolExecutor(num_workers)
+    try:
+        for number in pool.map(look, range(0, len(table), ROWS_A_TASK)):
+            bar.update(number)
+    finally:
+        pool.shutdown(cancel_futures=True)  # on Ctrl-C, without the pictures that are still to come
+    return view
+
+
+def look_at_one(table: CaptionTable, row: int, phash: PHash | None, view: View) -> None:
+    """Fills in a row of the view."""
+    name = table.name_of(row)
+    try:
+        source = table.picture(row)
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        pixels = load_picture(data, SIZE, name).numpy()
+    except OSError as error:
+        view.bad[row] = (error.strerror or str(error)).lower()
+        return
+    except UserError as error:
+        view.bad[row] = str(error).removeprefix(f"{name}: ")
+        return
+    view.sha256[row] = hashlib.sha256(data).digest()
+    if phash is not None:
+        bits = phash(Image.fromarray(pixels.transpose(1, 2, 0))).hash
+        side = SIZE // GRID
+        view.phash[row] = np.packbits(bits).view(np.uint64)[0]
+        view.cells[row] = pixels.reshape(3, GRID, side, GRID, side).mean((2, 4)).ravel()
+        view.hashed[row] = True
+
+
+def find_copies(views: dict[str, View], first: str, later: str) -> list[Duplicate]:
+    """At most one for each picture of the later part. One against all at a time: 118,000 x 5,000 take a second."""
+    a, b = views[first], views[later]
+    rows = {digest: row for row, digest in enumerate(a.sha256) if digest}
+    found = []
+    for row, digest in enumerate(b.sha256):
+        if digest in rows:
+            found.append(Duplicate(later, row, first, rows[digest], None))
+        elif b.hashed[row]:
+            distance = np.bitwise_count(a.phash ^ b.phash[row])
+            close = np.flatnonzero((distance <= MAX_DISTANCE) & a.hashed)
+            close = close[np.abs(a.cells[close] - b.cells[row]).max(1, initial=0) <= MAX_DIFFERENCE]
+            if len(close):
+                nearest = close[distance[close].argmin()]
+                found.append(Duplicate(later, row, first, int(nearest), int(distance[nearest])))
+    return found
+
+
+def count_part(table: CaptionTable, view: View) -> dict[str, Any]:
+    """A part's figures."""
+    each = pc.list_value_length(table.rows["captions"]).to_numpy()
+    good = [digest for digest in view.sha256 if digest]
+    return {
+        "pictures": len(table),
+        "captions": table.num_captions,
+        "captions_a_picture": {"min": int(each.min()), "median": float(np.median(each)), "max": int(each.max())},
+        "missing": len(table.missing),
+        "undecodable": len(view.bad),
+        "exact_copies_inside": len(good) - len(set(good)),
+    }
+
+
+# Captions
+
+
+def count_captions(tables: list[CaptionTable], max_words: int) -> dict[str, Any]:
+    """Figures of all parts' captions together, worked out by Arrow: no Python object a caption."""
+    captions = pa.chunked_array([chunk for table in tables for chunk in table.captions().chunks], pa.string())
+    words = pc.add(pc.count_substring(captions, " "), 1).to_numpy()  # a table's captions have single spaces
+    numbers = np.concatenate([pc.list_value_length(table.rows["captions"]).to_numpy() for table in tables])
+    owners = pa.table({"caption": captions, "pictures": np.repeat(np.arange(len(numbers)), numbers)})
+    shared = owners.group_by("caption").aggregate([("pictures", "count_distinct")])
+    shared = shared.rename_columns(["caption", "pictures"]).filter(pc.field("pictures") > 1)
+    shared = shared.sort_by([("pictures", "descending"), ("caption", "ascending")])
+    longer = np.flatnonzero(words > max_words)
+    return {
+        "words": {
+            "min": int(words.min()),
+            "median": float(np.median(words)),
+            "95 %": float(np.percentile(words, 95)),
+            "max": int(words.max()),
+            "captions_of_0_1_2_words": np.bincount(words[words <= max_words]).tolist(),
+        },
+        "over_long": {
+            "more_words_than": max_words,
+            "captions": len(longer),
+            "example": captions[longer[0]].as_py() if len(longer) else None,
+        },
+        "on_several_pictures": shared[:SHOWN].to_pylist(),
+        "odd_characters": count_odd(captions),
+    }
+
+
+def count_odd(captions: pa.ChunkedArray) -> dict[str, Any]:
+    """{kind: {captions, example}}; a caption counts once, for the first kind that it has."""
+    found: dict[str, Any] = {}
+    rest = captions.filter(pc.match_substring_regex(captions, ODD))
+    for kind, pattern in ODD_CHARACTERS.items():
+        has = pc.match_substring_regex(rest, pattern)
+        own, rest = rest.filter(has), rest.filter(pc.invert(has))
+        if len(own):
+            found[kind] = {"captions": len(own), "example": own[0].as_py()}
+    return found
+
+
+# The verdict
+
+
+def judge(tables: dict[str, CaptionTable], figures: dict[str, Any], max_bad_share: float) -> list[list[str]]:
+    """Warnings, and reasons why the data is not fit, by the rule at the top of this file."""
+    parts, captions = figures["parts"], figures["captions"]
+    odd, longer = captions["odd_characters"], captions["over_long"]
+    warnings, reasons = [], [] if "train" in parts else ["no train part"]
+    for split, part in parts.items():
+        bad, total = part["missing"] + part["undecodable"], part["pictures"] + part["missing"]
+        said = f"{split} pictures missing or undecodable: {bad:,} of {total:,}"
+        if bad > max_bad_share * total:
+            reasons.append(f"{said} (allowed: {max_bad_share:.1%})")
+        elif bad:
+            warnings.append(said)
+    if {"train", "test"} <= set(parts):
+        known = int(np.isin(tables["test"].keys(), tables["train"].keys()).sum())
+        reasons += [f"test pictures that are, by their ids, train pictures: {known:,}"] if known else []
+    for pair, number in figures["duplicates"].items():
+        first, later = pair.split("/")
+        exact, total = number["exact"], parts[later]["pictures"]
+        said = f"{later} pictures that are also in {first}: {exact:,} of {total:,}"
+        if first == "train" and exact > max_bad_share * total:
+            reasons.append(f"{said} (allowed: {max_bad_share:.1%})")
+        elif exact:
+            warnings.append(said)
+        if number["near"]:
+            warnings.append(f"{later} pictures that look like one in {first}: {number['near']:,} of {total:,}")
+    if longer["captions"]:
+        warnings.append(f"captions of more than {longer['more_words_than']} words: {longer['captions']:,}")
+    warnings += [f"damaged captions ({kind}): {odd[kind]['captions']:,}" for kind in DAMAGED if kind in odd]
+    return [warnings, reasons]
+
+
+# What a person reads
+
+
+def print_report(report: Report) -> None:
+    """Everything but the verdict."""
+    parts, captions, copies = (report.figures[name] for name in ("parts", "captions", "duplicates"))
+    lines = [("data", next(iter(report.tables.values())).about)]
+    for split, part in parts.items():
+        least, _, most = part["captions_a_picture"].values()
+        each = f"{least}" if least == most else f"{least} to {most}"
+        lines += [(split, f"{part['pictures']:,} pictures, {part['captions']:,} captions ({each} a picture)")]
+    if "val" in parts and "test" not in parts:
+        lines += [("test", "none: val serves as test")]
+    lines += [("left out", f"{number:,} {what}") for what, number in report.figures["left_out"].items()]
+    words, longer = captions["words"], captions["over_long"]
+    lines += [("words", f"min {words['min']}, median {words['median']:g}, 95 % {words['95 %']:g}, max {words['max']}")]
+    if longer["captions"]:
+        lines += [("over-long", f"{longer['captions']:,}, such as {excerpt(longer['example'])}")]
+    for row in captions["on_several_pictures"]:
+        lines += [("repeated", f"on {row['pictures']:,} pictures: {excerpt(row['caption'])}")]
+    for kind, found in captions["odd_characters"].items():
+        lines += [("characters", f"{kind}: {found['captions']:,}, such as {excerpt(found['example'])}")]
+    lines += [("bad", f"{bad.picture} ({bad.part}): {bad.reason}") for bad in report.bad[:SHOWN]]
+    if len(report.bad) > SHOWN:
+        lines += [("bad", f"and {len(report.bad) - SHOWN:,} more, see bad_samples.csv")]
+    for split, part in parts.items():
+        lines += [("duplicates", f"inside {split}: {part['exact_copies_inside']:,} exact")]
+    for pair, number in copies.items():
+        near = "" if number["near"] is None else f", {number['near']:,} near"
+        lines += [("duplicates", f"{pair.replace('/', ' and ')}: {number['exact']:,} exact{near}")]
+    if any(number["near"] is None for number in copies.values()):
+        lines += [("duplicates", "near ones not looked for, without ImageHash: pip install -r requirements-data.txt")]
+    lines += [("warning", warning) for warning in report.warnings]
+    for name, text in lines:
+        print(f"{name:11} {text}")
+
+
+def excerpt(caption: str) -> str:
+    """60 characters around the first odd one, in quotes, those that cannot be seen as escapes."""
+    odd = re.search(ODD, caption)
+    start = max(0, odd.start() - 30) if odd else 0
+    cut = caption[start : start + 60]
+    return repr("…" * (start > 0) + cut + "…" * (start + 60 < len(caption)))
+
+
+def write_report(report: Report, directory: Path) -> None:
+    """check.json, bad_samples.csv, duplicates.csv, lengths.png and, where there are duplicates, duplicates.png."""
+    write_json(directory / "check.json", report.figures)
+    write_csv(directory / "bad_samples.csv", [BadPicture._fields, *report.bad])
+    rows: list[Sequence[Any]] = [("part", "picture", "same_as_part", "same_as_picture", "kind", "bits")]
+    for part, row, other, other_row, distance in report.duplicates:
+        kind = ("exact", 0) if distance is None else ("near", distance)
+        rows.append((part, report.tables[part].name_of(row), other, report.tables[other].name_of(other_row), *kind))
+    write_csv(directory / "duplicates.csv", rows)
+    draw_lengths(directory / "lengths.png", report.figures["captions"])
+    draw_duplicates(directory / "duplicates.png", report)
+
+
+def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    """Writes all of the rows or nothing."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def draw_lengths(path: Path, captions: dict[str, Any]) -> None:
+    """A histogram of captions' lengths."""
+    from matplotlib.figure import Figure
+
+    words, longer = captions["words"], captions["over_long"]
+    numbers = words["captions_of_0_1_2_words"]
+    title = f"{sum(numbers) + longer['captions']:,} captions"
+    if longer["captions"]:
+        title += f", {longer['captions']:,} of more than {longer['more_words_than']} words not shown"
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="words in a caption", ylabel="captions")
+    axes.bar(range(len(numbers)), numbers, width=0.9, color="0.7")
+    axes.axvline(words["median"], color="0", label=f"median: {words['median']:g} words")
+    axes.axvline(words["95 %"], color="0", linestyle="--", label=f"95 % have at most {words['95 %']:g}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def draw_duplicates(path: Path, report: Report) -> None:
+    """Some pairs, spread from the exact to the least alike; no file where there is none."""
+    from matplotlib.figure import Figure
+
+    path.unlink(missing_ok=True)  # an earlier check's
+    pairs = sorted(report.duplicates, key=lambda d: -1 if d.distance is None else d.distance)
+    if not pairs:
+        return
+    chosen = [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, PAIRS_SHOWN).astype(int))]
+    columns, rows = min(2, len(chosen)), -(-len(chosen) // 2)
+    figure = Figure(figsize=(5.4 * columns, 3.1 * rows), layout="constrained")
+    for box, pair in zip(figure.subfigures(rows, columns, squeeze=False).flat, chosen, strict=False):
+        box.suptitle("the same file" if pair.distance is None else f"near: {pair.distance} of 64 bits differ", size=10)
+        places = ((pair.part, pair.row), (pair.same_as_part, pair.same_as_row))
+        for axes, (part, row) in zip(box.subplots(1, 2), places, strict=True):
+            table = report.tables[part]
+            name = Path(table.name_of(row)).name
+            axes.imshow(load_picture(table.picture(row), 256, name).permute(1, 2, 0).numpy())
+            label = name if len(name) <= 34 else f"{name[:16]}…{name[-16:]}"
+            axes.set_xlabel(f"{part}: {label}", size=8, parse_math=False)
+            axes.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=90)
+
+
+# The command
+
+
+@dataclass(kw_only=True)
+class CheckConfig:
+    """Is a data set fit to train on? Exit code 0: yes, 1: no, 2: it cannot be read."""
+
+    data_dir: Annotated[Path | None, tyro.conf.Positional] = None
+    """Folder of the data, or the file of captions in it; left out for a data set on the Hub."""
+    dataset: str = "auto"
+    """Layout of the data: auto (recognised), coco, karpathy, flickr30k, flickr8k, imagefolder, webdataset, csv, sidecar;
+    or user/name, a data set on the Hugging Face Hub."""
+    image_column: str | None = None
+    """Column of the pictures, where a table's has no usual name."""
+    caption_column: str | None = None
+    """Column of the captions, where a table's has no usual name."""
+    output_dir: Path = Path("check")
+    """Folder for check.json, bad_samples.csv, duplicates.csv, lengths.png and duplicates.png."""
+    max_bad_share: float = 0.01
+    """Largest share of a part's pictures that may be missing or undecodable, or copies of train's (0 to 1)."""
+    max_words: int = 100
+    """Longer captions are over-long."""
+    num_workers: int | None = None
+    """Threads that read pictures (default: one a core, 16 at most)."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"max_bad_share is {self.max_bad_share}: it must be between 0 and 1")
+        for name in ("max_words", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+        if self.data_dir is None and "/" not in self.dataset:
+            raise UserError("name the folder of the data: python dataset.py check DIR")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    config = parse_flags(CheckConfig, __doc__, arguments, prog="dataset.py check")
+    tables = load_tables(config.dataset, config.data_dir or ".", config.image_column, config.caption_column)
+    root = next(iter(tables.values())).root
+    if config.output_dir.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{config.output_dir} is inside the data folder {root}: choose another --output-dir")
+    directory = writable_directory(config.output_dir)
+    report = check_tables(tables, config.max_bad_share, config.max_words, config.num_workers)
+    write_report(report, directory)
+    print_report(report)
+    print(f"written to {directory}\n{report.verdict}")
+    return 1 if report.reasons else 0
+
+
+if __name__ == "__main__":
+    run_script(main)

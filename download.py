@@ -1,0 +1,343 @@
+"""Fetches the pictures that others publish: COCO 2017 from its own server, Flickr30k through Kaggle's library.
+
+May import config, and from sources three helpers about names and errors (besides the standard library, tqdm and,
+late, kagglehub). It never opens a picture, never unpacks a member of an archive outside its folder, and writes only
+below the folder given to download_coco_dataset, or into kagglehub's own cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+import http.client
+import os
+import shutil
+import stat
+import threading
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from config import UserError
+from sources import file_names, reason, stays_inside
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One zip file of COCO 2017 and the folder it unpacks to, whole when `count` of its files match `pattern`."""
+
+    path: str  # below the server's address
+    size: int  # bytes
+    sha256: str
+    folder: str
+    pattern: str
+    count: int
+    unpacked_size: int  # bytes, rounded up; an archive that declares more is not unpacked
+
+    @property
+    def name(self) -> str:
+        """The file's name, without the folders of its address."""
+        return self.path.rpartition("/")[2]
+
+
+COCO_SERVER = "http://images.cocodataset.org"  # has no https; the SHA-256 vouches for what arrives
+ARCHIVES = (
+    Archive(
+        "annotations/annotations_trainval2017.zip",
+        252_907_541,
+        "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
+        # The pattern means train and val; a captions_test2017.json that somebody made must not stand in for either.
+        *("annotations", "captions_*a*2017.json", 2, 900_000_000),
+    ),
+    Archive(
+        "zips/val2017.zip",
+        815_585_330,
+        "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
+        *("val2017", "*.jpg", 5_000, 850_000_000),
+    ),
+    Archive(
+        "zips/train2017.zip",
+        19_336_861_798,
+        "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
+        *("train2017", "*.jpg", 118_287, 20_000_000_000),
+    ),
+)
+FLICKR30K = "hsankesara/flickr-image-dataset"
+CONTACT_SECONDS = 8.0  # until a server that says nothing counts as out of reach
+STALL_SECONDS = 30.0  # until a download that has gone quiet is taken up anew
+ATTEMPTS = 5  # in a row without a new byte
+PAUSE_SECONDS = 1.0  # before the first repetition; doubles with each
+CHUNK = 1 << 18
+OTHER_MEMBERS = 100  # members an archive may hold besides the counted ones: folders, the other annotations
+
+
+def download_coco_dataset(directory: str | Path = "./coco_data") -> Path:
+    """Fetch COCO 2017 (20.4 GB) into directory, unpack it there (another 21 GB), and return the directory.
+
+    Nothing half-finished is ever taken for whole: archives grow as *.part and get their name after size and SHA-256
+    agree; they are unpacked into a hidden folder that is renamed when complete. What is already whole is not
+    fetched again, and what was cut (Ctrl-C included) goes on where it stopped. The archives stay; once their folders
+    stand beside them they may be deleted. COCO_MIRROR in the environment replaces http://images.cocodataset.org.
+    Raises UserError, in one line, for no network, no room, wrong content and folders that are only partly there.
+    """
+    root = Path(directory).expanduser()
+    server = (os.environ.get("COCO_MIRROR") or COCO_SERVER).rstrip("/")
+    if not server.startswith(("http://", "https://")):
+        raise UserError(f"COCO_MIRROR is {server!r}: it must start with http:// or https://")
+    try:
+        wanted = [archive for archive in ARCHIVES if not _is_unpacked(archive, root)]
+        if not wanted:
+            return root
+        _check_room(wanted, root)
+        to_fetch = [archive for archive in wanted if not (root / archive.name).exists()]
+        if to_fetch and (why := _out_of_reach(f"{server}/{to_fetch[0].path}")):
+            raise UserError(_cannot(f"{server} is out of reach ({why})", root))
+        root.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(root):
+            for archive in wanted:
+                if not _is_unpacked(archive, root):  # another download may have ended since the first look
+                    _fetch(archive, f"{server}/{archive.path}", root)
+                    _unpack(archive, root)
+    except OSError as error:
+        raise UserError(f"COCO cannot be put into {root}: {reason(error)}") from None
+    return root
+
+
+def download_flickr30k() -> Path:
+    """The folder of Flickr30k as Kaggle ships it, fetched into kagglehub's cache unless it is there.
+
+    KAGGLEHUB_CACHE in the environment names the cache. Raises UserError, in one line, where kagglehub is not
+    installed, Kaggle is out of reach or wants a login, or what arrives is damaged.
+    """
+    by_hand = f"download {FLICKR30K} yourself and name its folder with --data-dir"
+    try:
+        import kagglehub
+    except ImportError:
+        raise UserError(
+            f"Flickr30k comes through kagglehub: pip install -r requirements-data.txt, or {by_hand}"
+        ) from None
+    try:
+        # With its version, kagglehub asks the server only for what the cache lacks; without, every time.
+        return Path(kagglehub.dataset_download(f"{FLICKR30K}/versions/1"))
+    except Exception as error:  # kagglehub's own errors have no common base class
+        hint = "check the network and try again"
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            hint = "log in (python -c 'import kagglehub; kagglehub.login()')"
+        why = reason(_root_cause(error))
+        raise UserError(f"Flickr30k cannot be fetched from Kaggle ({why}): {hint}, or {by_hand}") from error
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The first of a chain of exceptions: "connection refused", not a page about pools and retries."""
+    while earlier := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = earlier
+    return error
+
+
+def _count(archive: Archive, root: Path) -> int:
+    """How many of the archive's files are below root."""
+    return len(fnmatch.filter(file_names(root / archive.folder), archive.pattern))
+
+
+def _is_unpacked(archive: Archive, root: Path) -> bool:
+    """Whether the folder is there and whole. Raises UserError where it holds only part: it is not ours to touch."""
+    folder = root / archive.folder
+    if not folder.exists() or (folder.is_dir() and not os.listdir(folder)):
+        return False
+    if (count := _count(archive, root)) >= archive.count:
+        return True
+    raise UserError(
+        f"{folder} holds only {count} of COCO 2017's {archive.count} files {archive.pattern}: move it away, or "
+        "download into another folder"
+    )
+
+
+def _check_room(wanted: Iterable[Archive], root: Path) -> None:
+    """Raises UserError unless what is still to fetch and all that is still to unpack will fit on the disk."""
+    needed = 0
+    for archive in wanted:
+        there = max(_size(root / archive.name), _size(root / f"{archive.name}.part"))
+        needed += archive.unpacked_size + max(0, archive.size - there)
+    free = shutil.disk_usage(next(folder for folder in (root, *root.absolute().parents) if folder.exists())).free
+    if needed > free:
+        raise UserError(
+            f"not enough room for COCO in {root}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: "
+            "make room, or name another folder"
+        )
+
+
+def _out_of_reach(url: str) -> str | None:
+    """Why the server does not answer, or None. In a thread, as a name's look-up and its list of addresses heed no
+    timeout as a whole."""
+    why: list[str | None] = [f"no answer in {CONTACT_SECONDS:g} s"]
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONTACT_SECONDS).close()
+            why[0] = None
+        except urllib.error.HTTPError as answer:  # even a refusal is an answer; the download will name it
+            answer.close()
+            why[0] = None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            why[0] = reason(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(CONTACT_SECONDS)
+    return why[0]
+
+
+def _cannot(what: str, root: Path) -> str:
+    return (
+        f"{what}: put COCO 2017 from elsewhere at {root} as annotations/, train2017/ and val2017/, set COCO_MIRROR to "
+        "a server that has it, or try --preset demo"
+    )
+
+
+@contextlib.contextmanager
+def _one_at_a_time(root: Path) -> Iterator[None]:
+    """Two downloads into one folder would write into each other's .part files. (Windows has no such guard.)"""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(root / ".download.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another download into {root} is running: wait for it to end") from None
+        yield
+
+
+def _fetch(archive: Archive, url: str, root: Path) -> None:
+    """Make root/archive.name exist with the right size and SHA-256."""
+    target, part = root / archive.name, root / f"{archive.name}.part"
+    if target.exists():
+        if _size(target) != archive.size or _sha256(target) != archive.sha256:
+            raise UserError(f"{target} is not COCO's archive (size or SHA-256 differs): move it away and run again")
+        return
+    if _size(part) > archive.size:
+        part.unlink()
+    failures, best = 0, _size(part)
+    with _bar(archive.size, archive.name) as bar:
+        while best < archive.size:
+            why = "the connection was cut"
+            try:
+                _fetch_rest(url, part, archive.size, bar)
+            except urllib.error.HTTPError as answer:
+                answer.close()
+                why = f"answer {answer.code} {answer.reason}"
+                if answer.code < 500 and answer.code not in (408, 429):
+                    raise UserError(_cannot(f"{url} cannot be had ({why})", root)) from None
+            except (OSError, http.client.HTTPException) as error:
+                why = reason(error)
+            failures = 0 if _size(part) > best else failures + 1
+            best = max(best, _size(part))
+            if failures == ATTEMPTS:
+                raise UserError(
+                    f"the download of {url} stopped at {_size(part) / archive.size:.0%} ({why}): run the same "
+                    "command again to go on from there"
+                )
+            if best < archive.size:
+                time.sleep(PAUSE_SECONDS * 2**failures)
+    if _sha256(part) != archive.sha256:
+        part.unlink()
+        raise UserError(f"{url} sent something else than COCO's archive (SHA-256 differs), now deleted: run it again")
+    with open(part, "r+b") as file:  # a power cut must not leave the new name on a file that never reached the disk
+        os.fsync(file.fileno())
+    part.replace(target)
+
+
+def _fetch_rest(url: str, part: Path, size: int, bar: tqdm) -> None:
+    """Append to part what it lacks, or less where the server hangs up early; never more than size bytes in all."""
+    done = _size(part)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    with urllib.request.urlopen(request, timeout=STALL_SECONDS) as answer:
+        if answer.status != 206:
+            done = 0  # the server knows no ranges and sends everything
+        length = answer.headers.get("Content-Length", "")
+        if length.isdigit() and done + int(length) != size:
+            raise UserError(
+                f"{url} offers {done + int(length)} bytes where COCO's archive has {size}: look at it in a browser (a "
+                "sign-in page?), or set COCO_MIRROR to another server"
+            )
+        bar.n = bar.initial = done
+        bar.refresh()
+        with open(part, "ab" if done else "wb") as file:
+            while chunk := answer.read(min(CHUNK, size - done)):
+                file.write(chunk)
+                done += len(chunk)
+                bar.update(len(chunk))
+
+
+def _unpack(archive: Archive, root: Path) -> None:
+    """Unpack root/archive.name to root/archive.folder, which appears in one piece or not at all."""
+    source, target, staging = root / archive.name, root / archive.folder, root / f".{archive.folder}.unpacking"
+    shutil.rmtree(staging, ignore_errors=True)  # of an attempt that was killed
+    staging.mkdir()  # fails on what could not be removed (a link, say), so that nothing old slips in
+    try:
+        with zipfile.ZipFile(source) as zipped:
+            if odd := _oddity(archive, zipped.infolist()):
+                raise UserError(f"{source}: {odd}: nothing was unpacked")
+            for member in tqdm(zipped.infolist(), desc=f"unpack {archive.name}", unit="file", mininterval=1.0):
+                zipped.extract(member, staging)
+        if (count := _count(archive, staging)) < archive.count:
+            raise UserError(
+                f"{source} holds only {count} of COCO 2017's {archive.count} files {archive.folder}/{archive.pattern}: "
+                "nothing was unpacked"
+            )
+        # A power cut must not leave the new name on files whose content never reached the disk. One sync of everything
+        # costs what was written anyway; an fsync of each of 118,287 files would wait for the disk as many times.
+        if hasattr(os, "sync"):  # not on Windows
+            os.sync()
+        if target.exists():
+            target.rmdir()  # an empty one, or _is_unpacked would have raised before
+        (staging / archive.folder).rename(target)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{source} cannot be unpacked ({reason(error)}): move it away and run again") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _oddity(archive: Archive, members: Sequence[zipfile.ZipInfo]) -> str | None:
+    """What makes these members none that COCO would ship, or None. Declared sizes will do: zipfile writes no more."""
+    if len(members) > (most := archive.count + OTHER_MEMBERS):
+        return f"{len(members)} members where {most} are expected at most"
+    if (size := sum(member.file_size for member in members)) > archive.unpacked_size:
+        return f"it unpacks to {size} bytes where {archive.unpacked_size} are expected at most"
+    for member in members:
+        if not stays_inside(member.filename) or member.filename.split("/")[0] != archive.folder:
+            return f"member {member.filename!r} lies outside {archive.folder}/"
+        if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):  # 0: made on Windows
+            return f"member {member.filename!r} is a link or a device"
+        # zipfile bounds the memory of one read for these two only.
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            return f"member {member.filename!r} is packed by method {member.compress_type} (not stored or deflated)"
+    return None
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 where there is no such file."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file, _bar(_size(path), f"check {path.name}") as bar:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def _bar(total: int, text: str) -> tqdm:
+    return tqdm(total=total, desc=text, unit="B", unit_scale=True, mininterval=1.0)

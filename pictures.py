@@ -1,0 +1,203 @@
+"""A picture file to the square tensor the model sees: one function for training, captioning and measuring.
+
+Imports config only. Whatever a person may have photographs in comes out as RGB, upright, on white; everything else is
+one UserError that names the file. Never trusts a header: sizes are checked before pixels are decoded, and nothing is
+called readable until its pixels have been read. Never runs an outside program.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from config import UserError, ViTGPT2Config
+
+__all__ = ["FORMATS", "MAX_PIXELS", "PictureSource", "crop", "load_picture", "prepare_picture"]
+
+PictureSource = str | os.PathLike[str] | bytes | Image.Image  # bytes are a file's content
+
+MAX_PIXELS = 80_000_000
+
+# Tried in this order; TGA has no signature and must be last. PPM stands for its whole family, JPEG for MPO too.
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "TIFF",
+    "BMP",
+    "AVIF",
+    "JPEG2000",
+    "ICO",
+    "PPM",
+    "QOI",
+    "SGI",
+    "PCX",
+    "TGA",
+)
+
+# Opening an icon, an animation or a WebP file already allocates its pixels, so Pillow has to know the limit as well.
+# It refuses what is above twice its setting and warns below that; these and its other warnings (about unknown tags and
+# the like, printed from the midst of an epoch) say nothing that an error or a decoded picture does not.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def load_picture(source: PictureSource, size: int, name: str | None = None) -> Tensor:
+    """A picture as uint8 (3, size, size), squashed to a square as ViT's own preprocessing does.
+
+    Takes a path, a file's bytes or a Pillow image; messages call it `name` (default: its path, or "picture"). Of an
+    animation the first frame counts. A JPEG is decoded at the smallest eighth of its size that is no smaller than the
+    square. Raises UserError, in one line that names the file, for what cannot be read.
+    """
+    if name is None:
+        name = "picture" if isinstance(source, bytes | Image.Image) else str(source)
+    try:
+        pixels = torch.from_numpy(decode(source, size)).permute(2, 0, 1)  # channels last: the fast kernel
+        pixels = transforms.resize(pixels, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True)
+        return pixels.contiguous()
+    except FileNotFoundError:
+        raise UserError(in_one_line(f"{name}: no such file")) from None
+    except Exception as error:  # Pillow raises a dozen kinds for damaged files, SyntaxError among them
+        raise UserError(in_one_line(f"{name}: not a picture that can be read ({reason(error)})")) from error
+
+
+def prepare_picture(source: PictureSource, config: ViTGPT2Config, name: str | None = None) -> Tensor:
+    """What the model sees of a picture outside training: resized, its middle cut out, uint8 (3, S, S)."""
+    assert config.resize_size is not None
+    margin = (config.resize_size - config.image_size) // 2
+    return crop(load_picture(source, config.resize_size, name), margin, margin, config.image_size)
+
+
+def crop(pixels: Tensor, top: int, left: int, size: int) -> Tensor:
+    """(3, R, R) -> (3, size, size)."""
+    return pixels[:, top : top + size, left : left + size]
+
+
+def decode(source: PictureSource, size: int) -> NDArray[np.uint8]:
+    """uint8 (H, W, 3), upright; H and W are the picture's own or, for a JPEG, smaller ones of at least `size`."""
+    if isinstance(source, Image.Image):
+        return decode_pillow(source)
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0) as file:
+        start = file.read(3)
+        file.seek(0)
+        if not start:
+            raise ValueError("the file is empty")
+        if start == b"\xff\xd8\xff":
+            data = file.read()
+            pixels = decode_jpeg(data, size)
+            if pixels is not None:
+                return pixels
+            return decode_pillow(Image.open(io.BytesIO(data), formats=FORMATS))
+        buffered = file if isinstance(file, io.BytesIO) else io.BufferedReader(file)
+        return decode_pillow(Image.open(buffered, formats=FORMATS))
+
+
+def decode_jpeg(data: bytes, size: int) -> NDArray[np.uint8] | None:
+    """The fast way for an intact JPEG in grey or colour; None for all others, which Pillow is to judge."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if height * width > MAX_PIXELS or colours in ("CMYK", "YCCK"):
+            return None
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=size, min_width=size)
+    except ValueError:  # a warning of libjpeg's is enough
+        return None
+    return upright(pixels, orientation(data)) if has_app1(data) else pixels
+
+
+def has_app1(data: bytes) -> bool:
+    """Whether a JPEG may hold an APP1 segment, the home of EXIF and XMP: a hundred times cheaper than Pillow's parse."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] not in (0xE1, 0xFF):
+        if data[at + 1] == 0xDA:  # the pixels begin
+            return False
+        at += 2 + (data[at + 2] << 8 | data[at + 3])
+    return True  # or laid out in an unusual way, in which case Pillow is to look
+
+
+def decode_pillow(image: Image.Image) -> NDArray[np.uint8]:
+    """uint8 (H, W, 3), upright, of an image that Pillow may or may not have loaded yet."""
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    image.load()  # before the orientation: a PNG's may stand behind its pixels, and a TIFF turns itself
+    return upright(to_rgb(image), orientation(image))
+
+
+def orientation(source: bytes | Image.Image) -> int:
+    """EXIF's number for how a picture is stored, 1 to 8; damaged EXIF is no reason to lose the picture."""
+    try:
+        image = Image.open(io.BytesIO(source), formats=("JPEG",)) if isinstance(source, bytes) else source
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def upright(pixels: NDArray[np.uint8], stored: int) -> NDArray[np.uint8]:
+    """Undoes an EXIF orientation. Copied into order, so that the resize after it rounds alike for all eight."""
+    if stored == 1:
+        return pixels
+    if stored >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if stored in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if stored in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """A loaded Pillow image of any mode as uint8 (H, W, 3), transparency laid on white."""
+    if image.mode[0] in "IF":
+        grey = wide_to_bytes(np.asarray(image), image.mode, image.info.get("transparency"))
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode == "La":
+        image = image.convert("LA")  # the only way Pillow has from here
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def wide_to_bytes(values: NDArray, mode: str, transparent: object = None) -> NDArray[np.uint8]:
+    """Grey of more than 8 bits as 8 bits, where Pillow's own conversion clips and makes most pictures white.
+
+    White is 65535 for integers. Floats come without a convention: white is 1, 255 or 65535, the first of them that the
+    picture does not exceed. A picture of either kind that exceeds 65535 has its brightest value as white. Negative
+    values and those that are no numbers are black, values equal to `transparent` (a PNG's key) white.
+    """
+    wide = values.astype(np.float32)
+    brightest = float(wide.max(where=np.isfinite(wide), initial=0.0))
+    white = next((w for w in ((1.0, 255.0, 65535.0) if mode == "F" else (65535.0,)) if brightest <= w), brightest)
+    grey = np.nan_to_num(wide * (255 / white)).round().clip(0, 255).astype(np.uint8)
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return grey
+
+
+def reason(error: Exception) -> str:
+    """Why a picture could not be read, in a few words."""
+    if isinstance(error, UnidentifiedImageError):  # its own text is about a buffer's address
+        return "damaged, or none of the formats " + ", ".join(FORMATS)
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS} pixels"
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error).split("\n")[0] or type(error).__name__
+
+
+def in_one_line(message: str) -> str:
+    """With line breaks, lone surrogates and the like, which a file's name may hold, written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in message)

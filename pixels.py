@@ -1,0 +1,182 @@
+"""From a table's pictures to the pixels of a batch: kept resized in memory, in a mapped file or on the GPU, then cut
+out and augmented.
+
+Imports config, table, cache and pictures. Whatever keeps them, the pixels are the ones that load_picture gives; what is
+random about a sample comes from the generator it is handed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from cache import forget_older, kept_file, key_of, stamps, whole
+from config import Augmentation, UserError
+from pictures import load_picture
+from table import CaptionTable
+
+VERSION = 1  # of the pictures kept on disk: one more when load_picture gives other pixels
+
+
+class Pixels:
+    """The pictures of a table as uint8 (3, size, size), by row."""
+
+    def __init__(
+        self,
+        table: CaptionTable,
+        size: int,
+        keep: Literal["no", "memory", "disk"] = "no",
+        progress: bool = True,
+    ) -> None:
+        """Decodes everything now, in threads, to keep it in memory or in a file that later runs and other processes
+        share; or nothing, and every picture when it is asked for."""
+        self.table, self.size, self.progress = table, size, progress
+        self.bad: dict[int, str] = {}
+        """Rows that turned out not to be pictures, with what is wrong."""
+        self.kept: Tensor | None = None
+        """All of them, uint8 (N, 3, size, size), where they are kept."""
+        if keep == "memory":
+            self.kept = torch.empty(len(table), 3, size, size, dtype=torch.uint8)
+            self._decode_into(self.kept)
+        elif keep == "disk":
+            self._map(kept_file("pixels", [str(table.root), table.name, table.split, size], self._key()))
+
+    def __getitem__(self, row: int) -> Tensor:
+        """One picture. Raises UserError, naming it, where it cannot be decoded."""
+        if row in self.bad:
+            raise UserError(self.bad[row])
+        if self.kept is not None:
+            return self.kept[row]
+        try:
+            return load_picture(self.table.picture(row), self.size, self.table.name_of(row))
+        except UserError as error:
+            self.bad[row] = str(error)
+            raise
+
+    def _decode_into(self, target: Tensor) -> None:
+        def decode(row: int) -> None:
+            try:
+                target[row] = load_picture(self.table.picture(row), self.size, self.table.name_of(row))
+            except UserError as error:
+                self.bad[row] = str(error)
+                target[row] = 0
+
+        rows, label = range(len(self.table)), f"reading {self.table.split} pictures"
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            try:
+                for _ in tqdm(pool.map(decode, rows), label, len(rows), unit="picture", disable=None if self.progress else True):
+                    pass
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _key(self) -> str:
+        """Changes with the pictures' files, their order and the size."""
+        rows = self.table.rows
+        if self.table.hub_rows is not None:
+            files: Any = {part: data._fingerprint for part, data in self.table.hub_rows.items()}
+        else:
+            files = stamps([self.table.root / name for name in rows["picture"].unique().to_pylist()])
+        return key_of(VERSION, self.size, files, rows["picture"].to_pylist(), rows["offset"].to_pylist())
+
+    def _map(self, path: Path) -> None:
+        """Maps the file, which is made first where it is not there; other processes of the run wait for that."""
+        about = path.with_name(f"{path.name}.json")
+        shape = (len(self.table), 3, self.size, self.size)
+        needed = int(np.prod(shape))
+        try:
+            with _locked(path):
+                if not path.exists():
+                    free = shutil.disk_usage(path.parent).free
+                    if needed > free:
+                        raise UserError(
+                            f"no room to keep {needed / 1e9:.1f} GB of pictures in {path.parent} ({free / 1e9:.1f} GB "
+                            "are free): leave --cache out, or set VIT_GPT2_CACHE to a folder on another disk"
+                        )
+                    with whole(path) as part:
+                        self._decode_into(torch.from_numpy(np.memmap(part, np.uint8, "w+", shape=shape)))
+                        with whole(about) as notes:
+                            notes.write_text(json.dumps(list(self.bad.items())))
+                    forget_older(path)
+                    print(f"cache       {path} ({needed / 1e9:.1f} GB, may be deleted at any time)")
+            self.bad = dict(json.loads(about.read_text()))
+            # Copy on write: pages are shared with every process, and torch is spared a warning about read-only memory.
+            self.kept = torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
+        except OSError as error:
+            raise UserError(
+                f"pictures cannot be kept in {path.parent} ({error.strerror or error}): leave --cache out, or set "
+                "VIT_GPT2_CACHE to another folder"
+            ) from None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time. (Windows has no such guard.)"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(path.with_name(f"{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# Cutting out and augmenting
+
+
+class Augmenter:
+    """What happens to a picture on its way into a training batch, drawn from the sample's own generator."""
+
+    def __init__(self, resize_size: int, size: int, augmentation: Augmentation) -> None:
+        self.size, self.room, self.chance = size, resize_size - size, augmentation.flip
+        steps: list[Any] = []
+        if augmentation.random_resized_crop:
+            scale = (augmentation.random_resized_crop, 1.0)
+            steps.append(v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True))
+        if strength := augmentation.color_jitter:
+            steps.append(v2.ColorJitter(strength, strength, strength))
+        if augmentation.rand_augment:
+            steps.append(v2.RandAugment(magnitude=augmentation.rand_augment))
+        self.steps = v2.Compose(steps) if steps else None
+        self.crops = not augmentation.random_resized_crop
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int, bool]:
+        """Where to cut out (top, left), and whether to mirror."""
+        top, left = rng.integers(0, self.room + 1, 2).tolist() if self.crops and self.room else (0, 0)
+        return top, left, bool(self.chance and rng.random() < self.chance)
+
+    def apply(self, picture: Tensor, top: int, left: int, flip: bool, rng: np.random.Generator) -> Tensor:
+        """uint8 (3, R, R) -> (3, size, size). torchvision draws from torch's global generator, which is left as it was."""
+        if self.crops:
+            picture = picture[:, top : top + self.size, left : left + self.size]
+        if flip:
+            picture = picture.flip(-1)
+        if self.steps is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(rng.integers(1 << 62)))
+                picture = self.steps(picture)
+        return picture
+
+
+def cut_out(kept: Tensor, rows: Tensor, top: Tensor, left: Tensor, flip: Tensor, size: int) -> Tensor:
+    """Pictures (N, 3, R, R), kept anywhere, -> the batch (B, 3, size, size) of these rows, cut out at (top, left) and
+    mirrored where flip says so; the indices (B,) lie on the same device. One gather, however many pictures."""
+    steps = torch.arange(size, device=kept.device)
+    across = torch.where(flip[:, None], left[:, None] + size - 1 - steps, left[:, None] + steps)
+    down = top[:, None] + steps
+    channels = torch.arange(kept.shape[1], device=kept.device)
+    return kept[rows[:, None, None, None], channels[None, :, None, None], down[:, None, :, None], across[:, None, None]]

@@ -1,0 +1,219 @@
+"""The table of pictures and captions, packed: no Python object a caption, however many there are.
+
+May import config only (besides NumPy and pyarrow); sources.py fills it. A table is Arrow memory, mapped from a file where
+it is large, so that worker processes share it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from config import UserError
+
+SPLITS = ("train", "val", "test")
+SET_ASIDE, SET_ASIDE_AT_MOST = 0.05, 1000  # share and number of pictures for a part that the source does not have
+BATCH = 20_000  # rows packed at a time
+
+
+class Row(NamedTuple):
+    """One picture as a reader yields it, its captions cleaned ("" where there was nothing)."""
+
+    split: str
+    """train, val or test; "" where the source does not say."""
+    picture: str
+    """Path below the table's root; of the shard, where the picture is inside a tar file."""
+    id: int | str
+    captions: list[str]
+    offset: int = -1
+    """Of the picture's bytes in its shard, or its row in a Hugging Face data set; -1: the file is the picture."""
+    size: int = -1
+    """Bytes of the picture in its shard."""
+
+
+@dataclass(frozen=True)
+class CaptionTable:
+    """Pictures, counted from 0, each with an id and at least one caption (white space collapsed)."""
+
+    rows: pa.Table
+    """Columns picture (string), id (int64 or string), captions (list of strings), offset and size (int64)."""
+    root: Path
+    """The folder that the pictures' names start from."""
+    name: str
+    """The layout it was read from, or the data set's name on the Hub."""
+    split: str
+    """train, val or test. Where a source has no test part its val part serves, and this says val."""
+    about: str = ""
+    """How the data was recognised, and where its parts come from."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """What the whole source has and no table holds: {what: how many}."""
+    missing: tuple[str, ...] = ()
+    """Pictures of this part that are named but not there, and therefore not in the table."""
+    hub_rows: Any = None
+    """{part: rows of a Hugging Face data set's picture column}, where the pictures come from one."""
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return int(self.rows.num_rows)
+
+    @property
+    def num_captions(self) -> int:
+        """The captions of all pictures together."""
+        return int(pc.sum(pc.list_value_length(self.rows["captions"])).as_py() or 0)
+
+    def id_of(self, row: int) -> int | str:
+        """The picture's id: COCO's number, or what the source has, or its file name."""
+        return self.rows["id"][row].as_py()  # type: ignore[no-any-return]
+
+    def captions_of(self, row: int) -> list[str]:
+        """All captions of one picture."""
+        return self.rows["captions"][row].as_py()  # type: ignore[no-any-return]
+
+    def captions(self) -> pa.ChunkedArray:
+        """All captions of all pictures, in order."""
+        return pc.list_flatten(self.rows["captions"])
+
+    def name_of(self, row: int) -> str:
+        """What messages call the picture: its path, or its id and the larger file that it is part of."""
+        picture, offset = str(self.root / self.rows["picture"][row].as_py()), self.rows["offset"][row].as_py()
+        return picture if offset < 0 else f"{picture}: {self.id_of(row)}"
+
+    def picture(self, row: int) -> Path | bytes:
+        """Where the picture is, or its bytes where it is part of a larger file. Raises UserError when those are gone."""
+        picture, offset = self.rows["picture"][row].as_py(), self.rows["offset"][row].as_py()
+        if self.hub_rows is not None:
+            value = self.hub_rows[picture][offset]["picture"]
+            return Path(value["path"]) if value["bytes"] is None else value["bytes"]
+        if offset < 0:
+            return self.root / str(picture)
+        try:
+            with open(self.root / picture, "rb") as shard:
+                shard.seek(offset)
+                return shard.read(self.rows["size"][row].as_py())
+        except OSError as error:
+            raise UserError(f"{self.name_of(row)}: cannot be read ({error.strerror})") from None
+
+    def head(self, n: int) -> CaptionTable:
+        """The first n pictures (all of them where there are fewer). Raises UserError for n < 1."""
+        if n < 1:
+            raise UserError(f"the first {n} pictures were asked for: ask for at least 1")
+        return dataclasses.replace(self, rows=self.rows.slice(0, n))
+
+    def keys(self) -> np.ndarray:
+        """A 64-bit number for each picture, uint64 (rows,), by which it is known again in another table.
+
+        COCO's pictures have the same key in 2014, 2017 and Karpathy's split, and so have the photographs that Flickr8k
+        and Flickr30k share. Elsewhere, in people's own files of COCO's form too, it is made of the id and the captions,
+        since two data sets may both have a picture 1.
+        """
+        texts = []
+        for picture, number, captions in zip(
+            *(self.rows[c].to_pylist() for c in ("picture", "id", "captions")), strict=True
+        ):
+            name = picture.rpartition("/")[2]
+            if self.name.startswith("flickr"):
+                texts.append("flickr:" + re.split(r"[_.]", name)[0])
+            elif self.name == "coco" and re.fullmatch(rf"(COCO_\w+_)?0*{re.escape(str(number))}\.jpg", name):
+                texts.append(f"coco:{number}")
+            else:
+                texts.append("\n".join([str(number), *captions]))
+        return np.array([_hash(text) for text in texts], np.uint64)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def make_table(
+    rows: Iterable[tuple[Path, int | str, list[str]]], name: str = "made", split: str = "train"
+) -> CaptionTable:
+    """A table of (path, id, captions) at hand."""
+    packed, left_out = pack(Row("", str(path.absolute()), i, captions) for path, i, captions in rows)
+    return CaptionTable(packed.drop_columns("split"), Path("/"), name, split, left_out=left_out)
+
+
+def pack(rows: Iterable[Row]) -> tuple[pa.Table, dict[str, int]]:
+    """Rows as Arrow, and what was left out of them: empty captions, and pictures that have no other."""
+    left_out: Counter[str] = Counter()
+    columns: dict[str, list[Any]] = {name: [] for name in Row._fields}
+    batches: list[pa.RecordBatch] = []
+
+    def flush() -> None:
+        numbers = all(type(i) is int and abs(i) < 1 << 63 for i in columns["id"])
+        columns["id"] = columns["id"] if numbers else list(map(str, columns["id"]))
+        types = (pa.string(), pa.string(), pa.int64() if numbers else pa.string(), pa.list_(pa.string()))
+        arrays = [pa.array(*pair) for pair in zip(columns.values(), (*types, pa.int64(), pa.int64()), strict=True)]
+        batches.append(pa.RecordBatch.from_arrays(arrays, names=Row._fields))
+        for column in columns.values():
+            column.clear()
+
+    for row in rows:
+        captions = [caption for caption in row.captions if caption]
+        left_out["empty captions"] += len(row.captions) - len(captions)
+        left_out["pictures without a caption"] += not captions
+        if not captions:
+            continue
+        for name, value in zip(columns, row._replace(captions=captions), strict=True):
+            columns[name].append(value)
+        if len(columns["id"]) == BATCH:
+            flush()
+    flush()
+    if len({batch.schema for batch in batches if batch.num_rows}) > 1:  # numbers here and names there: names all over
+        place = Row._fields.index("id")
+        batches = [batch.set_column(place, "id", pc.cast(batch["id"], pa.string())) for batch in batches]
+    tables = [pa.table(batch) for batch in batches if batch.num_rows] or [pa.table(batches[0])]
+    return pa.concat_tables(tables).combine_chunks(), {what: n for what, n in left_out.items() if n}
+
+
+def split_up(packed: pa.Table) -> tuple[pa.Table, str]:
+    """The rows with every split filled in and in the order of SPLITS, and in words what was decided.
+
+    Where no row says its part, 5 % of the pictures (at most 1,000) are set aside for val and as many for test; where
+    some do but none is val, val alone is taken from train so. Which ones follows from the pictures' ids alone.
+    """
+    codes = pc.fill_null(pc.index_in(packed["split"], pa.array(SPLITS)), -1).to_numpy().copy()
+    named = set(codes.tolist()) - {-1}
+    codes[codes < 0] = 0
+    pool = np.flatnonzero(codes == 0)
+    wanted = [] if 1 in named or not len(pool) else [1] if named else [1, 2]
+    if wanted and len(pool) <= len(wanted):
+        raise UserError(
+            f"{len(pool)} pictures with captions are too few to train on and to validate with: have at least "
+            f"{len(wanted) + 1}"
+        )
+    about = ""
+    if wanted:
+        number = min(SET_ASIDE_AT_MOST, max(1, int(SET_ASIDE * len(pool))))
+        ids = packed["id"].to_pylist()
+        drawn = np.array([_hash(str(ids[row])) for row in pool], np.uint64)  # no float64, in which some would be equal
+        pool = pool[np.argsort(drawn, kind="stable")]
+        for place, part in enumerate(wanted):
+            codes[pool[place * number : (place + 1) * number]] = part
+        about = f"{number:,} pictures each set aside for {' and '.join(SPLITS[part] for part in wanted)}"
+    column = pa.array(SPLITS).take(pa.array(codes))
+    packed = packed.set_column(packed.schema.get_field_index("split"), "split", column)
+    return packed.take(np.argsort(codes, kind="stable")).combine_chunks(), about
+
+
+def write_table(packed: pa.Table, path: Path, about: dict[str, Any]) -> None:
+    """Packed rows as an Arrow file, with what is to be known about them."""
+    packed = packed.replace_schema_metadata({"about": json.dumps(about)})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, packed.schema) as writer:
+        writer.write_table(packed)
+
+
+def read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """The inverse of write_table; the rows stay on disk and are mapped. Raises OSError and pa.ArrowException."""
+    packed = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    return packed.replace_schema_metadata(None), json.loads((packed.schema.metadata or {})[b"about"])
