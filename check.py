@@ -7,7 +7,7 @@ late). Writes under --output-dir only, never into the data folder, and remembers
 
 Not fit, in words and by exit code 1, is a data set
 - that has no train part;
-- of which a part has more than max_bad_share of its pictures missing or undecodable (where training would stop too);
+- of which more than max_bad_share of the pictures are missing or undecodable (where training would stop too);
 - of which a test picture is, by its id, a train picture (training refuses that as well);
 - of which more than max_bad_share of the val or of the test pictures are, byte for byte, in train.
 Fewer such copies are a warning: most collections of photographs have some, and they barely move a score. So are near
@@ -286,13 +286,12 @@ def judge(tables: dict[str, CaptionTable], figures: dict[str, Any], max_bad_shar
     parts, captions = figures["parts"], figures["captions"]
     odd, longer = captions["odd_characters"], captions["over_long"]
     warnings, reasons = [], [] if "train" in parts else ["no train part"]
-    for split, part in parts.items():
-        bad, total = part["missing"] + part["undecodable"], part["pictures"] + part["missing"]
-        said = f"{split} pictures missing or undecodable: {bad:,} of {total:,}"
-        if bad > max_bad_share * total:
-            reasons.append(f"{said} (allowed: {max_bad_share:.1%})")
-        elif bad:
-            warnings.append(said)
+    bad = sum(part["missing"] + part["undecodable"] for part in parts.values())
+    total = sum(part["pictures"] + part["missing"] for part in parts.values())
+    if bad > max_bad_share * total:
+        reasons.append(f"pictures missing or undecodable: {bad:,} of {total:,} (allowed: {max_bad_share:.1%})")
+    elif bad:
+        warnings.append(f"pictures missing or undecodable: {bad:,} of {total:,}")
     if {"train", "test"} <= set(parts):
         known = int(np.isin(tables["test"].keys(), tables["train"].keys()).sum())
         reasons += [f"test pictures that are, by their ids, train pictures: {known:,}"] if known else []
@@ -441,7 +440,7 @@ class CheckConfig:
     output_dir: Path = Path("check")
     """Folder for check.json, bad_samples.csv, duplicates.csv, lengths.png and duplicates.png."""
     max_bad_share: float = 0.01
-    """Largest share of a part's pictures that may be missing or undecodable, or copies of train's (0 to 1)."""
+    """Largest share of pictures that may be missing or undecodable, or copies of train's (0 to 1)."""
     max_words: int = 100
     """Longer captions are over-long."""
     num_workers: int | None = None

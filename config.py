@@ -206,7 +206,7 @@ class TrainConfig:
     flash_attention: bool = True
     """Use the flash_attn package where it is installed and can serve."""
     num_workers: int = 4
-    """Processes that load pictures, when they do not fit into memory (16 at most)."""
+    """Processes that decode and augment pictures, where that is to be done (16 at most, and one a core)."""
     seed: int = 0
     """Of the weights, the order, the crops and the drawn scenes."""
     eval_interval: int = 500

@@ -1,6 +1,6 @@
 """Fetches the pictures that others publish: COCO 2017 from its own server, Flickr30k through Kaggle's library.
 
-May import config, and from sources three helpers about names and errors (besides the standard library, tqdm and,
+May import config, and from layouts three helpers about names and errors (besides the standard library, tqdm and,
 late, kagglehub). It never opens a picture, never unpacks a member of an archive outside its folder, and writes only
 below the folder given to download_coco_dataset, or into kagglehub's own cache.
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from config import UserError
-from sources import file_names, reason, stays_inside
+from layouts import file_names, reason, stays_inside
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,9 @@ class Pixels:
         rows, label = range(len(self.table)), f"reading {self.table.split} pictures"
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             try:
-                for _ in tqdm(pool.map(decode, rows), label, len(rows), unit="picture", disable=None if self.progress else True):
+                for _ in tqdm(
+                    pool.map(decode, rows), label, len(rows), unit="picture", disable=None if self.progress else True
+                ):
                     pass
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)

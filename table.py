@@ -94,6 +94,8 @@ class CaptionTable:
         picture, offset = self.rows["picture"][row].as_py(), self.rows["offset"][row].as_py()
         if self.hub_rows is not None:
             value = self.hub_rows[picture][offset]["picture"]
+            if value is None or value["bytes"] is value["path"] is None:
+                raise UserError(f"{self.name_of(row)}: there is no picture")
             return Path(value["path"]) if value["bytes"] is None else value["bytes"]
         if offset < 0:
             return self.root / str(picture)

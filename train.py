@@ -312,7 +312,7 @@ def prepare(config: TrainConfig, run: Path, device: torch.device, dtype: torch.d
         for split, table in tables.items()
     }
     if config.cache_on_gpu:
-        datasets["train"].keep_on(device)
+        keep_on_gpu(datasets["train"], device)
     bad = BadPictures(run / "bad_samples.csv", tables.values(), config.max_bad_share)
     for data in datasets.values():
         bad.add_known(data)
@@ -331,6 +331,20 @@ def prepare(config: TrainConfig, run: Path, device: torch.device, dtype: torch.d
         bad=bad,
         tokenizer=name,
     )
+
+
+def keep_on_gpu(dataset: CaptionDataset, device: torch.device) -> None:
+    """Moves the kept pictures there. Raises UserError where there is no GPU, or none with so much room."""
+    assert dataset.pixels.kept is not None
+    if device.type != "cuda":
+        raise UserError(f"cache_on_gpu on the device {device}: it needs a GPU, leave it out")
+    needed, free = dataset.pixels.kept.numel(), torch.cuda.mem_get_info(device)[0]
+    if needed > free:
+        raise UserError(
+            f"{needed / 2**30:.1f} GiB of pictures do not fit into the GPU's {free / 2**30:.1f} GiB: use --cache instead "
+            "of --cache-on-gpu"
+        )
+    dataset.keep_on(device)
 
 
 def choose_tokenizer(
@@ -386,13 +400,14 @@ def learn(job: Job) -> int | None:
     print(plan(job, step), flush=True)
 
     train_set = job.datasets["train"]
+    at_hand = train_set.pixels.kept is not None and config.augmentation.moves_pixels_only
     loader = make_dataloader(
         train_set,
         job.pictures_a_step,
         first_step=step,
         last_step=job.steps,
         shuffle=True,
-        num_workers=0 if train_set.pixels.kept is not None else min(16, os.cpu_count() or 1, config.num_workers),
+        num_workers=0 if at_hand else min(16, os.cpu_count() or 1, config.num_workers),
         pin_memory=device.type == "cuda",
     )
     batches = iter(loader)

@@ -20,8 +20,11 @@ COMMANDS = [line for line in LINES if line.startswith("python ")] + re.findall(r
 
 def test_every_flag_and_file_it_names_exists():
     assert len(COMMANDS) >= 8
-    sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("main.py", "config.py", "evaluate.py")}
-    fields = set(re.findall(r"^    (\w+): ", sources["config.py"] + sources["evaluate.py"], re.M))
+    sources = {
+        name: (ROOT / name).read_text(encoding="utf-8")
+        for name in ("config.py", "evaluate.py", "check.py", "benchmark.py")
+    }
+    fields = set(re.findall(r"^    (\w+): ", "".join(sources.values()), re.M))
     fields |= {"help", "no_build_isolation"}  # tyro's own, and pip's
     for flag in set(re.findall(r"(?<=[\s`])--([a-z-]*[a-z])", TEXT)):
         assert flag.replace("-", "_") in fields, flag
@@ -30,7 +33,7 @@ def test_every_flag_and_file_it_names_exists():
 
 
 def test_every_dependency_has_its_reason():
-    requirements = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-dev.txt").read_text()
+    requirements = "".join((ROOT / f"requirements{kind}.txt").read_text() for kind in ("", "-dev", "-data"))
     section = TEXT.split("## Dependencies")[1].split("## ")[0]
     for name in re.findall(r"^([\w-]+)>=", requirements, re.M):
         assert name in section, name

@@ -28,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cache
+import layouts
 import sources
 import table
 from config import UserError
@@ -527,7 +528,7 @@ def test_karpathys_keys_are_cocos(tmp_path: Path, coco_parts: Parts) -> None:
         assert (keys == load_table("coco", needs_shared("tiny_coco"), split).keys()).all()
 
 
-@pytest.mark.parametrize("folder", sources.FLICKR_FOLDERS.split())
+@pytest.mark.parametrize("folder", layouts.FLICKR_FOLDERS.split())
 @pytest.mark.parametrize("family", ["flickr8k", "flickr30k"])
 def test_karpathys_flickr_wherever_the_pictures_are(tmp_path: Path, family: str, folder: str) -> None:
     """Even where the first picture of all is missing, which once had them all looked for in the wrong folder."""

@@ -228,3 +228,14 @@ def test_an_overflow_skips_both_optimizers(monkeypatch):
 def test_half_precision_on_the_gpu(tmp_path, precision):
     output = run([*SMALL, "--device", "cuda", "--precision", precision], tmp_path)
     assert {"fp16": "float16", "bf16": "bfloat16"}[precision] in output
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_pictures_kept_on_the_gpu_give_the_same_run(tmp_path):
+    flags = [*SMALL, "--device", "cuda", "--precision", "fp32", "--flip", "0.5"]
+    run([*flags, "--output-dir", "plain"], tmp_path)
+    run([*flags, "--output-dir", "kept", "--cache-on-gpu"], tmp_path)
+    losses = [
+        [line["loss"] for line in read_log(tmp_path / n / "metrics.jsonl") if "loss" in line] for n in ("plain", "kept")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # the GPU's own sums are not the same to the bit
