@@ -17,8 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
+from torch.nn.functional import interpolate
 
 from config import UserError, ViTGPT2Config
 
@@ -64,8 +63,7 @@ def load_picture(source: PictureSource, size: int, name: str | None = None) -> T
         name = "picture" if isinstance(source, bytes | Image.Image) else str(source)
     try:
         pixels = torch.from_numpy(decode(source, size)).permute(2, 0, 1)  # channels last: the fast kernel
-        pixels = transforms.resize(pixels, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True)
-        return pixels.contiguous()
+        return interpolate(pixels.unsqueeze(0), (size, size), mode="bicubic", antialias=True)[0].contiguous()
     except FileNotFoundError:
         raise UserError(in_one_line(f"{name}: no such file")) from None
     except Exception as error:  # Pillow raises a dozen kinds for damaged files, SyntaxError among them

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from cache import forget_older, kept_file, key_of, stamps, whole
@@ -145,16 +144,22 @@ class Augmenter:
 
     def __init__(self, resize_size: int, size: int, augmentation: Augmentation) -> None:
         self.size, self.room, self.chance = size, resize_size - size, augmentation.flip
+        self.steps = None if augmentation.moves_pixels_only else self._steps(augmentation)
+        self.crops = not augmentation.random_resized_crop
+
+    def _steps(self, augmentation: Augmentation) -> Any:
+        from torchvision.transforms import v2  # late: its import takes longer than captioning a picture
+
         steps: list[Any] = []
         if augmentation.random_resized_crop:
             scale = (augmentation.random_resized_crop, 1.0)
-            steps.append(v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True))
+            bicubic = v2.InterpolationMode.BICUBIC
+            steps.append(v2.RandomResizedCrop(self.size, scale, interpolation=bicubic, antialias=True))
         if strength := augmentation.color_jitter:
             steps.append(v2.ColorJitter(strength, strength, strength))
         if augmentation.rand_augment:
             steps.append(v2.RandAugment(magnitude=augmentation.rand_augment))
-        self.steps = v2.Compose(steps) if steps else None
-        self.crops = not augmentation.random_resized_crop
+        return v2.Compose(steps)
 
     def draw(self, rng: np.random.Generator) -> tuple[int, int, bool]:
         """Where to cut out (top, left), and whether to mirror."""

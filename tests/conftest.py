@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+if "PYTEST_XDIST_WORKER" in os.environ:  # or the workers' threads fight for the cores: five times slower
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["VIT_GPT2_CACHE"] = tempfile.mkdtemp(prefix="vit-gpt2-tests-")
 
 import torch

@@ -163,6 +163,7 @@ def batches(data, **options):
     return [(b["rows"], b["pixel_values"], b["input_ids"]) for b in make_dataloader(data, 7, shuffle=True, **options)]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("keep", ["no", "memory", "disk"])
 def test_batches_are_a_pure_function_of_seed_epoch_and_step(scenes_table, scenes_tokenizer, keep):
     """Started in the middle, or with workers, the loader must give the very batches that it gave from the start."""

@@ -383,7 +383,7 @@ def test_running_out_of_memory_is_no_crash(monkeypatch):
         def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(pictures.transforms, "resize", fail)
+        monkeypatch.setattr(pictures, "interpolate", fail)
         assert "memory" in failure(Image.fromarray(SMOOTH), name="p")
 
 
