@@ -263,6 +263,12 @@ class CrossAttention(nn.Module):
         """(N, S, D) -> keys and values, each (N, S, H, D/H)."""
         return split_heads(self.c_attn(encoder_hidden_states), 2, self.num_heads)
 
+    def weights(self, x: Tensor, key: Tensor) -> Tensor:
+        """How much each token looks at each state: x (N * K, T, D), key (N, S, H, D/H) -> (N * K, T, H, S)."""
+        query = self.q_attn(x).unflatten(-1, (self.num_heads, -1)).unflatten(0, (len(key), -1))
+        scores = torch.einsum("nkthd,nshd->nkths", query.float(), key.float()) * key.shape[-1] ** -0.5
+        return scores.softmax(-1).flatten(0, 1)
+
     def forward(self, x: Tensor, key: Tensor, value: Tensor, packing: Packing | None) -> Tensor:
         """x as above, key and value (N, S, H, D/H): a picture's K rows are folded into one, nothing is expanded."""
         query = self.q_attn(x)
@@ -320,8 +326,11 @@ class GPT2Decoder(nn.Module):
 
     def look(self, encoder_hidden_states: Tensor) -> list[tuple[Tensor, ...]]:
         """Every layer's keys and values of the pictures: (N, S, D) -> layers x ((N, S, H, D/H), (N, S, H, D/H))."""
-        layers = [block.crossattention for block in self.blocks if isinstance(block, DecoderBlock)]
-        return [layer.keys_and_values(encoder_hidden_states) for layer in layers]
+        return [layer.keys_and_values(encoder_hidden_states) for layer in self.cross_attentions()]
+
+    def cross_attentions(self) -> list[CrossAttention]:
+        """Every layer's."""
+        return [block.crossattention for block in self.blocks if isinstance(block, DecoderBlock)]
 
     def new_cache(self, encoder_hidden_states: Tensor, rows: int, max_length: int) -> DecoderCache:
         """An empty cache for `rows` (= N * K) captions of at most max_length tokens."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -393,6 +395,25 @@ def test_processes_share_one_cache(kept, scenes_table, scenes_tokenizer):
     for rank in ranks:
         rank.join()
     assert len(pixel_files(kept)) == 1
+
+
+def test_shards_give_the_samples_that_files_give(kept, scenes_dir, tmp_path, scenes_tokenizer):
+    """Pictures are read out of the tar in place, by workers too."""
+    files = load_table("coco", scenes_dir, "val")
+    (tmp_path / "shards" / "val").mkdir(parents=True)
+    with tarfile.open(tmp_path / "shards" / "val" / "0000.tar", "w") as shard:
+        for row in range(len(files)):
+            about = {"captions": files.captions_of(row), "image_id": files.id_of(row)}
+            for suffix, content in (("png", files.picture(row).read_bytes()), ("json", json.dumps(about).encode())):
+                member = tarfile.TarInfo(f"{row:09}.{suffix}")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    shards = load_table("auto", tmp_path / "shards", "val")
+    expected = batches(dataset(files, scenes_tokenizer))
+    for options, workers in (({}, 0), ({}, 2), ({"keep": "disk"}, 0)):
+        found = batches(dataset(shards, scenes_tokenizer, **options), num_workers=workers)
+        for batch, other in zip(expected, found, strict=True):
+            assert batch[0] == other[0] and torch.equal(batch[1], other[1]) and torch.equal(batch[2], other[2])
 
 
 # Damaged pictures

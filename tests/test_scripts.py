@@ -201,6 +201,25 @@ def test_a_persons_own_folder_simply_works(tmp_path, scenes_dir):
     assert (tmp_path / MODEL).is_file()
 
 
+def test_flickr30k_comes_from_kaggle(tmp_path, scenes_dir, monkeypatch):
+    """The recipe of the first version: no folder named, kagglehub's cache at hand, Kaggle's own bad row in the file."""
+    pytest.importorskip("kagglehub")
+    handle = tmp_path / "kaggle/datasets/hsankesara/flickr-image-dataset"
+    pictures = handle / "versions/1/flickr30k_images/flickr30k_images"
+    pictures.mkdir(parents=True)
+    (handle / "1.complete").touch()
+    table = load_table("coco", scenes_dir, "train")
+    lines = ["image_name| comment_number| comment"]
+    for row in range(24):
+        (pictures / f"{1000 + row}.jpg").write_bytes(table.picture(row).read_bytes())
+        lines += [f"{1000 + row}.jpg| {n}| {text} ." for n, text in enumerate(table.captions_of(row))]
+    lines[-1] = lines[-1].replace("| 4| ", "| 4   ")
+    (pictures.parent / "results.csv").write_text("\n".join(lines) + "\n")
+    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "kaggle"))
+    output = script(tmp_path, "main.py", "--dataset", "flickr30k", "--max-steps", "2", *SMALL)
+    assert "flickr30k: 22 pictures, 110 captions" in output
+
+
 def test_damaged_pictures_are_named_skipped_and_counted(tmp_path, scenes_dir):
     own_photos(tmp_path / "photos", scenes_dir, 40, damaged=1)
     arguments = ["main.py", "--data-dir", "photos", "--max-steps", "4", "--batch-size", "9", *SMALL]
