@@ -196,7 +196,7 @@ class CaptionDataset(Dataset[Sample]):
         first, last = self.first_caption[row : row + 2].tolist()
         chosen = list(range(first, last)) if len(key) == 2 else [first + key[2]]
         drawn = self.augmenter is not None or len(chosen) > self.captions_per_image
-        rng = np.random.default_rng((self.seed, epoch, row)) if drawn else UNUSED  # making one takes a while
+        rng = np.random.default_rng((self.seed, *key)) if drawn else UNUSED  # making one takes a while
         margin = (self.pixels.size - self.config.image_size) // 2
         place = self.augmenter.draw(rng) if self.augmenter else (margin, margin, False)
         if len(chosen) > self.captions_per_image:
@@ -293,7 +293,7 @@ def collate(samples: Sequence[Sample], config: ViTGPT2Config, captions_per_image
     lengths = np.zeros((len(samples), captions_per_image), dtype=np.int64)
     for n, sample in enumerate(samples):
         lengths[n, : len(sample.tokens)] = [len(tokens) + 1 for tokens in sample.tokens]
-    input_ids = np.full((*lengths.shape, max(1, lengths.max())), config.pad_token_id, dtype=np.int64)
+    input_ids = np.full((*lengths.shape, max(1, lengths.max(initial=0))), config.pad_token_id, dtype=np.int64)
     labels = np.full_like(input_ids, IGNORE)
     for n, sample in enumerate(samples):
         for k, tokens in enumerate(sample.tokens):
@@ -302,9 +302,11 @@ def collate(samples: Sequence[Sample], config: ViTGPT2Config, captions_per_image
             labels[n, k, len(tokens)] = config.end_token_id
     positions = (np.arange(input_ids.shape[2]) < lengths[..., None]).reshape(-1).nonzero()[0]
     pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+    if not samples:  # a process's share of the last batch may be nothing
+        pixels = [torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8)]
     return {
-        **({"pixel_values": torch.stack(pixels)} if pixels else {}),
-        "places": torch.tensor([sample.place for sample in samples], dtype=torch.int64),
+        **({"pixel_values": torch.stack(pixels) if samples else pixels[0]} if pixels else {}),
+        "places": torch.tensor([sample.place for sample in samples], dtype=torch.int64).view(-1, 3),
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
         "lengths": torch.from_numpy(lengths),

@@ -218,12 +218,18 @@ def check_overlap(trained_on: np.ndarray, table: CaptionTable, allowed: bool) ->
 class BadPictures:
     """Pictures that are missing or damaged: skipped, counted, named in a CSV file; too many of them are an error."""
 
-    def __init__(self, path: Path, tables: Iterable[CaptionTable], most: float = 0.01) -> None:
-        """`most` is the largest share of the tables' pictures that may be so."""
+    def __init__(self, path: Path, tables: Iterable[CaptionTable], most: float = 0.01, go_on: bool = False) -> None:
+        """`most` is the largest share of the tables' pictures that may be so. What an earlier run has named in the file
+        is taken over when going on with it, and gone otherwise."""
         self.path, self.most = path, most
         self.total = sum(len(table) + len(table.missing) for table in {id(table): table for table in tables}.values())
         self.found: dict[tuple[str, str], str] = {}
         """(part, picture) -> what is wrong."""
+        if go_on and path.exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                self.found = {(part, picture): why for part, picture, why in list(csv.reader(file))[1:]}
+        else:
+            path.unlink(missing_ok=True)
 
     @property
     def notes(self) -> list[str]:
@@ -233,7 +239,7 @@ class BadPictures:
     def add_known(self, dataset: CaptionDataset) -> None:
         """Takes over what is missing from the data set's table, and what has failed to decode."""
         table = dataset.table
-        named = [(name, "no such file") for name in table.missing]
+        named = [(str(table.root / name), "no such file") for name in table.missing]
         self._add(table, [*named, *((table.name_of(row), reason) for row, reason in dataset.pixels.bad.items())])
 
     def add(self, dataset: CaptionDataset, rows: Sequence[tuple[int, str]]) -> None:

@@ -401,6 +401,11 @@ def columns_like(names: Iterable[str], pattern: re.Pattern[str], wanted: str | N
     return [name for name in names if (name == wanted if wanted else pattern.fullmatch(name))]
 
 
+def id_columns(names: Iterable[str]) -> list[str]:
+    """Columns of a picture's number, the best first: beside an image_id, a plain id is the caption's."""
+    return sorted(columns_like(names, ID_COLUMN, None), key=lambda name: name.lower() == "id")
+
+
 def caption_columns(names: Iterable[str], wanted: str | None) -> list[str]:
     """The captions' column, or several, as in caption_1 ... caption_5; a title beside captions is none of them."""
     usual = columns_like(names, CAPTION_COLUMN, wanted)
@@ -461,7 +466,7 @@ def _read_columns(root: Path, files: list[Path], columns: Columns) -> Iterator[R
                         f"{source}: no column for the {'captions' if pictures else 'pictures'} among "
                         f"{', '.join(map(repr, record))}: name it with --{'caption' if pictures else 'image'}-column"
                     )
-                ids = columns_like(record, ID_COLUMN, None)
+                ids = id_columns(record)
             name = _checked(record.get(pictures[0]), where)
             texts = [text for column in captions for text in clean_all(record.get(column), where)]
             split = split_word(record.get("split"), where)
@@ -563,7 +568,7 @@ def _shard_row(sample: dict[str, Any], split: str, name: str, shard: Path) -> Ro
     about = about if isinstance(about, dict) else {}
     lines = texts.get("txt", texts.get("caption", "")).split("\n")
     captions = about.get("captions") or [line for line in lines if line.strip()] or about.get("caption")
-    number = id_or_name(next((about[key] for key in about if ID_COLUMN.fullmatch(key)), None), sample["key"])
+    number = id_or_name(next((about[key] for key in id_columns(about)), None), sample["key"])
     if "picture" not in sample:
         captions = None
     if "picture" in sample and sample["picture"][0] + sample["picture"][1] > shard.stat().st_size:

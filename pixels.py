@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -48,9 +48,9 @@ class Pixels:
         """All of them, uint8 (N, 3, size, size), where they are kept."""
         if keep == "memory":
             self.kept = torch.empty(len(table), 3, size, size, dtype=torch.uint8)
-            self._decode_into(self.kept)
+            self._decode_into(self.kept, range(len(table)))
         elif keep == "disk":
-            self._map(kept_file("pixels", [str(table.root), table.name, table.split, size], self._key()))
+            self._map(kept_file("pixels", [str(table.root.absolute()), table.name, table.split, size], self._key()))
 
     def __getitem__(self, row: int) -> Tensor:
         """One picture. Raises UserError, naming it, where it cannot be decoded."""
@@ -64,15 +64,20 @@ class Pixels:
             self.bad[row] = str(error)
             raise
 
-    def _decode_into(self, target: Tensor) -> None:
+    def _decode_into(self, target: Tensor, rows: Sequence[int]) -> None:
+        """Fills in these rows, and `bad` with those that cannot be decoded."""
+        if not rows:
+            return
+
         def decode(row: int) -> None:
             try:
                 target[row] = load_picture(self.table.picture(row), self.size, self.table.name_of(row))
+                self.bad.pop(row, None)
             except UserError as error:
                 self.bad[row] = str(error)
                 target[row] = 0
 
-        rows, label = range(len(self.table)), f"reading {self.table.split} pictures"
+        label = f"reading {self.table.split} pictures"
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             try:
                 for _ in tqdm(
@@ -100,6 +105,8 @@ class Pixels:
         try:
             with _locked(path):
                 if not path.exists():
+                    for left in path.parent.glob(f"{path.name}.*.part"):  # by a process that was killed
+                        left.unlink()
                     free = shutil.disk_usage(path.parent).free
                     if needed > free:
                         raise UserError(
@@ -107,14 +114,16 @@ class Pixels:
                             "are free): leave --cache out, or set VIT_GPT2_CACHE to a folder on another disk"
                         )
                     with whole(path) as part:
-                        self._decode_into(torch.from_numpy(np.memmap(part, np.uint8, "w+", shape=shape)))
+                        self._decode_into(
+                            torch.from_numpy(np.memmap(part, np.uint8, "w+", shape=shape)), range(shape[0])
+                        )
                         with whole(about) as notes:
                             notes.write_text(json.dumps(list(self.bad.items())))
                     forget_older(path)
                     print(f"cache       {path} ({needed / 1e9:.1f} GB, may be deleted at any time)")
-            self.bad = dict(json.loads(about.read_text()))
             # Copy on write: pages are shared with every process, and torch is spared a warning about read-only memory.
             self.kept = torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
+            self._decode_into(self.kept, [row for row, _ in json.loads(about.read_text())])  # it may have passed
         except OSError as error:
             raise UserError(
                 f"pictures cannot be kept in {path.parent} ({error.strerror or error}): leave --cache out, or set "

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,7 +19,6 @@ import table
 from cache import forget_older, kept_file, key_of, stamps, whole
 from config import UserError
 from layouts import (
-    ID_COLUMN,
     LAYOUTS,
     TABLE_SUFFIXES,
     Columns,
@@ -28,6 +26,7 @@ from layouts import (
     clean_all,
     columns_like,
     file_names,
+    id_columns,
     id_or_name,
     is_text,
     pictures_below,
@@ -131,29 +130,26 @@ def recognise(path: Path, columns: Columns = USUAL, dataset: str = "auto") -> tu
 def _packed(name: str, root: Path, files: list[Path], columns: Columns) -> tuple[pa.Table, dict[str, Any]]:
     """The packed rows, from disk where they are kept there, and {"parts": in words, "left_out": ...}.
 
-    Rows from disk count only if the pictures are where they were: a look at a few tells whether the folder was moved.
+    Where a reader finds pictures depends on the folders, so a change in one of them counts as one in the captions.
     """
     seen = stamps(files)
-    worth = name == "webdataset" or sum(size for _, size, _ in seen) >= WORTH_KEEPING
-    kept = kept_file("table", [name, str(root.absolute())], key_of(VERSION, dataclasses.astuple(columns), seen))
-    if worth:
-        try:
-            rows, about = table.read_table(kept)
-            some = rows["picture"].take(np.linspace(0, rows.num_rows - 1, 16).astype(int)).to_pylist()
-            if all((root / picture).is_file() for picture in some):
-                return rows, about
-        except (OSError, pa.ArrowException, KeyError, ValueError):
-            pass  # not there yet, or damaged: made anew below
+    if name != "webdataset" and sum(size for _, size, _ in seen) < WORTH_KEEPING:
+        return _settled(LAYOUTS[name].read(root, files, columns), files[0])
+    folders = stamps([path for pattern in ("*/", "*/*/") for path in sorted(root.glob(pattern))])
+    key = key_of(VERSION, dataclasses.astuple(columns), seen, folders)
+    kept = kept_file("table", [name, str(root.absolute())], key)
+    try:
+        return table.read_table(kept)
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        pass  # not there yet, or damaged: made anew below
     rows, about = _settled(LAYOUTS[name].read(root, files, columns), files[0])
-    if worth:
-        try:
-            with whole(kept) as part:
-                table.write_table(rows, part, about)
-            forget_older(kept)
-            return table.read_table(kept)
-        except OSError:
-            pass  # no room, or no home to write to: read anew next time
-    return rows, about
+    try:
+        with whole(kept) as part:
+            table.write_table(rows, part, about)
+        forget_older(kept)
+        return table.read_table(kept)
+    except OSError:
+        return rows, about  # no room, or no home to write to: read anew next time
 
 
 def _settled(rows: Iterable[Row], source: Path | str) -> tuple[pa.Table, dict[str, Any]]:
@@ -233,7 +229,7 @@ def _read_hub(source: str, columns: Columns) -> dict[str, CaptionTable]:
             f"{source}: no column for the {'captions' if pictures else 'pictures'} among {', '.join(features)}: name it "
             f"with --{'caption' if pictures else 'image'}-column"
         )
-    ids = columns_like(features, ID_COLUMN, None) or columns_like(features, re.compile("filename|file_name"), None)
+    ids = id_columns(features) or columns_like(features, re.compile("filename|file_name"), None)
 
     def rows() -> Iterator[Row]:
         for part, data in parts.items():

@@ -119,18 +119,16 @@ class CaptionTable:
         and Flickr30k share. Elsewhere, in people's own files of COCO's form too, it is made of the id and the captions,
         since two data sets may both have a picture 1.
         """
-        texts = []
-        for picture, number, captions in zip(
-            *(self.rows[c].to_pylist() for c in ("picture", "id", "captions")), strict=True
-        ):
-            name = picture.rpartition("/")[2]
-            if self.name.startswith("flickr"):
-                texts.append("flickr:" + re.split(r"[_.]", name)[0])
-            elif self.name == "coco" and re.fullmatch(rf"(COCO_\w+_)?0*{re.escape(str(number))}\.jpg", name):
-                texts.append(f"coco:{number}")
-            else:
-                texts.append("\n".join([str(number), *captions]))
-        return np.array([_hash(text) for text in texts], np.uint64)
+        return np.fromiter((_hash(self._key(row)) for row in range(len(self))), np.uint64, len(self))
+
+    def _key(self, row: int) -> str:
+        picture, number = str(self.rows["picture"][row].as_py()).rpartition("/")[2], self.id_of(row)
+        if self.name in ("flickr8k", "flickr30k") and (photo := re.fullmatch(r"(\d+)(_[0-9a-f]+)?\.jpg", picture)):
+            return f"flickr:{photo[1]}"
+        if self.name == "coco" and isinstance(number, int):
+            if re.fullmatch(rf"(COCO_\w+_)?{number:012d}\.jpg", picture):
+                return f"coco:{number}"
+        return "\n".join([str(number), *self.captions_of(row)])
 
 
 def _hash(text: str) -> int:

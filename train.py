@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from cache import key_of
 from config import TrainConfig, UserError, ViTGPT2Config
 from dataset import (
     CaptionDataset,
@@ -214,11 +216,16 @@ def read_run(run: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def going_on(config: TrainConfig, run: Path) -> bool:
+    """Whether the run has checkpoints that it is to go on from."""
+    return config.resume != "never" and bool(checkpoints(run))
+
+
 def write_run(job: Job, finished: bool) -> None:
     """run.json: which run this is, and what it must go on with to reach the same bits."""
     precision = next(name for name, dtype in PRECISIONS.items() if dtype == job.dtype)
     about = {"fingerprint": job.config.fingerprint, "finished": finished, "device": job.device.type}
-    about |= {"precision": precision, "tokenizer": job.tokenizer, "config": job.config.to_dict()}
+    about |= {"precision": precision, "tokenizer": job.tokenizer, "data": job.data_key, "config": job.config.to_dict()}
     write_json(job.run / "run.json", about)
 
 
@@ -250,6 +257,8 @@ class Job:
     bad: BadPictures
     tokenizer: str
     """What the tokenizer was loaded by: see TrainConfig.tokenizer."""
+    data_key: str
+    """Changes with the pictures and captions."""
 
     @property
     def pictures_a_step(self) -> int:
@@ -261,7 +270,7 @@ def train(config: TrainConfig) -> int:
     """A whole run, from data to the finished model and its evaluation. Returns an exit code: 0, or 130/143 when stopped."""
     run = find_run(config)
     device, device_reason = choose_device(config.device)
-    began = read_run(run).get("precision") if checkpoints(run) and config.resume != "never" else None
+    began = read_run(run).get("precision") if going_on(config, run) else None
     if began and config.precision == "auto" and device.type == read_run(run)["device"]:
         dtype, precision_reason = choose_precision(began, device)[0], "as this run began"
     else:
@@ -278,10 +287,17 @@ def train(config: TrainConfig) -> int:
 
 def prepare(config: TrainConfig, run: Path, device: torch.device, dtype: torch.dtype) -> Job:
     """The run's data, tokenizer and fresh model."""
+    began = read_run(run) if going_on(config, run) else {}
     tables = find_tables(config, run)
-    train_keys = tables["train"].keys()
-    check_overlap(train_keys, tables["test"], config.allow_overlap)
-    name, tokenizer = choose_tokenizer(config, tables["train"], read_run(run).get("tokenizer"))
+    keys = {split: table.keys() for split, table in tables.items()}
+    data_key = key_of([hashlib.sha256(own.tobytes()).hexdigest() for own in keys.values()])
+    if began.get("data", data_key) != data_key:
+        raise UserError(
+            f"the pictures or captions have changed since {run} began, so it cannot go on: start a new run with --resume "
+            "never (or another --output-dir)"
+        )
+    check_overlap(keys["train"], tables["test"], config.allow_overlap)
+    name, tokenizer = choose_tokenizer(config, tables["train"], began.get("tokenizer"))
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError(f"tokenizer {config.tokenizer} has no end token: choose another --tokenizer")
@@ -294,13 +310,14 @@ def prepare(config: TrainConfig, run: Path, device: torch.device, dtype: torch.d
     )
     torch.manual_seed(config.seed)
     model = ImageCaptionModel(sizes)
-    model.tokenizer, model.trained_on = tokenizer, train_keys
+    model.tokenizer, model.trained_on = tokenizer, keys["train"]
     model.set_gradient_checkpointing(config.gradient_checkpointing)
     assert sizes.resize_size is not None
-    pixels = 3 * sizes.resize_size**2 * sum(map(len, tables.values()))
+    different = {id(table): (split, table) for split, table in reversed(tables.items())}  # val may serve as test
+    pixels = 3 * sizes.resize_size**2 * sum(len(table) for _, table in different.values())
     small = pixels < KEPT_SHARE_OF_MEMORY * available_memory()
-    datasets = {
-        split: CaptionDataset(
+    of_table = {
+        place: CaptionDataset(
             table,
             tokenizer,
             sizes,
@@ -309,11 +326,12 @@ def prepare(config: TrainConfig, run: Path, device: torch.device, dtype: torch.d
             augmentation=config.augmentation if split == "train" else None,
             keep="disk" if config.cache or config.cache_on_gpu else "memory" if small else "no",
         )
-        for split, table in tables.items()
+        for place, (split, table) in different.items()
     }
+    datasets = {split: of_table[id(table)] for split, table in tables.items()}
     if config.cache_on_gpu:
         keep_on_gpu(datasets["train"], device)
-    bad = BadPictures(run / "bad_samples.csv", tables.values(), config.max_bad_share)
+    bad = BadPictures(run / "bad_samples.csv", tables.values(), config.max_bad_share, going_on(config, run))
     for data in datasets.values():
         bad.add_known(data)
     pictures_a_step = config.batch_size * config.accumulation_steps
@@ -330,6 +348,7 @@ def prepare(config: TrainConfig, run: Path, device: torch.device, dtype: torch.d
         tokens=len(datasets["train"].tokens.ids) / tables["train"].num_captions + 1,
         bad=bad,
         tokenizer=name,
+        data_key=data_key,
     )
 
 
@@ -436,7 +455,7 @@ def learn(job: Job) -> int | None:
         batch = next(batches)
         job.bad.add(train_set, batch["bad"])
         torch.manual_seed((config.seed << 32) + step)  # dropout is a function of the step: resuming needs no RNG state
-        targets = batch["lengths"].sum()
+        targets = batch["lengths"].sum().clamp(min=1)  # none where no picture of the step can be read
         loss = torch.zeros((), device=device)
         for part in micro_batches(batch, config.batch_size):
             share = float(part["lengths"].sum() / targets)  # so that every token of the step weighs the same

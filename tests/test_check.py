@@ -285,9 +285,12 @@ def test_no_train_part(tmp_path):
 
 def test_a_test_picture_with_the_id_of_a_train_picture(tmp_path):
     """Training refuses it, so that the check must not call it fit."""
-    train, test = [*some("train", 3, 0), ("4.jpg", jpeg(photo(4)), ["four"])], some("test", 2, 200)
+    train, test = [*some("train", 3, 0), ("000000000004.jpg", jpeg(photo(4)), ["four"])], some("test", 2, 200)
     root = write(
-        tmp_path, train=train, val=some("val", 2, 100), test=[("0004.jpg", jpeg(photo(5)), ["once more"]), *test]
+        tmp_path,
+        train=train,
+        val=some("val", 2, 100),
+        test=[("COCO_val2014_000000000004.jpg", jpeg(photo(5)), ["once more"]), *test],
     )
     assert not report_of(root).reasons
     source = root / "annotations/captions_test2017.json"

@@ -28,6 +28,7 @@ from dataset import (
     CaptionDataset,
     collate,
     decode,
+    load_picture,
     load_table,
     load_tokenizer,
     make_dataloader,
@@ -181,9 +182,10 @@ def test_batches_are_a_pure_function_of_seed_epoch_and_step(scenes_table, scenes
     assert whole[0][0] != whole[14][0]  # another epoch, another order
 
 
-def test_processes_share_the_global_batches(scenes_table, scenes_tokenizer):
-    """One process or two: the same pictures in the same step."""
-    data = dataset(scenes_table, scenes_tokenizer)
+@pytest.mark.parametrize("pictures", [96, 92])
+def test_processes_share_the_global_batches(scenes_table, scenes_tokenizer, pictures):
+    """One process or two: the same pictures in the same step; of a last batch of one, the second process gets none."""
+    data = dataset(scenes_table.head(pictures), scenes_tokenizer)
     alone = batches(data)
     shares = [batches(data, rank=rank, world_size=2) for rank in (0, 1)]
     for whole, first, second in zip(alone, *shares, strict=True):
@@ -344,15 +346,43 @@ def test_kept_pictures_are_made_once_and_anew_when_one_changes(
     (file,) = pixel_files(kept)
     assert list(first.pixels.bad) == [0] and file.stat().st_size == 20 * 3 * 20 * 20
 
+    asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(pixels, "load_picture", None)  # the second time nothing is decoded
+        patch.setattr(pixels, "load_picture", lambda *of: asked.append(of) or load_picture(*of))
         again = dataset(load_table("coco", folder, "train"), scenes_tokenizer, keep="disk")
     assert torch.equal(first.pixels.kept, again.pixels.kept) and again.pixels.bad == first.pixels.bad
+    assert len(asked) == 1  # the bad one: what was wrong may have been the network's disk
 
     Image.new("RGB", (9, 9), "white").save(folder / "train2017" / "000000000000.png")
     mended = dataset(load_table("coco", folder, "train"), scenes_tokenizer, keep="disk")
     assert not mended.pixels.bad and (mended[0, 0].pixels == 255).all()
     assert pixel_files(kept) != [file] and len(pixel_files(kept)) == 1  # the old one is not left to fill the disk
+
+
+def test_a_passing_fault_is_not_kept_for_ever(kept, scenes_table, scenes_tokenizer, monkeypatch):
+    """Out of memory, or a network's disk away: it once made a good picture a bad one for all runs to come."""
+
+    def fails(source, size, name):
+        if name.endswith("7.png"):
+            raise UserError(f"{name}: not enough memory")
+        return load_picture(source, size, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pixels, "load_picture", fails)
+        assert dataset(scenes_table, scenes_tokenizer, keep="disk").pixels.bad
+    again = dataset(scenes_table, scenes_tokenizer, keep="disk").pixels
+    assert not again.bad and torch.equal(again.kept[7], load_picture(scenes_table.picture(7), 20))
+
+
+def test_what_a_killed_process_left_is_cleared_away(kept, scenes_table, scenes_tokenizer, monkeypatch):
+    name = []
+    monkeypatch.setattr(pixels, "kept_file", lambda *of: name.append(cache.kept_file(*of)) or name[-1])
+    kept.mkdir()
+    dataset(scenes_table, scenes_tokenizer, keep="disk")
+    name[0].with_name(f"{name[0].name}.1234.part").write_bytes(b"x" * 99)
+    name[0].unlink()
+    dataset(scenes_table, scenes_tokenizer, keep="disk")
+    assert not list(kept.glob("*.part"))
 
 
 def test_an_interrupted_cache_is_not_taken_for_whole(kept, scenes_table, scenes_tokenizer, monkeypatch):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import needs_shared, tiny_config
 
+import model as model_module
 from config import UserError
 from dataset import CaptionDataset, make_dataloader
-from evaluate import caption_loss, contact_sheet, evaluate, evaluate_captions, read_results
+from evaluate import BadPictures, caption_loss, contact_sheet, evaluate, evaluate_captions, read_results
 from metrics import score_captions
 from model import ImageCaptionModel
 
@@ -99,3 +101,28 @@ def test_the_official_example_scores_as_published():
     scores = score_captions(*pair)
     assert scores["cider_d"] == pytest.approx(0.599791, abs=1e-3)
     assert scores["bleu_4"] == pytest.approx(0.190829, abs=5e-4)
+
+
+def test_bad_pictures_are_remembered_when_a_run_goes_on(tmp_path, scenes_table):
+    """A run that was stopped began to count, and to write its file, anew."""
+    table = scenes_table.head(20)
+    bad = BadPictures(tmp_path / "bad.csv", [table], most=0.1)
+    bad._add(table, [("a.png", "cut, twice"), ("b.png", "empty")])
+    again = BadPictures(tmp_path / "bad.csv", [table], most=0.1, go_on=True)
+    assert again.found == bad.found
+    with pytest.raises(UserError, match="3 of 20 pictures"):
+        again._add(table, [("c.png", "empty")])
+    assert (tmp_path / "bad.csv").read_text().count("\n") == 4
+    BadPictures(tmp_path / "bad.csv", [table])
+    assert not (tmp_path / "bad.csv").exists()  # a new run does not point at an old one's pictures
+
+
+def test_a_model_of_many_pictures_keeps_a_sample_of_their_keys(tmp_path, scenes_tokenizer, monkeypatch):
+    """A file's header holds 100 MB; ten million keys did not fit, and the first checkpoint failed."""
+    monkeypatch.setattr(model_module, "MOST_KEYS", 10)
+    model = ImageCaptionModel(tiny_config())
+    model.trained_on = np.arange(100, dtype=np.uint64) << np.uint64(40)
+    model.save_file(tmp_path / "m.safetensors")
+    assert ImageCaptionModel.from_pretrained(tmp_path / "m.safetensors").trained_on.tolist() == [
+        n << 40 for n in range(10)
+    ]

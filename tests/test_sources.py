@@ -568,10 +568,48 @@ def test_flickr30k_and_flickr8k_share_keys(tmp_path: Path) -> None:
 def test_keys_of_files_in_cocos_form_tell_data_sets_apart(tmp_path: Path) -> None:
     """Many tools write COCO's form and count from 1: the same number is no sign of the same picture there."""
     keys = []
-    for number, picture in enumerate(("shop.jpg", "street.jpg", "000000000001.jpg", "COCO_val2014_000000000001.jpg")):
+    names = ("shop.jpg", "000001.jpg", "000000000001.jpg", "COCO_val2014_000000000001.jpg")
+    for number, picture in enumerate(names):
         write_coco(tmp_path / str(number), "val2017", picture, f"caption {number}")
         keys.append(int(load_table("coco", tmp_path / str(number), "val").keys()[0]))
     assert len(set(keys[:3])) == 3 and keys[2] == keys[3]
+
+
+def test_keys_of_files_in_flickr8ks_form_tell_pictures_apart(tmp_path: Path) -> None:
+    """All cameras' IMG_0001.jpg once had the one key flickr:IMG."""
+    (tmp_path / "Images").mkdir()
+    names = [f"IMG_{n:04}.jpg" for n in range(30)]
+    for name in names:
+        (tmp_path / "Images" / name).touch()
+    lines = ["image,caption", *(f"{name},a caption of {name}" for name in names)]
+    (tmp_path / "captions.txt").write_text("\n".join(lines))
+    keys = np.concatenate([part.keys() for part in load_tables("auto", tmp_path).values()])
+    assert len(set(keys.tolist())) == 30
+
+
+def test_a_caption_id_is_no_picture_id(tmp_path: Path) -> None:
+    """COCO's annotations by way of pandas have both columns, and the first one won."""
+    (tmp_path / "a.csv").write_text("id,image_id,file_name,caption\n905,1,1.jpg,x\n910,2,2.jpg,y\n920,3,3.jpg,z\n")
+    for n in (1, 2, 3):
+        (tmp_path / f"{n}.jpg").touch()
+    tables = load_tables("auto", tmp_path)
+    assert sorted(t.id_of(0) for t in tables.values()) == [1, 2, 3]
+
+
+def test_kept_tables_notice_pictures_that_come_later(tmp_path: Path, keeps_all: None) -> None:
+    """Karpathy's file first read with val2017 still to be downloaded: its pictures stayed missing for ever."""
+    images = [
+        {"cocoid": n, "filename": f"{n}.jpg", "split": split, "sentences": [{"raw": f"caption {n}"}]}
+        for n, split in ((1, "train"), (2, "train"), (3, "val"), (4, "test"))
+    ]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    (tmp_path / "train2017").mkdir()
+    for n in (1, 3, 4):
+        (tmp_path / f"train2017/{n:012}.jpg").touch()
+    assert load_tables("auto", tmp_path)["train"].missing == ("train2017/000000000002.jpg",)
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "val2017/000000000002.jpg").touch()
+    assert load_tables("auto", tmp_path)["train"].missing == ()
 
 
 def test_keys_elsewhere_tell_folders_apart() -> None:

@@ -195,6 +195,51 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole_run, capsys):
         assert torch.equal(a, b)
 
 
+def own_photos(folder, scenes_table, number: int, damaged: int = 0) -> None:
+    folder.mkdir(exist_ok=True)
+    for row in range(number):
+        picture = scenes_table.picture(row).read_bytes()
+        (folder / f"{row}.png").write_bytes(picture[:50] if row < damaged else picture)
+        (folder / f"{row}.txt").write_text("\n".join(scenes_table.captions_of(row)))
+
+
+OWN = [
+    "--preset",
+    "demo",
+    "--dataset",
+    "auto",
+    "--data-dir",
+    "photos",
+    "--vision-num-layers",
+    "1",
+    "--precision",
+    "fp32",
+]
+
+
+def test_a_step_without_a_readable_picture_changes_nothing(tmp_path, scenes_table):
+    """Its mean over no tokens was 0 / 0, and the run ended with advice about its learning rate."""
+    own_photos(tmp_path / "photos", scenes_table, 20, damaged=4)
+    run([*OWN, "--batch-size", "1", "--max-bad-share", "0.5", "--max-steps", "18", "--output-dir", "out"], tmp_path)
+    assert all(line["loss"] > 0 for line in read_log(tmp_path / "out/metrics.jsonl") if "loss" in line)
+
+
+def test_a_run_goes_on_only_with_the_data_it_began_with(tmp_path, scenes_table):
+    """A tokenizer trained anew on other captions gave old embeddings new words, and nobody noticed."""
+    own_photos(tmp_path / "photos", scenes_table, 20)
+    flags = [*OWN, "--batch-size", "4", "--epochs", "400", "--checkpoint-interval", "2"]
+    process = start([*flags, "--output-dir", "out"], tmp_path)
+    while not checkpoints(tmp_path / "out"):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    own_photos(tmp_path / "photos", scenes_table, 24)
+    process = start([*flags, "--output-dir", "out"], tmp_path)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "have changed since out began" in output and "--resume never" in output
+
+
 def test_a_run_that_left_the_numbers_stops_and_saves_nothing(tmp_path):
     """Weights that were not finite once pushed the good checkpoints out."""
     process = start([*SMALL, "--output-dir", "out", "--learning-rate", "1e30", "--checkpoint-interval", "2"], tmp_path)

@@ -1,0 +1,651 @@
+"""Weights in and out: transformers' VisionEncoderDecoder folders, and pretrained ViT and GPT-2 weights to start from.
+
+    python convert.py to-transformers vit-gpt2-captioning.safetensors my-captioner
+    python convert.py from-transformers user/captioner vit-gpt2-captioning.safetensors
+
+Imports config, model and utils; the Hub's client by a late import. Goes by the names that transformers writes to disk
+and loads everything or nothing: every tensor's name and shape is checked, and what this model cannot represent is an
+error. Never trains, and unpickles nothing unasked.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from config import UserError, ViTGPT2Config
+from model import METADATA_KEY, ImageCaptionModel, check_shapes, gpt2_tokenizer, tokenizer_from_json
+from utils import parse_flags, run_script, write_json
+
+Source = str | os.PathLike[str]  # a folder, or user/name on the Hugging Face Hub
+
+WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
+MARKER = f"{METADATA_KEY}.json"  # what transformers has no place for; a folder that has it was written here
+WRITTEN = [MARKER, WEIGHTS, "config.json", "generation_config.json", "preprocessor_config.json"]
+WRITTEN += ["tokenizer.json", "tokenizer_config.json"]
+WANTED = [*WRITTEN, "processor_config.json", "vocab.json", "merges.txt", f"{WEIGHTS}.index.json", "model-*.safetensors"]
+
+# Our fields, transformers' names for them and its defaults.
+VIT_FIELDS: dict[str, tuple[str, Any]] = {
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 16),
+    "vision_embed_dim": ("hidden_size", 768),
+    "vision_num_layers": ("num_hidden_layers", 12),
+    "vision_num_heads": ("num_attention_heads", 12),
+    "vision_dropout": ("hidden_dropout_prob", 0.0),
+}
+GPT2_FIELDS: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", 50257),
+    "max_length": ("n_positions", 1024),
+    "decoder_embed_dim": ("n_embd", 768),
+    "decoder_num_layers": ("n_layer", 12),
+    "decoder_num_heads": ("n_head", 12),
+    "dropout": ("resid_pdrop", 0.1),
+}
+# Settings that decide what the weights mean, with the values under which they mean it here, transformers' default first.
+VIT_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "model_type": ("vit",),
+    "hidden_act": ("gelu",),
+    "layer_norm_eps": (1e-12,),
+    "qkv_bias": (True,),
+    "num_channels": (3,),
+}
+GPT2_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+    "cross_attention_hidden_size": (None,),
+}
+
+# Tensors that no caption depends on: ViT's pooler and mask token, GPT-2's causal masks.
+UNUSED = re.compile(r"(^|\.)(pooler\..*|embeddings\.mask_token|(attn|crossattention)\.(masked_)?bias)$")
+VIT_LAYER = {
+    "norm_before": ("layernorm_before",),
+    "qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    "proj": ("attention.output.dense",),
+    "norm_after": ("layernorm_after",),
+    "fc1": ("intermediate.dense",),
+    "fc2": ("output.dense",),
+}
+GPT2_NORMS = ("ln_1", "ln_cross_attn", "ln_2")
+GPT2_LAYER = {
+    **{f"attn.{name}": f"attn.{name}" for name in ("c_attn", "c_proj")},
+    **{f"crossattention.{name}": f"crossattention.{name}" for name in ("q_attn", "c_attn", "c_proj")},
+    **{name: f"mlp.{name}" for name in ("c_fc", "c_proj")},
+}
+
+
+class Name(NamedTuple):
+    """A tensor of ours, its names in transformers (three where ours is their concatenation), and whether it is turned."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    transposed: bool = False  # in x out, as GPT-2's Conv1D keeps its weights
+
+
+def tensor_names(config: ViTGPT2Config, vit: str = "encoder.", gpt2: str = "decoder.transformer.") -> Iterator[Name]:
+    """Every tensor of the model; vit and gpt2 are what stands before transformers' names."""
+    modules = [
+        Name("encoder.patch_embedding", (f"{vit}embeddings.patch_embeddings.projection",)),
+        Name("encoder.norm", (f"{vit}layernorm",)),
+        Name("decoder.ln_f", (f"{gpt2}ln_f",)),
+    ]
+    if config.vision_embed_dim != config.decoder_embed_dim:
+        modules.append(Name("enc_to_dec_proj", ("enc_to_dec_proj",)))
+    for n in range(config.vision_num_layers):
+        for name, theirs in VIT_LAYER.items():
+            modules.append(Name(f"encoder.blocks.{n}.{name}", tuple(f"{vit}encoder.layer.{n}.{t}" for t in theirs)))
+    for n in range(config.decoder_num_layers):
+        modules += [Name(f"decoder.blocks.{n}.{name}", (f"{gpt2}h.{n}.{name}",)) for name in GPT2_NORMS]
+        modules += [Name(f"decoder.blocks.{n}.{name}", (f"{gpt2}h.{n}.{t}",), True) for name, t in GPT2_LAYER.items()]
+    yield Name("encoder.class_token", (f"{vit}embeddings.cls_token",))
+    yield Name("encoder.position_embeddings", (f"{vit}embeddings.position_embeddings",))
+    yield Name("decoder.wte.weight", (f"{gpt2}wte.weight",))
+    yield Name("decoder.wpe.weight", (f"{gpt2}wpe.weight",))
+    for ours, theirs, transposed in modules:
+        yield Name(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), transposed)
+        yield Name(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs))
+
+
+def rename(state: dict[str, Tensor], names: list[Name]) -> dict[str, Tensor]:
+    """Our tensors as transformers stores them; those that are not turned share memory with ours."""
+    return {
+        theirs: (part.mT if name.transposed else part).contiguous()
+        for name in names
+        for theirs, part in zip(name.theirs, state[name.ours].chunk(len(name.theirs)), strict=True)
+    }
+
+
+def take(path: Path, weights: dict[str, Tensor], names: list[Name], config: ViTGPT2Config) -> dict[str, Tensor]:
+    """Our tensors from transformers'. Raises UserError unless they are the named ones, in the shapes of this config."""
+    with torch.device("meta"):
+        blank = ImageCaptionModel(config).state_dict()
+    check_shapes(path, rename(blank, names), weights)
+    whole = {name: torch.cat([weights[theirs] for theirs in name.theirs]) for name in names}
+    ours = {name.ours: tensor.mT if name.transposed else tensor for name, tensor in whole.items()}
+    assert len(ours) == len(names) and all(tensor.shape == blank[name].shape for name, tensor in ours.items())
+    return ours
+
+
+# Out
+
+
+def save_transformers(model: ImageCaptionModel, directory: str | os.PathLike[str]) -> None:
+    """Writes a folder that transformers loads by itself: AutoModelForImageTextToText, AutoImageProcessor, AutoTokenizer.
+
+    The folder must be new, empty, or written by this function, and appears whole or not at all. Raises UserError
+    otherwise, and where the model has no tokenizer and GPT-2's cannot be had.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: a file stands there: name another folder")
+    inside = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+    others = [name for name in inside if name not in WRITTEN or MARKER not in inside]
+    if others:
+        raise UserError(f"{directory}: holds other files ({', '.join(others[:3])}): name a new or empty folder")
+    config, dtype = model.config, model.decoder.wte.weight.dtype
+    weights = rename({name: t.detach().cpu() for name, t in model.state_dict().items()}, list(tensor_names(config)))
+    # transformers' ViT has a pooler. Without one in the file it makes one up, and warns that the model needs training.
+    width = config.vision_embed_dim
+    weights["encoder.pooler.dense.weight"] = torch.zeros(width, width, dtype=dtype)
+    weights["encoder.pooler.dense.bias"] = torch.zeros(width, dtype=dtype)
+    contents = their_files(config, model.tokenizer)
+    contents["config.json"]["dtype"] = str(dtype).removeprefix("torch.")
+    contents[MARKER] = {"trained_on": base64.b64encode(np.sort(model.trained_on).astype("<u8").tobytes()).decode()}
+    unfinished = directory.with_name(f".{directory.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt"})
+        for name, content in contents.items():
+            write_json(unfinished / name, content)
+        if directory.exists():
+            shutil.rmtree(directory)
+        unfinished.rename(directory)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory}: cannot be written ({first_line(error)}): name another folder") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def their_files(config: ViTGPT2Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, dict[str, Any]]:
+    """The JSON files of a transformers folder, by name."""
+    start, end, pad = config.start_token_id, config.end_token_id, config.pad_token_id
+    assert start is not None and end is not None and pad is not None
+    ids = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad}
+    encoder = {name: allowed[0] for name, allowed in VIT_SETTINGS.items()}
+    encoder |= {theirs: getattr(config, ours) for ours, (theirs, _) in VIT_FIELDS.items()}
+    encoder |= {"intermediate_size": 4 * config.vision_embed_dim, "attention_probs_dropout_prob": 0.0}
+    decoder = {name: allowed[0] for name, allowed in GPT2_SETTINGS.items()} | ids
+    decoder |= {theirs: getattr(config, ours) for ours, (theirs, _) in GPT2_FIELDS.items()}
+    decoder |= {"n_inner": None, "embd_pdrop": config.dropout, "attn_pdrop": 0.0}
+    decoder |= {"is_decoder": True, "add_cross_attention": True}
+    crops = config.resize_size != config.image_size
+    processor = {
+        # In transformers 4 ViT's processor never crops; DeiT's always could.
+        "image_processor_type": "DeiTImageProcessor" if crops else "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": config.resize_size, "width": config.resize_size},
+        "resample": 3,  # bicubic
+        "do_center_crop": crops,
+        "crop_size": {"height": config.image_size, "width": config.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": config.image_mean,
+        "image_std": config.image_std,
+    }
+    words = json.loads(tokenizer.backend_tokenizer.to_str())
+    words_of = tokenizer.convert_ids_to_tokens
+    tokens = {"bos_token": words_of(start), "eos_token": words_of(end), "pad_token": words_of(pad)}
+    return {
+        "config.json": {
+            "architectures": ["VisionEncoderDecoderModel"],
+            "model_type": "vision-encoder-decoder",
+            "is_encoder_decoder": True,
+            "tie_word_embeddings": False,  # between encoder and decoder; the decoder's own head is tied
+            "decoder_start_token_id": start,
+            "encoder": encoder,
+            "decoder": decoder,
+            **ids,
+        },
+        "generation_config.json": {
+            "decoder_start_token_id": start,
+            "max_new_tokens": min(32, config.max_length),
+            "num_beams": 3,
+            **ids,
+        },
+        "preprocessor_config.json": processor,
+        "tokenizer.json": words,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # which transformers 4 and 5 know
+            "model_max_length": config.max_length,
+            "clean_up_tokenization_spaces": False,
+            "add_prefix_space": (words["pre_tokenizer"] or {}).get("add_prefix_space", False),  # 4 believes only this
+            **tokens,
+        },
+    }
+
+
+# In
+
+
+def load_transformers(source: Source, allow_pickle: bool = False) -> ImageCaptionModel:
+    """The model in a folder or a Hub repository that transformers wrote (4 or 5), in eval mode.
+
+    Says on standard error what was left out and what will differ. A pytorch_model.bin is read only with allow_pickle.
+    Raises UserError, one line, for what this model cannot represent and for files that do not fit together.
+    """
+    folder = find_folder(source, WANTED)
+    about, marker, processor = read_json(folder, "config.json"), read_json(folder, MARKER), read_processor(folder)
+    require(source, "", {"model_type": None} | about, {"model_type": ("vision-encoder-decoder",)})
+    with one_line(source):
+        encoder, decoder = about["encoder"], about["decoder"]
+        require(source, "decoder.", decoder, {"add_cross_attention": (True,)})
+        fields = vit_fields(source, "encoder.", encoder) | gpt2_fields(source, "decoder.", decoder)
+        fields |= special_ids(source, read_json(folder, "generation_config.json"), about, decoder)
+        fields |= picture_fields(source, processor, fields["image_size"])
+        config = ViTGPT2Config.from_dict(fields)
+        trained_on = np.frombuffer(base64.b64decode(marker.get("trained_on", "")), "<u8")
+    advice = "where you trust it, python convert.py from-transformers --allow-pickle reads its tensors and nothing else"
+    path, weights = read_weights(source, folder, allow_pickle, advice)
+    untie(path, weights, "decoder.lm_head.weight", "decoder.transformer.wte.weight")
+    unused = split_off(weights, "")
+    tokenizer = read_tokenizer(source, folder, config)
+    if tokenizer is None and config.vocab_size != 50257:  # with as many it is GPT-2's own
+        raise UserError(f"{source}: no tokenizer.json, and no vocab.json with merges.txt: add the tokenizer's files")
+    ours = take(path, weights, list(tensor_names(config)), config)
+    model = ImageCaptionModel(config)
+    model.load_state_dict(ours)
+    model.trained_on = trained_on
+    if tokenizer is not None:
+        model.tokenizer = tokenizer
+    if unused and not marker:  # what is unused in our own folders means nothing
+        print(f"{source}: {some(unused)} left out, captions do not depend on them", file=sys.stderr)
+    if processor.get("resample", 3) != 3:
+        print(
+            f"{source}: made for resampling {processor['resample']}, here pictures are resized bicubic (3)",
+            file=sys.stderr,
+        )
+    return model.eval()
+
+
+def find_folder(source: Source, wanted: list[str]) -> Path:
+    """The folder, or the cached one with the wanted files of a Hub repository. Raises UserError where there is neither."""
+    path, name = Path(source), str(source)
+    if path.is_dir():
+        return path
+    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"{name}: no such folder: name one that transformers wrote, or user/name on the Hugging Face Hub"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the client raises a dozen kinds, for absent, private and unreachable repositories
+        reason = first_line(error)
+        raise UserError(f"{name}: no such folder, and not to be had from the Hugging Face Hub: {reason}") from error
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object; {} where there is no such file, unless it is config.json."""
+    path = folder / name
+    if not path.exists() and name != "config.json":
+        return {}
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): name a folder that transformers wrote") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({first_line(error)})") from error
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return about
+
+
+def read_processor(folder: Path) -> dict[str, Any]:
+    """What prepares pictures, which some folders keep inside processor_config.json; {} where nothing is said."""
+    about = read_json(folder, "preprocessor_config.json")
+    return about or read_json(folder, "processor_config.json").get("image_processor") or {}
+
+
+def read_weights(
+    source: Source, folder: Path, allow_pickle: bool = False, advice: str = "name one with safetensors"
+) -> tuple[Path, dict[str, Tensor]]:
+    """All tensors, from one file or from several with an index, and the path to name in messages."""
+    files = weight_files(folder, WEIGHTS)
+    if not files and not allow_pickle:
+        why = f"a {PICKLE} is a pickle, which may run a stranger's code while it is read"
+        raise UserError(f"{source}: no {WEIGHTS}, and {why}: {advice}")
+    if not files:
+        folder = find_folder(source, [f"{PICKLE}*", "pytorch_model-*.bin"])
+        files = weight_files(folder, PICKLE)
+    weights: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            pickled = path.suffix == ".bin"
+            weights |= torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
+        except Exception as error:  # of a damaged or a hostile file: SafetensorError, UnpicklingError, EOFError, ...
+            raise UserError(f"{path}: cannot be read as tensors ({first_line(error)})") from error
+    if not weights or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in weights.items()):
+        raise UserError(f"{source}: no {WEIGHTS}, and no {PICKLE} that holds tensors by name")
+    return files[0] if len(files) == 1 else folder, weights
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The file of that name, or those that its index lists; [] where there is neither."""
+    if (folder / name).is_file():
+        return [folder / name]
+    with one_line(folder / f"{name}.index.json"):
+        shards = sorted(set(read_json(folder, f"{name}.index.json").get("weight_map", {}).values()))
+        for shard in shards:
+            if Path(shard).name != shard or not (folder / shard).is_file():
+                raise UserError(f"the file {shard} that it names is not beside it")
+    return [folder / shard for shard in shards]
+
+
+def read_tokenizer(source: Source, folder: Path, config: ViTGPT2Config) -> PreTrainedTokenizerFast | None:
+    """The tokenizer in tokenizer.json, or in vocab.json and merges.txt; None where there is neither."""
+    if words := read_json(folder, "tokenizer.json"):
+        text = json.dumps(words)
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        text = gpt2_tokenizer(str(folder)).backend_tokenizer.to_str()
+    else:
+        return None
+    with one_line(source):
+        tokenizer = tokenizer_from_json(text, config)
+        if None in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
+            ids = f"{config.start_token_id}, {config.end_token_id} or {config.pad_token_id}"
+            raise UserError(f"its tokenizer has no token {ids}, which it is to start, end or pad captions with")
+    return tokenizer
+
+
+def require(source: Source, part: str, about: dict[str, Any], settings: dict[str, tuple[Any, ...]]) -> None:
+    """Raises UserError for the first setting that has another than the known values."""
+    for name, known in settings.items():
+        if (value := about.get(name, known[0])) not in known:
+            words = " or ".join(map(repr, known))
+            raise UserError(f"{source}: {part}{name} is {value!r}, which this model cannot represent: only {words}")
+
+
+def vit_fields(source: Source, part: str, about: dict[str, Any], kinds: tuple[str, ...] = ("vit",)) -> dict[str, Any]:
+    """Our fields from a ViT's config."""
+    require(source, part, about, VIT_SETTINGS | {"model_type": kinds})
+    fields = numbers(about, VIT_FIELDS)
+    fields |= {name: square(source, f"{part}{name}", fields[name]) for name in ("image_size", "patch_size")}
+    require(source, part, {"intermediate_size": 3072} | about, {"intermediate_size": (4 * fields["vision_embed_dim"],)})
+    return fields
+
+
+def gpt2_fields(source: Source, part: str, about: dict[str, Any]) -> dict[str, Any]:
+    """Our fields from a GPT-2's config."""
+    require(source, part, about, GPT2_SETTINGS)
+    fields = numbers(about, GPT2_FIELDS)
+    require(source, part, about, {"n_inner": (None, 4 * fields["decoder_embed_dim"])})
+    return fields
+
+
+def numbers(about: dict[str, Any], names: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Our fields by transformers' names. Raises TypeError for one that is no number."""
+    fields = {ours: about.get(theirs, default) for ours, (theirs, default) in names.items()}
+    for ours, value in fields.items():
+        if not isinstance(value, int | float | list):  # a list is for square to judge
+            raise TypeError(f"{names[ours][0]} is {value!r}")
+    return fields
+
+
+def special_ids(source: Source, *places: dict[str, Any]) -> dict[str, int | None]:
+    """The special tokens, each from the first place that has it: newer files keep them in generation_config.json."""
+
+    def first(name: str) -> int | None:
+        value = next((place[name] for place in places if place.get(name) is not None), None)
+        if isinstance(value, list) and len(value) != 1:
+            raise UserError(f"{source}: {name} is {value}, which this model cannot represent: only one")
+        return value[0] if isinstance(value, list) else value
+
+    start = first("decoder_start_token_id")
+    start = first("bos_token_id") if start is None else start
+    return {"start_token_id": start, "end_token_id": first("eos_token_id"), "pad_token_id": first("pad_token_id")}
+
+
+def picture_fields(source: Source, about: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """Our fields from a preprocessor_config.json, which must end in pictures of image_size."""
+    part = "preprocessor "
+    require(source, part, about, {"do_resize": (True,), "do_rescale": (True,)})
+    if not math.isclose(factor := about.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-4):
+        raise UserError(f"{source}: {part}rescale_factor is {factor}, which this model cannot represent: only 1/255")
+    kind = about.get("image_processor_type") or about.get("feature_extractor_type") or ""
+    crops = about.get("do_center_crop", kind.startswith("DeiT"))
+    resized = square(source, f"{part}size", about.get("size") or (256 if crops else 224))
+    seen = square(source, f"{part}crop_size", about.get("crop_size") or 224) if crops else resized
+    if about and seen != image_size:
+        raise UserError(f"{source}: the preprocessor makes pictures of {seen} pixels, the encoder takes {image_size}")
+    return colours(about) | {"resize_size": resized if about else image_size}
+
+
+def colours(about: dict[str, Any]) -> dict[str, Any]:
+    """Mean and standard deviation from a preprocessor_config.json."""
+    if not about.get("do_normalize", True):
+        return {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
+    return {name: tuple(about.get(name) or (0.5, 0.5, 0.5)) for name in ("image_mean", "image_std")}
+
+
+def square(source: Source, name: str, size: Any) -> int:
+    """The side of a square given as a number, as a pair, or by height and width."""
+    sides = [size.get("height"), size.get("width")] if isinstance(size, dict) else size
+    sides = sides if isinstance(sides, list) else [sides]
+    if not all(isinstance(side, int) and side == sides[0] for side in sides):
+        raise UserError(f"{source}: {name} is {size}, which this model cannot represent: only squares")
+    return int(sides[0])
+
+
+def untie(path: Path, weights: dict[str, Tensor], head: str, embedding: str) -> None:
+    """Takes away a head that is the embedding once more. Raises UserError for one that differs."""
+    stored = weights.pop(head, None)
+    if stored is not None and not torch.equal(stored, weights.setdefault(embedding, stored)):
+        raise UserError(f"{path}: {head} differs from {embedding}, and this model has one tensor for both")
+
+
+def split_off(weights: dict[str, Tensor], prefix: str) -> list[str]:
+    """Takes away what is unused or does not begin with the prefix; returns the names."""
+    unused = [name for name in weights if UNUSED.search(name) or not name.startswith(prefix)]
+    for name in unused:
+        del weights[name]
+    return unused
+
+
+def some(names: list[str]) -> str:
+    """How many tensors, and the first three by name."""
+    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "nothing"
+
+
+def first_line(error: Exception) -> str:
+    """An error's text without what follows on further lines."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def one_line(source: Source) -> Iterator[None]:
+    """Turns whatever goes wrong with a config that is none into a UserError that names where it came from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{source}: its JSON files are not as transformers writes them ({reason})") from error
+
+
+# Pretrained parts
+
+
+def initialise(
+    config: ViTGPT2Config, encoder: str | None, decoder: str | None
+) -> tuple[ViTGPT2Config, ImageCaptionModel]:
+    """A model with the weights of a pretrained ViT or DeiT, of a pretrained GPT-2, or of both; None: fresh ones.
+
+    encoder and decoder are folders or Hub names. Sizes, heads, colours and the vocabulary become those of the weights.
+    image_size stays, and the position embeddings are interpolated to it; max_length stays where the weights have as
+    many. Cross-attention is always fresh. Prints what was taken, left out and made new. Raises UserError like
+    load_transformers.
+    """
+    taken: dict[str, Tensor] = {}
+    left: list[str] = []
+    said, tokenizer = [], None
+    if encoder is not None:
+        theirs, tensors = pretrained_vit(encoder, config, left)
+        config = dataclasses.replace(theirs, image_size=config.image_size, resize_size=config.resize_size)
+        old, new = (sizes.image_size // sizes.patch_size for sizes in (theirs, config))
+        said.append(f"{encoder}: {some(list(tensors))}, positions {old} x {old} -> {new} x {new}")
+        tensors["encoder.position_embeddings"] = interpolate(tensors["encoder.position_embeddings"], new)
+        taken |= tensors
+    if decoder is not None:
+        theirs, tensors = pretrained_gpt2(decoder, config, left)
+        config = dataclasses.replace(theirs, max_length=min(config.max_length, theirs.max_length))
+        said.append(f"{decoder}: {some(list(tensors))}, {config.max_length} of {theirs.max_length} positions")
+        tensors["decoder.wpe.weight"] = tensors["decoder.wpe.weight"][: config.max_length]
+        taken |= tensors
+        tokenizer = read_tokenizer(decoder, find_folder(decoder, WANTED), config)
+    model = ImageCaptionModel(config)
+    if tokenizer is not None:
+        model.tokenizer = tokenizer
+    fresh = model.state_dict()
+    model.load_state_dict(fresh | taken)  # strict about names and shapes
+    made = [name for name in fresh if name not in taken]
+    assert len(made) + len(taken) == len(fresh)
+    print(f"taken       {'; '.join(said) or 'nothing'}\nleft out    {some(left)}\nmade new    {some(made)}")
+    return config, model
+
+
+def pretrained_vit(source: str, config: ViTGPT2Config, left: list[str]) -> tuple[ViTGPT2Config, dict[str, Tensor]]:
+    """A ViT's or DeiT's tensors, under whatever head, and their config; adds to left what was left out.
+
+    Of a DeiT that is the distillation token and its position, too.
+    """
+    folder = find_folder(source, WANTED)
+    with one_line(source):
+        fields = vit_fields(source, "", read_json(folder, "config.json"), kinds=("vit", "deit"))
+        fields |= colours(read_processor(folder)) | {"vision_dropout": config.vision_dropout}
+        config = dataclasses.replace(config, **(fields | {"resize_size": fields["image_size"]}))
+    path, weights = read_weights(source, folder)
+    prefix = prefix_of("embeddings.cls_token", weights)
+    left += split_off(weights, prefix)
+    distillation, positions = f"{prefix}embeddings.distillation_token", f"{prefix}embeddings.position_embeddings"
+    if weights.pop(distillation, None) is not None and positions in weights:
+        left.append(distillation)
+        weights[positions] = torch.cat([weights[positions][:, :1], weights[positions][:, 2:]], dim=1)
+    names = [name for name in tensor_names(config, vit=prefix) if name.ours.startswith("encoder.")]
+    return config, take(path, weights, names, config)
+
+
+def pretrained_gpt2(source: str, config: ViTGPT2Config, left: list[str]) -> tuple[ViTGPT2Config, dict[str, Tensor]]:
+    """The same for a GPT-2. Special tokens stay where the vocabulary is as large as the config's."""
+    folder = find_folder(source, WANTED)
+    about = read_json(folder, "config.json")
+    with one_line(source):
+        fields = gpt2_fields(source, "", about) | {"dropout": config.dropout}
+        if fields["vocab_size"] != config.vocab_size:
+            fields |= special_ids(source, about)
+        config = dataclasses.replace(config, **fields)
+    path, weights = read_weights(source, folder)
+    prefix = prefix_of("wte.weight", weights)
+    untie(path, weights, "lm_head.weight", f"{prefix}wte.weight")
+    left += split_off(weights, prefix)
+    names = [name for name in tensor_names(config, gpt2=prefix) if name.ours.startswith("decoder.")]
+    return config, take(path, weights, [name for name in names if "cross" not in name.ours], config)
+
+
+def prefix_of(ending: str, weights: dict[str, Tensor]) -> str:
+    """What stands before this name in a file: "vit.", "transformer." or nothing."""
+    return next((name.removesuffix(ending) for name in weights if name.endswith(ending)), "")
+
+
+def interpolate(positions: Tensor, side: int) -> Tensor:
+    """Position embeddings (1, P + 1, D) of a square grid, bicubically for side x side patches; the class token's stays."""
+    old = math.isqrt(positions.shape[1] - 1)
+    if old == side:
+        return positions
+    grid = positions[:, 1:].float().mT.unflatten(-1, (old, old))  # (1, D, old, old)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], grid.flatten(2).mT.to(positions.dtype)], dim=1)
+
+
+# The command line
+
+
+@dataclass(kw_only=True)
+class ToTransformers:
+    """Write a folder that transformers loads by itself."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """The model: a file, a folder or a Hub name."""
+    directory: Annotated[Path, tyro.conf.Positional]
+    """The folder to write: new, empty, or written by this command before."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+    def run(self) -> Path:
+        """Converts; returns what was written."""
+        save_transformers(ImageCaptionModel.from_pretrained(self.model), self.directory)
+        return self.directory
+
+
+@dataclass(kw_only=True)
+class FromTransformers:
+    """Read a folder or a Hub repository that transformers wrote."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """The folder, or user/name on the Hugging Face Hub."""
+    output: Annotated[Path, tyro.conf.Positional]
+    """A .safetensors file or a folder to write; it must not exist yet."""
+    allow_pickle: bool = False
+    """Read a pytorch_model.bin, its tensors only: a pickle by somebody you trust."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+    def run(self) -> Path:
+        """Converts; returns what was written."""
+        if self.output.exists():
+            raise UserError(f"{self.output}: exists already: name another file or folder")
+        model = load_transformers(self.source, self.allow_pickle)
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            (model.save_file if self.output.suffix == ".safetensors" else model.save_pretrained)(self.output)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.output}: cannot be written ({first_line(error)}): name another place") from error
+        return self.output
+
+
+def main() -> None:
+    """The command line."""
+    commands: Any = ToTransformers | FromTransformers
+    print(f"written to {parse_flags(commands, __doc__).run()}")
+
+
+if __name__ == "__main__":
+    run_script(main)
