@@ -192,7 +192,7 @@ class CaptionDataset(Dataset[Sample]):
         self.on_gpu = self.pixels.kept.to(device)
 
     def __getitem__(self, key: tuple[int, ...]) -> Sample:
-        epoch, row = key[:2]
+        row = key[1]
         first, last = self.first_caption[row : row + 2].tolist()
         chosen = list(range(first, last)) if len(key) == 2 else [first + key[2]]
         drawn = self.augmenter is not None or len(chosen) > self.captions_per_image

@@ -125,9 +125,9 @@ class CaptionTable:
         picture, number = str(self.rows["picture"][row].as_py()).rpartition("/")[2], self.id_of(row)
         if self.name in ("flickr8k", "flickr30k") and (photo := re.fullmatch(r"(\d+)(_[0-9a-f]+)?\.jpg", picture)):
             return f"flickr:{photo[1]}"
-        if self.name == "coco" and isinstance(number, int):
-            if re.fullmatch(rf"(COCO_\w+_)?{number:012d}\.jpg", picture):
-                return f"coco:{number}"
+        cocos = self.name == "coco" and isinstance(number, int)
+        if cocos and re.fullmatch(rf"(COCO_\w+_)?{number:012d}\.jpg", picture):
+            return f"coco:{number}"
         return "\n".join([str(number), *self.captions_of(row)])
 
 

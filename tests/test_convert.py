@@ -29,6 +29,7 @@ from transformers import (
     VisionEncoderDecoderModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTForMaskedImageModeling,
     ViTImageProcessor,
     ViTModel,
 )
@@ -459,6 +460,7 @@ SPOILED = {
     "list": (lambda f: (f / "config.json").write_text("[]"), "config.json: not a JSON object"),
     "bytes": (lambda f: (f / "config.json").write_bytes(b"\xff"), "config.json: not JSON"),
     "blip": (lambda f: change_json(f / "config.json", model_type="blip"), "model_type is 'blip'"),
+    "our own": (lambda f: change_json(f / "config.json", model_type=None), "model_type is None"),
     "no encoder": (
         lambda f: change_json(f / "config.json", encoder=None),
         r"not as transformers .*KeyError: 'encoder'",
@@ -503,6 +505,10 @@ SPOILED = {
     "untied": (
         lambda f: change_json(f / "config.json", "decoder", tie_word_embeddings=False),
         "tie_word_embeddings is F",
+    ),
+    "wider": (
+        lambda f: change_json(f / "config.json", "decoder", cross_attention_hidden_size=64),
+        "decoder.cross_attention_hidden_size is 64",
     ),
     "ends": (lambda f: change_json(f / "generation_config.json", eos_token_id=[1, 2]), r"eos_token_id is \[1, 2\]"),
     "outside": (
@@ -725,7 +731,7 @@ def test_a_pretrained_gpt2_says_what_it_said(tmp_path, tokenizer, kind, max_leng
 
 def test_both_parts_start_a_captioner(tmp_path, tokenizer, capsys):
     """Old GPT-2 files hold causal masks and a second copy of the embedding; ids of an equal vocabulary are kept."""
-    save_part(ViTModel(ViTConfig(**VIT_SIZES)), tmp_path / "vit")
+    save_part(ViTForMaskedImageModeling(ViTConfig(**VIT_SIZES, encoder_stride=8)), tmp_path / "vit")
     sizes = dict(n_embd=64, n_layer=1, n_head=4, n_positions=24, vocab_size=50)
     spread(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1))).save_pretrained(tmp_path / "gpt2")
     masks = {
@@ -738,7 +744,12 @@ def test_both_parts_start_a_captioner(tmp_path, tokenizer, capsys):
     assert config.end_token_id == 49 and not hasattr(model, "enc_to_dec_proj")
     assert torch.equal(model.decoder.wte.weight, wte)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and "left out    4 tensors" in lines[1] and "made new    8 tensors (" in lines[2]
+    assert (
+        len(lines) == 3
+        and "left out    5 tensors" in lines[1]
+        and "vit.embeddings.mask_token" in lines[1]
+        and "made new    8 tensors (" in lines[2]
+    )
     assert model(torch.randn(1, 3, 40, 40), torch.zeros(1, 3, dtype=torch.long)).logits.isfinite().all()
     change_weights(tmp_path / "gpt2", lambda w: w.update({"lm_head.weight": wte + 1}))
     with pytest.raises(UserError, match=r"lm_head.weight differs from transformer.wte.weight"):
