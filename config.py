@@ -28,6 +28,8 @@ class ViTGPT2Config:
     """Side of one patch, in pixels; divides image_size."""
     resize_size: int | None = None
     """Pictures are resized to this side, then cropped to image_size (default: image_size, no crop)."""
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    """How pictures are resized; models from elsewhere say it themselves."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Subtracted from each colour (as a fraction of 255)."""
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -94,6 +96,8 @@ class ViTGPT2Config:
         for name in ("dropout", "vision_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        if self.resample not in ("bicubic", "bilinear"):
+            raise UserError(f"resample {self.resample!r} is unknown: use bicubic or bilinear")
         if self.bridge != "cross_attention":
             raise UserError(f"bridge {self.bridge!r} is unknown: use cross_attention")
 
@@ -168,6 +172,12 @@ class TrainConfig:
     """Folder for everything the run writes (default: runs/<preset>-<date>-<time>)."""
     num_scenes: int = 20000
     """Pictures to draw for training when the data set is scenes."""
+    init: Literal["scratch", "pretrained"] = "scratch"
+    """Start from random weights, or from a pretrained ViT and GPT-2 with fresh cross-attention."""
+    init_encoder: str | None = None
+    """A ViT or DeiT to start from, a Hub name or a folder (with init pretrained: google/vit-base-patch16-224-in21k)."""
+    init_decoder: str | None = None
+    """A GPT-2 to start from, a Hub name or a folder (with init pretrained: gpt2); its tokenizer comes with it."""
     tokenizer: str = "auto"
     """gpt2 (from the Hub), a folder with vocab.json and merges.txt, or train: one on the captions. auto: gpt2 where it
     can be had, else train."""

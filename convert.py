@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,11 +31,13 @@ import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from config import UserError, ViTGPT2Config
 from model import METADATA_KEY, ImageCaptionModel, check_shapes, gpt2_tokenizer, tokenizer_from_json
 from utils import parse_flags, run_script, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Source = str | os.PathLike[str]  # a folder, or user/name on the Hugging Face Hub
 
@@ -81,6 +83,7 @@ GPT2_SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 
 # Tensors that no caption depends on: ViT's pooler and mask token, GPT-2's causal masks.
+RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 UNUSED = re.compile(r"(^|\.)(pooler\..*|embeddings\.mask_token|(attn|crossattention)\.(masked_)?bias)$")
 VIT_LAYER = {
     "norm_before": ("layernorm_before",),
@@ -210,7 +213,7 @@ def their_files(config: ViTGPT2Config, tokenizer: PreTrainedTokenizerFast) -> di
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"height": config.resize_size, "width": config.resize_size},
-        "resample": 3,  # bicubic
+        "resample": RESAMPLING[config.resample],
         "do_center_crop": crops,
         "crop_size": {"height": config.image_size, "width": config.image_size},
         "do_rescale": True,
@@ -286,11 +289,6 @@ def load_transformers(source: Source, allow_pickle: bool = False) -> ImageCaptio
         model.tokenizer = tokenizer
     if unused and not marker:  # what is unused in our own folders means nothing
         print(f"{source}: {some(unused)} left out, captions do not depend on them", file=sys.stderr)
-    if processor.get("resample", 3) != 3:
-        print(
-            f"{source}: made for resampling {processor['resample']}, here pictures are resized bicubic (3)",
-            file=sys.stderr,
-        )
     return model.eval()
 
 
@@ -445,14 +443,19 @@ def picture_fields(source: Source, about: dict[str, Any], image_size: int) -> di
     seen = square(source, f"{part}crop_size", about.get("crop_size") or 224) if crops else resized
     if about and seen != image_size:
         raise UserError(f"{source}: the preprocessor makes pictures of {seen} pixels, the encoder takes {image_size}")
-    return colours(about) | {"resize_size": resized if about else image_size}
+    return looks(source, about) | {"resize_size": resized if about else image_size}
 
 
-def colours(about: dict[str, Any]) -> dict[str, Any]:
-    """Mean and standard deviation from a preprocessor_config.json."""
+def looks(source: Source, about: dict[str, Any]) -> dict[str, Any]:
+    """Resampling, mean and standard deviation from a preprocessor_config.json."""
+    number = about.get("resample", RESAMPLING["bicubic"] if not about else RESAMPLING["bilinear"])
+    names = [name for name, known in RESAMPLING.items() if known == number]
+    if not names:
+        raise UserError(f"{source}: resample {number} cannot be represented: only {RESAMPLING}")
     if not about.get("do_normalize", True):
-        return {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
-    return {name: tuple(about.get(name) or (0.5, 0.5, 0.5)) for name in ("image_mean", "image_std")}
+        return {"resample": names[0], "image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
+    colours = {name: tuple(about.get(name) or (0.5, 0.5, 0.5)) for name in ("image_mean", "image_std")}
+    return {"resample": names[0], **colours}
 
 
 def square(source: Source, name: str, size: Any) -> int:
@@ -550,7 +553,7 @@ def pretrained_vit(source: str, config: ViTGPT2Config, left: list[str]) -> tuple
     folder = find_folder(source, WANTED)
     with one_line(source):
         fields = vit_fields(source, "", read_json(folder, "config.json"), kinds=("vit", "deit"))
-        fields |= colours(read_processor(folder)) | {"vision_dropout": config.vision_dropout}
+        fields |= looks(source, read_processor(folder)) | {"vision_dropout": config.vision_dropout}
         config = dataclasses.replace(config, **(fields | {"resize_size": fields["image_size"]}))
     path, weights = read_weights(source, folder)
     prefix = prefix_of("embeddings.cls_token", weights)

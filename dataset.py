@@ -180,7 +180,7 @@ class CaptionDataset(Dataset[Sample]):
             changed = [(n, new) for n, text in enumerate(texts) if (new := mirrored(old := text.as_py())) != old]
             self.sides = {n: place for place, (n, _) in enumerate(changed)}
             self.mirror_tokens = Tokens((text for _, text in changed), tokenizer, limit)
-        self.pixels = Pixels(table, config.resize_size, keep, progress)
+        self.pixels = Pixels(table, config.resize_size, keep, progress, config.resample)
         self.on_gpu: Tensor | None = None
 
     def __len__(self) -> int:

@@ -391,6 +391,8 @@ class ImageCaptionModel(nn.Module):
         super().__init__()
         self.config = config or ViTGPT2Config(**fields)
         self._tokenizer: PreTrainedTokenizerFast | None = None
+        self.packed: Any = None
+        """What packed.py keeps of the weights for generation on a CPU."""
         self.trained_on = np.empty(0, np.uint64)
         """Keys of the pictures it has learned from (CaptionTable.keys), so that nobody is scored on them unawares."""
         self.encoder = VisionTransformer(self.config)
@@ -532,11 +534,16 @@ class ImageCaptionModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str]) -> ImageCaptionModel:
-        """The model in a file, in a folder that save_pretrained wrote, or in a Hub repository; in eval mode.
+        """The model in a file, in a folder that save_pretrained or transformers wrote, or in a Hub repository of either
+        kind; in eval mode.
 
         Raises UserError where there is no model, or where the file's tensors do not fit its config.
         """
         path = find_model_file(source)
+        if path.name == "config.json":  # no file of ours there: perhaps transformers wrote it
+            from convert import load_transformers
+
+            return load_transformers(source)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -564,19 +571,22 @@ def find_model_file(source: str | os.PathLike[str]) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        if (path / MODEL_FILE).is_file():
-            return path / MODEL_FILE
-        raise UserError(f"{path}: this folder has no {MODEL_FILE}: name a folder that save_pretrained wrote")
+        for wanted in (MODEL_FILE, "config.json"):
+            if (path / wanted).is_file():
+                return path / wanted
+        raise UserError(f"{path}: this folder has no {MODEL_FILE} and no config.json: name a folder with a model")
     name = str(source)
     if path.suffix == ".safetensors" or name.count("/") != 1 or name.startswith((".", "/")):
         raise UserError(f"{name}: no such model file or folder: train one (python main.py) or name one")
     from huggingface_hub import hf_hub_download
 
-    try:
-        return Path(hf_hub_download(name, MODEL_FILE))
-    except Exception as error:  # the client raises a dozen kinds, for absent, private and unreachable repositories
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{name}: no such path, and not to be had from the Hugging Face Hub: {reason}") from error
+    reason = ""
+    for wanted in (MODEL_FILE, "config.json"):
+        try:
+            return Path(hf_hub_download(name, wanted))
+        except Exception as error:  # the client raises a dozen kinds, for absent, private and unreachable repositories
+            reason = reason or str(error).strip().split("\n")[0]
+    raise UserError(f"{name}: no such path, and not to be had from the Hugging Face Hub: {reason}")
 
 
 def check_shapes(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:

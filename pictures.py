@@ -52,18 +52,18 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def load_picture(source: PictureSource, size: int, name: str | None = None) -> Tensor:
+def load_picture(source: PictureSource, size: int, name: str | None = None, resample: str = "bicubic") -> Tensor:
     """A picture as uint8 (3, size, size), squashed to a square as ViT's own preprocessing does.
 
     Takes a path, a file's bytes or a Pillow image; messages call it `name` (default: its path, or "picture"). Of an
     animation the first frame counts. A JPEG is decoded at the smallest eighth of its size that is no smaller than the
-    square. Raises UserError, in one line that names the file, for what cannot be read.
+    square; resample is bicubic or bilinear. Raises UserError, in one line that names the file, for what cannot be read.
     """
     if name is None:
         name = "picture" if isinstance(source, bytes | Image.Image) else str(source)
     try:
         pixels = torch.from_numpy(decode(source, size)).permute(2, 0, 1)  # channels last: the fast kernel
-        return interpolate(pixels.unsqueeze(0), (size, size), mode="bicubic", antialias=True)[0].contiguous()
+        return interpolate(pixels.unsqueeze(0), (size, size), mode=resample, antialias=True)[0].contiguous()
     except FileNotFoundError:
         raise UserError(in_one_line(f"{name}: no such file")) from None
     except Exception as error:  # Pillow raises a dozen kinds for damaged files, SyntaxError among them
@@ -74,7 +74,7 @@ def prepare_picture(source: PictureSource, config: ViTGPT2Config, name: str | No
     """What the model sees of a picture outside training: resized, its middle cut out, uint8 (3, S, S)."""
     assert config.resize_size is not None
     margin = (config.resize_size - config.image_size) // 2
-    return crop(load_picture(source, config.resize_size, name), margin, margin, config.image_size)
+    return crop(load_picture(source, config.resize_size, name, config.resample), margin, margin, config.image_size)
 
 
 def crop(pixels: Tensor, top: int, left: int, size: int) -> Tensor:

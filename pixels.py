@@ -38,10 +38,11 @@ class Pixels:
         size: int,
         keep: Literal["no", "memory", "disk"] = "no",
         progress: bool = True,
+        resample: str = "bicubic",
     ) -> None:
         """Decodes everything now, in threads, to keep it in memory or in a file that later runs and other processes
         share; or nothing, and every picture when it is asked for."""
-        self.table, self.size, self.progress = table, size, progress
+        self.table, self.size, self.progress, self.resample = table, size, progress, resample
         self.bad: dict[int, str] = {}
         """Rows that turned out not to be pictures, with what is wrong."""
         self.kept: Tensor | None = None
@@ -59,10 +60,13 @@ class Pixels:
         if self.kept is not None:
             return self.kept[row]
         try:
-            return load_picture(self.table.picture(row), self.size, self.table.name_of(row))
+            return self._load(row)
         except UserError as error:
             self.bad[row] = str(error)
             raise
+
+    def _load(self, row: int) -> Tensor:
+        return load_picture(self.table.picture(row), self.size, self.table.name_of(row), self.resample)
 
     def _decode_into(self, target: Tensor, rows: Sequence[int]) -> None:
         """Fills in these rows, and `bad` with those that cannot be decoded."""
@@ -71,7 +75,7 @@ class Pixels:
 
         def decode(row: int) -> None:
             try:
-                target[row] = load_picture(self.table.picture(row), self.size, self.table.name_of(row))
+                target[row] = self._load(row)
                 self.bad.pop(row, None)
             except UserError as error:
                 self.bad[row] = str(error)
@@ -95,7 +99,7 @@ class Pixels:
             files: Any = {part: data._fingerprint for part, data in self.table.hub_rows.items()}
         else:
             files = stamps([self.table.root / name for name in rows["picture"].unique().to_pylist()])
-        return key_of(VERSION, self.size, files, rows["picture"].to_pylist(), rows["offset"].to_pylist())
+        return key_of(VERSION, self.size, self.resample, files, rows["picture"].to_pylist(), rows["offset"].to_pylist())
 
     def _map(self, path: Path) -> None:
         """Maps the file, which is made first where it is not there; other processes of the run wait for that."""

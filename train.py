@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cache import key_of
 from config import TrainConfig, UserError, ViTGPT2Config
+from convert import initialise
 from dataset import (
     CaptionDataset,
     decode,
@@ -62,6 +63,7 @@ from utils import (
 COCO_PICTURES = 118_287
 COCO_DOWNLOAD_GB = 20
 LOG_INTERVAL = 10  # steps
+PRETRAINED_ENCODER, PRETRAINED_DECODER = "google/vit-base-patch16-224-in21k", "gpt2"
 TYPICAL_CAPTION = 14  # tokens, for estimates made before the captions are read
 KEPT_SHARE_OF_MEMORY = 0.4  # up to which pictures are kept there
 
@@ -297,7 +299,9 @@ def prepare(config: TrainConfig, run: Path, device: torch.device, dtype: torch.d
             "never (or another --output-dir)"
         )
     check_overlap(keys["train"], tables["test"], config.allow_overlap)
-    name, tokenizer = choose_tokenizer(config, tables["train"], began.get("tokenizer"))
+    parts = pretrained_parts(config)
+    chosen = parts["decoder"] if parts["decoder"] and config.tokenizer == "auto" else None
+    name, tokenizer = choose_tokenizer(config, tables["train"], chosen or began.get("tokenizer"))
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError(f"tokenizer {config.tokenizer} has no end token: choose another --tokenizer")
@@ -309,7 +313,15 @@ def prepare(config: TrainConfig, run: Path, device: torch.device, dtype: torch.d
         pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     torch.manual_seed(config.seed)
-    model = ImageCaptionModel(sizes)
+    if any(parts.values()):
+        sizes, model = initialise(sizes, **parts)
+        if sizes.vocab_size != len(tokenizer):
+            raise UserError(
+                f"{parts['decoder']} knows {sizes.vocab_size:,} tokens and tokenizer {name} has {len(tokenizer):,}: leave "
+                "--tokenizer out"
+            )
+    else:
+        model = ImageCaptionModel(sizes)
     model.tokenizer, model.trained_on = tokenizer, keys["train"]
     model.set_gradient_checkpointing(config.gradient_checkpointing)
     assert sizes.resize_size is not None
@@ -364,6 +376,13 @@ def keep_on_gpu(dataset: CaptionDataset, device: torch.device) -> None:
             "of --cache-on-gpu"
         )
     dataset.keep_on(device)
+
+
+def pretrained_parts(config: TrainConfig) -> dict[str, str | None]:
+    """The encoder and the decoder to start from, None for fresh ones."""
+    if config.init == "scratch":
+        return {"encoder": config.init_encoder, "decoder": config.init_decoder}
+    return {"encoder": config.init_encoder or PRETRAINED_ENCODER, "decoder": config.init_decoder or PRETRAINED_DECODER}
 
 
 def choose_tokenizer(

@@ -362,10 +362,10 @@ def test_kept_pictures_are_made_once_and_anew_when_one_changes(
 def test_a_passing_fault_is_not_kept_for_ever(kept, scenes_table, scenes_tokenizer, monkeypatch):
     """Out of memory, or a network's disk away: it once made a good picture a bad one for all runs to come."""
 
-    def fails(source, size, name):
+    def fails(source, size, name, resample):
         if name.endswith("7.png"):
             raise UserError(f"{name}: not enough memory")
-        return load_picture(source, size, name)
+        return load_picture(source, size, name, resample)
 
     with monkeypatch.context() as patch:
         patch.setattr(pixels, "load_picture", fails)

@@ -14,54 +14,9 @@ from conftest import tiny_config
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from config import UserError, ViTGPT2Config
+from config import UserError
+from convert import split_off, take, tensor_names
 from model import ImageCaptionModel, attention, choose_attention
-
-
-def transposed(tensor: torch.Tensor) -> torch.Tensor:
-    """GPT-2's Conv1D keeps its weights in x out; biases stay as they are."""
-    return tensor.mT.contiguous() if tensor.ndim == 2 else tensor
-
-
-def from_vision_encoder_decoder(state: dict[str, torch.Tensor], config: ViTGPT2Config) -> dict[str, torch.Tensor]:
-    """transformers' weights by their on-disk names -> ours."""
-    ours = {
-        "encoder.class_token": state["encoder.embeddings.cls_token"],
-        "encoder.position_embeddings": state["encoder.embeddings.position_embeddings"],
-        "encoder.patch_embedding.weight": state["encoder.embeddings.patch_embeddings.projection.weight"],
-        "encoder.patch_embedding.bias": state["encoder.embeddings.patch_embeddings.projection.bias"],
-        "decoder.wte.weight": state["decoder.transformer.wte.weight"],
-        "decoder.wpe.weight": state["decoder.transformer.wpe.weight"],
-    }
-    for kind in ("weight", "bias"):
-        ours[f"encoder.norm.{kind}"] = state[f"encoder.layernorm.{kind}"]
-        ours[f"decoder.ln_f.{kind}"] = state[f"decoder.transformer.ln_f.{kind}"]
-        if "enc_to_dec_proj.weight" in state:
-            ours[f"enc_to_dec_proj.{kind}"] = state[f"enc_to_dec_proj.{kind}"]
-        for n in range(config.vision_num_layers):
-            theirs, mine = f"encoder.encoder.layer.{n}", f"encoder.blocks.{n}"
-            parts = [state[f"{theirs}.attention.attention.{p}.{kind}"] for p in ("query", "key", "value")]
-            ours[f"{mine}.qkv.{kind}"] = torch.cat(parts)
-            ours[f"{mine}.proj.{kind}"] = state[f"{theirs}.attention.output.dense.{kind}"]
-            ours[f"{mine}.fc1.{kind}"] = state[f"{theirs}.intermediate.dense.{kind}"]
-            ours[f"{mine}.fc2.{kind}"] = state[f"{theirs}.output.dense.{kind}"]
-            ours[f"{mine}.norm_before.{kind}"] = state[f"{theirs}.layernorm_before.{kind}"]
-            ours[f"{mine}.norm_after.{kind}"] = state[f"{theirs}.layernorm_after.{kind}"]
-        for n in range(config.decoder_num_layers):
-            theirs, mine = f"decoder.transformer.h.{n}", f"decoder.blocks.{n}"
-            for name in ("ln_1", "ln_cross_attn", "ln_2"):
-                ours[f"{mine}.{name}.{kind}"] = state[f"{theirs}.{name}.{kind}"]
-            for name in (
-                "attn.c_attn",
-                "attn.c_proj",
-                "crossattention.q_attn",
-                "crossattention.c_attn",
-                "crossattention.c_proj",
-            ):
-                ours[f"{mine}.{name}.{kind}"] = transposed(state[f"{theirs}.{name}.{kind}"])
-            for name in ("c_fc", "c_proj"):
-                ours[f"{mine}.{name}.{kind}"] = transposed(state[f"{theirs}.mlp.{name}.{kind}"])
-    return ours
 
 
 @pytest.fixture(params=[32, 48], ids=["same-width", "projected"])
@@ -92,7 +47,10 @@ def pair(request, tmp_path):
                 parameter.normal_(std=0.15)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = ImageCaptionModel(config).eval()
-    ours.load_state_dict(from_vision_encoder_decoder(load_file(tmp_path / "theirs" / "model.safetensors"), config))
+    path = tmp_path / "theirs" / "model.safetensors"
+    weights = load_file(path)
+    split_off(weights, "")
+    ours.load_state_dict(take(path, weights, list(tensor_names(config)), config))
     return theirs, ours
 
 

@@ -631,33 +631,3 @@ def test_damaged_pictures():
 @pytest.mark.slow
 def test_many_damaged_pictures():
     check_damaged(20000)
-
-
-# Speed
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not CATS.exists(), reason="needs the shared picture")
-def test_a_photograph_loads_three_and_a_half_times_as_fast_as_with_pillow(tmp_path):
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
-    path = tmp_path / "cats.jpg"
-    Image.open(CATS).convert("RGB").save(path, quality=90)
-    processor = ViTImageProcessorPil()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-
-    def fastest(run) -> float:
-        times = []
-        for _ in range(40):
-            begun = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begun)
-        return min(times)
-
-    try:
-        theirs = fastest(lambda: processor(Image.open(path).convert("RGB"), return_tensors="pt"))
-        ours = fastest(lambda: load_picture(path, 224))
-    finally:
-        torch.set_num_threads(threads)
-    assert theirs / ours >= 3.5

@@ -201,6 +201,27 @@ def test_a_persons_own_folder_simply_works(tmp_path, scenes_dir):
     assert (tmp_path / MODEL).is_file()
 
 
+def test_a_run_starts_from_pretrained_parts(tmp_path, scenes_dir, scenes_tokenizer):
+    """--init-encoder and --init-decoder: sizes and the tokenizer are theirs, cross-attention is new."""
+    from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
+
+    sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192)
+    ViTModel(ViTConfig(**sizes, image_size=24, patch_size=8)).save_pretrained(tmp_path / "vit")
+    words = dict(vocab_size=len(scenes_tokenizer), eos_token_id=scenes_tokenizer.eos_token_id)
+    words["bos_token_id"] = words["eos_token_id"]
+    theirs = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=2, n_positions=40, **words))
+    theirs.save_pretrained(tmp_path / "gpt2")
+    scenes_tokenizer.save_pretrained(tmp_path / "gpt2")
+    arguments = ["--data-dir", scenes_dir, "--max-steps", "1", "--learning-rate", "1e-30", "--image-size", "16"]
+    parts = ["--init-encoder", "vit", "--init-decoder", "gpt2"]
+    output = script(tmp_path, "main.py", *arguments, *parts)
+    assert "positions 3 x 3 -> 2 x 2" in output and "made new" in output
+    model = ImageCaptionModel.from_pretrained(tmp_path / MODEL)
+    assert (model.config.vision_embed_dim, model.config.decoder_num_layers, model.config.image_size) == (48, 3, 16)
+    assert torch.equal(model.decoder.wte.weight, theirs.transformer.wte.weight)
+    assert model.tokenizer.get_vocab() == scenes_tokenizer.get_vocab()
+
+
 def test_flickr30k_comes_from_kaggle(tmp_path, scenes_dir, monkeypatch):
     """The recipe of the first version: no folder named, kagglehub's cache at hand, Kaggle's own bad row in the file."""
     pytest.importorskip("kagglehub")
