@@ -1,6 +1,7 @@
 """Speed, side by side with transformers, on the machine at hand.
 
     python benchmark.py data          the loader against the plain transformers path, and how the table grows
+    python benchmark.py generate      captions by our decoding and by transformers', from the same weights
 
 Prints its figures and writes them as JSON. Peers run in turn in one process, so that ratios mean something where
 absolute figures do not. Imports everything but the other scripts.
@@ -25,7 +26,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import PRESETS, UserError, ViTGPT2Config
+from convert import save_transformers
 from dataset import Batches, CaptionDataset, load_tables, load_tokenizer, make_dataloader
+from model import ImageCaptionModel
 from table import CaptionTable, make_table
 from utils import parse_flags, run_script, write_json
 
@@ -215,7 +218,84 @@ class DataBenchmark:
         return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-COMMANDS = {"data": DataBenchmark}
+# Captions
+
+
+@dataclass(kw_only=True)
+class GenerateBenchmark:
+    """Captions of 20 tokens by transformers in fp32 and by ours, from the same random weights, in turn."""
+
+    batch_sizes: tuple[int, ...] = (1, 8)
+    """Pictures captioned at a time."""
+    num_beams: tuple[int, ...] = (1, 3)
+    """Beams; 1 is greedy. More than one only with the smallest batch."""
+    length: int = 20
+    """Tokens of a caption."""
+    rounds: int = 5
+    """Times that each captions them; ratios are medians over the rounds."""
+    tokenizer: str = "gpt2"
+    """GPT-2's tokenizer: from the Hub, or a folder with vocab.json and merges.txt."""
+    output: Path = Path("benchmark-generate.json")
+    """Where the figures are written to."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+    def run(self) -> dict[str, Any]:
+        """Seconds and ratios."""
+        from transformers import VisionEncoderDecoderModel
+
+        torch.manual_seed(0)
+        model = ImageCaptionModel(ViTGPT2Config()).eval()
+        model.tokenizer = load_tokenizer(self.tokenizer, [], model.config.vocab_size)
+        with tempfile.TemporaryDirectory() as folder:
+            save_transformers(model, Path(folder) / "theirs")
+            theirs = VisionEncoderDecoderModel.from_pretrained(Path(folder) / "theirs").eval()
+        figures = []
+        for pictures in self.batch_sizes:
+            for beams in self.num_beams if pictures == min(self.batch_sizes) else (1,):
+                figures.append(self.compare(model, theirs, pictures, beams))
+        return {"generate": figures}
+
+    def compare(self, model: ImageCaptionModel, theirs: Any, pictures: int, beams: int) -> dict[str, Any]:
+        """One batch size and number of beams."""
+        pixels = torch.randn(pictures, 3, model.config.image_size, model.config.image_size)
+        lengths = {"min_new_tokens": self.length, "max_new_tokens": self.length}
+        ids = {"eos_token_id": model.config.end_token_id, "pad_token_id": model.config.pad_token_id}
+        ids["decoder_start_token_id"] = model.config.start_token_id
+
+        def ours(half: bool, int8: bool) -> Callable[[], Any]:
+            def work() -> Any:
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                    options = {"min_length": self.length, "max_length": self.length, "num_beams": beams}
+                    return model.generate(pixels, int8=int8, **options).sequences
+
+            return work
+
+        peers: dict[str, Callable[[], Any]] = {
+            "transformers": lambda: theirs.generate(pixels, num_beams=beams, do_sample=False, **lengths, **ids),
+            "fp32": ours(False, False),
+            "bf16": ours(True, False),
+            "int8": ours(True, True),
+        }
+        equal = torch.equal(peers["transformers"]()[:, 1:], peers["fp32"]())
+        seconds: dict[str, list[float]] = {name: [] for name in peers}
+        for name, work in peers.items():  # packed weights are kept for one precision at a time
+            work()
+            for _ in range(self.rounds):
+                for timed in dict.fromkeys(("transformers", name)):
+                    start = time.perf_counter()
+                    peers[timed]()
+                    seconds[timed].append(time.perf_counter() - start)
+        print(f"{pictures} pictures, {beams} beams, {self.length} tokens (fp32 tokens equal: {equal})")
+        figures: dict[str, Any] = {"pictures": pictures, "beams": beams, "equal": equal}
+        for name, times in seconds.items():
+            theirs_median = float(np.median(seconds["transformers"]))
+            figures[name] = {"seconds": float(np.median(times)), "ratio": theirs_median / float(np.median(times))}
+            print("  {name:14} {seconds:7.3f} s   {ratio:5.2f}x".format(name=name, **figures[name]))
+        return figures
+
+
+COMMANDS = {"data": DataBenchmark, "generate": GenerateBenchmark}
 
 
 def main() -> None:
@@ -223,7 +303,7 @@ def main() -> None:
     name, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if name not in COMMANDS:
         raise UserError(f"usage: python benchmark.py {'|'.join(COMMANDS)} (--help after it shows the flags)")
-    config = parse_flags(COMMANDS[name], __doc__, arguments)
+    config: Any = parse_flags(COMMANDS[name], __doc__, arguments)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "cores": os.cpu_count()}
     write_json(config.output, versions | config.run())
     print(f"written to {config.output}")

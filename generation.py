@@ -8,6 +8,7 @@ min_new_tokens), the end token included. Imports config; never decodes pictures,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -18,7 +19,7 @@ from torch import Tensor
 from config import UserError
 
 if TYPE_CHECKING:
-    from model import CrossAttention, DecoderCache, ImageCaptionModel
+    from model import CrossAttention, DecoderCache, GPT2Decoder, ImageCaptionModel
 
 NEVER = -1e9  # a score no caption has; finite, so that it can be added to and compared
 Logits = Callable[[Tensor, Tensor], Tensor]
@@ -76,12 +77,13 @@ def generate(
     return_scores: bool = False,
     return_attention: bool = False,
     generator: torch.Generator | None = None,
+    int8: bool = False,
 ) -> Generated:
     """Captions for pixel_values (N, 3, S, S), uint8 or normalised float.
 
     max_length is 32 where nothing is said, or as many positions as the model has. Every caption goes on from `prefix`
     ("a photo of", or token ids) and holds none of bad_words (words, or token ids each). `generator` makes sampling
-    repeatable. Raises UserError for options that do not go together.
+    repeatable. int8 rounds the decoder's weights to 8 bits, on a CPU. Raises UserError for options that do not go together.
     """
     prefix = model.tokenizer(prefix).input_ids if isinstance(prefix, str) else list(prefix)
     room = model.config.max_length - len(prefix)
@@ -125,38 +127,53 @@ def generate(
     try:
         hidden = model.encode(pixel_values)
         start = torch.tensor([model.config.start_token_id or 0, *prefix], device=hidden.device)
-        if num_beams > 1:
-            found = beam_search(
-                model,
-                hidden,
-                start,
-                choose_from,
-                max_length,
-                num_beams,
-                length_penalty,
-                early_stopping,
-                num_return_sequences,
-                do_sample,
-                generator,
-            )
-        else:
-            rows = len(hidden) * num_return_sequences
-            found = token_by_token(model, hidden, start, choose_from, max_length, rows, do_sample, generator)
+        decoder = decoder_for(model, len(hidden) * max(num_beams, num_return_sequences), int8)
+        # Packed layers know their own types; autocast would turn the keys and values into bf16 anew at every token.
+        with contextlib.nullcontext() if decoder is model.decoder else torch.autocast("cpu", enabled=False):
+            if num_beams > 1:
+                found = beam_search(
+                    decoder,
+                    hidden,
+                    start,
+                    choose_from,
+                    max_length,
+                    num_beams,
+                    length_penalty,
+                    early_stopping,
+                    num_return_sequences,
+                    do_sample,
+                    generator,
+                )
+            else:
+                rows = len(hidden) * num_return_sequences
+                found = token_by_token(decoder, hidden, start, choose_from, max_length, rows, do_sample, generator)
         if return_scores or return_attention:
             look_again(model, hidden, found, len(prefix), return_scores, return_attention)
         return found
     finally:
         model.train(was_training)
+        if was_training:  # the next step changes the weights anyway
+            model.packed = None
 
 
-def next_logits(model: ImageCaptionModel, tokens: Tensor, cache: DecoderCache) -> Tensor:
+def decoder_for(model: ImageCaptionModel, rows: int, int8: bool) -> GPT2Decoder:
+    """The model's decoder; on a CPU a twin of it whose weights are packed for so many captions at a time."""
+    if model.device.type != "cpu":
+        return model.decoder
+    from packed import packed_decoder
+
+    half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return packed_decoder(model, "int8" if int8 else "bf16" if half else "fp32", rows)
+
+
+def next_logits(decoder: GPT2Decoder, tokens: Tensor, cache: DecoderCache) -> Tensor:
     """float32 logits (rows, V) of what follows the cache and these tokens (rows, T)."""
-    hidden = model.decoder(tokens, cache.cross, cache=cache)
-    return model.decoder.head(hidden[:, -1]).float()
+    hidden = decoder(tokens, cache.cross, cache=cache)
+    return decoder.head(hidden[:, -1]).float()
 
 
 def token_by_token(
-    model: ImageCaptionModel,
+    decoder: GPT2Decoder,
     hidden: Tensor,
     start: Tensor,
     choose_from: Logits,
@@ -166,15 +183,15 @@ def token_by_token(
     generator: torch.Generator | None,
 ) -> Generated:
     """The most likely next token every time, or one drawn; `rows` captions of the encoder states (N, S, D)."""
-    end = model.config.end_token_id
+    end = decoder.config.end_token_id
     assert end is not None
-    cache = model.decoder.new_cache(hidden, rows, len(start) + max_length)
+    cache = decoder.new_cache(hidden, rows, len(start) + max_length)
     written = torch.full((rows, len(start) + max_length), end, device=hidden.device)
     written[:, : len(start)] = start
     tokens = written[:, : len(start)]
     finished = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
     for place in range(len(start), written.shape[1]):
-        logits = choose_from(next_logits(model, tokens, cache), written[:, :place])
+        logits = choose_from(next_logits(decoder, tokens, cache), written[:, :place])
         if do_sample:
             chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
         else:
@@ -258,7 +275,7 @@ def sharpen(logits: Tensor, temperature: float, top_k: int, top_p: float, keep: 
 
 
 def beam_search(
-    model: ImageCaptionModel,
+    decoder: GPT2Decoder,
     hidden: Tensor,
     start: Tensor,
     choose_from: Logits,
@@ -277,10 +294,10 @@ def beam_search(
     is done when no running beam, scored at its present length (with "never": at the best it may reach), can beat the
     worst of its num_beams ended ones; with early_stopping, as soon as there are so many.
     """
-    pictures, device, end = len(hidden), hidden.device, model.config.end_token_id
+    pictures, device, end = len(hidden), hidden.device, decoder.config.end_token_id
     assert end is not None
     first = len(start)
-    cache = model.decoder.new_cache(hidden, pictures * num_beams, first + max_length)
+    cache = decoder.new_cache(hidden, pictures * num_beams, first + max_length)
     running = torch.full((pictures, num_beams, first + max_length), end, device=device)
     running[:, :, :first] = start
     running_scores = torch.zeros(pictures, num_beams, device=device)
@@ -298,7 +315,7 @@ def beam_search(
 
     for length in range(1, max_length + 1):  # of a caption that ends with this step's token
         place = first + length - 1
-        log_probs = next_logits(model, tokens, cache).log_softmax(-1)
+        log_probs = next_logits(decoder, tokens, cache).log_softmax(-1)
         log_probs = choose_from(log_probs, running[:, :, :place].flatten(0, 1))
         vocab_size = log_probs.shape[-1]
         total = (log_probs.view(pictures, num_beams, vocab_size) + running_scores.unsqueeze(-1)).flatten(1)

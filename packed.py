@@ -48,7 +48,7 @@ class Int8Linear(nn.Module):
         self.one, self.middle = torch.tensor(1.0), torch.tensor(128)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> float32 (..., out)."""
+        """x (..., in) -> bf16 (..., out)."""
         rows = x.float().flatten(0, -2)
         largest = rows.abs().amax(1, keepdim=True).clamp(min=1e-12)
         eights = (rows * (127 / largest) + 128.5).to(torch.uint8)  # 128 is zero
@@ -67,8 +67,10 @@ class Int8Linear(nn.Module):
             [],
             "",
         )
-        out = out * (largest / 127)
-        return (out if self.bias is None else out + self.bias).unflatten(0, x.shape[:-1])
+        out *= largest / 127
+        if self.bias is not None:
+            out += self.bias
+        return out.to(torch.bfloat16).unflatten(0, x.shape[:-1])
 
 
 class PackedDecoder(GPT2Decoder):

@@ -28,5 +28,5 @@ def test_the_data_benchmark(tmp_path):
 def test_unknown_benchmarks_get_one_line(tmp_path):
     done = run("nothing", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.strip() == (
-        "error: usage: python benchmark.py data (--help after it shows the flags)"
+        "error: usage: python benchmark.py data|generate (--help after it shows the flags)"
     )

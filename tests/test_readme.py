@@ -22,7 +22,7 @@ def test_every_flag_and_file_it_names_exists():
     assert len(COMMANDS) >= 8
     sources = {
         name: (ROOT / name).read_text(encoding="utf-8")
-        for name in ("config.py", "evaluate.py", "check.py", "benchmark.py")
+        for name in ("config.py", "evaluate.py", "check.py", "benchmark.py", "convert.py")
     }
     fields = set(re.findall(r"^    (\w+): ", "".join(sources.values()), re.M))
     fields |= {"help", "no_build_isolation"}  # tyro's own, and pip's

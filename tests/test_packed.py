@@ -1,0 +1,86 @@
+"""Packed weights: the same captions in fp32, near ones in bf16 and int8, and never stale ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_config
+
+import packed
+from model import ImageCaptionModel
+from packed import PackedDecoder, available, packed_decoder
+
+PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def model() -> ImageCaptionModel:
+    torch.manual_seed(0)
+    model = ImageCaptionModel(tiny_config(decoder_embed_dim=64, vocab_size=96)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def states(model: ImageCaptionModel, precision) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the same tokens by the plain decoder and by the packed one."""
+    ids = torch.randint(0, 96, (6, 7), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        hidden = model.encode(PICTURES)
+        twin = packed_decoder(model, precision, 6)
+        assert isinstance(twin, PackedDecoder)
+        plain = model.decoder.head(model.decoder(ids, model.decoder.look(hidden)))
+        return plain, twin.head(twin(ids, twin.look(hidden))).float()
+
+
+@pytest.mark.parametrize(("precision", "close"), [("fp32", 1e-5), ("bf16", 0.02), ("int8", 0.04)])
+def test_packed_logits_are_near_the_plain_ones(model, precision, close):
+    if not available(precision):
+        pytest.skip(f"this CPU has no {precision} kernels")
+    plain, found = states(model, precision)
+    assert (plain - found).abs().max() < close * plain.abs().max()
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_packed_captions_equal_plain_ones(model, num_beams, monkeypatch):
+    options = dict(max_length=12, num_beams=num_beams)
+    found = model.generate(PICTURES, **options).sequences
+    assert model.packed is not None and available("fp32")
+    monkeypatch.setattr(packed, "available", lambda precision: False)
+    expected = model.generate(PICTURES, **options).sequences
+    assert torch.equal(found, expected) and len({tuple(row.tolist()) for row in found}) > 2
+
+
+def test_packed_weights_follow_the_models(model):
+    """Kept weights that outlive an update would caption with yesterday's model."""
+    model.generate(PICTURES, max_length=4)
+    first = model.packed[1]
+    model.generate(PICTURES, max_length=9)
+    assert model.packed[1] is first  # not packed again for every picture
+    with torch.no_grad():
+        model.decoder.wte.weight[model.config.end_token_id] += 100 * model.decoder.ln_f.weight.sign()
+        model.decoder.ln_f.bias += 1
+    assert model.generate(PICTURES, max_length=9).sequences.shape == (6, 1)
+    model.load_state_dict(ImageCaptionModel(model.config).state_dict())
+    changed = model.generate(PICTURES, max_length=4)
+    assert model.packed[1] is not first and changed.sequences.shape[1] > 1
+
+
+def test_training_keeps_no_packed_weights(model):
+    """They take as much memory as the decoder, and the next step makes them wrong."""
+    model.train().generate(PICTURES, max_length=3)
+    assert model.packed is None and model.training
+    assert "packed" not in " ".join(model.state_dict())
+
+
+def test_int8_rows_do_not_touch_each_other():
+    """One scale for the whole batch would make a caption depend on its batch mates."""
+    if not available("int8"):
+        pytest.skip("this CPU has no int8 kernels")
+    torch.manual_seed(0)
+    layer = packed.Int8Linear(torch.randn(64, 96), torch.randn(64), 2)
+    x = torch.randn(2, 96)
+    alone, beside = layer(x[:1]), layer(torch.stack([x[0], 1000 * x[1]]))
+    assert torch.equal(alone[0], beside[0])
+    assert (layer(torch.zeros(1, 96)) - layer.bias).abs().max() < 0.02
