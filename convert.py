@@ -10,7 +10,6 @@ error. Never trains, and unpickles nothing unasked.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import json
@@ -24,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -33,7 +31,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import UserError, ViTGPT2Config
-from model import METADATA_KEY, ImageCaptionModel, check_shapes, gpt2_tokenizer, tokenizer_from_json
+from model import (
+    METADATA_KEY,
+    ImageCaptionModel,
+    check_shapes,
+    gpt2_tokenizer,
+    keys_from_text,
+    keys_to_text,
+    tokenizer_from_json,
+)
 from utils import parse_flags, run_script, write_json
 
 if TYPE_CHECKING:
@@ -82,8 +88,8 @@ GPT2_SETTINGS: dict[str, tuple[Any, ...]] = {
     "cross_attention_hidden_size": (None,),
 }
 
-# Tensors that no caption depends on: ViT's pooler and mask token, GPT-2's causal masks.
 RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
+# Tensors that no caption depends on: ViT's pooler and mask token, GPT-2's causal masks.
 UNUSED = re.compile(r"(^|\.)(pooler\..*|embeddings\.mask_token|(attn|crossattention)\.(masked_)?bias)$")
 VIT_LAYER = {
     "norm_before": ("layernorm_before",),
@@ -177,7 +183,7 @@ def save_transformers(model: ImageCaptionModel, directory: str | os.PathLike[str
     weights["encoder.pooler.dense.bias"] = torch.zeros(width, dtype=dtype)
     contents = their_files(config, model.tokenizer)
     contents["config.json"]["dtype"] = str(dtype).removeprefix("torch.")
-    contents[MARKER] = {"trained_on": base64.b64encode(np.sort(model.trained_on).astype("<u8").tobytes()).decode()}
+    contents[MARKER] = {"trained_on": keys_to_text(model.trained_on)}
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -273,7 +279,7 @@ def load_transformers(source: Source, allow_pickle: bool = False) -> ImageCaptio
         fields |= special_ids(source, read_json(folder, "generation_config.json"), about, decoder)
         fields |= picture_fields(source, processor, fields["image_size"])
         config = ViTGPT2Config.from_dict(fields)
-        trained_on = np.frombuffer(base64.b64decode(marker.get("trained_on", "")), "<u8")
+        trained_on = keys_from_text(marker.get("trained_on", ""))
     advice = "where you trust it, python convert.py from-transformers --allow-pickle reads its tensors and nothing else"
     path, weights = read_weights(source, folder, allow_pickle, advice)
     untie(path, weights, "decoder.lm_head.weight", "decoder.transformer.wte.weight")

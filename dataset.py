@@ -2,7 +2,7 @@
 
     python dataset.py check DIR          is this data fit to train on? (check.py)
 
-Imports config, model (for GPT-2's tokenizer), table, sources, cache, pixels and pictures. What a batch holds is a pure
+Imports config, model (for GPT-2's tokenizer), table, sources, download, pixels and pictures. What a batch holds is a pure
 function of (seed, epoch, step): every sample draws from a generator of its own, so any number of workers, and a run
 that is killed and resumed, see the same batches.
 """
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from config import Augmentation, UserError, ViTGPT2Config
 from download import download_coco_dataset
 from model import gpt2_tokenizer
-from pictures import load_picture, prepare_picture
+from pictures import crop, load_picture, prepare_picture
 from pixels import Augmenter, Pixels, cut_out
 from sources import load_table, load_tables
 from table import CaptionTable
@@ -211,7 +211,7 @@ class CaptionDataset(Dataset[Sample]):
             elif self.augmenter:
                 pixels = self.augmenter.apply(self.pixels[row], *place, rng)
             else:
-                pixels = self.pixels[row][:, margin : margin + size, margin : margin + size]
+                pixels = crop(self.pixels[row], margin, margin, size)
         except UserError as error:
             black = None if self.on_gpu is not None else torch.zeros(3, size, size, dtype=torch.uint8)
             return Sample(black, place, [], row, captions, str(error))

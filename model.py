@@ -509,9 +509,7 @@ class ImageCaptionModel(nn.Module):
         if self._tokenizer is not None:
             about["tokenizer"] = json.loads(self._tokenizer.backend_tokenizer.to_str())
         if len(self.trained_on):
-            about["trained_on"] = base64.b64encode(
-                np.sort(self.trained_on)[:MOST_KEYS].astype("<u8").tobytes()
-            ).decode()
+            about["trained_on"] = keys_to_text(self.trained_on)
         # One entry, because safetensors writes several in an order that changes from call to call.
         metadata = {METADATA_KEY: json.dumps(about, sort_keys=True)}
         path = Path(path)
@@ -553,7 +551,7 @@ class ImageCaptionModel(nn.Module):
         try:
             about = json.loads(metadata.get(METADATA_KEY, "{}"))
             config = ViTGPT2Config.from_dict(about.get("config") or config_fields_from_shapes(weights))
-            trained_on = np.frombuffer(base64.b64decode(about.get("trained_on", "")), "<u8")
+            trained_on = keys_from_text(about.get("trained_on", ""))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a model of this project ({error}): name another file") from error
         model = cls(config)
@@ -563,6 +561,16 @@ class ImageCaptionModel(nn.Module):
         if "tokenizer" in about:
             model.tokenizer = tokenizer_from_json(json.dumps(about["tokenizer"]), config)
         return model.eval()
+
+
+def keys_to_text(keys: np.ndarray) -> str:
+    """Keys of pictures (uint64), the MOST_KEYS smallest of them, as JSON can hold them."""
+    return base64.b64encode(np.sort(keys)[:MOST_KEYS].astype("<u8").tobytes()).decode()
+
+
+def keys_from_text(text: str) -> np.ndarray:
+    """The inverse of keys_to_text."""
+    return np.frombuffer(base64.b64decode(text), "<u8")
 
 
 def find_model_file(source: str | os.PathLike[str]) -> Path:

@@ -2,7 +2,7 @@
 
 Imports config and model. Writing a token means reading every weight of the decoder once, so on a CPU the time of a token
 is its bytes over the memory's rate; torch's plain layout reaches a fraction of that rate at a caption's few rows. oneDNN
-reads its own layout two to five times as fast, and bf16 and int8 are a half and a quarter of the bytes: EXPERIMENTS.md.
+reads its own layout faster, and bf16 and int8 are a half and a quarter of the bytes: EXPERIMENTS.md has what that gives.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cache import forget_older, kept_file, key_of, stamps, whole
 from config import Augmentation, UserError
-from pictures import load_picture
+from pictures import crop, load_picture
 from table import CaptionTable
 
 VERSION = 1  # of the pictures kept on disk: one more when load_picture gives other pixels
@@ -182,7 +182,7 @@ class Augmenter:
     def apply(self, picture: Tensor, top: int, left: int, flip: bool, rng: np.random.Generator) -> Tensor:
         """uint8 (3, R, R) -> (3, size, size). torchvision draws from torch's global generator, which is left as it was."""
         if self.crops:
-            picture = picture[:, top : top + self.size, left : left + self.size]
+            picture = crop(picture, top, left, self.size)
         if flip:
             picture = picture.flip(-1)
         if self.steps is not None:

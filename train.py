@@ -289,6 +289,8 @@ def train(config: TrainConfig) -> int:
 
 def prepare(config: TrainConfig, run: Path, device: torch.device, dtype: torch.dtype) -> Job:
     """The run's data, tokenizer and fresh model."""
+    if config.cache_on_gpu and device.type != "cuda":  # said before gigabytes of pictures are decoded for it
+        raise UserError(f"cache_on_gpu on the device {device}: it needs a GPU, leave it out")
     began = read_run(run) if going_on(config, run) else {}
     tables = find_tables(config, run)
     keys = {split: table.keys() for split, table in tables.items()}
@@ -365,10 +367,8 @@ def prepare(config: TrainConfig, run: Path, device: torch.device, dtype: torch.d
 
 
 def keep_on_gpu(dataset: CaptionDataset, device: torch.device) -> None:
-    """Moves the kept pictures there. Raises UserError where there is no GPU, or none with so much room."""
+    """Moves the kept pictures there. Raises UserError where there is no room for them."""
     assert dataset.pixels.kept is not None
-    if device.type != "cuda":
-        raise UserError(f"cache_on_gpu on the device {device}: it needs a GPU, leave it out")
     needed, free = dataset.pixels.kept.numel(), torch.cuda.mem_get_info(device)[0]
     if needed > free:
         raise UserError(
@@ -405,7 +405,8 @@ def plan(job: Job, step: int) -> str:
     config, table = job.config, job.datasets["train"].table
     seconds = estimated_seconds(config, len(table), job.tokens, job.device, job.dtype) * (1 - step / job.steps)
     memory = estimated_memory(config, job.model.num_parameters, job.tokens)
-    kept = sum(data.pixels.kept.numel() for data in job.datasets.values() if data.pixels.kept is not None)
+    different = {id(data): data.pixels.kept for data in job.datasets.values()}.values()  # val may serve as test
+    kept = sum(pictures.numel() for pictures in different if pictures is not None)
     val, test = len(job.datasets["val"]), len(job.datasets["test"])
     left_out = table.left_out | {"captions cut at the model's max_length": job.datasets["train"].tokens.cut}
     notes = [table.about, *(f"{number:,} {what}" for what, number in left_out.items() if number), *job.bad.notes]
