@@ -33,14 +33,19 @@ from table import CaptionTable, make_table
 from utils import parse_flags, run_script, write_json
 
 
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that a piece of work takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def fastest(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Seconds of each piece of work: its best of several rounds, in which all take turns."""
     seconds = dict.fromkeys(work, float("inf"))
     for _ in tqdm(range(rounds), "rounds", leave=False):
         for name, piece in work.items():
-            start = time.perf_counter()
-            piece()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
+            seconds[name] = min(seconds[name], timed(piece))
     return seconds
 
 
@@ -232,7 +237,7 @@ class GenerateBenchmark:
     length: int = 20
     """Tokens of a caption."""
     rounds: int = 5
-    """Times that each captions them; ratios are medians over the rounds."""
+    """Times that each captions them; a ratio is the median over pairs, in each of which both take their turn."""
     tokenizer: str = "gpt2"
     """GPT-2's tokenizer: from the Hub, or a folder with vocab.json and merges.txt."""
     output: Path = Path("benchmark-generate.json")
@@ -278,20 +283,15 @@ class GenerateBenchmark:
             "int8": ours(True, True),
         }
         equal = torch.equal(peers["transformers"]()[:, 1:], peers["fp32"]())
-        seconds: dict[str, list[float]] = {name: [] for name in peers}
-        for name, work in peers.items():  # packed weights are kept for one precision at a time
-            work()
-            for _ in range(self.rounds):
-                for timed in dict.fromkeys(("transformers", name)):
-                    start = time.perf_counter()
-                    peers[timed]()
-                    seconds[timed].append(time.perf_counter() - start)
         print(f"{pictures} pictures, {beams} beams, {self.length} tokens (fp32 tokens equal: {equal})")
         figures: dict[str, Any] = {"pictures": pictures, "beams": beams, "equal": equal}
-        for name, times in seconds.items():
-            theirs_median = float(np.median(seconds["transformers"]))
-            figures[name] = {"seconds": float(np.median(times)), "ratio": theirs_median / float(np.median(times))}
-            print("  {name:14} {seconds:7.3f} s   {ratio:5.2f}x".format(name=name, **figures[name]))
+        for name, work in list(peers.items())[1:]:  # packed weights are kept for one precision at a time
+            work()
+            pairs = np.array([[timed(peers["transformers"]), timed(work)] for _ in range(self.rounds)])
+            theirs_seconds, seconds = np.median(pairs, 0)
+            ratio = float(np.median(pairs[:, 0] / pairs[:, 1]))
+            figures[name] = {"seconds": float(seconds), "transformers": float(theirs_seconds), "ratio": ratio}
+            print(f"  {name}  {seconds:7.3f} s   transformers {theirs_seconds:7.3f} s   {ratio:5.2f}x")
         return figures
 
 

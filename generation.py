@@ -83,7 +83,7 @@ def generate(
 
     max_length is 32 where nothing is said, or as many positions as the model has. Every caption goes on from `prefix`
     ("a photo of", or token ids) and holds none of bad_words (words, or token ids each). `generator` makes sampling
-    repeatable. int8 rounds the decoder's weights to 8 bits, on a CPU. Raises UserError for options that do not go together.
+    repeatable. int8 rounds weights to 8 bits, on a CPU. Raises UserError for options that do not go together.
     """
     prefix = model.tokenizer(prefix).input_ids if isinstance(prefix, str) else list(prefix)
     room = model.config.max_length - len(prefix)
@@ -125,14 +125,14 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        hidden = model.encode(pixel_values)
-        start = torch.tensor([model.config.start_token_id or 0, *prefix], device=hidden.device)
-        decoder = decoder_for(model, len(hidden) * max(num_beams, num_return_sequences), int8)
-        # Packed layers know their own types; autocast would turn the keys and values into bf16 anew at every token.
-        with contextlib.nullcontext() if decoder is model.decoder else torch.autocast("cpu", enabled=False):
+        fast = packed_twin(model, int8)
+        # Packed layers know their own types; autocast would turn what they share into bf16 anew at every token.
+        with contextlib.nullcontext() if fast is model else torch.autocast("cpu", enabled=False):
+            hidden = fast.encode(pixel_values)
+            start = torch.tensor([model.config.start_token_id or 0, *prefix], device=hidden.device)
             if num_beams > 1:
                 found = beam_search(
-                    decoder,
+                    fast.decoder,
                     hidden,
                     start,
                     choose_from,
@@ -146,9 +146,9 @@ def generate(
                 )
             else:
                 rows = len(hidden) * num_return_sequences
-                found = token_by_token(decoder, hidden, start, choose_from, max_length, rows, do_sample, generator)
-        if return_scores or return_attention:
-            look_again(model, hidden, found, len(prefix), return_scores, return_attention)
+                found = token_by_token(fast.decoder, hidden, start, choose_from, max_length, rows, do_sample, generator)
+            if return_scores or return_attention:
+                look_again(fast.decoder, hidden, found, len(prefix), return_scores, return_attention)
         return found
     finally:
         model.train(was_training)
@@ -156,14 +156,14 @@ def generate(
             model.packed = None
 
 
-def decoder_for(model: ImageCaptionModel, rows: int, int8: bool) -> GPT2Decoder:
-    """The model's decoder; on a CPU a twin of it whose weights are packed for so many captions at a time."""
+def packed_twin(model: ImageCaptionModel, int8: bool) -> ImageCaptionModel:
+    """The model; on a CPU a twin of it with packed weights, in the precision that autocast is set to."""
     if model.device.type != "cpu":
-        return model.decoder
-    from packed import packed_decoder
+        return model
+    from packed import packed_model
 
     half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return packed_decoder(model, "int8" if int8 else "bf16" if half else "fp32", rows)
+    return packed_model(model, "int8" if int8 else "bf16" if half else "fp32")
 
 
 def next_logits(decoder: GPT2Decoder, tokens: Tensor, cache: DecoderCache) -> Tensor:
@@ -358,26 +358,26 @@ def beam_search(
 
 
 def look_again(
-    model: ImageCaptionModel, hidden: Tensor, found: Generated, prefix: int, scores: bool, attention: bool
+    decoder: GPT2Decoder, hidden: Tensor, found: Generated, prefix: int, scores: bool, attention: bool
 ) -> None:
     """Reads the finished captions once more, all tokens at a time, and fills in token_log_probs and attention."""
-    sequences, end = found.sequences, model.config.end_token_id
-    read = torch.cat([sequences.new_full((len(sequences), 1), model.config.start_token_id or 0), sequences[:, :-1]], 1)
-    cross = model.decoder.look(hidden)
+    sequences, end = found.sequences, decoder.config.end_token_id
+    read = torch.cat([sequences.new_full((len(sequences), 1), decoder.config.start_token_id or 0), sequences[:, :-1]], 1)
+    cross = decoder.look(hidden)
     looks: list[Tensor] = []
 
     def watch(layer: CrossAttention, inputs: tuple[Tensor, ...]) -> None:
         looks.append(layer.weights(inputs[0], inputs[1]).mean(2))  # (R, L, S)
 
-    layers = model.decoder.cross_attentions() if attention else []
+    layers = decoder.cross_attentions() if attention else []
     hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
     try:
-        states = model.decoder(read, cross)
+        states = decoder(read, cross)
     finally:
         for hook in hooks:
             hook.remove()
     if scores:
-        each = torch.stack([model.decoder.head(row).float().log_softmax(-1) for row in states.unbind(1)], 1)
+        each = torch.stack([decoder.head(row).float().log_softmax(-1) for row in states.unbind(1)], 1)
         each = each.gather(-1, sequences.unsqueeze(-1)).squeeze(-1)
         is_end = sequences.eq(end or 0).long()
         behind = is_end.cumsum(1) > is_end  # after the first end token

@@ -104,7 +104,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, T, D/H)
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         # At captions' lengths torch's CPU kernel and its backward take 3 to 6 times as long as these products.
-        scores = query @ (key * key.shape[-1] ** -0.5).transpose(-1, -2)  # (B, H, Tq, Tk)
+        scores = (query * key.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, H, Tq, Tk)
         if causal:
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, float("-inf"))
@@ -191,7 +191,7 @@ class DecoderCache:
 
     cross: per layer the picture's keys and values, each (N, S, H, D/H), computed once and shared by a picture's
     K rows. own: per layer the text's keys and values, (2, N * K, max_length, H, D/H), of which the first `length`
-    positions are filled.
+    positions are filled; their dtype is the one that attention to them has.
     """
 
     cross: list[tuple[Tensor, ...]]
@@ -245,7 +245,8 @@ class SelfAttention(nn.Module):
             states[1, :, past : past + length] = value
             if past:  # a query may see every key before it; more than one at a time would need a shifted mask
                 assert length == 1
-                key, value = states[0, :, : past + 1].to(query.dtype), states[1, :, : past + 1].to(query.dtype)
+                key, value = states[:, :, : past + 1].unbind()
+                query = query.to(key.dtype)
         mixed = attention(query, key, value, causal=length > 1).flatten(2)
         return self.c_proj(packing.pack(mixed) if packing else mixed)
 
@@ -334,10 +335,19 @@ class GPT2Decoder(nn.Module):
         return [block.crossattention for block in self.blocks if isinstance(block, DecoderBlock)]
 
     def new_cache(self, encoder_hidden_states: Tensor, rows: int, max_length: int) -> DecoderCache:
-        """An empty cache for `rows` (= N * K) captions of at most max_length tokens."""
-        cross = self.look(encoder_hidden_states)
+        """An empty cache for `rows` (= N * K) captions of at most max_length tokens.
+
+        In memory heads stand before positions, as products need them: laid out once here, not at every token.
+        """
+        cross = [
+            tuple(part.transpose(1, 2).contiguous().transpose(1, 2) for part in layer)
+            for layer in self.look(encoder_hidden_states)
+        ]
         key = cross[0][0]
-        own = [key.new_zeros(2, rows, max_length, *key.shape[2:]) for _ in self.blocks]
+        heads, size = key.shape[2:]
+        # A CPU's attention to few keys is fastest in fp32.
+        dtype = torch.float32 if key.device.type == "cpu" else key.dtype
+        own = [key.new_zeros(2, rows, heads, max_length, size, dtype=dtype).transpose(2, 3) for _ in self.blocks]
         return DecoderCache(cross, own)
 
     def forward(

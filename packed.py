@@ -1,8 +1,9 @@
 """Weights laid out as a CPU's kernels read them fastest, for generation.
 
-Imports config and model. Writing a token means reading every weight of the decoder once, so on a CPU the time of a token
-is its bytes over the memory's rate; torch's plain layout reaches a fraction of that rate at a caption's few rows. oneDNN
-reads its own layout faster, and bf16 and int8 are a half and a quarter of the bytes: EXPERIMENTS.md has what that gives.
+Imports model. Writing a token means reading every weight of the decoder once, so on a CPU the time of a token is its
+bytes over the memory's rate; torch's plain layout reaches a fraction of that rate at a caption's few rows. oneDNN reads its
+own layout faster, bf16 and int8 are a half and a quarter of the bytes, and the encoder's products gain as well:
+EXPERIMENTS.md has how much.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from torch import Tensor, nn
 from model import GPT2Decoder, ImageCaptionModel
 
 Precision = Literal["fp32", "bf16", "int8"]
+ROWS = 8  # what oneDNN is told to expect: the layout it chooses for so many also serves thousands, but that for 1 does not
 
 
 class PackedLinear(nn.Module):
     """A linear layer for inference on a CPU: fp32 or bf16 weights in oneDNN's layout, x and the result of any float type."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int) -> None:
-        """weight (out, in) and bias (out,) as nn.Linear has them; `rows` is how many x will have."""
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        """weight (out, in) and bias (out,) as nn.Linear has them."""
         super().__init__()
         self.dtype = dtype
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), rows)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), ROWS)
         self.bias = None if bias is None else bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,21 +39,25 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """The same with 8-bit weights, a scale for each output, and each row of x rounded to 8 bits by its largest number."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        """`dtype` is the result's."""
         super().__init__()
+        self.dtype = dtype
         weight = weight.detach().float()
         scales = weight.abs().amax(1).clamp(min=1e-12) / 127
         rounded = (weight / scales.unsqueeze(1)).round().to(torch.int8)
-        self.weight = torch.ops.onednn.qlinear_prepack(rounded, [rows, weight.shape[1]])
+        self.weight = torch.ops.onednn.qlinear_prepack(rounded, [ROWS, weight.shape[1]])
         self.scales, self.zeros = scales, torch.zeros(len(scales), dtype=torch.int32)
-        self.bias = None if bias is None else bias.detach().float()
+        self.bias = torch.zeros(len(scales)) if bias is None else bias.detach().float()
         self.one, self.middle = torch.tensor(1.0), torch.tensor(128)
+        self.most, self.half_up = torch.tensor(127.0), torch.tensor(128.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> bf16 (..., out)."""
-        rows = x.float().flatten(0, -2)
-        largest = rows.abs().amax(1, keepdim=True).clamp(min=1e-12)
-        eights = (rows * (127 / largest) + 128.5).to(torch.uint8)  # 128 is zero
+        """x (..., in) -> (..., out)."""
+        x = x.float()
+        largest = x.abs().amax(-1, keepdim=True)  # of a row of zeros 0: whatever its integers are, it scales them to 0
+        # 128 is zero. By way of int16, because torch's cast from float to uint8 goes number by number.
+        eights = torch.addcmul(self.half_up, x, self.most / largest).to(torch.int16).to(torch.uint8)
         out = torch.ops.onednn.qlinear_pointwise(
             eights,
             self.one,
@@ -67,14 +73,19 @@ class Int8Linear(nn.Module):
             [],
             "",
         )
-        out *= largest / 127
-        if self.bias is not None:
-            out += self.bias
-        return out.to(torch.bfloat16).unflatten(0, x.shape[:-1])
+        return torch.addcmul(self.bias, out, largest, value=1 / 127).to(self.dtype)
+
+
+class PackedModel(ImageCaptionModel):
+    """A model whose linear layers are packed; everything else is the original's."""
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """As the original, two pictures at a time: what goes from layer to layer then stays in the processor's cache."""
+        return torch.cat([super(PackedModel, self).encode(part) for part in pixel_values.split(2)])
 
 
 class PackedDecoder(GPT2Decoder):
-    """A decoder whose linear layers, the head's too, are packed; everything else is the original's."""
+    """Its decoder, with the head packed as well."""
 
     packed_head: nn.Module
 
@@ -89,35 +100,36 @@ def available(precision: Precision) -> bool:
     try:
         x, weight = torch.randn(3, 64), torch.randn(32, 64)
         exact = x @ weight.T
-        return bool((pack(weight, None, precision, 3)(x) - exact).abs().max() < 0.1 * exact.abs().max())
+        return bool((pack(weight, None, precision)(x) - exact).abs().max() < 0.1 * exact.abs().max())
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
 
 
-def pack(weight: Tensor, bias: Tensor | None, precision: Precision, rows: int) -> nn.Module:
-    """One layer."""
+def pack(weight: Tensor, bias: Tensor | None, precision: Precision, name: str = "") -> nn.Module:
+    """The layer of this name."""
     if precision == "int8":
-        return Int8Linear(weight, bias, rows)
-    return PackedLinear(weight, bias, torch.float32 if precision == "fp32" else torch.bfloat16, rows)
+        # What attention reads is halved; norms, GELU and sums go on from fp32 as it comes.
+        attended = name.endswith(("qkv", "c_attn", "q_attn"))
+        return Int8Linear(weight, bias, torch.bfloat16 if attended else torch.float32)
+    return PackedLinear(weight, bias, torch.float32 if precision == "fp32" else torch.bfloat16)
 
 
-def packed_decoder(model: ImageCaptionModel, precision: Precision, rows: int) -> GPT2Decoder:
-    """A twin of the model's decoder for generating `rows` captions at a time on a CPU, or the decoder itself where that
-    cannot be had. It is kept until the weights change, and takes as much memory again as they do in its precision."""
-    decoder = model.decoder
-    if model.device.type != "cpu" or decoder.wte.weight.dtype != torch.float32 or not available(precision):
-        return decoder
-    weights = [decoder.wte.weight, *(p for block in decoder.blocks for p in block.parameters())]
-    key = (precision, rows, tuple((weight.data_ptr(), weight._version) for weight in weights))
+def packed_model(model: ImageCaptionModel, precision: Precision) -> ImageCaptionModel:
+    """A twin of the model for generating on a CPU, or the model itself where that cannot be had. It is kept until the
+    weights change, and takes as much memory again as they do in its precision."""
+    if model.device.type != "cpu" or model.decoder.wte.weight.dtype != torch.float32 or not available(precision):
+        return model
+    key = (precision, tuple((weight.data_ptr(), weight._version) for weight in model.parameters()))
     if model.packed is None or model.packed[0] != key:
         model.packed = None  # before the new one is made: there may be no room for both
         # deepcopy takes what the memo has for a module in its place: packed layers, and the tensors that are shared.
-        memo: dict[int, Any] = {id(p): p for p in decoder.parameters()}
-        for module in decoder.modules():
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                memo[id(module)] = pack(module.weight, module.bias, precision, rows)
-        twin = copy.deepcopy(decoder, memo)
-        twin.__class__ = PackedDecoder
-        twin.packed_head = pack(decoder.wte.weight, None, precision, rows)
+                memo[id(module)] = pack(module.weight, module.bias, precision, name)
+        twin = copy.copy(model)
+        twin._modules = {name: copy.deepcopy(module, memo) for name, module in model._modules.items()}
+        twin.__class__, twin.decoder.__class__ = PackedModel, PackedDecoder
+        twin.decoder.packed_head = pack(model.decoder.wte.weight, None, precision)
         model.packed = (key, twin)
     return model.packed[1]

@@ -8,7 +8,7 @@ from conftest import tiny_config
 
 import packed
 from model import ImageCaptionModel
-from packed import PackedDecoder, available, packed_decoder
+from packed import PackedDecoder, available, packed_model
 
 PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -27,11 +27,9 @@ def states(model: ImageCaptionModel, precision) -> tuple[torch.Tensor, torch.Ten
     """Logits of the same tokens by the plain decoder and by the packed one."""
     ids = torch.randint(0, 96, (6, 7), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        hidden = model.encode(PICTURES)
-        twin = packed_decoder(model, precision, 6)
-        assert isinstance(twin, PackedDecoder)
-        plain = model.decoder.head(model.decoder(ids, model.decoder.look(hidden)))
-        return plain, twin.head(twin(ids, twin.look(hidden))).float()
+        twin = packed_model(model, precision)
+        assert isinstance(twin.decoder, PackedDecoder) and not isinstance(model.decoder, PackedDecoder)
+        return model(PICTURES, ids).logits, twin(PICTURES, ids).logits.float()
 
 
 @pytest.mark.parametrize(("precision", "close"), [("fp32", 1e-5), ("bf16", 0.02), ("int8", 0.04)])
@@ -79,7 +77,7 @@ def test_int8_rows_do_not_touch_each_other():
     if not available("int8"):
         pytest.skip("this CPU has no int8 kernels")
     torch.manual_seed(0)
-    layer = packed.Int8Linear(torch.randn(64, 96), torch.randn(64), 2)
+    layer = packed.Int8Linear(torch.randn(64, 96), torch.randn(64), torch.float32)
     x = torch.randn(2, 96)
     alone, beside = layer(x[:1]), layer(torch.stack([x[0], 1000 * x[1]]))
     assert torch.equal(alone[0], beside[0])
