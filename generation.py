@@ -125,7 +125,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        fast = packed_twin(model, int8)
+        fast = packed_twin(model, int8, len(pixel_values) * max(num_beams, num_return_sequences))
         # Packed layers know their own types; autocast would turn what they share into bf16 anew at every token.
         with contextlib.nullcontext() if fast is model else torch.autocast("cpu", enabled=False):
             hidden = fast.encode(pixel_values)
@@ -156,14 +156,17 @@ def generate(
             model.packed = None
 
 
-def packed_twin(model: ImageCaptionModel, int8: bool) -> ImageCaptionModel:
-    """The model; on a CPU a twin of it with packed weights, in the precision that autocast is set to."""
-    if model.device.type != "cpu":
-        return model
-    from packed import packed_model
+def packed_twin(model: ImageCaptionModel, int8: bool, rows: int) -> ImageCaptionModel:
+    """The model; on a CPU a twin with weights packed for so many captions, in the precision that autocast is set to."""
+    twin = model
+    if model.device.type == "cpu":
+        from packed import packed_model
 
-    half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return packed_model(model, "int8" if int8 else "bf16" if half else "fp32")
+        half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        twin = packed_model(model, "int8" if int8 else "bf16" if half else "fp32", rows)
+    if int8 and twin is model:
+        raise UserError("int8 needs a model in fp32 on a CPU that has the kernels: use another precision")
+    return twin
 
 
 def next_logits(decoder: GPT2Decoder, tokens: Tensor, cache: DecoderCache) -> Tensor:

@@ -19,6 +19,7 @@ from model import GPT2Decoder, ImageCaptionModel
 
 Precision = Literal["fp32", "bf16", "int8"]
 ROWS = 8  # what oneDNN is told to expect: the layout it chooses for so many also serves thousands, but that for 1 does not
+FEW = 4  # rows, up to which rounding them costs more time than it saves
 
 
 class PackedLinear(nn.Module):
@@ -76,6 +77,23 @@ class Int8Linear(nn.Module):
         return torch.addcmul(self.bias, out, largest, value=1 / 127).to(self.dtype)
 
 
+class Int8Weight(nn.Module):
+    """The same with 8-bit weights for a few rows, which stay bf16."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        """`dtype` is the result's."""
+        super().__init__()
+        weight = weight.detach().float()
+        self.scales = (weight.abs().amax(1).clamp(min=1e-12) / 127).bfloat16()
+        self.weight = (weight / self.scales.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
+        self.bias = torch.zeros(len(weight), dtype=dtype) if bias is None else bias.detach().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        rows = x.to(torch.bfloat16).flatten(0, -2)
+        return (torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales) + self.bias).view(*x.shape[:-1], -1)
+
+
 class PackedModel(ImageCaptionModel):
     """A model whose linear layers are packed; everything else is the original's."""
 
@@ -100,36 +118,43 @@ def available(precision: Precision) -> bool:
     try:
         x, weight = torch.randn(3, 64), torch.randn(32, 64)
         exact = x @ weight.T
-        return bool((pack(weight, None, precision)(x) - exact).abs().max() < 0.1 * exact.abs().max())
+        layers = [pack(weight, None, precision), pack(weight, None, precision, few=True)]
+        return all(bool((layer(x) - exact).abs().max() < 0.1 * exact.abs().max()) for layer in layers)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
 
 
-def pack(weight: Tensor, bias: Tensor | None, precision: Precision, name: str = "") -> nn.Module:
-    """The layer of this name."""
+def pack(
+    weight: Tensor, bias: Tensor | None, precision: Precision, few: bool = False, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """One layer; `few` where it will meet at most FEW rows at a time, and `dtype` is an int8 layer's result's."""
     if precision == "int8":
-        # What attention reads is halved; norms, GELU and sums go on from fp32 as it comes.
-        attended = name.endswith(("qkv", "c_attn", "q_attn"))
-        return Int8Linear(weight, bias, torch.bfloat16 if attended else torch.float32)
+        return Int8Weight(weight, bias, dtype) if few else Int8Linear(weight, bias, dtype)
     return PackedLinear(weight, bias, torch.float32 if precision == "fp32" else torch.bfloat16)
 
 
-def packed_model(model: ImageCaptionModel, precision: Precision) -> ImageCaptionModel:
-    """A twin of the model for generating on a CPU, or the model itself where that cannot be had. It is kept until the
-    weights change, and takes as much memory again as they do in its precision."""
+def packed_model(model: ImageCaptionModel, precision: Precision, rows: int) -> ImageCaptionModel:
+    """A twin of the model for generating `rows` captions at a time on a CPU, or the model itself where that cannot be had.
+
+    It is kept until the weights change, and takes as much memory again as they do in its precision."""
     if model.device.type != "cpu" or model.decoder.wte.weight.dtype != torch.float32 or not available(precision):
         return model
-    key = (precision, tuple((weight.data_ptr(), weight._version) for weight in model.parameters()))
+    few = precision == "int8" and rows <= FEW
+    key = (precision, few, tuple((weight.data_ptr(), weight._version) for weight in model.parameters()))
     if model.packed is None or model.packed[0] != key:
         model.packed = None  # before the new one is made: there may be no room for both
         # deepcopy takes what the memo has for a module in its place: packed layers, and the tensors that are shared.
         memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                memo[id(module)] = pack(module.weight, module.bias, precision, name)
+                tokens_only = name.startswith("decoder.") and not name.endswith("crossattention.c_attn")
+                # Attention to a picture is halved, except for a few queries, which are faster in fp32.
+                halved = name.endswith(("qkv",) if few else ("qkv", "c_attn", "q_attn"))
+                dtype = torch.bfloat16 if halved else torch.float32
+                memo[id(module)] = pack(module.weight, module.bias, precision, few and tokens_only, dtype)
         twin = copy.copy(model)
         twin._modules = {name: copy.deepcopy(module, memo) for name, module in model._modules.items()}
         twin.__class__, twin.decoder.__class__ = PackedModel, PackedDecoder
-        twin.decoder.packed_head = pack(model.decoder.wte.weight, None, precision)
+        twin.decoder.packed_head = pack(model.decoder.wte.weight, None, precision, few=few)
         model.packed = (key, twin)
     return model.packed[1]

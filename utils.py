@@ -150,10 +150,14 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of matrix products and the reason: fp16 on CUDA, elsewhere bf16 only where it is measured to be faster."""
+    """The dtype of matrix products and the reason: fp16 on CUDA, elsewhere bf16 only where it is measured to be faster.
+
+    int8 is for captions on a CPU (generate's int8); whatever else there is to compute gets what auto would."""
     if wanted == "fp16" and device.type == "cpu":
         raise UserError("precision fp16 needs a GPU: use --precision auto, bf16 or fp32")
-    if wanted != "auto":
+    if wanted == "int8" and device.type != "cpu":
+        raise UserError("precision int8 is for a CPU: use --precision auto, or --device cpu")
+    if wanted not in ("auto", "int8"):
         return PRECISIONS[wanted], "asked for"
     if device.type == "cuda":
         return torch.float16, "the default on CUDA (bf16 by --precision bf16)"

@@ -1,0 +1,132 @@
+"""ONNX files of a model, for onnxruntime anywhere and transformers.js in a browser or Node.
+
+    python convert.py onnx vit-gpt2-captioning.safetensors my-captioner-onnx
+
+Imports config, model and convert; torch's exporter needs onnx and onnxscript, eight-bit files onnxruntime
+(requirements-onnx.txt). The folder is the one that convert's to-transformers writes, with onnx/ in the place of the
+weights, and has the names that transformers.js looks for.
+
+The encoder gives what the decoder needs of a picture: each layer's cross-attention keys and values, side by side, so that
+no token computes them again. They go by the names last_hidden_state and encoder_hidden_states, because a runtime hands
+the one to the other without looking inside. The decoder takes any number of tokens, with or without a past.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import UserError
+from model import ImageCaptionModel
+
+OPSET = 20
+
+
+class PictureEncoder(nn.Module):
+    """pixel_values (N, 3, S, S), normalised -> the pictures' keys and values, (N, P + 1, layers * 2 * D)."""
+
+    def __init__(self, model: ImageCaptionModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """As above."""
+        hidden = self.model.encode(pixel_values)
+        return torch.cat([layer.c_attn(hidden) for layer in self.model.decoder.cross_attentions()], -1)
+
+
+class TokenDecoder(nn.Module):
+    """Logits of the next token from some tokens, the pictures' keys and values, and the past ones of the text."""
+
+    def __init__(self, model: ImageCaptionModel) -> None:
+        super().__init__()
+        self.decoder = model.decoder
+
+    def forward(self, input_ids: Tensor, encoder_hidden_states: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        """input_ids (N, T), encoder_hidden_states as PictureEncoder gives them, past: for each layer keys and values,
+        (N, H, P, D/H) each -> logits of what follows the last token, (N, 1, V), and the past with these tokens."""
+        decoder, length, before = self.decoder, input_ids.shape[1], past[0].shape[2]
+        positions = torch.arange(length, device=input_ids.device) + before
+        x = decoder.wte(input_ids) + decoder.wpe(positions)
+        future = torch.arange(before + length, device=input_ids.device) > positions.unsqueeze(-1)  # (T, P + T)
+        hidden = torch.where(future, float("-inf"), 0.0)
+        pictures = encoder_hidden_states.chunk(2 * len(decoder.blocks), -1)
+        present: list[Tensor] = []
+        for index, block in enumerate(decoder.blocks):
+            own, cross, heads = block.attn, block.crossattention, block.attn.num_heads
+            query, key, value = (split(part, heads) for part in own.c_attn(block.ln_1(x)).chunk(3, -1))
+            key = torch.cat([past[2 * index], key], 2)
+            value = torch.cat([past[2 * index + 1], value], 2)
+            present += [key, value]
+            x = x + own.c_proj(attend(query, key, value, hidden))
+            query = split(cross.q_attn(block.ln_cross_attn(x)), heads)
+            key, value = (split(part, heads) for part in pictures[2 * index : 2 * index + 2])
+            x = x + cross.c_proj(attend(query, key, value))
+            x = x + block.c_proj(F.gelu(block.c_fc(block.ln_2(x)), approximate="tanh"))
+        return decoder.head(decoder.ln_f(x[:, -1:])), *present
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    """(N, T, D) -> (N, H, T, D/H)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention (N, H, T, D/H) in plain products, that every runtime knows -> (N, T, D)."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if mask is not None:
+        scores = scores + mask
+    return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+def export(model: ImageCaptionModel, folder: Path) -> None:
+    """Writes encoder_model.onnx and decoder_model_merged.onnx into the folder."""
+    config = model.config
+    model = model.float().cpu().eval()
+    pixels = torch.zeros(2, 3, config.image_size, config.image_size)
+    heads, layers = config.decoder_num_heads, config.decoder_num_layers
+    past = [torch.zeros(2, heads, 3, config.decoder_embed_dim // heads) for _ in range(2 * layers)]
+    names = [f"{n}.{part}" for n in range(layers) for part in ("key", "value")]
+    batch, tokens, before = (torch.export.Dim(name, min=low) for name, low in (("batch", 1), ("tokens", 1), ("past", 0)))
+    with torch.no_grad():
+        encoder = PictureEncoder(model)
+        _export(
+            encoder,
+            (pixels,),
+            folder / "encoder_model.onnx",
+            ["pixel_values"],
+            ["last_hidden_state"],
+            ({0: batch},),
+        )
+        _export(
+            TokenDecoder(model),
+            (torch.zeros(2, 4, dtype=torch.int64), encoder(pixels), past),
+            folder / "decoder_model_merged.onnx",
+            ["input_ids", "encoder_hidden_states", *(f"past_key_values.{name}" for name in names)],
+            ["logits", *(f"present.{name}" for name in names)],
+            ({0: batch, 1: tokens}, {0: batch}, [{0: batch, 2: before}] * (2 * layers)),
+        )
+
+
+def _export(
+    module: nn.Module, inputs: tuple[Any, ...], path: Path, names: list[str], outputs: list[str], dynamic: tuple[Any, ...]
+) -> None:
+    torch.onnx.export(
+        module,
+        inputs,
+        path,
+        input_names=names,
+        output_names=outputs,
+        dynamic_shapes=dynamic,
+        opset_version=OPSET,
+        dynamo=True,
+        external_data=False,
+    )
