@@ -2,8 +2,9 @@
 
     python convert.py to-transformers vit-gpt2-captioning.safetensors my-captioner
     python convert.py from-transformers user/captioner vit-gpt2-captioning.safetensors
+    python convert.py onnx vit-gpt2-captioning.safetensors my-captioner-onnx
 
-Imports config, model and utils; the Hub's client by a late import. Goes by the names that transformers writes to disk
+Imports config, model and utils; the Hub's client and onnx_export, which does the third, by late imports. Goes by the names that transformers writes to disk
 and loads everything or nothing: every tensor's name and shape is checked, and what this model cannot represent is an
 error. Never trains, and unpickles nothing unasked.
 """
@@ -50,7 +51,7 @@ Source = str | os.PathLike[str]  # a folder, or user/name on the Hugging Face Hu
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
 MARKER = f"{METADATA_KEY}.json"  # what transformers has no place for; a folder that has it was written here
 WRITTEN = [MARKER, WEIGHTS, "config.json", "generation_config.json", "preprocessor_config.json"]
-WRITTEN += ["tokenizer.json", "tokenizer_config.json"]
+WRITTEN += ["tokenizer.json", "tokenizer_config.json", "onnx"]
 WANTED = [*WRITTEN, "processor_config.json", "vocab.json", "merges.txt", f"{WEIGHTS}.index.json", "model-*.safetensors"]
 
 # Our fields, transformers' names for them and its defaults.
@@ -165,8 +166,25 @@ def take(path: Path, weights: dict[str, Tensor], names: list[Name], config: ViTG
 def save_transformers(model: ImageCaptionModel, directory: str | os.PathLike[str]) -> None:
     """Writes a folder that transformers loads by itself: AutoModelForImageTextToText, AutoImageProcessor, AutoTokenizer.
 
-    The folder must be new, empty, or written by this function, and appears whole or not at all. Raises UserError
-    otherwise, and where the model has no tokenizer and GPT-2's cannot be had.
+    Raises UserError where the folder must not be written (see new_folder), and where the model has no tokenizer and
+    GPT-2's cannot be had.
+    """
+    config, dtype = model.config, model.decoder.wte.weight.dtype
+    weights = rename({name: t.detach().cpu() for name, t in model.state_dict().items()}, list(tensor_names(config)))
+    # transformers' ViT has a pooler. Without one in the file it makes one up, and warns that the model needs training.
+    width = config.vision_embed_dim
+    weights["encoder.pooler.dense.weight"] = torch.zeros(width, width, dtype=dtype)
+    weights["encoder.pooler.dense.bias"] = torch.zeros(width, dtype=dtype)
+    with new_folder(directory) as folder:
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        write_their_files(model, folder)
+
+
+@contextlib.contextmanager
+def new_folder(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill, which takes the directory's place at the end: it appears whole or not at all.
+
+    The directory must be new, empty, or written by this module. Raises UserError otherwise.
     """
     directory = Path(directory).absolute()
     if directory.exists() and not directory.is_dir():
@@ -175,22 +193,11 @@ def save_transformers(model: ImageCaptionModel, directory: str | os.PathLike[str
     others = [name for name in inside if name not in WRITTEN or MARKER not in inside]
     if others:
         raise UserError(f"{directory}: holds other files ({', '.join(others[:3])}): name a new or empty folder")
-    config, dtype = model.config, model.decoder.wte.weight.dtype
-    weights = rename({name: t.detach().cpu() for name, t in model.state_dict().items()}, list(tensor_names(config)))
-    # transformers' ViT has a pooler. Without one in the file it makes one up, and warns that the model needs training.
-    width = config.vision_embed_dim
-    weights["encoder.pooler.dense.weight"] = torch.zeros(width, width, dtype=dtype)
-    weights["encoder.pooler.dense.bias"] = torch.zeros(width, dtype=dtype)
-    contents = their_files(config, model.tokenizer)
-    contents["config.json"]["dtype"] = str(dtype).removeprefix("torch.")
-    contents[MARKER] = {"trained_on": keys_to_text(model.trained_on)}
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt"})
-        for name, content in contents.items():
-            write_json(unfinished / name, content)
+        yield unfinished
         if directory.exists():
             shutil.rmtree(directory)
         unfinished.rename(directory)
@@ -198,6 +205,15 @@ def save_transformers(model: ImageCaptionModel, directory: str | os.PathLike[str
         raise UserError(f"{directory}: cannot be written ({first_line(error)}): name another folder") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_their_files(model: ImageCaptionModel, folder: Path) -> None:
+    """What stands beside the weights: config, processor, tokenizer, and what transformers has no place for."""
+    contents = their_files(model.config, model.tokenizer)
+    contents["config.json"]["dtype"] = str(model.decoder.wte.weight.dtype).removeprefix("torch.")
+    contents[MARKER] = {"trained_on": keys_to_text(model.trained_on)}
+    for name, content in contents.items():
+        write_json(folder / name, content)
 
 
 def their_files(config: ViTGPT2Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, dict[str, Any]]:
@@ -650,9 +666,30 @@ class FromTransformers:
         return self.output
 
 
+@dataclass(kw_only=True)
+class Onnx:
+    """Write a folder with ONNX files, for onnxruntime and transformers.js."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """The model: a file, a folder or a Hub name."""
+    directory: Annotated[Path, tyro.conf.Positional]
+    """The folder to write: new, empty, or written by this script before."""
+    int8: bool = False
+    """Write files with 8-bit weights as well, a quarter as large."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+    def run(self) -> Path:
+        """Converts; returns what was written."""
+        from onnx_export import save_onnx
+
+        save_onnx(ImageCaptionModel.from_pretrained(self.model), self.directory, self.int8)
+        return self.directory
+
+
 def main() -> None:
     """The command line."""
-    commands: Any = ToTransformers | FromTransformers
+    commands: Any = ToTransformers | FromTransformers | Onnx
     print(f"written to {parse_flags(commands, __doc__).run()}")
 
 

@@ -365,7 +365,9 @@ def look_again(
 ) -> None:
     """Reads the finished captions once more, all tokens at a time, and fills in token_log_probs and attention."""
     sequences, end = found.sequences, decoder.config.end_token_id
-    read = torch.cat([sequences.new_full((len(sequences), 1), decoder.config.start_token_id or 0), sequences[:, :-1]], 1)
+    read = torch.cat(
+        [sequences.new_full((len(sequences), 1), decoder.config.start_token_id or 0), sequences[:, :-1]], 1
+    )
     cross = decoder.look(hidden)
     looks: list[Tensor] = []
 

@@ -13,10 +13,12 @@ the one to the other without looking inside. The decoder takes any number of tok
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import logging
+import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import UserError
-from model import ImageCaptionModel
+from convert import new_folder, write_their_files
+from model import DecoderBlock, ImageCaptionModel
 
-OPSET = 20
+OPSET = 20  # known to the runtimes of the last two years
+ENCODER, DECODER = "encoder_model", "decoder_model_merged"  # transformers.js looks for these
+
+
+def save_onnx(model: ImageCaptionModel, directory: str | os.PathLike[str], int8: bool = False) -> None:
+    """Writes the folder; with int8 also files with 8-bit weights, whose names end in _quantized.
+
+    Raises UserError where a package is missing, and where the folder must not be written (see convert.new_folder).
+    """
+    needed = ["onnx", "onnxscript", *(["onnxruntime"] if int8 else [])]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise UserError(f"ONNX files need {', '.join(missing)}: pip install -r requirements-onnx.txt")
+    with new_folder(directory) as folder:
+        (folder / "onnx").mkdir()
+        export(model, folder / "onnx")
+        if int8:
+            for name in (ENCODER, DECODER):
+                quantize(folder / "onnx" / f"{name}.onnx", folder / "onnx" / f"{name}_quantized.onnx")
+        write_their_files(model, folder)
 
 
 class PictureEncoder(nn.Module):
@@ -61,6 +82,7 @@ class TokenDecoder(nn.Module):
         pictures = encoder_hidden_states.chunk(2 * len(decoder.blocks), -1)
         present: list[Tensor] = []
         for index, block in enumerate(decoder.blocks):
+            assert isinstance(block, DecoderBlock)
             own, cross, heads = block.attn, block.crossattention, block.attn.num_heads
             query, key, value = (split(part, heads) for part in own.c_attn(block.ln_1(x)).chunk(3, -1))
             key = torch.cat([past[2 * index], key], 2)
@@ -88,45 +110,72 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 
 
 def export(model: ImageCaptionModel, folder: Path) -> None:
-    """Writes encoder_model.onnx and decoder_model_merged.onnx into the folder."""
-    config = model.config
+    """Writes encoder_model.onnx and decoder_model_merged.onnx, in fp32."""
+    config, layers = model.config, model.config.decoder_num_layers
     model = model.float().cpu().eval()
     pixels = torch.zeros(2, 3, config.image_size, config.image_size)
-    heads, layers = config.decoder_num_heads, config.decoder_num_layers
-    past = [torch.zeros(2, heads, 3, config.decoder_embed_dim // heads) for _ in range(2 * layers)]
+    heads = config.decoder_num_heads
+    past = [torch.zeros(2, heads, 3, config.decoder_embed_dim // heads) for _ in range(2 * layers)]  # not one, repeated
     names = [f"{n}.{part}" for n in range(layers) for part in ("key", "value")]
-    batch, tokens, before = (torch.export.Dim(name, min=low) for name, low in (("batch", 1), ("tokens", 1), ("past", 0)))
+    # transformers.js fills in the batch by this name when it makes the first, empty past.
+    batch, tokens, before = (torch.export.Dim(name) for name in ("batch_size", "tokens", "past_tokens"))
     with torch.no_grad():
-        encoder = PictureEncoder(model)
-        _export(
-            encoder,
-            (pixels,),
-            folder / "encoder_model.onnx",
-            ["pixel_values"],
-            ["last_hidden_state"],
-            ({0: batch},),
-        )
-        _export(
-            TokenDecoder(model),
-            (torch.zeros(2, 4, dtype=torch.int64), encoder(pixels), past),
-            folder / "decoder_model_merged.onnx",
-            ["input_ids", "encoder_hidden_states", *(f"past_key_values.{name}" for name in names)],
+        encoder = PictureEncoder(model).eval()
+        to_file(encoder, {"pixel_values": (pixels, {0: batch})}, ["last_hidden_state"], folder / f"{ENCODER}.onnx")
+        inputs = {
+            "input_ids": (torch.zeros(2, 4, dtype=torch.int64), {0: batch, 1: tokens}),
+            "encoder_hidden_states": (encoder(pixels), {0: batch}),
+            "past": (past, [{0: batch, 2: before}] * len(past)),
+        }
+        to_file(
+            TokenDecoder(model).eval(),
+            inputs,
             ["logits", *(f"present.{name}" for name in names)],
-            ({0: batch, 1: tokens}, {0: batch}, [{0: batch, 2: before}] * (2 * layers)),
+            folder / f"{DECODER}.onnx",
+            ["input_ids", "encoder_hidden_states", *(f"past_key_values.{name}" for name in names)],
         )
 
 
-def _export(
-    module: nn.Module, inputs: tuple[Any, ...], path: Path, names: list[str], outputs: list[str], dynamic: tuple[Any, ...]
+def to_file(
+    module: nn.Module,
+    inputs: dict[str, tuple[Any, Any]],
+    outputs: list[str],
+    path: Path,
+    names: list[str] | None = None,
 ) -> None:
-    torch.onnx.export(
-        module,
-        inputs,
-        path,
-        input_names=names,
-        output_names=outputs,
-        dynamic_shapes=dynamic,
-        opset_version=OPSET,
-        dynamo=True,
-        external_data=False,
-    )
+    """Exports a module by torch. inputs: argument -> (an example, which of its dimensions vary); names: of the file's
+    inputs, where they are not the arguments'."""
+    examples, dynamic = zip(*inputs.values(), strict=True)
+    with quiet():
+        torch.onnx.export(
+            module,
+            examples,
+            path,
+            input_names=names or list(inputs),
+            output_names=outputs,
+            dynamic_shapes=dynamic,
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+        )
+
+
+def quantize(source: Path, target: Path) -> None:
+    """The same graph with 8-bit weights, a scale for each output; what they are multiplied with is rounded as it comes."""
+    from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
+
+    with quiet():
+        quant_pre_process(source, target, skip_symbolic_shape=True)  # the head's weights get turned round on disk
+        kinds = ["MatMul", "Gather"]
+        quantize_dynamic(target, target, kinds, per_channel=True, weight_type=QuantType.QInt8)
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Without the exporters' own progress and their warnings about each other."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from model import GPT2Decoder, ImageCaptionModel
 
 Precision = Literal["fp32", "bf16", "int8"]
-ROWS = 8  # what oneDNN is told to expect: the layout it chooses for so many also serves thousands, but that for 1 does not
+ROWS = (
+    8  # what oneDNN is told to expect: the layout it chooses for so many also serves thousands, but that for 1 does not
+)
 FEW = 4  # rows, up to which rounding them costs more time than it saves
 
 
