@@ -125,9 +125,9 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        fast = packed_twin(model, int8, len(pixel_values) * max(num_beams, num_return_sequences))
-        # Packed layers know their own types; autocast would turn what they share into bf16 anew at every token.
-        with contextlib.nullcontext() if fast is model else torch.autocast("cpu", enabled=False):
+        fast = fast_twin(model, int8, len(pixel_values) * max(num_beams, num_return_sequences))
+        # A twin's layers know their own types; autocast would turn what they share into half precision at every token.
+        with contextlib.nullcontext() if fast is model else torch.autocast(model.device.type, enabled=False):
             hidden = fast.encode(pixel_values)
             start = torch.tensor([model.config.start_token_id or 0, *prefix], device=hidden.device)
             if num_beams > 1:
@@ -156,15 +156,20 @@ def generate(
             model.packed = None
 
 
-def packed_twin(model: ImageCaptionModel, int8: bool, rows: int) -> ImageCaptionModel:
-    """The model; on a CPU a twin with weights packed for so many captions, in the precision that autocast is set to."""
-    twin = model
-    if model.device.type == "cpu":
+def fast_twin(model: ImageCaptionModel, int8: bool, rows: int) -> ImageCaptionModel:
+    """A twin of the model made for so many captions at a time, in the precision that autocast is set to: on a CPU with
+    packed weights, on a GPU with recorded steps; elsewhere the model itself."""
+    device, twin = model.device.type, model
+    halved = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    if device == "cpu":
         from packed import packed_model
 
-        half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        twin = packed_model(model, "int8" if int8 else "bf16" if half else "fp32", rows)
-    if int8 and twin is model:
+        twin = packed_model(model, "int8" if int8 else "bf16" if halved == torch.bfloat16 else "fp32", rows)
+    elif device == "cuda":
+        from graphs import graphed_model
+
+        twin = graphed_model(model, halved or model.decoder.wte.weight.dtype)
+    if int8 and (device != "cpu" or twin is model):
         raise UserError("int8 needs a model in fp32 on a CPU that has the kernels: use another precision")
     return twin
 

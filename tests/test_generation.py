@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_config
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_model import pair  # noqa: F401  # a fixture
 
@@ -196,6 +196,7 @@ def test_top_k_of_one_is_greedy(tiny_model):
     top_k=st.integers(0, 12),
     top_p=st.floats(0.05, 1),
 )
+@example(logits=[5.0, -2.0], temperature=0.25, top_k=0, top_p=1.0)
 def test_sampling_keeps_the_best_and_their_proportions(logits, temperature, top_k, top_p):
     sharpened = sharpen(torch.tensor([logits], dtype=torch.float64), temperature, top_k, top_p)
     probabilities = sharpened.softmax(-1)[0]
@@ -208,7 +209,10 @@ def test_sampling_keeps_the_best_and_their_proportions(logits, temperature, top_
     torch.testing.assert_close(probabilities[kept], whole[kept] / whole[kept].sum())
     allowed = whole.sort(descending=True).values[: top_k or None]
     allowed = allowed / allowed.sum()
-    assert kept.sum() == 1 + int((allowed.cumsum(0)[:-1] < top_p - 1e-12).sum())
+    # Rounding decides where the better ones hold just top_p: two logits far apart failed here once with top_p = 1.
+    before = allowed.cumsum(0)[:-1]
+    fewest, most = (1 + int((before < top_p + slack).sum()) for slack in (-1e-9, 1e-9))
+    assert fewest <= kept.sum() <= most
 
 
 def test_draws_follow_the_distribution():

@@ -1,0 +1,119 @@
+"""Decoding on a GPU: the model in half precision, and the work of one token recorded once as a CUDA graph and replayed.
+
+Imports model. For a few captions a token is some hundreds of kernels, each done before Python can start the next one; a
+graph starts them all at once. It needs shapes and addresses that never change, so the cache has its full length from
+the first token on, a mask hides what is not written yet, and later pictures are copied over earlier ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import DecoderBlock, DecoderCache, GPT2Decoder, ImageCaptionModel, Packing, split_heads
+
+
+@dataclass
+class StaticCache(DecoderCache):
+    """A cache with what a recorded step reads and writes besides."""
+
+    tokens: Tensor = field(kw_only=True)
+    """int64 (rows, 1): the tokens to read."""
+    place: Tensor = field(kw_only=True)
+    """int64 (1,): the position they stand at."""
+    states: Tensor | None = None
+    """(rows, 1, D): what the step gives."""
+    graph: torch.cuda.CUDAGraph | None = None
+    """The recorded step; on a CPU there is none."""
+
+
+class StaticDecoder(GPT2Decoder):
+    """A decoder that reads single tokens by a recorded step; everything else is the original's."""
+
+    kept: StaticCache | None
+
+    def new_cache(self, encoder_hidden_states: Tensor, rows: int, max_length: int) -> StaticCache:
+        """The kept cache, filled anew, where the shapes are the same; otherwise another one, its step recorded."""
+        cross = self.look(encoder_hidden_states)
+        kept = self.kept
+        if kept and kept.own[0].shape[1:3] == (rows, max_length) and kept.cross[0][0].shape == cross[0][0].shape:
+            for old, new in zip(kept.cross, cross, strict=True):
+                for part, fresh in zip(old, new, strict=True):
+                    part.copy_(fresh)
+            kept.length = 0
+            return kept
+        self.kept = None  # before the new one is made: there may be no room for both
+        cache, device = super().new_cache(encoder_hidden_states, rows, max_length), encoder_hidden_states.device
+        tokens, place = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((rows, 1), (1,)))
+        self.kept = StaticCache(cache.cross, cache.own, tokens=tokens, place=place)
+        if device.type == "cuda":
+            self.record(self.kept)
+        return self.kept
+
+    def record(self, cache: StaticCache) -> None:
+        """Records a step on the cache; what it writes at position 0 meanwhile is written over by the first token."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels choose and allocate on their first runs, which must not be recorded
+            for _ in range(3):
+                self.step(cache)
+        torch.cuda.current_stream().wait_stream(stream)
+        cache.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(cache.graph):
+            cache.states = self.step(cache)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cross: list[tuple[Tensor, ...]],
+        packing: Packing | None = None,
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
+        """As the original; the states of single tokens are valid until the next call."""
+        if not isinstance(cache, StaticCache) or input_ids.shape[1] > 1:
+            return super().forward(input_ids, cross, packing, cache)
+        cache.tokens.copy_(input_ids)
+        cache.place.fill_(cache.length)
+        if cache.graph is None:
+            cache.states = self.step(cache)
+        else:
+            cache.graph.replay()
+        cache.length += 1
+        assert cache.states is not None
+        return cache.states
+
+    def step(self, cache: StaticCache) -> Tensor:
+        """The cache's tokens (rows, 1) at its place -> (rows, 1, D), in the same shapes at every place."""
+        x = self.wte(cache.tokens) + self.wpe(cache.place)
+        written = torch.arange(cache.own[0].shape[2], device=x.device) <= cache.place  # (L,)
+        for block, (key, value), states in zip(self.blocks, cache.cross, cache.own, strict=True):
+            assert isinstance(block, DecoderBlock)
+            query, *new = split_heads(block.attn.c_attn(block.ln_1(x)), 3, block.attn.num_heads)
+            states.index_copy_(2, cache.place, torch.stack(new).to(states.dtype))
+            keys, values = states.transpose(2, 3).unbind()  # (rows, H, L, D/H)
+            query = query.transpose(1, 2).to(keys.dtype)
+            mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=written[None, None, None])
+            x = x + block.attn.c_proj(mixed.transpose(1, 2).flatten(2).to(x.dtype))
+            x = x + block.crossattention(block.ln_cross_attn(x), key, value, None)
+            x = x + block.c_proj(F.gelu(block.c_fc(block.ln_2(x)), approximate="tanh"))
+        return self.ln_f(x)
+
+
+def graphed_model(model: ImageCaptionModel, dtype: torch.dtype) -> ImageCaptionModel:
+    """A twin of the model with weights of this dtype and a StaticDecoder, kept until the weights change."""
+    key = (dtype, tuple((weight.data_ptr(), weight._version) for weight in model.parameters()))
+    if model.packed is None or model.packed[0] != key:
+        model.packed = None  # before the new one is made: there may be no room for both
+        memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+        memo |= {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in model.parameters()}
+        twin = copy.copy(model)
+        twin._modules = {name: copy.deepcopy(module, memo) for name, module in model._modules.items()}
+        twin.decoder.__class__ = StaticDecoder
+        twin.decoder.kept = None  # type: ignore[assignment]
+        model.packed = (key, twin)
+    return model.packed[1]

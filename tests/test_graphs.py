@@ -1,0 +1,68 @@
+"""Recorded steps: on a CPU the same static shapes without a graph, on a GPU the graph itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from graphs import StaticCache, graphed_model
+from model import ImageCaptionModel
+
+PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def static(monkeypatch):
+    """generate by static shapes on a CPU too."""
+    monkeypatch.setattr("generation.fast_twin", lambda model, int8, rows: graphed_model(model, torch.float32))
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("prefix", [(), (7, 8)])
+def test_static_shapes_give_the_same_tokens(tiny_model, num_beams, prefix, request):
+    options = dict(max_length=12, num_beams=num_beams, prefix=prefix, return_scores=True)
+    expected = [tiny_model.generate(part, **options) for part in PICTURES.split(3)]
+    request.getfixturevalue("static")
+    found, caches = [], set()
+    for part in PICTURES.split(3):  # the second goes through the cache of the first
+        found.append(tiny_model.generate(part, **options))
+        caches.add(id(tiny_model.packed[1].decoder.kept))
+    assert len(caches) == 1 and isinstance(tiny_model.packed[1].decoder.kept, StaticCache)
+    for ours, plain in zip(found, expected, strict=True):
+        assert torch.equal(ours.sequences, plain.sequences)
+        assert torch.allclose(ours.token_log_probs, plain.token_log_probs, atol=1e-4)
+    assert len({tuple(row.tolist()) for part in found for row in part.sequences}) > 3
+
+
+def test_other_shapes_get_another_cache(tiny_model, static):
+    for pictures, length in ((PICTURES, 5), (PICTURES[:2], 5), (PICTURES[:2], 9)):
+        rows = tiny_model.generate(pictures, max_length=length).sequences
+        kept = tiny_model.packed[1].decoder.kept
+        assert kept.own[0].shape[1] == len(pictures) == len(rows) and kept.own[0].shape[2] == 1 + length
+
+
+def test_half_precision_leaves_the_model_alone(tiny_model):
+    twin = graphed_model(tiny_model, torch.bfloat16)
+    assert twin.decoder.wte.weight.dtype == torch.bfloat16 and tiny_model.decoder.wte.weight.dtype == torch.float32
+    assert twin.encoder.mean.dtype == torch.float32  # pixels are normalised before they are halved
+    assert graphed_model(tiny_model, torch.bfloat16) is twin
+    with torch.no_grad():
+        tiny_model.decoder.ln_f.bias += 1
+    assert graphed_model(tiny_model, torch.bfloat16) is not twin
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_gpu_graphs_give_the_same_tokens(num_beams):
+    torch.manual_seed(0)
+    model = ImageCaptionModel(tiny_config(decoder_embed_dim=64)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    options = dict(max_length=12, num_beams=num_beams)
+    expected = [model.generate(part, **options).sequences for part in PICTURES.split(3)]
+    model.cuda()
+    for part, rows in zip(PICTURES.split(3), expected, strict=True):
+        assert torch.equal(model.generate(part.cuda(), **options).sequences.cpu(), rows)
+    assert model.packed[1].decoder.kept.graph is not None
