@@ -9,6 +9,7 @@ absolute figures do not. Imports everything but the other scripts.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,13 +31,16 @@ from convert import save_transformers
 from dataset import Batches, CaptionDataset, load_tables, load_tokenizer, make_dataloader
 from model import ImageCaptionModel
 from table import CaptionTable, make_table
-from utils import parse_flags, run_script, write_json
+from utils import choose_device, parse_flags, run_script, write_json
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds that a piece of work takes."""
+    """Seconds that a piece of work takes, on a GPU to its end."""
+    settle = torch.cuda.synchronize if torch.cuda.is_available() else int
+    settle()
     start = time.perf_counter()
     work()
+    settle()
     return time.perf_counter() - start
 
 
@@ -228,10 +232,11 @@ class DataBenchmark:
 
 @dataclass(kw_only=True)
 class GenerateBenchmark:
-    """Captions of 20 tokens by transformers in fp32 and by ours, from the same random weights, in turn."""
+    """Captions of 20 tokens by transformers and by ours, from the same random weights, in turn: on a CPU transformers in
+    fp32 and ours in fp32, bf16 and int8, on a GPU both in bf16."""
 
     batch_sizes: tuple[int, ...] = (1, 8)
-    """Pictures captioned at a time."""
+    """Pictures captioned at a time; on a GPU also try 512."""
     num_beams: tuple[int, ...] = (1, 3)
     """Beams; 1 is greedy. More than one only with the smallest batch."""
     length: int = 20
@@ -240,6 +245,8 @@ class GenerateBenchmark:
     """Times that each captions them; a ratio is the median over pairs, in each of which both take their turn."""
     tokenizer: str = "gpt2"
     """GPT-2's tokenizer: from the Hub, or a folder with vocab.json and merges.txt."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run."""
     output: Path = Path("benchmark-generate.json")
     """Where the figures are written to."""
     debug: bool = False
@@ -255,6 +262,8 @@ class GenerateBenchmark:
         with tempfile.TemporaryDirectory() as folder:
             save_transformers(model, Path(folder) / "theirs")
             theirs = VisionEncoderDecoderModel.from_pretrained(Path(folder) / "theirs").eval()
+        device, _ = choose_device(self.device)
+        model.to(device), theirs.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         figures = []
         for pictures in self.batch_sizes:
             for beams in self.num_beams if pictures == min(self.batch_sizes) else (1,):
@@ -263,35 +272,32 @@ class GenerateBenchmark:
 
     def compare(self, model: ImageCaptionModel, theirs: Any, pictures: int, beams: int) -> dict[str, Any]:
         """One batch size and number of beams."""
-        pixels = torch.randn(pictures, 3, model.config.image_size, model.config.image_size)
+        cpu = model.device.type == "cpu"
+        pixels = torch.randn(pictures, 3, model.config.image_size, model.config.image_size).to(model.device)
         lengths = {"min_new_tokens": self.length, "max_new_tokens": self.length}
         ids = {"eos_token_id": model.config.end_token_id, "pad_token_id": model.config.pad_token_id}
         ids["decoder_start_token_id"] = model.config.start_token_id
 
-        def ours(half: bool, int8: bool) -> Callable[[], Any]:
-            def work() -> Any:
-                with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                    options = {"min_length": self.length, "max_length": self.length, "num_beams": beams}
-                    return model.generate(pixels, int8=int8, **options).sequences
+        def peer() -> Any:
+            return theirs.generate(pixels.to(theirs.dtype), num_beams=beams, do_sample=False, **lengths, **ids)
 
-            return work
+        def ours(precision: str) -> Any:
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=precision != "fp32"):
+                options = {"min_length": self.length, "max_length": self.length, "num_beams": beams}
+                return model.generate(pixels, int8=precision == "int8", **options).sequences
 
-        peers: dict[str, Callable[[], Any]] = {
-            "transformers": lambda: theirs.generate(pixels, num_beams=beams, do_sample=False, **lengths, **ids),
-            "fp32": ours(False, False),
-            "bf16": ours(True, False),
-            "int8": ours(True, True),
-        }
-        equal = torch.equal(peers["transformers"]()[:, 1:], peers["fp32"]())
-        print(f"{pictures} pictures, {beams} beams, {self.length} tokens (fp32 tokens equal: {equal})")
+        precisions = ("fp32", "bf16", "int8") if cpu else ("bf16",)
+        equal = torch.equal(peer()[:, 1:], ours(precisions[0]))
+        print(f"{pictures} pictures, {beams} beams, {self.length} tokens ({precisions[0]} tokens equal: {equal})")
         figures: dict[str, Any] = {"pictures": pictures, "beams": beams, "equal": equal}
-        for name, work in list(peers.items())[1:]:  # packed weights are kept for one precision at a time
-            work()
-            pairs = np.array([[timed(peers["transformers"]), timed(work)] for _ in range(self.rounds)])
+        for name in precisions:  # twins are kept for one precision at a time
+            ours(name)
+            pairs = np.array([[timed(peer), timed(functools.partial(ours, name))] for _ in range(self.rounds)])
             theirs_seconds, seconds = np.median(pairs, 0)
             ratio = float(np.median(pairs[:, 0] / pairs[:, 1]))
             figures[name] = {"seconds": float(seconds), "transformers": float(theirs_seconds), "ratio": ratio}
-            print(f"  {name}  {seconds:7.3f} s   transformers {theirs_seconds:7.3f} s   {ratio:5.2f}x")
+            rate = f"{pictures / seconds:8.1f} captions/s"
+            print(f"  {name} {seconds:8.4f} s {rate}   transformers {theirs_seconds:8.4f} s   {ratio:5.2f}x")
         return figures
 
 
@@ -305,6 +311,8 @@ def main() -> None:
         raise UserError(f"usage: python benchmark.py {'|'.join(COMMANDS)} (--help after it shows the flags)")
     config: Any = parse_flags(COMMANDS[name], __doc__, arguments)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        versions["gpu"] = torch.cuda.get_device_name()
     write_json(config.output, versions | config.run())
     print(f"written to {config.output}")
 

@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import ROOT, tiny_config
+
+import benchmark
 
 
 def run(*arguments: str, cwd) -> subprocess.CompletedProcess:
@@ -23,6 +25,20 @@ def test_the_data_benchmark(tmp_path):
     assert [table["captions"] for table in figures["table"]] == [500, 2000]
     assert all(table["seconds"] > 0 and table["process_mb"] > table["added_mb"] for table in figures["table"])
     assert "pictures/s on one core" in done.stdout and {p.name for p in tmp_path.iterdir()} == {"benchmark-data.json"}
+
+
+def test_the_caption_benchmark(monkeypatch, scenes_tokenizer, capsys):
+    """On a tiny model, because the base one takes minutes."""
+    ids = dict.fromkeys(("start_token_id", "end_token_id", "pad_token_id"), scenes_tokenizer.eos_token_id)
+    config = tiny_config(vocab_size=len(scenes_tokenizer), vision_embed_dim=64, decoder_embed_dim=64, **ids)
+    monkeypatch.setattr(benchmark, "ViTGPT2Config", lambda: config)
+    monkeypatch.setattr(benchmark, "load_tokenizer", lambda *_: scenes_tokenizer)
+    job = benchmark.GenerateBenchmark(batch_sizes=(1, 2), num_beams=(1, 2), length=5, rounds=2, device="cpu")
+    figures = job.run()["generate"]
+    assert [(f["pictures"], f["beams"]) for f in figures] == [(1, 1), (1, 2), (2, 1)]
+    for figure in figures:
+        assert figure["equal"] and all(figure[name]["ratio"] > 0 for name in ("fp32", "bf16", "int8"))
+    assert "captions/s" in capsys.readouterr().out
 
 
 def test_unknown_benchmarks_get_one_line(tmp_path):

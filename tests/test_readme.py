@@ -25,7 +25,7 @@ def test_every_flag_and_file_it_names_exists():
         for name in ("config.py", "evaluate.py", "check.py", "benchmark.py", "convert.py")
     }
     fields = set(re.findall(r"^    (\w+): ", "".join(sources.values()), re.M))
-    fields |= {"help", "no_build_isolation"}  # tyro's own, and pip's
+    fields |= {"help", "no_build_isolation", "ignore_scripts", "prefix"}  # tyro's own, pip's and npm's
     for flag in set(re.findall(r"(?<=[\s`])--([a-z-]*[a-z])", TEXT)):
         assert flag.replace("-", "_") in fields, flag
     for name in set(re.findall(r"`(\w+\.(?:py|md))`", TEXT)) | set(re.findall(r"python (\w+\.py)", TEXT)):
@@ -33,7 +33,7 @@ def test_every_flag_and_file_it_names_exists():
 
 
 def test_every_dependency_has_its_reason():
-    requirements = "".join((ROOT / f"requirements{kind}.txt").read_text() for kind in ("", "-dev", "-data"))
+    requirements = "".join((ROOT / f"requirements{kind}.txt").read_text() for kind in ("", "-dev", "-data", "-onnx"))
     section = TEXT.split("## Dependencies")[1].split("## ")[0]
     for name in re.findall(r"^([\w-]+)>=", requirements, re.M):
         assert name in section, name
