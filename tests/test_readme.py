@@ -26,7 +26,7 @@ def test_every_flag_and_file_it_names_exists():
     }
     fields = set(re.findall(r"^    (\w+): ", "".join(sources.values()), re.M))
     fields |= {"help", "no_build_isolation", "ignore_scripts", "prefix"}  # tyro's own, pip's and npm's
-    for flag in set(re.findall(r"(?<=[\s`])--([a-z-]*[a-z])", TEXT)):
+    for flag in set(re.findall(r"(?<=[\s`])--([a-z][a-z0-9-]*[a-z0-9])", TEXT)):
         assert flag.replace("-", "_") in fields, flag
     for name in set(re.findall(r"`(\w+\.(?:py|md))`", TEXT)) | set(re.findall(r"python (\w+\.py)", TEXT)):
         assert (ROOT / name).is_file(), name
