@@ -4,9 +4,9 @@
     python convert.py from-transformers user/captioner vit-gpt2-captioning.safetensors
     python convert.py onnx vit-gpt2-captioning.safetensors my-captioner-onnx
 
-Imports config, model and utils; the Hub's client and onnx_export, which does the third, by late imports. Goes by the names that transformers writes to disk
-and loads everything or nothing: every tensor's name and shape is checked, and what this model cannot represent is an
-error. Never trains, and unpickles nothing unasked.
+Imports config, model and utils; the Hub's client and onnx_export, which does the third, by late imports. Goes by the names
+that transformers writes to disk and loads everything or nothing: every tensor's name and shape is checked, and what this
+model cannot represent is an error. Never trains, and unpickles nothing unasked.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Source = str | os.PathLike[str]  # a folder, or user/name on the Hugging Face Hu
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
 MARKER = f"{METADATA_KEY}.json"  # what transformers has no place for; a folder that has it was written here
 WRITTEN = [MARKER, WEIGHTS, "config.json", "generation_config.json", "preprocessor_config.json"]
-WRITTEN += ["tokenizer.json", "tokenizer_config.json", "onnx"]
+WRITTEN += ["tokenizer.json", "tokenizer_config.json"]
 WANTED = [*WRITTEN, "processor_config.json", "vocab.json", "merges.txt", f"{WEIGHTS}.index.json", "model-*.safetensors"]
 
 # Our fields, transformers' names for them and its defaults.
@@ -175,22 +175,22 @@ def save_transformers(model: ImageCaptionModel, directory: str | os.PathLike[str
     width = config.vision_embed_dim
     weights["encoder.pooler.dense.weight"] = torch.zeros(width, width, dtype=dtype)
     weights["encoder.pooler.dense.bias"] = torch.zeros(width, dtype=dtype)
-    with new_folder(directory) as folder:
+    with new_folder(directory, WRITTEN) as folder:
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         write_their_files(model, folder)
 
 
 @contextlib.contextmanager
-def new_folder(directory: str | os.PathLike[str]) -> Iterator[Path]:
+def new_folder(directory: str | os.PathLike[str], written: list[str]) -> Iterator[Path]:
     """A folder to fill, which takes the directory's place at the end: it appears whole or not at all.
 
-    The directory must be new, empty, or written by this module. Raises UserError otherwise.
+    The directory must be new, empty, or hold these names alone, our MARKER among them. Raises UserError otherwise.
     """
     directory = Path(directory).absolute()
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: a file stands there: name another folder")
     inside = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
-    others = [name for name in inside if name not in WRITTEN or MARKER not in inside]
+    others = [name for name in inside if name not in written or MARKER not in inside]
     if others:
         raise UserError(f"{directory}: holds other files ({', '.join(others[:3])}): name a new or empty folder")
     unfinished = directory.with_name(f".{directory.name}.unfinished")
@@ -359,6 +359,8 @@ def read_weights(
 ) -> tuple[Path, dict[str, Tensor]]:
     """All tensors, from one file or from several with an index, and the path to name in messages."""
     files = weight_files(folder, WEIGHTS)
+    if not files and (folder / "onnx").is_dir():
+        raise UserError(f"{source}: holds ONNX files and no {WEIGHTS}: name the model they were made from")
     if not files and not allow_pickle:
         why = f"a {PICKLE} is a pickle, which may run a stranger's code while it is read"
         raise UserError(f"{source}: no {WEIGHTS}, and {why}: {advice}")

@@ -1,18 +1,20 @@
-"""A model, or a file of captions, against references: numbers, captions, a contact sheet.
+"""A model, or a file of captions, against references: numbers, captions, a report, a contact sheet.
 
     python evaluate.py MODEL --data-dir flickr8k --split test
     python evaluate.py --results captions.json --references captions_val2014.json
+    python evaluate.py --compare a/captions.json b/captions.json --references a/references.json
 
-Imports config, model, metrics, dataset and utils. Decodes with 3 beams and no sampling unless told.
+Imports config, model, metrics, report, dataset and utils. Decodes with 3 beams and no sampling unless told.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +22,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -27,12 +30,24 @@ from transformers import PreTrainedTokenizerFast
 
 from config import UserError
 from dataset import CaptionDataset, decode, load_picture, load_table, make_dataloader, to_device
-from metrics import diversity, score_captions
+from metrics import bootstrap, diversity, paired_bootstrap, score_captions, tokenize
 from model import ImageCaptionModel
+from pictures import PictureSource
+from report import Report, write_report
 from table import CaptionTable
-from utils import autocast, choose_device, choose_precision, parse_flags, run_script, writable_directory, write_json
+from utils import (
+    autocast,
+    choose_device,
+    choose_precision,
+    parse_flags,
+    read_log,
+    run_script,
+    writable_directory,
+    write_json,
+)
 
 NUM_BEAMS = 3
+ENDS = ("low", "high")  # of a 95 % interval
 
 
 @dataclass
@@ -63,6 +78,8 @@ def caption_loader(
     if not decoding.get("do_sample"):
         decoding = {"num_beams": NUM_BEAMS} | decoding
     result = Captioned([], [], [], [])
+    was_training = model.training
+    model.eval()  # for all of them: in training mode generate keeps nothing from batch to batch
     for batch in tqdm(dataloader, "captioning", unit="batch", disable=not progress):
         with autocast(device, dtype):
             sequences = model.generate(batch["pixel_values"].to(device), **decoding).sequences.cpu()
@@ -73,6 +90,7 @@ def caption_loader(
         result.captions += [captions[place] for place in good]
         result.references += [batch["captions"][place] for place in good]
         result.cut += (sequences[good] != model.config.end_token_id).all(-1).tolist()
+    model.train(was_training)
     return result
 
 
@@ -170,9 +188,10 @@ def evaluate_dataset(
     directory: Path,
     batch_size: int = 64,
     bad: BadPictures | None = None,
+    more: MoreScores | None = None,
     **decoding: Any,
-) -> tuple[Captioned, dict[str, float]]:
-    """Captions and scores a data set; writes captions.json (COCO's results format) and samples.png into the folder.
+) -> tuple[Captioned, dict[str, Any]]:
+    """Captions and scores a data set; writes what write_evaluation does, and samples.png, into the folder.
 
     The metrics hold, besides the caption metrics, the loss with the right pictures and with each other's. Pictures that
     are missing or damaged are left out, counted, and named in the folder's bad_samples.csv.
@@ -183,30 +202,181 @@ def evaluate_dataset(
     bad.add_known(dataset)
     if not captioned.captions:
         raise UserError(f"{dataset.table.root}: no picture of the {dataset.table.split} part can be read")
-    metrics = captioned.metrics()
+    metrics: dict[str, Any] = captioned.metrics()
     metrics["loss"] = caption_loss(model, loader, device, dtype)
     metrics["loss_shuffled_pictures"] = caption_loss(model, loader, device, dtype, shuffle_pictures=True)
     metrics["pictures"] = len(captioned.captions)
     metrics["pictures_left_out"] = len(dataset.table) + len(dataset.table.missing) - len(captioned.captions)
-    ids = [dataset.table.id_of(row) for row in captioned.rows]
-    write_json(
-        directory / "captions.json",
-        [{"image_id": i, "caption": c} for i, c in zip(ids, captioned.captions, strict=True)],
+    metrics["pictures_trained_on"] = len(pictures_seen(model.trained_on, dataset.table))
+    table, rows = dataset.table, captioned.rows
+    metrics |= write_evaluation(
+        directory,
+        f"{table.split} pictures of {table.root.name}",
+        metrics,
+        [table.id_of(row) for row in rows],
+        captioned.captions,
+        captioned.references,
+        about_decoding(model, decoding),
+        more,
+        lambda: [table.picture(row) for row in rows],
     )
     number = len(captioned.captions)
     chosen = range(0, number, max(1, number // 12))[:12]  # spread over the set: good and bad as they fall
     contact_sheet(
         directory / "samples.png",
-        [load_picture(dataset.table.picture(captioned.rows[i]), 256) for i in chosen],
+        [load_picture(table.picture(rows[i]), 256) for i in chosen],
         [captioned.captions[i] for i in chosen],
         [captioned.references[i] for i in chosen],
     )
     return captioned, metrics
 
 
+@dataclass(frozen=True)
+class MoreScores:
+    """Which metrics of scorers.py are wanted: METEOR and SPICE by Java, CHAIR with COCO's instances, CLIPScore by a CLIP."""
+
+    java: bool = False
+    instances: Path | None = None
+    clip: str | None = None
+
+    def score(
+        self,
+        names: Sequence[int | str],
+        captions: Sequence[str],
+        references: Sequence[Sequence[str]],
+        pictures: Callable[[], Sequence[PictureSource]] | None,
+    ) -> tuple[dict[str, float], dict[str, Sequence[float]], list[str]]:
+        """The numbers, those of each picture, and a line for each metric that was left out."""
+        from scorers import chair, clip_scores, java_scores
+
+        corpus: dict[str, float] = {}
+        each: dict[str, Sequence[float]] = {}
+        notes = [] if self.java else ["METEOR and SPICE: not asked for (--java)"]
+        if self.java:
+            found = java_scores(captions, references)
+            corpus, each, notes = dict(found.corpus), dict(found.per_picture), list(found.notes)
+        try:
+            if self.instances:
+                known = dict(zip(names, references, strict=True))
+                objects = chair(dict(zip(names, captions, strict=True)), self.instances, known)
+                corpus |= {"chair_s": objects.chair_s, "chair_i": objects.chair_i}
+        except UserError as error:
+            notes.append(f"CHAIR: {error}")
+        try:
+            if self.clip and pictures:
+                clip = clip_scores(captions, pictures(), references, self.clip)
+                corpus |= clip.corpus
+                each |= {name: scores.tolist() for name, scores in clip.per_picture.items()}
+        except UserError as error:
+            notes.append(f"CLIPScore: {error}")
+        return corpus, each, notes
+
+
+def about_decoding(model: ImageCaptionModel, decoding: dict[str, Any]) -> dict[str, str]:
+    """Which weights wrote captions, and how."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    options = {"num_beams": NUM_BEAMS} | decoding
+    said = ", ".join(f"{name} {value}" for name, value in options.items() if value not in (None, False))
+    return {"weights_sha256": digest.hexdigest(), "decoding": said}
+
+
+def write_evaluation(
+    directory: Path,
+    title: str,
+    metrics: dict[str, Any],
+    names: Sequence[int | str],
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    about: dict[str, str],
+    more: MoreScores | None = None,
+    pictures: Callable[[], Sequence[PictureSource]] | None = None,
+) -> dict[str, Any]:
+    """Writes captions.json and references.json (COCO's formats), per_picture.csv and report.html into the folder.
+
+    Returns what belongs beside the metrics in any table: more of them where asked for, how all of them were made, and the
+    95 % interval of each.
+    """
+    added, added_each, left_out = (more or MoreScores()).score(names, captions, references, pictures)
+    facts = {
+        "tokenizer": "PTB, by metrics.tokenize",
+        "document_frequencies": f"of the {len(captions):,} pictures evaluated",
+        "references_per_picture": f"{sum(map(len, references)) / len(references):.4g}",
+        **about,
+        "left_out": "; ".join(left_out) or "nothing",
+    }
+    write_json(
+        directory / "captions.json",
+        [{"image_id": name, "caption": caption} for name, caption in zip(names, captions, strict=True)],
+    )
+    texts = [(name, text) for name, known in zip(names, references, strict=True) for text in known]
+    annotations = [{"id": i, "image_id": name, "caption": text} for i, (name, text) in enumerate(texts)]
+    write_json(directory / "references.json", {"images": [{"id": i} for i in names], "annotations": annotations})
+    words, known_words = [tokenize(c) for c in captions], [[tokenize(c) for c in known] for known in references]
+    scored = score_captions(words, known_words, per_picture=True)
+    each = {
+        name: scored[name].tolist() for name in ("cider_d", *scored)
+    }  # the one that pictures are ranked by comes first
+    each |= added_each
+    with open(directory / "per_picture.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["picture", "caption", *each])
+        writer.writerows(zip(names, captions, *([f"{x:.6f}" for x in scores] for scores in each.values()), strict=True))
+    intervals = bootstrap(words, known_words)
+    log = directory / "metrics.jsonl"
+
+    def thumbnail(i: int) -> Image.Image:
+        assert pictures
+        return Image.fromarray(load_picture(pictures()[i], 256).permute(1, 2, 0).numpy())
+
+    report = Report(
+        title=title,
+        facts={name.replace("_", " "): said for name, said in facts.items()} | {"pictures": f"{len(captions):,}"},
+        warnings=warnings_about(metrics),
+        metrics=metrics | added,
+        intervals=intervals,
+        captions=list(captions),
+        references=[list(known) for known in references],
+        per_picture=each,
+        names=[str(name) for name in names],
+        load=pictures and thumbnail,
+        history=read_log(log) if log.exists() else [],
+    )
+    write_report(directory / "report.html", report)
+    bounds = {f"{name}_{end}": value for name, both in intervals.items() for end, value in zip(ENDS, both, strict=True)}
+    return added | facts | bounds
+
+
+def warnings_about(metrics: dict[str, Any]) -> list[str]:
+    """What to know before the numbers are believed."""
+    number, found = metrics["pictures"], []
+    if seen := metrics.get("pictures_trained_on"):
+        found.append(
+            f"{seen:,} of the {number:,} pictures were trained on: these numbers say nothing about new pictures."
+        )
+    if "loss" in metrics and metrics["loss_shuffled_pictures"] - metrics["loss"] < 0.02:
+        found.append(
+            "The model ignores the picture: with the pictures shuffled its loss is "
+            f"{metrics['loss_shuffled_pictures']:.3f} instead of {metrics['loss']:.3f}."
+        )
+    if number >= 20 and metrics["unique_captions"] <= max(1, 0.02 * number):
+        found.append(
+            f"Nearly the same caption for every picture: {metrics['unique_captions']:.0f} for {number:,} pictures."
+        )
+    if metrics.get("cut_captions", 0) > 0.1:
+        found.append(f"{metrics['cut_captions']:.0%} of the captions never ended and were cut off: raise --max-length.")
+    return found
+
+
+def pictures_seen(trained_on: np.ndarray, table: CaptionTable) -> list[int]:
+    """Rows of the table whose pictures a model was trained on."""
+    return np.flatnonzero(np.isin(table.keys(), trained_on)).tolist()
+
+
 def check_overlap(trained_on: np.ndarray, table: CaptionTable, allowed: bool) -> None:
     """Raises UserError unless allowed, where pictures of the table are among those that a model was trained on."""
-    seen = np.flatnonzero(np.isin(table.keys(), trained_on)).tolist()
+    seen = pictures_seen(trained_on, table)
     if seen and not allowed:
         some = ", ".join(str(table.id_of(row)) for row in seen[:3])
         raise UserError(
@@ -263,8 +433,8 @@ class BadPictures:
             )
 
 
-def read_results(results: Path, references: Path) -> tuple[list[str], list[list[str]]]:
-    """Candidates in COCO's results format and their references from an annotation file, matched by image id."""
+def read_results(results: Path, references: Path) -> tuple[list[int | str], list[str], list[list[str]]]:
+    """Image ids, candidates in COCO's results format and their references from an annotation file, matched by the id."""
     name = results
     try:
         entries = [(entry["image_id"], entry["caption"]) for entry in json.loads(results.read_text(encoding="utf-8"))]
@@ -287,7 +457,26 @@ def read_results(results: Path, references: Path) -> tuple[list[str], list[list[
     missing = [str(image) for image in known if image not in candidates]
     if missing:
         raise UserError(f"{results}: no caption for {len(missing)} pictures of {references} ({', '.join(missing[:3])})")
-    return [candidates[image] for image in known], list(known.values())
+    return list(known), [candidates[image] for image in known], list(known.values())
+
+
+def compare(a: Path, b: Path, references: Path) -> dict[str, Any]:
+    """Whether results b are better than results a on the same pictures: prints a table, and returns it."""
+    _, ours, known = read_results(a, references)
+    _, theirs, _ = read_results(b, references)
+    words, other = ([tokenize(caption) for caption in captions] for captions in (ours, theirs))
+    known_words = [[tokenize(caption) for caption in captions] for captions in known]
+    before, after = score_captions(words, known_words), score_captions(other, known_words)
+    print(f"{len(known):,} pictures; differences with 95 % intervals by paired bootstrap")
+    print(f"{'':10} {'A':>8} {'B':>8} {'B - A':>9}  {'95 % interval':^19} {'p':>6}")
+    table = {}
+    for name, found in paired_bootstrap(words, other, known_words).items():
+        table[name] = {"a": before[name], "b": after[name], **found._asdict()}
+        low, high = found.interval
+        print(
+            f"{name:10} {before[name]:8.4f} {after[name]:8.4f} {found.difference:+9.4f}  {low:+8.4f} to {high:+8.4f} {found.p_value:6.3f}"
+        )
+    return table
 
 
 @dataclass(kw_only=True)
@@ -313,9 +502,17 @@ class EvaluateConfig:
     results: Path | None = None
     """Captions in COCO's results format, from anybody's model."""
     references: Path | None = None
-    """COCO annotations that the results are scored against."""
+    """COCO annotations that results are scored against, or the references.json of an evaluation."""
+    compare: tuple[Path, Path] | None = None
+    """Two files of captions in COCO's results format: is the second better?"""
+    java: bool = False
+    """Also METEOR and SPICE, where Java and pycocoevalcap are (requirements-full.txt)."""
+    instances: Path | None = None
+    """COCO's instances_*.json of the pictures, for CHAIR: objects that are named and not there."""
+    clip: str | None = None
+    """A CLIP by its Hub name or folder, such as openai/clip-vit-base-patch32, for CLIPScore."""
     output_dir: Path = Path("evaluation")
-    """Folder for metrics.json, captions.json and samples.png."""
+    """Folder for metrics.json, captions.json, per_picture.csv, report.html and samples.png."""
     num_beams: int = 3
     """Beams; 1 is greedy."""
     length_penalty: float = 1.0
@@ -335,9 +532,18 @@ class EvaluateConfig:
 def main() -> None:
     """The command line."""
     config = parse_flags(EvaluateConfig, __doc__)
+    more = MoreScores(config.java, config.instances, config.clip)
+    if config.compare and config.references:
+        differences = compare(*config.compare, config.references)
+        write_json(writable_directory(config.output_dir) / "comparison.json", differences)
+        return
     if config.results and config.references:
-        metrics: dict[str, float] = dict(score_captions(*read_results(config.results, config.references)))
+        names, captions, known = read_results(config.results, config.references)
         directory = writable_directory(config.output_dir)
+        metrics: dict[str, Any] = score_captions(captions, known) | diversity(captions) | {"pictures": len(captions)}
+        title = f"{config.results.name} against {config.references.name}"
+        about = {"results": str(config.results), "references": str(config.references)}
+        metrics |= write_evaluation(directory, title, metrics, names, captions, known, about, more)
     elif config.model and (config.data_dir or "/" in config.dataset):
         model = ImageCaptionModel.from_pretrained(config.model)
         columns = {"image_column": config.image_column, "caption_column": config.caption_column}
@@ -355,22 +561,29 @@ def main() -> None:
             directory,
             config.batch_size,
             BadPictures(directory / "bad_samples.csv", [table], config.max_bad_share),
+            more,
             num_beams=config.num_beams,
             length_penalty=config.length_penalty,
             max_length=config.max_length,
             int8=config.precision == "int8",
         )
     else:
-        raise UserError("name a model and --data-dir, or --results and --references (see --help)")
+        raise UserError("name a model and --data-dir, or --results (or --compare) and --references (see --help)")
     write_json(directory / "metrics.json", metrics)
     print_metrics(metrics)
     print(f"written to {directory}")
 
 
-def print_metrics(metrics: dict[str, float]) -> None:
-    """One line a metric."""
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """One line a metric, with its 95 % interval where there is one; then what to know before they are believed."""
     for name, value in metrics.items():
-        print(f"{name:26} {value:.4f}" if isinstance(value, float) else f"{name:26} {value}")
+        if name.rsplit("_", 1)[-1] in ENDS:
+            continue
+        low, high = (metrics.get(f"{name}_{end}") for end in ENDS)
+        interval = "" if low is None else f"   ({low:.4f} to {high:.4f})"
+        print(f"{name:26} {value:.4f}{interval}" if isinstance(value, float) else f"{name:26} {value}")
+    for warning in warnings_about(metrics):
+        print(f"WARNING: {warning}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def _load_model(source: str, device: str, written: int) -> ImageCaptionModel:
 def caption_pixels(model: ImageCaptionModel, pixels: Tensor, precision: str = "auto", **options: Any) -> list[str]:
     """Captions of pictures (N, 3, S, S) as prepare_picture gives them; options go to model.generate."""
     dtype, _ = choose_precision(precision, model.device)
-    options["int8"] = precision == "int8"
+    options.setdefault("int8", precision == "int8")
     with autocast(model.device, dtype):
         return decode(model.tokenizer, model.generate(pixels.to(model.device), **options).sequences)
 
@@ -156,7 +156,7 @@ class CaptionConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to run."""
     precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = "auto"
-    """Of matrix products; auto: bf16 where it is measured to be faster. int8: on a CPU, the fastest."""
+    """Of matrix products; auto: bf16 where it is measured to be faster. int8: on a CPU, for large models."""
     debug: bool = False
     """Show tracebacks of errors."""
 

@@ -55,6 +55,7 @@ class Generated:
         return self.log_probs / self.lengths
 
 
+@torch.inference_mode(False)  # what is kept for the next call must be of use outside it
 @torch.no_grad()
 def generate(
     model: ImageCaptionModel,
@@ -83,7 +84,8 @@ def generate(
 
     max_length is 32 where nothing is said, or as many positions as the model has. Every caption goes on from `prefix`
     ("a photo of", or token ids) and holds none of bad_words (words, or token ids each). `generator` makes sampling
-    repeatable. int8 rounds weights to 8 bits, on a CPU. Raises UserError for options that do not go together.
+    repeatable. int8 rounds weights to 8 bits, on a CPU; for more than four captions at a time it rounds what they are
+    multiplied with as well, so that a caption may depend on how many there are. Raises UserError for options that do not go together.
     """
     prefix = model.tokenizer(prefix).input_ids if isinstance(prefix, str) else list(prefix)
     room = model.config.max_length - len(prefix)
@@ -122,44 +124,49 @@ def generate(
             logits = rule(logits, written)
         return logits
 
-    was_training = model.training
-    model.eval()
-    try:
-        fast = fast_twin(model, int8, len(pixel_values) * max(num_beams, num_return_sequences))
-        # A twin's layers know their own types; autocast would turn what they share into half precision at every token.
-        with contextlib.nullcontext() if fast is model else torch.autocast(model.device.type, enabled=False):
-            hidden = fast.encode(pixel_values)
-            start = torch.tensor([model.config.start_token_id or 0, *prefix], device=hidden.device)
-            if num_beams > 1:
-                found = beam_search(
-                    fast.decoder,
-                    hidden,
-                    start,
-                    choose_from,
-                    max_length,
-                    num_beams,
-                    length_penalty,
-                    early_stopping,
-                    num_return_sequences,
-                    do_sample,
-                    generator,
-                )
-            else:
-                rows = len(hidden) * num_return_sequences
-                found = token_by_token(fast.decoder, hidden, start, choose_from, max_length, rows, do_sample, generator)
-            if return_scores or return_attention:
-                look_again(fast.decoder, hidden, found, len(prefix), return_scores, return_attention)
-        return found
-    finally:
-        model.train(was_training)
-        if was_training:  # the next step changes the weights anyway
-            model.packed = None
+    with model.generating:
+        was_training = model.training
+        model.eval()
+        try:
+            fast = fast_twin(model, int8, len(pixel_values) * max(num_beams, num_return_sequences))
+            # A twin's layers know their own types; autocast would turn what they share into half precision at every token.
+            with contextlib.nullcontext() if fast is model else torch.autocast(model.device.type, enabled=False):
+                hidden = fast.encode(pixel_values)
+                start = torch.tensor([model.config.start_token_id or 0, *prefix], device=hidden.device)
+                if num_beams > 1:
+                    found = beam_search(
+                        fast.decoder,
+                        hidden,
+                        start,
+                        choose_from,
+                        max_length,
+                        num_beams,
+                        length_penalty,
+                        early_stopping,
+                        num_return_sequences,
+                        do_sample,
+                        generator,
+                    )
+                else:
+                    rows = len(hidden) * num_return_sequences
+                    found = token_by_token(
+                        fast.decoder, hidden, start, choose_from, max_length, rows, do_sample, generator
+                    )
+                if return_scores or return_attention:
+                    look_again(fast.decoder, hidden, found, len(prefix), return_scores, return_attention)
+            return found
+        finally:
+            model.train(was_training)
+            if was_training:  # the next step changes the weights anyway
+                model.packed = None
 
 
 def fast_twin(model: ImageCaptionModel, int8: bool, rows: int) -> ImageCaptionModel:
     """A twin of the model made for so many captions at a time, in the precision that autocast is set to: on a CPU with
     packed weights, on a GPU with recorded steps; elsewhere the model itself."""
     device, twin = model.device.type, model
+    if int8 and device != "cpu":
+        raise UserError("int8 is for a CPU: use another precision")
     halved = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     if device == "cpu":
         from packed import packed_model
@@ -169,7 +176,7 @@ def fast_twin(model: ImageCaptionModel, int8: bool, rows: int) -> ImageCaptionMo
         from graphs import graphed_model
 
         twin = graphed_model(model, halved or model.decoder.wte.weight.dtype)
-    if int8 and (device != "cpu" or twin is model):
+    if int8 and twin is model:
         raise UserError("int8 needs a model in fp32 on a CPU that has the kernels: use another precision")
     return twin
 

@@ -43,17 +43,21 @@ class StaticDecoder(GPT2Decoder):
         kept = self.kept
         if kept and kept.own[0].shape[1:3] == (rows, max_length) and kept.cross[0][0].shape == cross[0][0].shape:
             for old, new in zip(kept.cross, cross, strict=True):
-                for part, fresh in zip(old, new, strict=True):
-                    part.copy_(fresh)
+                for part, now in zip(old, new, strict=True):
+                    part.copy_(now)
+            for states in kept.own:  # a mask hides numbers that stood here before, but not a NaN
+                states.zero_()
             kept.length = 0
             return kept
         self.kept = None  # before the new one is made: there may be no room for both
         cache, device = super().new_cache(encoder_hidden_states, rows, max_length), encoder_hidden_states.device
         tokens, place = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((rows, 1), (1,)))
-        self.kept = StaticCache(cache.cross, cache.own, tokens=tokens, place=place)
+        fresh = StaticCache(cache.cross, cache.own, tokens=tokens, place=place)
         if device.type == "cuda":
-            self.record(self.kept)
-        return self.kept
+            with torch.cuda.device(device):
+                self.record(fresh)
+        self.kept = fresh
+        return fresh
 
     def record(self, cache: StaticCache) -> None:
         """Records a step on the cache; what it writes at position 0 meanwhile is written over by the first token."""
@@ -63,9 +67,10 @@ class StaticDecoder(GPT2Decoder):
             for _ in range(3):
                 self.step(cache)
         torch.cuda.current_stream().wait_stream(stream)
-        cache.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(cache.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's threads may go on meanwhile
             cache.states = self.step(cache)
+        cache.graph = graph
 
     def forward(
         self,
@@ -105,8 +110,8 @@ class StaticDecoder(GPT2Decoder):
 
 
 def graphed_model(model: ImageCaptionModel, dtype: torch.dtype) -> ImageCaptionModel:
-    """A twin of the model with weights of this dtype and a StaticDecoder, kept until the weights change."""
-    key = (dtype, tuple((weight.data_ptr(), weight._version) for weight in model.parameters()))
+    """A twin of the model with weights of this dtype and a StaticDecoder, kept until the weights change (see packed.py)."""
+    key = (dtype, model.version())
     if model.packed is None or model.packed[0] != key:
         model.packed = None  # before the new one is made: there may be no room for both
         memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}

@@ -1,23 +1,30 @@
-"""How good captions are: the COCO evaluation's tokens, BLEU, ROUGE-L, CIDEr-D, and diversity.
+"""How good captions are: BLEU, ROUGE-L and CIDEr-D as the COCO evaluation has them, their uncertainty, and diversity.
 
-Imports the standard library, NumPy and config's UserError. Never reads a file, never needs Java, torch or a network,
-and never changes a score to suit a model: on equal tokens the numbers are those of the official COCO evaluation.
+Imports the standard library, NumPy, config's UserError and ptb's tokens. Never reads a file but CiderD's own, never
+needs Java, torch or a network, and never changes a score to suit a model: on equal tokens the numbers are those of the
+official COCO evaluation.
 
 Everywhere, N is the number of pictures, candidates[i] is the one caption under test of picture i and references[i]
-are the captions people wrote for it. A caption is a str, which is tokenized here, or a list of words, taken as it is.
+are the captions people wrote for it; R references in all. A caption is a str, which is tokenized here, or a list of
+words, taken as it is. All n-grams are counted by _Vocabulary and met by _Table.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
-from typing import Literal, NamedTuple, TypeAlias, overload
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from config import UserError
+from ptb import tokenize as tokenize
 
 Caption: TypeAlias = str | Sequence[str]
 Integers: TypeAlias = NDArray[np.int64]
@@ -25,76 +32,6 @@ Floats: TypeAlias = NDArray[np.float64]
 
 MAX_N = 4
 """Longest n-gram that BLEU and CIDEr-D count, in words."""
-
-# Typography that the Stanford tokenizer writes in ASCII (it does call a pound "#" and a euro "$").
-_PLAIN = str.maketrans(
-    {"‘": "'", "’": "'", "“": '"', "”": '"', "«": '"', "»": '"', "–": " -- ", "—": " -- ", "…": "...", "£": "#"}
-    | {"€": "$", "¢": " cents ", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "\u00ad": "", "\u200b": " ", "\ufeff": " "}
-)
-# Brackets become words: the evaluation's list of punctuation has -LRB-, but only after everything is lower case.
-_BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"})
-_TWO_WORDS = {whole: (whole[:3], whole[3:]) for whole in ("cannot", "gonna", "gotta", "wanna", "gimme", "lemme")}
-
-# Abbreviations that own their period anywhere, only when capitalized, and only before a number.
-_ABBREVIATIONS = r"""
-    jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu(?:rs)?|fri|mr|mrs|ms|drs?|prof|sr|jr|esq|rev|hon
-    |pres|govs?|sens?|reps?|gen|lt|col|maj|capt|cpl|sgt|pvt|cmdr|comdr|adm|brig|messrs|mme|mlle|insp|supt|treas|asst
-    |ste?|mt|ft|ave|blvd|rd|ct|sq|rt|bldg|inc|cos?|corp|ltd|bros|assn|assoc|plc|cie|mfg|intl|natl|univ|dept|elec
-    |ala|ariz|calif|colo|conn|fla|ga|ind|kans?|ky|md|mich|minn|mo|mont|nev|neb|okla|penn|tenn|va|vt|wisc?|wyo
-    |etc|al|cf|vs|ph|ph\.d|tel|ext|est|seq|adj|adv|det|wm|jos|alex"""
-_CAPITALIZED = "Ark|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
-_NUMBERED = "nos?|figs?|pp|art|ca|op|prop"
-# After a single letter and a period these open a new sentence, and the period is the end of the old one.
-_OPENERS = """
-    An?|The|There|This|That|These|It|He|She|They|We|You|In|At|One|Some|Many|Her|But|As|If|When|While|What|Here|Other
-    |Our|Their|Then|After|However|Once|Since|So"""
-
-_LETTER = r"[^\W\d_]"
-_TOKEN = re.compile(
-    rf"""
-    # Most words. All that stands next to a mark meets the rules below.
-      {_LETTER}++(?=\s)
-    # <unk>, http://flickr.com, me@flickr.com
-    | </?[A-Za-z][^<>\s]*> | (?i:https?://\S*[\w/]) | [\w.]++@[\w.]*\w
-    # rock 'n' roll, 's 'll 'em '50s '08, 't is, is n't
-    | (?i:'n' | '(?:[smd]|ll|re|ve|em|till?|cause|n|[2-9]0s|\d\d(?!"))(?!\w) | 't(?=(?:is|was)\b))
-    | (?i:n't(?!\w) | {_LETTER}+?(?=n't(?!\w)))
-    # words around an apostrophe: o'clock, d'oeuvres, y' all
-    | (?i:ma'am|s'mores|c'mon|cap'n|ol'|[en]?e'er|[dol]'{_LETTER}{{2,}} | [dljy]'(?!(?:[smd]|ll|re|ve)\b))
-    # and/or, 1/2, 12/25/2010, then t-shirt, 5-year-old, u.s.-made, then AT&T
-    | (?:\d+-)?[A-Za-z\d]+(?:-[A-Za-z]+){{0,2}}(?:/[A-Za-z\d]+(?:-[A-Za-z]+){{0,2}}){{1,2}}
-    | [^\W_]++(?:[.,]+[^\W_]++)*+(?:[.,]*-[^\W_]+)+(?:\.(?=[,;:]))?
-    | [A-Z]+(?:[&+][A-Z]+)+
-    # 1,000 3.5 5:30, then 22nd 4x4 50s, then -5
-    | (?:[-+]?\d*(?:[.,:]\d+)+ | \d+{_LETTER}\w* | [-+]?\d+)(?:\.(?=[,;:]))?
-    # periods that stay: u.s. p.m, then j. smith (but not the last word of "plan b."), then mr.
-    | {_LETTER}(?:\.{_LETTER})+\.?(?!\.?\w)
-    | {_LETTER}\.(?!\w|$|\s(?:{_OPENERS})\b)
-    | (?:(?i:{_ABBREVIATIONS})|{_CAPITALIZED}|(?i:{_NUMBERED})(?=\.\s?\d))\.(?!{_LETTER})
-    # any other word: "mat" of "mat.", all of flickr.com, wow!what and, before a comma, mat.
-    | {_LETTER}\w*(?:[.!?]{_LETTER}\w*)*(?:\.(?=[,;:]))?
-    # :) #tag @name ?! and single symbols, among which dropped punctuation is left out
-    | [:;=]-?[()DPp](?!\w) | [#@]{_LETTER}+ | \#+ | \*+ | _+ | [?!]{{2,}}
-    | [^\w\s.,:;?!'"`\u2010-\u201f\U00010000-\U0010ffff-]
-    """,
-    re.VERBOSE,
-)
-
-
-def tokenize(caption: str) -> list[str]:
-    """Words of a caption as the COCO evaluation counts them: lower case, clitics apart, punctuation dropped.
-
-    The rules are those of Stanford's PTBTokenizer 3.4.1 with -preserveLines -lowerCase (Marcus et al. 1993, "Building
-    a Large Annotated Corpus of English", and its tokenization sheet) and the list of punctuation of Chen et al. 2015,
-    "Microsoft COCO Captions", arXiv:1504.00325. White space is collapsed first, so that no odd line separator inside
-    a caption can cut it in two.
-
-    >>> tokenize("A man's dog isn't at the U.S. Open (5:30 p.m.)...")
-    ['a', 'man', "'s", 'dog', 'is', "n't", 'at', 'the', 'u.s.', 'open', '-lrb-', '5:30', 'p.m.', '-rrb-']
-    """
-    found = " ".join(_TOKEN.findall(" ".join(caption.translate(_PLAIN).split())))
-    words = found.lower().translate(_BRACKETS).split()
-    return [part for word in words for part in _TWO_WORDS.get(word, (word,))]
 
 
 class Scores(NamedTuple):
@@ -122,12 +59,12 @@ def score_captions(
     One number each, or with per_picture one float64 array (N,) each. Raises UserError when the two lists differ in
     length, when they are empty, and when a picture has no reference.
     """
-    words, reference_words = _as_words(candidates, references)
-    scores = {f"bleu_{n}": score for n, score in enumerate(bleu(words, reference_words), start=1)}
-    scores |= {"rouge_l": rouge_l(words, reference_words), "cider_d": cider_d(words, reference_words)}
+    statistics = _Statistics(candidates, references)
     if per_picture:
-        return {name: score.per_picture for name, score in scores.items()}
-    return {name: score.corpus for name, score in scores.items()}
+        return statistics.metrics(statistics.table)
+    return {
+        name: float(score) for name, score in statistics.metrics(statistics.table.sum(0), statistics.number).items()
+    }
 
 
 def bleu(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> list[Scores]:
@@ -138,36 +75,37 @@ def bleu(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]])
     corpus, counts and lengths are summed over the pictures first. The two small numbers that keep 0 / 0 away are
     coco-caption's, which only a picture by itself can notice.
     """
-    table = _Table(*_as_words(candidates, references))
-    correct = np.stack([_clipped_matches(table, ngrams) for ngrams in table.ngrams], axis=1)  # (N, MAX_N)
-    length = table.length[: table.num_pictures]
-    possible = np.maximum(length[:, None] - np.arange(MAX_N), 0)  # (N, MAX_N)
-    distance = np.abs(table.length - length[table.picture])
-    # One integer to minimize orders by distance first, then by length.
-    longest = table.length.max() + 1
-    nearest = np.minimum.reduceat((distance * longest + table.length), table.first_reference) % longest  # (N,)
-
-    corpus = _bleu_of_counts(correct.sum(0), possible.sum(0), length.sum(), nearest.sum())
-    each = _bleu_of_counts(correct, possible, length, nearest)
+    counts = _bleu_counts(_Table.of(*_as_words(candidates, references)))
+    corpus, each = _bleu_of_counts(counts.sum(0)), _bleu_of_counts(counts)
     return [Scores(float(corpus[n]), each[:, n]) for n in range(MAX_N)]
 
 
-def _clipped_matches(table: _Table, ngrams: _Ngrams) -> Floats:
-    """(N,) n-grams of the candidate found in its references, each at most as often as in the one with most of it."""
-    keys, inverse = np.unique(ngrams.reference_key, return_inverse=True)
-    most = np.zeros(len(keys))
-    np.maximum.at(most, inverse, ngrams.reference_count)
-    clipped = np.minimum(ngrams.candidate_count, _look_up(keys, most, ngrams.candidate_key))
-    return _sum_by(ngrams.candidate_key // ngrams.num_grams, clipped, table.num_pictures)
+def _bleu_counts(table: _Table) -> Floats:
+    """(N, 2 * MAX_N + 2) what BLEU is made of: correct and possible n-grams, words, the closest reference's words.
+
+    Correct is an n-gram of the candidate found in its references, at most as often as in the one with most of it.
+    """
+    references, length = table.references, table.length
+    correct = []
+    for counts, runs, run in zip(table.counts, references.runs, table.run, strict=True):
+        hit = np.flatnonzero(run >= 0)
+        clipped = np.minimum(counts.times[hit], runs.most()[run[hit]])
+        correct.append(_sum_by(counts.caption[hit], clipped, len(length)))
+    possible = [np.maximum(length - n, 0) for n in range(MAX_N)]
+    distance = np.abs(references.length - length[references.picture])
+    # One integer to minimize orders by distance first, then by length.
+    longest = references.length.max() + 1
+    nearest = np.minimum.reduceat(distance * longest + references.length, references.first) % longest
+    return np.stack([*correct, *possible, length, nearest], axis=1).astype(np.float64)
 
 
-def _bleu_of_counts(correct: Floats, possible: Integers, length: Integers, reference_length: Integers) -> Floats:
-    """(..., MAX_N) BLEU-1 ... BLEU-4 from counts (..., MAX_N) and lengths (...)."""
+def _bleu_of_counts(counts: Floats) -> Floats:
+    """(..., MAX_N) BLEU-1 ... BLEU-4 from the counts (..., 2 * MAX_N + 2) of _bleu_counts, or from their sums."""
     tiny, small = 1e-15, 1e-9
-    precision = (correct + tiny) / (possible + small)
+    precision = (counts[..., :MAX_N] + tiny) / (counts[..., MAX_N:-2] + small)
     mean = np.cumprod(precision, axis=-1) ** (1 / np.arange(1, MAX_N + 1))
-    ratio = (length + tiny) / (reference_length + small)
-    return mean * np.exp(np.minimum(0, 1 - 1 / ratio))[..., None]
+    ratio = (counts[..., -2] + tiny) / (counts[..., -1] + small)
+    return np.asarray(mean * np.exp(np.minimum(0, 1 - 1 / ratio))[..., None])
 
 
 def rouge_l(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> Scores:
@@ -176,14 +114,18 @@ def rouge_l(candidates: Sequence[Caption], references: Sequence[Sequence[Caption
     With P = the longest common subsequence over the candidate's length and R = the same over the reference's length,
     each at its best over the references, the score is (1 + b^2) P R / (R + b^2 P), b = 1.2; the corpus has the mean.
     """
+    return _mean(_rouge_l(*_as_words(candidates, references)))
+
+
+def _rouge_l(candidates: list[Sequence[str]], references: list[list[Sequence[str]]]) -> Floats:
     beta_squared = 1.2**2
     scores = []
-    for candidate, captions in zip(*_as_words(candidates, references), strict=True):
+    for candidate, captions in zip(candidates, references, strict=True):
         common = _common_subsequence_lengths(candidate, captions)
         precision = max(common) / max(len(candidate), 1)
         recall = max(words / max(len(caption), 1) for words, caption in zip(common, captions, strict=True))
         scores.append((1 + beta_squared) * precision * recall / (recall + beta_squared * precision) if recall else 0.0)
-    return Scores(float(np.mean(scores)), np.array(scores))
+    return np.array(scores)
 
 
 def _common_subsequence_lengths(candidate: Sequence[str], captions: Sequence[Sequence[str]]) -> list[int]:
@@ -213,132 +155,521 @@ def cider_d(candidates: Sequence[Caption], references: Sequence[Sequence[Caption
     reference). A candidate meets a reference in the cosine of their vectors, the candidate's entries clipped at the
     reference's, times exp(-d^2 / (2 * 6^2)) where their lengths differ by d words; then the mean over the references
     and over n, times 10. The idf comes from the references given: never compare numbers over different sets of
-    pictures. With one picture every idf, and so the score, is 0.
+    pictures, or fix it with CiderD. With one picture every idf, and so the score, is 0.
     """
-    table = _Table(*_as_words(candidates, references))
-    picture = table.picture[table.num_pictures :]  # (R,) of each reference
-    # The field counts a caption's length in bigrams, so that an empty caption is as long as one word.
-    bigrams = np.maximum(table.length - 1, 0)
-    difference = bigrams[picture] - bigrams[table.num_pictures :]
-    cosine = np.mean([_clipped_cosines(table, ngrams) for ngrams in table.ngrams], axis=0)
-    similarity = 10 * cosine * np.exp(-(difference**2) / (2 * 6.0**2))  # (R,)
-    scores = _sum_by(picture, similarity, table.num_pictures) / np.bincount(picture)
-    return Scores(float(scores.mean()), scores)
+    table = _Table.of(*_as_words(candidates, references))
+    return _mean(_Frequencies.of(table.references).cider_d(table))
 
 
-def _clipped_cosines(table: _Table, ngrams: _Ngrams) -> Floats:
-    """(R,) similarity of each reference to its picture's candidate for one n, the length aside."""
-    pictures_with = np.bincount(np.unique(ngrams.reference_key) % ngrams.num_grams, minlength=ngrams.num_grams)
-    idf = np.log(table.num_pictures) - np.log(np.maximum(pictures_with, 1))  # (num_grams,)
-    candidate = ngrams.candidate_count * idf[ngrams.candidate_key % ngrams.num_grams]
-    reference = ngrams.reference_count * idf[ngrams.reference_key % ngrams.num_grams]
+class CiderD:
+    """CIDEr-D with the document frequencies of one set of pictures, whatever is scored (see cider_d for the formula).
 
-    clipped = np.minimum(reference, _look_up(ngrams.candidate_key, candidate, ngrams.reference_key))
-    picture = table.picture[table.num_pictures :]
-    dot = _sum_by(ngrams.reference, clipped * reference, len(picture))
-    reference_norm = np.sqrt(_sum_by(ngrams.reference, reference**2, len(picture)))
-    candidate_norm = np.sqrt(_sum_by(ngrams.candidate_key // ngrams.num_grams, candidate**2, table.num_pictures))
-    norms = reference_norm * candidate_norm[picture]
-    # Where a norm is 0, so is the product, and 0 / 1 stands for 0 / 0.
-    return dot / np.where(norms > 0, norms, 1.0)
+    So numbers over different pictures, and rewards of small batches, mean the same:
+
+        cider = CiderD(references)                        # counted once
+        rewards = cider.reward(pictures, sampled)         # (C,) C sampled captions, pictures[c] is the picture of each
+        cider.save("coco-train.npz")
+        CiderD.load("coco-train.npz").score(candidates, other_references)
+    """
+
+    def __init__(self, references: Sequence[Sequence[Caption]]) -> None:
+        """Counts the references of N pictures; raises UserError where a picture has none."""
+        self._references: _References | None = _References(_reference_words(references), _Vocabulary())
+        self._vocabulary = self._references.vocabulary
+        self._frequencies = _Frequencies.of(self._references)
+        self._norms = self._frequencies.norms(self._references.counts, len(self._references.length))
+
+    def score(self, candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> Scores:
+        """CIDEr-D of candidates against any references; over those of the object, equal to cider_d."""
+        words, reference_words = _as_words(candidates, references)
+        table = _Table(words, np.arange(len(words)), _References(reference_words, self._vocabulary.copy()))
+        return _mean(self._frequencies.cider_d(table))
+
+    def reward(self, pictures: Sequence[int] | Integers, candidates: Sequence[Caption]) -> Floats:
+        """(C,) CIDEr-D of C candidates, each against the references of its picture, 0..N-1 in the object's own order.
+
+        A picture may have any number of candidates, which is what self-critical training needs (Rennie et al. 2017,
+        "Self-critical Sequence Training", CVPR). Lists of words save the time to tokenize.
+        """
+        if self._references is None:
+            raise UserError("this CiderD has frequencies but no references: give them to load as well, or call score")
+        place, num_pictures = np.asarray(pictures, dtype=np.int64).reshape(-1), self._references.num_pictures
+        if len(place) != len(candidates):
+            raise UserError(f"{len(candidates)} candidates but {len(place)} pictures: give each candidate its picture")
+        if len(place) and not 0 <= place.min() <= place.max() < num_pictures:
+            raise UserError(
+                f"a picture is outside 0..{num_pictures - 1}: the references are of {num_pictures} pictures"
+            )
+        table = _Table([_words(caption) for caption in candidates], place, self._references)
+        return self._frequencies.cider_d(table, self._norms)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the frequencies, not the references, as .npz; the file appears whole or not at all."""
+        vocabulary, path = self._vocabulary, Path(path)
+        arrays: dict[str, NDArray[Any]] = {
+            "words": np.frombuffer(json.dumps(list(vocabulary.words)).encode(), np.uint8)
+        }
+        arrays["num_pictures"] = np.array(self._frequencies.num_pictures)
+        for n in range(MAX_N):
+            arrays |= {f"keys_{n + 1}": vocabulary.keys[n], f"numbers_{n + 1}": vocabulary.numbers[n]}
+            arrays[f"pictures_with_{n + 1}"] = self._frequencies.pictures_with[n]
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            with open(part, "wb") as file:
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub thinks of its flags
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], references: Sequence[Sequence[Caption]] | None = None) -> CiderD:
+        """The frequencies that save wrote, and the references that reward is to use, if it is to be called.
+
+        Raises a UserError that names the file where it is missing, broken, or something else.
+        """
+        loaded = cls.__new__(cls)
+        loaded._vocabulary = vocabulary = _Vocabulary()
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                words = json.loads(arrays["words"].tobytes())
+                vocabulary.words = {word: number for number, word in enumerate(words)}
+                vocabulary.keys = [arrays[f"keys_{n + 1}"] for n in range(MAX_N)]
+                vocabulary.numbers = [arrays[f"numbers_{n + 1}"] for n in range(MAX_N)]
+                pictures_with = [arrays[f"pictures_with_{n + 1}"] for n in range(MAX_N)]
+                num_pictures = int(arrays["num_pictures"])
+            if len(words) != len(vocabulary.keys[0]):
+                raise ValueError("it has other words than 1-grams")
+            for keys, numbers, pictures in zip(vocabulary.keys, vocabulary.numbers, pictures_with, strict=True):
+                if not len(keys) == len(numbers) >= len(pictures) or (numbers >= len(numbers)).any():
+                    raise ValueError("its tables do not fit together")
+            loaded._frequencies = _Frequencies(num_pictures, pictures_with)
+        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path} holds no frequencies ({reason}): write it again with CiderD.save") from error
+        loaded._references, loaded._norms = None, []
+        if references is not None:
+            loaded._references = own = _References(_reference_words(references), vocabulary)
+            loaded._norms = loaded._frequencies.norms(own.counts, len(own.length))
+        return loaded
+
+
+class _Frequencies:
+    """In how many of N pictures' references an n-gram stands, and what CIDEr makes of it."""
+
+    def __init__(self, num_pictures: int, pictures_with: list[Integers]) -> None:
+        """pictures_with[n - 1] has a number for each n-gram of a _Vocabulary; those beyond its end stand in none."""
+        self.num_pictures, self.pictures_with = num_pictures, pictures_with
+        self._idf = [np.log(num_pictures) - np.log(np.maximum(np.append(number, 0), 1)) for number in pictures_with]
+
+    @classmethod
+    def of(cls, references: _References) -> _Frequencies:
+        """The frequencies in these references."""
+        pictures_with = [np.bincount(runs.key // references.num_pictures) for runs in references.runs]
+        return cls(references.num_pictures, pictures_with)
+
+    def idf(self, n: int, gram: Integers) -> Floats:
+        """Weights of n-grams, n counted from 0, shaped like gram."""
+        return np.asarray(self._idf[n][np.minimum(gram, len(self._idf[n]) - 1)])
+
+    def norms(self, counts: list[_Counts], num_captions: int) -> list[Floats]:
+        """MAX_N times (num_captions,) lengths of the captions' vectors; 1 for 0, as then the products are 0 as well."""
+        weights = [one.times * self.idf(n, one.gram) for n, one in enumerate(counts)]
+        norms = [np.sqrt(_sum_by(c.caption, w**2, num_captions)) for c, w in zip(counts, weights, strict=True)]
+        return [np.where(norm > 0, norm, 1.0) for norm in norms]
+
+    def cider_d(self, table: _Table, reference_norms: list[Floats] | None = None) -> Floats:
+        """(C,) CIDEr-D of each candidate; the references' norms may have been worked out before."""
+        references = table.references
+        norms = self.norms(table.counts, len(table.length))
+        reference_norms = reference_norms or self.norms(references.counts, len(references.length))
+        # The field counts a caption's length in bigrams, so that an empty caption is as long as one word.
+        bigrams, reference_bigrams = np.maximum(table.length - 1, 0), np.maximum(references.length - 1, 0)
+        total = np.zeros(len(table.length))
+        for n, pairs in enumerate(table.pairs()):
+            difference = bigrams[pairs.candidate] - reference_bigrams[pairs.reference]
+            clipped = np.minimum(pairs.times, pairs.reference_times) * pairs.reference_times
+            product = clipped * self.idf(n, pairs.gram) ** 2 * np.exp(difference**2 / (-2 * 6.0**2))
+            cosine = product / (norms[n][pairs.candidate] * reference_norms[n][pairs.reference])
+            total += _sum_by(pairs.candidate, cosine, len(total))
+        return 10 / MAX_N * total / references.number[table.picture]
+
+
+class _Statistics:
+    """What every metric of score_captions is made of: sums over pictures, so that pictures can be drawn again."""
+
+    def __init__(self, candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> None:
+        words, reference_words = _as_words(candidates, references)
+        table = _Table.of(words, reference_words)
+        cider = _Frequencies.of(table.references).cider_d(table)
+        self.number = len(words)
+        self.table: Floats = np.column_stack([_bleu_counts(table), _rouge_l(words, reference_words), cider])  # (N, K)
+
+    @staticmethod
+    def metrics(sums: Floats, number: int = 1) -> dict[str, Floats]:
+        """Each metric (...) from rows of the table (..., K), or from the sums of so many of them."""
+        scores = _bleu_of_counts(sums[..., :-2])
+        metrics = {f"bleu_{n + 1}": scores[..., n] for n in range(MAX_N)}
+        return metrics | {"rouge_l": sums[..., -2] / number, "cider_d": sums[..., -1] / number}
+
+
+def bootstrap(
+    candidates: Sequence[Caption], references: Sequence[Sequence[Caption]], resamples: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of every metric of score_captions (Efron & Tibshirani 1993, "An Introduction to the
+    Bootstrap", chapter 13): the 2.5th and 97.5th percentile over sets of N pictures drawn with replacement.
+
+    BLEU is worked out anew from each set's counts, the others are means of the per-picture values. CIDEr-D keeps the
+    document frequencies of all references, as a set with repetitions would have others for no reason of the model's.
+    """
+    statistics = _Statistics(candidates, references)
+    sums = _resampled_sums(statistics.table, resamples, seed)
+    drawn = statistics.metrics(sums, statistics.number)
+    return {name: _interval(values) for name, values in drawn.items()}
+
+
+class Difference(NamedTuple):
+    """How much better b is than a by one metric."""
+
+    difference: float
+    """b - a over the pictures as they are."""
+    interval: tuple[float, float]
+    """The 95 % interval of the difference."""
+    p_value: float
+    """0 to 1, two-sided: small where chance would hardly make so large a difference (see paired_bootstrap)."""
+
+
+def paired_bootstrap(
+    a: Sequence[Caption],
+    b: Sequence[Caption],
+    references: Sequence[Sequence[Caption]],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """Whether b is better than a by each metric of score_captions, on the same pictures.
+
+    Paired bootstrap resampling (Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation",
+    EMNLP): both are scored on each drawn set of pictures (as in bootstrap, document frequencies fixed), and the share
+    of sets on which the worse one wins is the chance of error. Two-sided, and with the set as it is counted in, so
+    that no p is 0: p = min(1, 2 (1 + min(sets with b - a <= 0, sets with b - a >= 0)) / (1 + resamples)).
+    """
+    first, second = _Statistics(a, references), _Statistics(b, references)
+    # Side by side, so that both meet the same sets.
+    sums = _resampled_sums(np.concatenate([first.table, second.table], axis=1), resamples, seed)
+    drawn_first, drawn_second = (first.metrics(half, first.number) for half in np.split(sums, 2, axis=1))
+    scores_first, scores_second = (one.metrics(one.table.sum(0), one.number) for one in (first, second))
+    differences = {}
+    for name in drawn_first:
+        drawn = drawn_second[name] - drawn_first[name]
+        wrong = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
+        p_value = min(1.0, 2 * (1 + wrong) / (1 + resamples))
+        observed = float(scores_second[name] - scores_first[name])
+        differences[name] = Difference(observed, _interval(drawn), p_value)
+    return differences
+
+
+def _resampled_sums(table: Floats, resamples: int, seed: int) -> Floats:
+    """(resamples, K) sums of N rows of the table (N, K), drawn with replacement."""
+    if resamples < 1:
+        raise UserError(f"resamples is {resamples}: it must be positive")
+    rng, number = np.random.default_rng(seed), len(table)
+    at_a_time = max(1, 2**22 // number)  # what fits into 100 MB
+    sums = []
+    for start in range(0, resamples, at_a_time):
+        rows = min(at_a_time, resamples - start)
+        drawn = rng.integers(0, number, (rows, number)) + number * np.arange(rows)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=rows * number).reshape(rows, number)
+        sums.append(weights.astype(np.float64) @ table)
+    return np.concatenate(sums)
+
+
+def _interval(values: Floats) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def diversity(candidates: Sequence[Caption]) -> dict[str, float]:
     """How varied captions are, whatever they describe.
 
     distinct_1, distinct_2: different words and different word pairs, each over the number of words (Li et al. 2016,
-    "A Diversity-Promoting Objective Function", NAACL, section 5); unique_captions: how many captions differ as words;
-    mean_length: words a caption. All 0 without captions.
+    "A Diversity-Promoting Objective Function", NAACL, section 5); vocabulary: different words; unique_captions: how
+    many captions differ as words; mean_length: words a caption. All 0 without captions.
     """
     captions = [_words(caption) for caption in candidates]
-    num_words = sum(map(len, captions))
+    num_words, vocabulary = sum(map(len, captions)), len(set(chain.from_iterable(captions)))
     return {
-        "distinct_1": len(set(chain.from_iterable(captions))) / max(num_words, 1),
+        "distinct_1": vocabulary / max(num_words, 1),
         "distinct_2": len({pair for caption in captions for pair in pairwise(caption)}) / max(num_words, 1),
+        "vocabulary": float(vocabulary),
         "unique_captions": float(len(set(map(tuple, captions)))),
         "mean_length": num_words / max(len(captions), 1),
     }
 
 
-class _Ngrams(NamedTuple):
-    """How often each n-gram of one length stands in each caption: C entries of candidates, E entries of references.
+def novelty(candidates: Sequence[Caption], training_captions: Sequence[Caption]) -> float:
+    """Share of candidates, 0 to 1, that as words are not among the training captions; 0 without candidates.
 
-    A key is picture * num_grams + gram, so equal keys mean the same n-gram at the same picture.
+    It asks how much a model only repeats (Vinyals et al. 2015, "Show and Tell", CVPR, on the diversity of what it
+    generates). A caption given twice counts twice.
+    """
+    seen = {tuple(_words(caption)) for caption in training_captions}
+    new = sum(tuple(_words(caption)) not in seen for caption in candidates)
+    return new / max(len(candidates), 1)
+
+
+def self_cider(captions: Sequence[Sequence[Caption]], frequencies: CiderD | None = None) -> Scores:
+    """Self-CIDEr, 0 to 1: how different several captions of one picture are (Wang & Chan 2019, "Describing like
+    Humans: on Diversity in Image Captioning", CVPR, arXiv:1903.12020, section 3).
+
+    captions[i] are m >= 2 captions of picture i. Their kernel K (m, m) has the CIDEr of every pair, which is CIDEr-D's
+    cosine without clipping and lengths, averaged over n, so that K is positive semi-definite. With its eigenvalues
+    l_1 >= ... >= l_m, the picture has -log_m(sqrt(l_1) / sum_i sqrt(l_i)): 0 where all captions are the same (or no
+    n-gram has weight), 1 where no two share an n-gram. The corpus has the mean.
+
+    The idf comes from `frequencies` (the paper: COCO's training captions), else from the captions themselves, of which
+    one picture alone has none.
+    """
+    words = _reference_words(captions)
+    for picture, own_words in enumerate(words):
+        if len(own_words) < 2:
+            raise UserError(f"picture {picture} (counted from 0) has one caption: self-CIDEr compares two or more")
+    own = _References(words, frequencies._vocabulary.copy() if frequencies else _Vocabulary())
+    weights = frequencies._frequencies if frequencies else _Frequencies.of(own)
+    norms = weights.norms(own.counts, len(own.length))
+    table = _Table(list(chain.from_iterable(words)), own.picture, own)
+
+    last = np.cumsum(own.number**2)  # the kernels stand one behind the other, (sum of m^2,)
+    row = np.arange(len(own.length)) - own.first[own.picture]  # (R,) of each caption in its kernel
+    kernels = np.zeros(last[-1])
+    for n, pairs in enumerate(table.pairs()):
+        product = pairs.times * pairs.reference_times * weights.idf(n, pairs.gram) ** 2
+        cosine = product / (norms[n][pairs.candidate] * norms[n][pairs.reference])
+        size, first = own.number[table.picture[pairs.candidate]], (last - own.number**2)[table.picture[pairs.candidate]]
+        kernels += _sum_by(first + row[pairs.candidate] * size + row[pairs.reference], cosine, len(kernels)) / MAX_N
+    return _mean(np.array([_spread(kernel) for kernel in np.split(kernels, last[:-1])]))
+
+
+def _spread(kernel: Floats) -> float:
+    """-log_m of the first singular value's share, for a kernel (m * m,)."""
+    size = int(np.sqrt(len(kernel)))
+    roots = np.sqrt(np.linalg.eigvalsh(kernel.reshape(size, size)).clip(min=0))
+    return float(np.log(roots.sum() / roots[-1]) / np.log(size)) if roots[-1] > 0 else 0.0
+
+
+class _Counts(NamedTuple):
+    """How often each n-gram of one length stands in each caption: E entries, no (caption, n-gram) twice."""
+
+    caption: Integers
+    """(E,)"""
+    gram: Integers
+    """(E,) its number."""
+    times: Integers
+    """(E,)"""
+
+
+class _Vocabulary:
+    """Numbers the n-grams it has learnt, those of each length by themselves.
+
+    An n-gram's key is 2^32 times the number of the (n - 1)-gram that it begins with, plus the number of its last word:
+    exact while there are fewer than 2^31 n-grams.
     """
 
-    num_grams: int
-    """Different n-grams in all captions, at least 1 so that keys can be divided by it."""
-    candidate_key: Integers
-    """(C,) ascending, all different."""
-    candidate_count: Integers
-    """(C,)"""
-    reference_key: Integers
-    """(E,)"""
-    reference_count: Integers
-    """(E,)"""
+    def __init__(self) -> None:
+        self.words: dict[str, int] = {}
+        self.keys: list[Integers] = [np.empty(0, np.int64)] * MAX_N
+        """[n - 1] (n-grams,) ascending."""
+        self.numbers = self.keys[:]
+        """[n - 1] (n-grams,) the number for each key."""
+
+    def copy(self) -> _Vocabulary:
+        """One that can learn without this one's learning it too."""
+        copied = _Vocabulary()
+        copied.words, copied.keys, copied.numbers = dict(self.words), self.keys[:], self.numbers[:]
+        return copied
+
+    def count(self, captions: Sequence[Sequence[str]]) -> list[_Counts]:
+        """The n-grams of 1 ... MAX_N words; those never learnt have numbers above all others, in this answer alone."""
+        return self._count(captions)[0]
+
+    def learn(self, captions: Sequence[Sequence[str]]) -> list[_Counts]:
+        """The same, and keeps the numbers."""
+        counts, new_words, new_keys = self._count(captions)
+        self.words |= new_words
+        for n, new in enumerate(new_keys):
+            if not len(new):
+                continue
+            keys = np.concatenate([self.keys[n], new])
+            numbers = np.concatenate([self.numbers[n], np.arange(len(self.keys[n]), len(keys))])
+            order = np.argsort(keys, kind="stable")
+            self.keys[n], self.numbers[n] = keys[order], numbers[order]
+        return counts
+
+    def _count(self, captions: Sequence[Sequence[str]]) -> tuple[list[_Counts], dict[str, int], list[Integers]]:
+        """The counts, and what was not known: words with their numbers, and keys, ascending."""
+        known, different = self.words, dict.fromkeys(chain.from_iterable(captions))
+        new_words = {word: number for number, word in enumerate((w for w in different if w not in known), len(known))}
+        number_of = {word: known[word] if word in known else new_words[word] for word in different}
+        words = np.fromiter(map(number_of.__getitem__, chain.from_iterable(captions)), np.int64)
+        # Behind the last word stand words of no caption, so that looking ahead needs no care.
+        word = np.append(words, [0] * MAX_N)
+        caption = np.append(np.repeat(np.arange(len(captions)), _lengths(captions)), [-1] * MAX_N)
+
+        start = np.arange(len(words))  # where an n-gram begins
+        gram = np.zeros_like(words)  # and which one it is
+        counts, new_keys = [], []
+        for n in range(MAX_N):
+            inside = caption[start + n] == caption[start]
+            start = start[inside]
+            key = gram[inside] << 32 | word[start + n]
+            # Equal n-grams come together, within them the captions in their order.
+            order = np.argsort(key, kind="stable")
+            owner, ordered = caption[start[order]], key[order]
+            first = _first_of_run(ordered)
+            numbers, unknown = self._numbers_of(n, ordered[first])
+            ordered = numbers[np.cumsum(first) - 1]
+            gram = np.empty_like(key)
+            gram[order] = ordered
+            entry = np.flatnonzero(first | _first_of_run(owner))
+            counts.append(_Counts(owner[entry], ordered[entry], np.diff(np.append(entry, len(key)))))
+            new_keys.append(unknown)
+        return counts, new_words, new_keys
+
+    def _numbers_of(self, n: int, keys: Integers) -> tuple[Integers, Integers]:
+        """The number of each key, all different, and those of them that were not known."""
+        place = _find(self.keys[n], keys)
+        new = place < 0
+        numbers = np.empty_like(keys)
+        numbers[~new] = self.numbers[n][place[~new]]
+        numbers[new] = len(self.keys[n]) + np.arange(np.count_nonzero(new))
+        return numbers, keys[new]
+
+
+class _Runs(NamedTuple):
+    """The entries of all references for one n, in runs of the same n-gram at the same picture: U runs, E entries."""
+
+    key: Integers
+    """(U,) n-gram * N + picture, ascending."""
+    start: Integers
+    """(U + 1,) where each run begins, and the end."""
     reference: Integers
-    """(E,) which of all R references, 0..R-1."""
+    """(E,) which reference, 0..R-1."""
+    times: Integers
+    """(E,)"""
+
+    def most(self) -> Integers:
+        """(U,) how often the n-gram stands in the picture's reference that has it most."""
+        return np.maximum.reduceat(self.times, self.start[:-1]) if len(self.times) else self.times
+
+
+class _References:
+    """The R references of N pictures, counted."""
+
+    def __init__(self, references: Sequence[Sequence[Sequence[str]]], vocabulary: _Vocabulary) -> None:
+        """The vocabulary learns their n-grams."""
+        captions = list(chain.from_iterable(references))
+        self.vocabulary = vocabulary
+        self.num_pictures = len(references)
+        self.number = np.array([len(own) for own in references])  # (N,) references of each picture
+        self.first = np.cumsum(self.number) - self.number  # (N,)
+        self.picture = np.repeat(np.arange(self.num_pictures), self.number)  # (R,)
+        self.length = _lengths(captions)  # (R,)
+        self.counts = vocabulary.learn(captions)
+        self.runs = [self._runs(counts) for counts in self.counts]
+
+    def _runs(self, counts: _Counts) -> _Runs:
+        key = counts.gram * self.num_pictures + self.picture[counts.caption]
+        order = np.argsort(key, kind="stable")
+        key = key[order]
+        start = np.flatnonzero(_first_of_run(key))
+        return _Runs(key[start], np.append(start, len(key)), counts.caption[order], counts.times[order])
+
+
+class _Pairs(NamedTuple):
+    """Where a candidate and a reference of its picture share an n-gram: P times."""
+
+    candidate: Integers
+    """(P,)"""
+    reference: Integers
+    """(P,)"""
+    gram: Integers
+    """(P,)"""
+    times: Integers
+    """(P,) how often the candidate has it."""
+    reference_times: Integers
+    """(P,) how often the reference has it."""
 
 
 class _Table:
-    """N candidates and their R references, counted. S = N + R captions: first the candidates, then the references."""
+    """C candidates, counted, beside the references of their pictures."""
 
-    def __init__(self, candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> None:
-        captions = [*candidates, *chain.from_iterable(references)]
-        num_references = np.array([len(captions) for captions in references])
-        pictures = np.arange(len(candidates))
-        self.num_pictures = len(candidates)
-        self.picture: Integers = np.concatenate([pictures, np.repeat(pictures, num_references)])  # (S,)
-        self.length: Integers = np.array([len(caption) for caption in captions])  # (S,), words
-        self.first_reference: Integers = self.num_pictures + np.cumsum(num_references) - num_references  # (N,)
-        self.ngrams = self._count(captions)
+    def __init__(self, candidates: Sequence[Sequence[str]], picture: Integers, references: _References) -> None:
+        """picture (C,) is the picture of each candidate."""
+        self.picture, self.references = picture, references
+        self.length = _lengths(candidates)  # (C,)
+        self.counts = references.vocabulary.count(candidates)
+        self.run = [
+            _find(runs.key, counts.gram * references.num_pictures + picture[counts.caption])
+            for counts, runs in zip(self.counts, references.runs, strict=True)
+        ]
+        """[n - 1] (E,) which of the references' runs has the candidates' entry, -1 for none."""
 
-    def _count(self, captions: Sequence[Sequence[str]]) -> list[_Ngrams]:
-        """The n-grams of 1 ... MAX_N words."""
-        numbers: dict[str, int] = {}
-        words = [numbers.setdefault(word, len(numbers)) for word in chain.from_iterable(captions)]
-        # Behind the last word stand words of no caption, so that looking ahead needs no care.
-        word = np.array(words + [0] * MAX_N, dtype=np.int64)
-        caption = np.concatenate([np.repeat(np.arange(len(captions)), self.length), np.full(MAX_N, -1)])
+    @classmethod
+    def of(cls, candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> _Table:
+        """One candidate a picture, and a vocabulary of their own."""
+        return cls(candidates, np.arange(len(candidates)), _References(references, _Vocabulary()))
 
-        start = np.arange(len(words))  # where an n-gram begins
-        gram = word[start]  # and which one it is
-        counted = []
-        for n in range(MAX_N):
-            if n > 0:
-                inside = caption[start + n] == caption[start]
-                start = start[inside]
-                # One number for the n-gram before and its next word, then numbered anew: int64 always suffices.
-                gram = np.unique(gram[inside] * len(numbers) + word[start + n], return_inverse=True)[1]
-            counted.append(self._split(caption[start], gram))
-        return counted
-
-    def _split(self, caption: Integers, gram: Integers) -> _Ngrams:
-        """Counts equal (caption, gram) and sets candidates and references apart."""
-        num_grams = int(gram.max(initial=0)) + 1
-        key, count = np.unique(caption * num_grams + gram, return_counts=True)
-        caption, gram = np.divmod(key, num_grams)
-        key = self.picture[caption] * num_grams + gram
-        split = np.searchsorted(caption, self.num_pictures)
-        return _Ngrams(
-            num_grams, key[:split], count[:split], key[split:], count[split:], caption[split:] - self.num_pictures
-        )
+    def pairs(self) -> Iterator[_Pairs]:
+        """The shared n-grams of 1 ... MAX_N words."""
+        for counts, runs, run in zip(self.counts, self.references.runs, self.run, strict=True):
+            hit = np.flatnonzero(run >= 0)
+            first = runs.start[run[hit]]
+            size = runs.start[run[hit] + 1] - first
+            mine = np.repeat(hit, size)
+            theirs = np.arange(len(mine)) + np.repeat(first - (np.cumsum(size) - size), size)
+            yield _Pairs(
+                counts.caption[mine], runs.reference[theirs], counts.gram[mine], counts.times[mine], runs.times[theirs]
+            )
 
 
-def _look_up(keys: Integers, values: Floats, wanted: Integers) -> Floats:
-    """The value of each wanted key, 0 for a key that is not there; keys ascend."""
+def _find(keys: Integers, wanted: Integers) -> Integers:
+    """Where each wanted key stands among keys, which ascend; -1 for one that is not there."""
     place = np.searchsorted(keys, wanted)
-    keys, values = np.append(keys, -1), np.append(values, 0.0)
-    return np.where(keys[place] == wanted, values[place], 0.0)
+    there = place < len(keys)
+    there[there] = keys[place[there]] == wanted[there]
+    return np.where(there, place, -1)
 
 
-def _sum_by(owner: Integers, values: Floats, num_owners: int) -> Floats:
+def _first_of_run(values: Integers) -> NDArray[np.bool_]:
+    """True where a value differs from the one before."""
+    return np.append(True, values[1:] != values[:-1])[: len(values)]
+
+
+def _sum_by(owner: Integers, values: Floats | Integers, num_owners: int) -> Floats:
     """(num_owners,) sum of the values of each owner."""
     return np.asarray(np.bincount(owner, values, minlength=num_owners), dtype=np.float64)
 
 
+def _mean(per_picture: Floats) -> Scores:
+    return Scores(float(per_picture.mean()), per_picture)
+
+
+def _lengths(captions: Sequence[Sequence[str]]) -> Integers:
+    return np.fromiter(map(len, captions), np.int64, len(captions))
+
+
 def _words(caption: Caption) -> Sequence[str]:
     return tokenize(caption) if isinstance(caption, str) else caption
+
+
+def _reference_words(references: Sequence[Sequence[Caption]]) -> list[list[Sequence[str]]]:
+    """Each picture's references as words; raises UserError where there are none."""
+    if len(references) == 0:
+        raise UserError("no captions to score: give the candidate and the references of one picture at least")
+    for picture, captions in enumerate(references):
+        if isinstance(captions, str):
+            raise UserError(f"the references of picture {picture} (counted from 0) are a str: give a list of captions")
+        if len(captions) == 0:
+            raise UserError(f"picture {picture} (counted from 0) has no reference: add one or leave the picture out")
+    return [[_words(one) for one in captions] for captions in references]
 
 
 def _as_words(
@@ -349,11 +680,5 @@ def _as_words(
         raise UserError(
             f"{len(candidates)} candidates but references of {len(references)} pictures: give one candidate a picture"
         )
-    if len(candidates) == 0:
-        raise UserError("no captions to score: give the candidate and the references of one picture at least")
-    for picture, captions in enumerate(references):
-        if isinstance(captions, str):
-            raise UserError(f"the references of picture {picture} (counted from 0) are a str: give a list of captions")
-        if len(captions) == 0:
-            raise UserError(f"picture {picture} (counted from 0) has no reference: add one or leave the picture out")
-    return [_words(caption) for caption in candidates], [[_words(one) for one in captions] for captions in references]
+    reference_words = _reference_words(references)
+    return [_words(caption) for caption in candidates], reference_words

@@ -16,6 +16,7 @@ import base64
 import json
 import math
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,7 +248,7 @@ class SelfAttention(nn.Module):
                 assert length == 1
                 key, value = states[:, :, : past + 1].unbind()
                 query = query.to(key.dtype)
-        mixed = attention(query, key, value, causal=length > 1).flatten(2)
+        mixed = attention(query, key, value, causal=length > 1).flatten(2).to(projected.dtype)
         return self.c_proj(packing.pack(mixed) if packing else mixed)
 
 
@@ -402,7 +403,9 @@ class ImageCaptionModel(nn.Module):
         self.config = config or ViTGPT2Config(**fields)
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self.packed: Any = None
-        """What packed.py keeps of the weights for generation on a CPU."""
+        """What packed.py or graphs.py keeps of the weights for generation."""
+        self.generating = threading.RLock()
+        """Held while that is in use: a web server captions from several threads."""
         self.trained_on = np.empty(0, np.uint64)
         """Keys of the pictures it has learned from (CaptionTable.keys), so that nobody is scored on them unawares."""
         self.encoder = VisionTransformer(self.config)
@@ -429,6 +432,18 @@ class ImageCaptionModel(nn.Module):
             if name.endswith(("proj.weight", "fc2.weight")):
                 std /= math.sqrt(branches.get(name.split(".")[0], 1))
             nn.init.normal_(parameter, std=std)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle for another process, leaves behind what generation keeps."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("packed", "generating")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.packed, self.generating = None, threading.RLock()
+
+    def version(self) -> tuple[Any, ...]:
+        """Another one when the weights are."""
+        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
 
     @property
     def device(self) -> torch.device:

@@ -14,11 +14,13 @@ the one to the other without looking inside. The decoder takes any number of tok
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import io
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import UserError
-from convert import new_folder, write_their_files
+from convert import WEIGHTS, WRITTEN, new_folder, write_their_files
 from model import DecoderBlock, ImageCaptionModel
 
 OPSET = 20  # known to the runtimes of the last two years
@@ -42,13 +44,13 @@ def save_onnx(model: ImageCaptionModel, directory: str | os.PathLike[str], int8:
     needed = ["onnx", "onnxscript", *(["onnxruntime"] if int8 else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UserError(f"ONNX files need {', '.join(missing)}: pip install -r requirements-onnx.txt")
-    with new_folder(directory) as folder:
+    with new_folder(directory, [*(name for name in WRITTEN if name != WEIGHTS), "onnx"]) as folder:
+        write_their_files(model, folder)  # first, as the tokenizer may be missing
         (folder / "onnx").mkdir()
         export(model, folder / "onnx")
         if int8:
             for name in (ENCODER, DECODER):
                 quantize(folder / "onnx" / f"{name}.onnx", folder / "onnx" / f"{name}_quantized.onnx")
-        write_their_files(model, folder)
 
 
 class PictureEncoder(nn.Module):
@@ -112,7 +114,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 def export(model: ImageCaptionModel, folder: Path) -> None:
     """Writes encoder_model.onnx and decoder_model_merged.onnx, in fp32."""
     config, layers = model.config, model.config.decoder_num_layers
-    model = model.float().cpu().eval()
+    model = copy.deepcopy(model).float().cpu().eval()
     pixels = torch.zeros(2, 3, config.image_size, config.image_size)
     heads = config.decoder_num_heads
     past = [torch.zeros(2, heads, 3, config.decoder_embed_dim // heads) for _ in range(2 * layers)]  # not one, repeated
@@ -171,11 +173,12 @@ def quantize(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Any:
+def quiet() -> Iterator[None]:
     """Without the exporters' own progress and their warnings about each other."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

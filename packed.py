@@ -118,7 +118,8 @@ class PackedDecoder(GPT2Decoder):
 def available(precision: Precision) -> bool:
     """Whether this torch and this CPU have the kernels: tried on a small layer, since these operators are torch's own."""
     try:
-        x, weight = torch.randn(3, 64), torch.randn(32, 64)
+        generator = torch.Generator().manual_seed(0)  # not the one that sampling draws from
+        x, weight = (torch.randn(rows, 64, generator=generator) for rows in (3, 32))
         exact = x @ weight.T
         layers = [pack(weight, None, precision), pack(weight, None, precision, few=True)]
         return all(bool((layer(x) - exact).abs().max() < 0.1 * exact.abs().max()) for layer in layers)
@@ -131,6 +132,8 @@ def pack(
 ) -> nn.Module:
     """One layer; `few` where it will meet at most FEW rows at a time, and `dtype` is an int8 layer's result's."""
     if precision == "int8":
+        # The kernel for a few rows reads 16 numbers at a time, behind the end of a row too.
+        few = few and weight.shape[1] % 16 == 0
         return Int8Weight(weight, bias, dtype) if few else Int8Linear(weight, bias, dtype)
     return PackedLinear(weight, bias, torch.float32 if precision == "fp32" else torch.bfloat16)
 
@@ -138,13 +141,18 @@ def pack(
 def packed_model(model: ImageCaptionModel, precision: Precision, rows: int) -> ImageCaptionModel:
     """A twin of the model for generating `rows` captions at a time on a CPU, or the model itself where that cannot be had.
 
-    It is kept until the weights change, and takes as much memory again as they do in its precision."""
+    It is kept until the weights change (by anything but their .data, of which torch keeps no count: then set model.packed
+    to None), and takes as much memory again as they do in its precision; in int8 twice that, where both a few and many
+    captions are made.
+    """
     if model.device.type != "cpu" or model.decoder.wte.weight.dtype != torch.float32 or not available(precision):
         return model
     few = precision == "int8" and rows <= FEW
-    key = (precision, few, tuple((weight.data_ptr(), weight._version) for weight in model.parameters()))
+    key = (precision, model.version())
     if model.packed is None or model.packed[0] != key:
-        model.packed = None  # before the new one is made: there may be no room for both
+        model.packed = (key, {})  # before the new one is made: there may be no room for both
+    twins = model.packed[1]
+    if few not in twins:
         # deepcopy takes what the memo has for a module in its place: packed layers, and the tensors that are shared.
         memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         for name, module in model.named_modules():
@@ -158,5 +166,5 @@ def packed_model(model: ImageCaptionModel, precision: Precision, rows: int) -> I
         twin._modules = {name: copy.deepcopy(module, memo) for name, module in model._modules.items()}
         twin.__class__, twin.decoder.__class__ = PackedModel, PackedDecoder
         twin.decoder.packed_head = pack(model.decoder.wte.weight, None, precision, few=few)
-        model.packed = (key, twin)
-    return model.packed[1]
+        twins[few] = twin
+    return twins[few]

@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, tiny_config
 
 import benchmark
+from config import UserError
 
 
 def run(*arguments: str, cwd) -> subprocess.CompletedProcess:
@@ -41,8 +43,30 @@ def test_the_caption_benchmark(monkeypatch, scenes_tokenizer, capsys):
     assert "captions/s" in capsys.readouterr().out
 
 
+def test_the_metrics_benchmark(tmp_path):
+    pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is of requirements-full.txt")
+    sizes = ("--pictures", "40", "--rewarded", "6", "--samples", "4", "--rounds", "1")
+    done = run("metrics", *sizes, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "benchmark-metrics.json").read_text())
+    for name in ("scores", "reward"):
+        assert figures[name]["difference"] < 1e-9 and figures[name]["ratio"] > 0
+    assert "reward of 24 captions" in done.stdout
+
+
+def test_the_metrics_benchmark_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-full\.txt"):
+        benchmark.MetricsBenchmark().run()
+
+
+def test_the_metrics_benchmark_names_a_batch_that_is_too_large(tmp_path):
+    done = run("metrics", "--pictures", "3", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.strip().endswith("their product must be from 1 to pictures, 3")
+
+
 def test_unknown_benchmarks_get_one_line(tmp_path):
     done = run("nothing", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.strip() == (
-        "error: usage: python benchmark.py data|generate (--help after it shows the flags)"
+        "error: usage: python benchmark.py data|generate|metrics (--help after it shows the flags)"
     )

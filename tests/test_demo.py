@@ -12,6 +12,7 @@ from test_scripts import script
 from convert import save_transformers
 from dataset import prepare_picture
 from model import MODEL_FILE, ImageCaptionModel
+from packed import available
 from scenes import parse_caption, scene_from_dict
 
 pytestmark = pytest.mark.slow
@@ -76,12 +77,13 @@ def test_captions_equal_those_of_transformers(run, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_coarser_numbers_see_the_same_scenes(run, precision):
-    """Fewer bits may cost a word here and there, not the sight."""
+def test_fewer_bits_cost_less_than_a_hundredth(run, precision):
+    if not available(precision):
+        pytest.skip(f"this CPU has no {precision} kernels")
     options = ["--data-dir", run / "scenes", "--precision"]
     scores = {}
     for name in ("fp32", precision):
         script(run.parents[1], "evaluate.py", run / MODEL_FILE, *options, name, "--output-dir", name)
         scores[name] = json.loads((run.parents[1] / name / "metrics.json").read_text())["cider_d"]
     print(scores)
-    assert scores[precision] > 0.98 * scores["fp32"]
+    assert scores[precision] > 0.99 * scores["fp32"]

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import needs_shared, tiny_config
+from conftest import ROOT, needs_shared, tiny_config
 
 import model as model_module
 from config import UserError
 from dataset import CaptionDataset, make_dataloader
-from evaluate import BadPictures, caption_loss, contact_sheet, evaluate, evaluate_captions, read_results
+from evaluate import (
+    BadPictures,
+    caption_loss,
+    contact_sheet,
+    evaluate,
+    evaluate_captions,
+    evaluate_dataset,
+    read_results,
+    warnings_about,
+)
 from metrics import score_captions
 from model import ImageCaptionModel
 
@@ -79,8 +91,8 @@ def test_results_files(tmp_path):
     (tmp_path / "refs.json").write_text(json.dumps(references))
     good = [{"image_id": 2, "caption": "b"}, {"image_id": 1, "caption": "a"}]
     (tmp_path / "good.json").write_text(json.dumps(good))
-    candidates, known = read_results(tmp_path / "good.json", tmp_path / "refs.json")
-    assert candidates == ["a", "b"] and list(map(len, known)) == [1, 2]
+    names, candidates, known = read_results(tmp_path / "good.json", tmp_path / "refs.json")
+    assert names == [1, 2] and candidates == ["a", "b"] and list(map(len, known)) == [1, 2]
     for content, words in {
         json.dumps(good[:1]): r"no caption for 1 pictures .* \(1\)",
         json.dumps(good + good[:1]): "2 captions for picture 2",
@@ -97,10 +109,68 @@ def test_results_files(tmp_path):
 
 def test_the_official_example_scores_as_published():
     folder = needs_shared("coco_eval")
-    pair = read_results(folder / "captions_val2014_fakecap_results.json", folder / "captions_val2014_fakecap_refs.json")
-    scores = score_captions(*pair)
+    files = (folder / "captions_val2014_fakecap_results.json", folder / "captions_val2014_fakecap_refs.json")
+    scores = score_captions(*read_results(*files)[1:])
     assert scores["cider_d"] == pytest.approx(0.599791, abs=1e-3)
     assert scores["bleu_4"] == pytest.approx(0.190829, abs=5e-4)
+
+
+def run_evaluate(folder, *arguments) -> str:
+    command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_results_file_gets_numbers_intervals_and_a_report(tmp_path):
+    folder = needs_shared("coco_eval")
+    references = folder / "captions_val2014_fakecap_refs.json"
+    output = run_evaluate(
+        tmp_path, "--results", folder / "captions_val2014_fakecap_results.json", "--references", references
+    )
+    found = json.loads((tmp_path / "evaluation/metrics.json").read_text())
+    assert found["cider_d"] == pytest.approx(0.599791, abs=1e-3) and found["cider_d_low"] < found["cider_d"]
+    assert found["cider_d"] < found["cider_d_high"] and found["tokenizer"].startswith("PTB")
+    assert "METEOR and SPICE" in found["left_out"] and "0.5998   (" in output
+    assert "CIDEr-D" in (tmp_path / "evaluation/report.html").read_text()
+    with open(tmp_path / "evaluation/per_picture.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 1000
+    assert np.mean([float(row["cider_d"]) for row in rows]) == pytest.approx(found["cider_d"], abs=1e-5)
+    # What it wrote serves as input again: the same captions are no better than themselves.
+    ours = tmp_path / "evaluation/captions.json"
+    output = run_evaluate(tmp_path, "--compare", ours, ours, "--references", tmp_path / "evaluation/references.json")
+    compared = json.loads((tmp_path / "evaluation/comparison.json").read_text())
+    assert compared["cider_d"]["difference"] == 0 and compared["cider_d"]["p_value"] == 1
+    assert compared["cider_d"]["a"] == pytest.approx(found["cider_d"]) and "cider_d" in output
+
+
+def test_what_to_know_before_numbers_are_believed():
+    """Models that ignore the picture or never end were praised for their BLEU."""
+    good = {"pictures": 100, "unique_captions": 80.0, "loss": 2.0, "loss_shuffled_pictures": 2.4, "cut_captions": 0.0}
+    assert warnings_about(good) == [] and warnings_about({"pictures": 100, "unique_captions": 80.0}) == []
+    for change, word in (
+        ({"loss_shuffled_pictures": 2.001}, "ignores the picture"),
+        ({"unique_captions": 1.0}, "same caption"),
+        ({"cut_captions": 0.5}, "never ended"),
+        ({"pictures_trained_on": 96}, "trained on"),
+    ):
+        (warning,) = warnings_about(good | change)
+        assert word in warning
+
+
+def test_a_model_on_a_data_set(model_and_loader, tmp_path):
+    model, loader = model_and_loader
+    model.trained_on = loader.dataset.table.keys()[:3]
+    captioned, metrics = evaluate_dataset(model, loader.dataset, CPU, torch.float32, tmp_path, max_length=6)
+    assert metrics["pictures"] == len(captioned.captions) == 20 and metrics["pictures_trained_on"] == 3
+    assert len(metrics["weights_sha256"]) == 64 and metrics["decoding"] == "num_beams 3, max_length 6"
+    page = (tmp_path / "report.html").read_text()
+    assert "were trained on" in page and "data:image/jpeg;base64," in page and metrics["weights_sha256"] in page
+    with torch.no_grad():
+        model.decoder.ln_f.bias += 1
+    again = evaluate_dataset(model, loader.dataset, CPU, torch.float32, tmp_path, max_length=6)[1]
+    assert again["weights_sha256"] != metrics["weights_sha256"]
 
 
 def test_bad_pictures_are_remembered_when_a_run_goes_on(tmp_path, scenes_table):

@@ -35,6 +35,23 @@ def test_static_shapes_give_the_same_tokens(tiny_model, num_beams, prefix, reque
     assert len({tuple(row.tolist()) for part in found for row in part.sequences}) > 3
 
 
+def test_a_broken_picture_spoils_no_later_one(tiny_model, static):
+    """What stood in the kept cache was behind the mask, but a weight of 0 times NaN is NaN."""
+    expected = tiny_model.generate(PICTURES[:1], max_length=8).sequences
+    tiny_model.generate(torch.full_like(PICTURES[:1], torch.nan), max_length=8)
+    assert torch.equal(tiny_model.generate(PICTURES[:1], max_length=8).sequences, expected)
+
+
+def test_a_failed_recording_is_not_kept(tiny_model, static, monkeypatch):
+    tiny_model.generate(PICTURES[:1], max_length=4)
+    decoder = tiny_model.packed[1].decoder
+    monkeypatch.setattr(type(decoder), "step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tiny_model.generate(PICTURES[:2], max_length=4)
+    monkeypatch.undo()
+    assert tiny_model.generate(PICTURES[:2], max_length=4).sequences.shape == (2, 4)
+
+
 def test_other_shapes_get_another_cache(tiny_model, static):
     for pictures, length in ((PICTURES, 5), (PICTURES[:2], 5), (PICTURES[:2], 9)):
         rows = tiny_model.generate(pictures, max_length=length).sequences

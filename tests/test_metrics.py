@@ -16,7 +16,20 @@ from hypothesis import strategies as st
 from nltk.translate.bleu_score import corpus_bleu  # type: ignore[import-untyped]
 
 from config import UserError
-from metrics import bleu, cider_d, diversity, rouge_l, score_captions, tokenize
+from metrics import (
+    CiderD,
+    Scores,
+    bleu,
+    bootstrap,
+    cider_d,
+    diversity,
+    novelty,
+    paired_bootstrap,
+    rouge_l,
+    score_captions,
+    self_cider,
+    tokenize,
+)
 
 COCO_EVAL = Path(__file__).parents[1] / "../shared/data/coco_eval"
 NAMES = ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d"]
@@ -185,8 +198,13 @@ def test_cider_d_is_ten_for_the_only_reference_and_clips_repetition() -> None:
     assert repeating.per_picture[0] < honest.per_picture[0]
 
 
-def plain_cider_d(candidates: Sequence[list[str]], references: Sequence[list[list[str]]]) -> list[float]:
-    """The formula as the paper writes it, one dictionary an n-gram vector."""
+def plain_cider_d(
+    candidates: Sequence[list[str]],
+    references: Sequence[list[list[str]]],
+    counted: Sequence[list[list[str]]] | None = None,
+) -> list[float]:
+    """The formula as the paper writes it, one dictionary an n-gram vector; frequencies are those in `counted`."""
+    counted = counted or references
 
     def grams(caption: list[str], n: int) -> Counter[tuple[str, ...]]:
         return Counter(tuple(caption[i : i + n]) for i in range(len(caption) - n + 1))
@@ -195,10 +213,10 @@ def plain_cider_d(candidates: Sequence[list[str]], references: Sequence[list[lis
     for candidate, captions in zip(candidates, references, strict=True):
         total = 0.0
         for n in range(1, 5):
-            document_frequency = Counter(g for own in references for g in set().union(*(grams(r, n) for r in own)))
+            document_frequency = Counter(g for own in counted for g in set().union(*(grams(r, n) for r in own)))
 
             def vector(caption: list[str], n: int = n, df: Counter[Any] = document_frequency) -> dict[Any, float]:
-                return {g: c * math.log(len(references) / max(1, df[g])) for g, c in grams(caption, n).items()}
+                return {g: c * math.log(len(counted) / max(1, df[g])) for g, c in grams(caption, n).items()}
 
             mine = vector(candidate)
             for caption in captions:
@@ -290,9 +308,253 @@ def test_words_are_taken_as_they_are() -> None:
 
 def test_diversity() -> None:
     assert diversity(["A dog runs.", "a dog runs", "a cat", ""]) == pytest.approx(
-        {"distinct_1": 4 / 8, "distinct_2": 3 / 8, "unique_captions": 3, "mean_length": 8 / 4}
+        {"distinct_1": 4 / 8, "distinct_2": 3 / 8, "vocabulary": 4, "unique_captions": 3, "mean_length": 8 / 4}
     )
-    assert diversity([]) == {"distinct_1": 0, "distinct_2": 0, "unique_captions": 0, "mean_length": 0}
+    assert set(diversity([]).values()) == {0}
+
+
+def test_novelty_compares_words() -> None:
+    assert novelty(["A dog runs.", "a dog", "a cat", "a cat"], ["a dog runs", ["a", "dog"]]) == 2 / 4
+    assert novelty(["a dog"], []) == 1
+    assert novelty([], ["a dog"]) == 0
+
+
+def split(drawn: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    """Candidates and references of drawn pictures."""
+    return [candidate for candidate, _ in drawn], [captions for _, captions in drawn]
+
+
+@quick
+@given(pictures)
+def test_scores_equal_pycocoevalcap(drawn: list[tuple[Any, Any]]) -> None:
+    """Where it has an answer: its ROUGE-L takes an empty caption for one word, its CIDEr fails without any n-gram."""
+    bleu_module = pytest.importorskip("pycocoevalcap.bleu.bleu", reason="pycocoevalcap is of requirements-full.txt")
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    candidates, references = split(drawn)
+    results = {i: [" ".join(words)] for i, words in enumerate(candidates)}
+    truth = {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}
+    ours = score_captions(candidates, references, per_picture=True)
+    theirs = dict(zip(NAMES[:4], bleu_module.Bleu(4).compute_score(truth, results, verbose=0)[1], strict=True))
+    written = [caption for captions in references for caption in captions]
+    if any(written):
+        theirs["cider_d"] = Cider().compute_score(truth, results)[1]
+    if all(candidates) and all(written):
+        theirs["rouge_l"] = Rouge().compute_score(truth, results)[1]
+    for name, scores in theirs.items():
+        assert ours[name] == pytest.approx(np.array(scores), abs=1e-9), name
+
+
+@quick
+@given(pictures, st.data())
+def test_fixed_frequencies_score_what_cider_d_scores(drawn: list[tuple[Any, Any]], data: Any) -> None:
+    """Over the object's own references; a reward is the score of a candidate that stands alone beside them."""
+    candidates, references = split(drawn)
+    cider, expected = CiderD(references), cider_d(candidates, references)
+    assert cider.score(candidates, references).corpus == expected.corpus
+    assert np.array_equal(cider.score(candidates, references).per_picture, expected.per_picture)
+    assert np.array_equal(cider.reward(range(len(drawn)), candidates), expected.per_picture)
+
+    picture = data.draw(st.lists(st.integers(0, len(drawn) - 1)))
+    samples = [data.draw(words) for _ in picture]
+    rewards = cider.reward(picture, samples)
+    assert rewards.shape == (len(picture),)
+    for i, sample, reward in zip(picture, samples, rewards, strict=True):
+        other = [*candidates[:i], sample, *candidates[i + 1 :]]
+        assert reward == pytest.approx(cider_d(other, references).per_picture[i], abs=1e-12)
+
+
+@quick
+@given(pictures, pictures)
+def test_fixed_frequencies_over_other_pictures(first: list[tuple[Any, Any]], second: list[tuple[Any, Any]]) -> None:
+    """The plain formula, with frequencies of one set and captions of another."""
+    fixed, (candidates, references) = split(first)[1], split(second)
+    # A word the fixed set cannot know, so that unknown n-grams meet one another.
+    candidates = [[*candidate, "new"] for candidate in candidates]
+    references = [[[*caption, "new"] for caption in captions] for captions in references]
+    cider = CiderD(fixed)
+    scores = cider.score(candidates, references).per_picture
+    assert scores == pytest.approx(plain_cider_d(candidates, references, fixed), abs=1e-9)
+    assert np.array_equal(cider.score(candidates, references).per_picture, scores), "scoring teaches it nothing"
+
+
+def test_saved_frequencies(tmp_path: Path) -> None:
+    references = [["A dog runs.", "one dog"], ["the cat sat on \u2028 a mat"], [["two", "b\nirds", "\ud800"]]]
+    candidates = ["a dog runs home", "a cat sat on a mat", "two birds"]
+    cider = CiderD(references)
+    path = tmp_path / "frequencies.npz"
+    cider.save(path)
+    assert [one.name for one in tmp_path.iterdir()] == ["frequencies.npz"], "no temporary file stays"
+    loaded = CiderD.load(path)
+    others = [["a green dog runs"], ["the cat", "on a green mat"], ["two birds"]]
+    for own in (references, others):
+        expected = cider.score(candidates, own)
+        assert np.array_equal(loaded.score(candidates, own).per_picture, expected.per_picture)
+        rewarded = CiderD.load(path, own).reward([0, 1, 2], candidates)
+        assert rewarded == pytest.approx(expected.per_picture, abs=1e-12)
+    again = CiderD.load(path, others)
+    again.save(path)
+    assert np.array_equal(CiderD.load(path).score(candidates, others).per_picture, expected.per_picture)
+    with pytest.raises(UserError, match="no references"):
+        loaded.reward([0], ["a dog"])
+
+
+def test_broken_frequencies_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "frequencies.npz"
+    CiderD([["a dog runs"], ["a cat"]]).save(path)
+    whole = path.read_bytes()
+    with np.load(path) as arrays:
+        contents = dict(arrays)
+    np.savez(tmp_path / "short.npz", **contents | {"keys_2": contents["keys_2"][:1]})  # type: ignore[arg-type]
+    np.savez(tmp_path / "objects.npz", words=np.array([{}], dtype=object))
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "flipped.npz").write_bytes(bytes(b ^ 255 if 60 < i < 90 else b for i, b in enumerate(whole)))
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "text.npz").write_text("a dog runs")
+    broken = ["short.npz", "objects.npz", "other.npz", "array.npy", "cut.npz", "flipped.npz", "empty.npz", "text.npz"]
+    for name in [*broken, "missing.npz"]:
+        with pytest.raises(UserError, match=name) as error:
+            CiderD.load(tmp_path / name)
+        assert "\n" not in str(error.value), name
+
+
+@pytest.mark.parametrize(
+    ("pictures", "candidates", "says"),
+    [([0, 1], ["a"], "1 candidates but 2 pictures"), ([2], ["a"], r"outside 0\.\.1"), ([-1], ["a"], r"outside 0\.\.1")],
+)
+def test_errors_of_rewards(pictures: list[int], candidates: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        CiderD([["a"], ["b"]]).reward(pictures, candidates)
+
+
+def test_no_candidates_have_no_rewards() -> None:
+    assert CiderD([["a"], ["b"]]).reward([], []).shape == (0,)
+
+
+def plain_bootstrap(
+    candidates: list[list[str]], references: list[list[list[str]]], resamples: int, seed: int
+) -> list[dict[str, float]]:
+    """Every metric of every set drawn, each set written out and scored like any other."""
+    rng, number = np.random.default_rng(seed), len(candidates)
+    cider, drawn = CiderD(references), []
+    for _ in range(resamples):
+        chosen = rng.integers(0, number, number)
+        own = [candidates[i] for i in chosen], [references[i] for i in chosen]
+        drawn.append(score_captions(*own) | {"cider_d": cider.score(*own).corpus})
+    return drawn
+
+
+some = [
+    (list("abcd"), [list("abcd"), list("abd")]),
+    (list("ab"), [list("bcda")]),
+    (list("eabc"), [list("abce"), list("e")]),
+    ([], [list("aabb")]),
+    (list("dddd"), [list("ddea"), list("dd")]),
+]
+
+
+def test_bootstrap_is_a_plain_loop_over_drawn_sets() -> None:
+    candidates, references = split(some)
+    drawn = plain_bootstrap(candidates, references, resamples=40, seed=3)
+    intervals = bootstrap(candidates, references, resamples=40, seed=3)
+    assert list(intervals) == NAMES
+    for name, interval in intervals.items():
+        assert interval == pytest.approx(np.percentile([one[name] for one in drawn], [2.5, 97.5]), abs=1e-12), name
+    assert bootstrap(candidates, references, seed=1) == bootstrap(candidates, references, seed=1)
+
+
+def test_paired_bootstrap_is_a_plain_loop_over_drawn_sets() -> None:
+    a, references = split(some)
+    b = [captions[0] for captions in references[:3]] + a[3:4] + [["a"]]
+    first, second = (plain_bootstrap(one, references, resamples=40, seed=5) for one in (a, b))
+    results = paired_bootstrap(a, b, references, resamples=40, seed=5)
+    assert list(results) == NAMES
+    for name, result in results.items():
+        drawn = np.array([two[name] - one[name] for one, two in zip(first, second, strict=True)])
+        assert result.difference == pytest.approx(
+            score_captions(b, references)[name] - score_captions(a, references)[name]
+        )
+        assert result.interval == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=1e-12)
+        wrong = min((drawn <= 0).sum(), (drawn >= 0).sum())
+        assert result.p_value == pytest.approx(min(1, 2 * (1 + wrong) / 41)), name
+    swapped = paired_bootstrap(b, a, references, resamples=40, seed=5)
+    assert all(swapped[name].p_value == results[name].p_value for name in NAMES)
+    assert all(swapped[name].difference == -results[name].difference for name in NAMES)
+
+
+@quick
+@given(pictures)
+def test_nothing_is_significant_between_equal_lists(drawn: list[tuple[Any, Any]]) -> None:
+    candidates, references = split(drawn)
+    for result in paired_bootstrap(candidates, candidates, references, resamples=20).values():
+        assert result == (0, (0, 0), 1)
+
+
+@quick
+@given(pictures)
+def test_intervals_lie_within_the_pictures_scores(drawn: list[tuple[Any, Any]]) -> None:
+    candidates, references = split(drawn)
+    each = score_captions(candidates, references, per_picture=True)
+    for name, (low, high) in bootstrap(candidates, references, resamples=30).items():
+        assert low <= high
+        if not name.startswith("bleu"):
+            assert each[name].min() - 1e-9 <= low and high <= each[name].max() + 1e-9
+
+
+def test_a_clear_difference_is_significant_and_intervals_shrink() -> None:
+    references = [[[f"{word}{i}" for word in "abcdef"]] for i in range(100)]
+    good, bad = [own[0] for own in references], [own[0][:1] * 6 for own in references]
+    good[0] = bad[0]
+    assert all(one.p_value == pytest.approx(2 / 1001) for one in paired_bootstrap(bad, good, references).values())
+    (low, high), (few_low, few_high) = (bootstrap(good[:n], references[:n])["rouge_l"] for n in (100, 10))
+    assert 0 < high - low < few_high - few_low
+
+
+def test_resamples_must_be_positive() -> None:
+    with pytest.raises(UserError, match="resamples is 0"):
+        bootstrap(["a"], [["a"]], resamples=0)
+
+
+def test_self_cider_of_equal_and_of_unlike_captions() -> None:
+    """Equal captions span one direction, captions without a common word one each."""
+    equal, unlike = (
+        [["a dog runs on grass"] * 3, ["two birds sit here"] * 2],
+        [["a b c d", "e f g h"], ["i j k l", "m n o p"]],
+    )
+    assert self_cider(equal).per_picture == pytest.approx([0, 0], abs=1e-6)
+    assert self_cider(unlike).per_picture == pytest.approx([1, 1])
+    assert self_cider(unlike).corpus == pytest.approx(1)
+    assert self_cider([["", ""], ["a", "b"]]).per_picture == pytest.approx([0, 1])
+    assert self_cider([["a b", "c d"]]).corpus == 0, "with one picture every idf is 0"
+    frequencies = CiderD([["x"], ["y"]])
+    assert self_cider([["a b", "c d"]], frequencies).corpus == pytest.approx(1)
+
+
+def test_self_cider_counted_by_hand() -> None:
+    """One of two words in common, no pair: of the four cosines 1/2, 0, 0, 0 are left, and of a caption's own 1, 1, 0, 0."""
+    score = self_cider([[["a", "b"], ["a", "c"]]], CiderD([["x"], ["y"]]))
+    own, common = 2 / 4, 1 / 2 / 4
+    roots = np.sqrt([own + common, own - common])
+    assert score.corpus == pytest.approx(-math.log(roots[0] / roots.sum(), 2))
+
+
+@quick
+@given(st.lists(st.lists(words, min_size=2, max_size=4), min_size=1, max_size=4), st.randoms(use_true_random=False))
+def test_self_cider_is_a_share_and_knows_no_order(captions: list[list[list[str]]], random: Any) -> None:
+    scores = self_cider(captions)
+    assert isinstance(scores, Scores) and scores.per_picture.shape == (len(captions),)
+    assert scores.per_picture.min() >= 0 and scores.per_picture.max() <= 1 + 1e-9
+    shuffled = [random.sample(own, len(own)) for own in captions]
+    # The root of a rounding error around 0 is 1e-8.
+    assert self_cider(shuffled).per_picture == pytest.approx(scores.per_picture, abs=1e-6)
+
+
+def test_self_cider_needs_two_captions() -> None:
+    with pytest.raises(UserError, match=r"picture 0 \(counted from 0\) has one caption"):
+        self_cider([["a"], ["a", "b"]])
 
 
 @pytest.mark.parametrize("metric", [score_captions, bleu, rouge_l, cider_d])

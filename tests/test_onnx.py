@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, tiny_config
 from PIL import Image
 
+from config import UserError
 from convert import save_transformers
 from dataset import decode, prepare_picture
 from model import DecoderCache, ImageCaptionModel
@@ -168,9 +169,31 @@ def test_only_folders_of_our_own_are_replaced(exported, tmp_path):
     _, model = exported
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.txt").write_text("years of work")
-    with pytest.raises(Exception, match="holds other files"):
+    with pytest.raises(UserError, match="holds other files"):
         save_onnx(model, tmp_path / "theirs")
-    save_transformers(model, tmp_path / "ours")
+    save_onnx(model, tmp_path / "ours")
     save_onnx(model, tmp_path / "ours")
     assert (tmp_path / "ours" / "onnx" / "encoder_model.onnx").exists()
-    assert not (tmp_path / "ours" / "model.safetensors").exists()
+
+
+def test_weights_and_onnx_files_do_not_replace_each_other(exported, tmp_path):
+    """ONNX files written into a folder of to-transformers took the place of its weights."""
+    folder, model = exported
+    save_transformers(model, tmp_path / "theirs")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        save_onnx(model, tmp_path / "theirs")
+    with pytest.raises(UserError, match="onnx"):
+        save_transformers(model, folder)
+    assert (folder / "onnx" / "encoder_model.onnx").exists() and (tmp_path / "theirs/model.safetensors").exists()
+
+
+def test_a_folder_of_onnx_files_is_no_model_here(exported):
+    with pytest.raises(UserError, match="holds ONNX files"):
+        ImageCaptionModel.from_pretrained(exported[0])
+
+
+def test_the_model_stays_as_it_was(exported, tmp_path):
+    _, model = exported
+    half = copy.deepcopy(model).bfloat16().train()
+    save_onnx(half, tmp_path / "half")
+    assert half.training and half.decoder.wte.weight.dtype == torch.bfloat16

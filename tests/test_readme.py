@@ -33,7 +33,9 @@ def test_every_flag_and_file_it_names_exists():
 
 
 def test_every_dependency_has_its_reason():
-    requirements = "".join((ROOT / f"requirements{kind}.txt").read_text() for kind in ("", "-dev", "-data", "-onnx"))
+    requirements = "".join(
+        (ROOT / f"requirements{kind}.txt").read_text() for kind in ("", "-dev", "-data", "-onnx", "-full")
+    )
     section = TEXT.split("## Dependencies")[1].split("## ")[0]
     for name in re.findall(r"^([\w-]+)>=", requirements, re.M):
         assert name in section, name

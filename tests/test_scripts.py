@@ -379,6 +379,3 @@ def test_seed_names():
     assert callable(download_coco_dataset)
     config = ViTGPT2Config(image_size=224, patch_size=16, vision_embed_dim=768, vocab_size=50257)
     assert (config.max_length, config.bridge, config.num_patches) == (512, "cross_attention", 196)
-
-
-# The whole demo

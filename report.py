@@ -1,0 +1,479 @@
+"""report.html: one evaluation on one page for people, in one file that needs no network and runs no script.
+
+Imports metrics (what a word is), pictures and utils. Never scores anything: it shows what it is given. All text from
+outside is escaped, and of the pictures only those shown are loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from metrics import tokenize
+from pictures import decode_pillow
+from utils import write_text
+
+SHOWN = 12
+"""Captions in each of the three groups."""
+SEED = 0
+"""Of the random captions, and of the order among captions of one score."""
+THUMBNAIL = 320
+"""Longer side of a thumbnail, in pixels."""
+LONGEST = 30
+"""Captions of more words share the histogram's last bar."""
+MOST_POINTS = 300
+"""Points of a curve; of a longer log every second, third, ... is drawn."""
+
+
+class Metric(NamedTuple):
+    """How people read a metric."""
+
+    label: str
+    meaning: str = ""
+    top: float | None = None
+    """Where its bar ends; no bar without."""
+    digits: int = 4
+
+
+METRICS = {
+    "bleu_1": Metric("BLEU-1", "words that references have too", 1),
+    "bleu_2": Metric("BLEU-2", "the same for runs of up to 2 words", 1),
+    "bleu_3": Metric("BLEU-3", "runs of up to 3 words", 1),
+    "bleu_4": Metric("BLEU-4", "runs of up to 4 words", 1),
+    "meteor": Metric("METEOR", "words matched by stem and synonym too", 1),
+    "rouge_l": Metric("ROUGE-L", "longest run of words in common, gaps allowed", 1),
+    "cider_d": Metric("CIDEr-D", "likeness to all references, where rare words count most; at most 10", 2),
+    "spice": Metric("SPICE", "objects, attributes and relations in common", 1),
+    "distinct_1": Metric("Distinct-1", "different words, over all words", 1),
+    "distinct_2": Metric("Distinct-2", "different word pairs, over all words", 1),
+    "vocabulary": Metric("Vocabulary", "how many words differ", digits=0),
+    "unique_captions": Metric("Unique captions", "how many captions differ", digits=0),
+    "mean_length": Metric("Mean length", "words a caption", digits=2),
+    "cut_captions": Metric("Cut captions", "share that never ended; lower is better", 1),
+    "loss": Metric("Loss", "nats a reference token; lower is better"),
+    "loss_shuffled_pictures": Metric("Loss, pictures swapped", "with each other's pictures; must exceed the loss"),
+    "pictures": Metric("Pictures", digits=0),
+    "pictures_left_out": Metric("Pictures left out", "missing or damaged", digits=0),
+    "pictures_trained_on": Metric("Pictures trained on", "should be none", digits=0),
+    "chair_s": Metric("CHAIR-s", "share of captions that name an object which is not there; lower is better", 1),
+    "chair_i": Metric("CHAIR-i", "share of named objects that are not there; lower is better", 1),
+    "clip_score": Metric("CLIPScore", "likeness of caption and picture by CLIP", 2.5),
+    "ref_clip_score": Metric("RefCLIPScore", "the same with references", 1),
+}
+
+
+@dataclass(kw_only=True)
+class Report:
+    """All that the page says of N pictures."""
+
+    title: str
+    """The page's heading."""
+    facts: dict[str, str]
+    """What was evaluated and how, in the order shown."""
+    warnings: list[str]
+    """Sentences that stand before everything else."""
+    metrics: dict[str, float]
+    """Numbers of the whole set, in the order shown."""
+    intervals: dict[str, tuple[float, float]]
+    """95 % bootstrap intervals of some of the metrics."""
+    captions: list[str]
+    """N captions under test."""
+    references: list[list[str]]
+    """What people wrote for each of the N pictures."""
+    per_picture: dict[str, Sequence[float]]
+    """Metrics of each picture, N values each; cider_d says which captions are best and worst."""
+    names: list[str]
+    """N ids or file names."""
+    load: Callable[[int], Image.Image | None] | None
+    """The picture of a number 0 ... N - 1, or None where there is none."""
+    history: list[dict[str, Any]]
+    """Lines of a run's metrics.jsonl, or none."""
+
+    def __post_init__(self) -> None:
+        lists: dict[str, Sequence[Any]] = {"references": self.references, "names": self.names, **self.per_picture}
+        for name, values in lists.items():
+            if len(values) != len(self.captions):
+                raise ValueError(f"{name}: {len(values)} for {len(self.captions)} captions")
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Writes the page, all of it or nothing."""
+    sections = {
+        "Numbers": _numbers(report),
+        "What was evaluated": _facts(report.facts),
+        "Training": _curves(report.history),
+        **_examples(report),
+        "Lengths": _lengths(report),
+        "Most common captions": _common_captions(report.captions),
+        "Most common words": _common_words(report),
+    }
+    links, body = [], []
+    for number, (heading, content) in enumerate(sections.items()):
+        if content:
+            links.append(f'<li><a href="#s{number}">{heading}</a></li>')
+            body.append(
+                f'<section aria-labelledby="s{number}"><h2 id="s{number}">{heading}</h2>\n{content}</section>\n'
+            )
+    page = {
+        "STYLE": STYLE,
+        "TITLE": _escape(report.title),
+        "WARNINGS": _warnings(report.warnings),
+        "LINKS": "".join(links),
+        "BODY": "".join(body),
+    }
+    write_text(path, "".join(page.get(part, part) for part in PAGE.split("|")))
+
+
+def _escape(text: object) -> str:
+    """Text for any place in the page. What UTF-8 cannot hold (half a character in a file's name) becomes "?"."""
+    return html.escape(str(text).encode("utf-8", "replace").decode("utf-8").replace("\0", "?"))
+
+
+def _said(text: str) -> str:
+    """A caption, which may be in any script, and may be nothing at all."""
+    return f'<span dir="auto">{_escape(text)}</span>' if text.strip() else '<span class="quiet">(nothing)</span>'
+
+
+def _metric(name: str) -> Metric:
+    return METRICS.get(name) or Metric(_escape(name.replace("_", " ").capitalize()))
+
+
+def _table(style: str, caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of HTML cells; the first of each row is its header."""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = [
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>\n' for row in rows
+    ]
+    return (
+        f'<table class="{style}"><caption>{caption}</caption>\n{f"<thead><tr>{top}</tr></thead>" if top else ""}'
+        f"<tbody>{''.join(body)}</tbody></table>\n"
+    )
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    items = "".join(f"<li>{_escape(text)}</li>" for text in warnings)
+    heading = '<h2 id="warnings"><span aria-hidden="true">⚠ </span>Read this first</h2>'
+    return f'<section class="warnings" aria-labelledby="warnings">{heading}<ul>{items}</ul></section>' if items else ""
+
+
+def _numbers(report: Report) -> str:
+    rows = []
+    for name, value in report.metrics.items():
+        metric, interval = _metric(name), report.intervals.get(name, ())
+        digits = 0 if isinstance(value, int) else metric.digits
+        between = " to ".join(f"{end:,.{digits}f}" for end in interval)
+        label = f'{metric.label} <span class="note">{metric.meaning}</span>'
+        rows.append((label, f"{value:,.{digits}f}", between, _bar(value, interval, metric.top)))
+    about = "Each bar starts at 0, and its frame ends at the number to its right."
+    if report.intervals:
+        about += " The line in a bar is the 95 % bootstrap interval: how far other pictures might have moved the value."
+    head = ("Metric", "Value", "95 % interval", '<span class="hidden">Bar</span>')
+    return _table("numbers", about, head, rows)
+
+
+def _bar(value: float, interval: Sequence[float], top: float | None) -> str:
+    """The value and its interval as a picture, for the eye only: the numbers stand beside it."""
+    if top is None or not all(map(math.isfinite, (value, *interval))):
+        return ""
+    if max(value, *interval, 0) > top:
+        top = 10.0
+    width, *ends = (f"{100 * min(max(x / top, 0), 1):.2f}" for x in (value, *interval))
+    line = "M{0} 8H{1}M{0} 4V12M{1} 4V12".format(*ends) if ends else ""
+    return (
+        '<span class="bar" aria-hidden="true"><svg viewBox="0 0 100 16" preserveAspectRatio="none">'
+        f'<rect class="fill" y="2" width="{width}" height="12"/><rect class="frame" y="2" width="100" height="12"/>'
+        f'<path d="{line}"/></svg>{top:g}</span>'
+    )
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    rows = [(_escape(name[:1].upper() + name[1:]), _escape(value)) for name, value in facts.items()]
+    return _table("facts", "Only numbers that share all of this, the model aside, can be compared.", (), rows) * bool(
+        rows
+    )
+
+
+def _examples(report: Report) -> dict[str, str]:
+    """The best, the worst and random captions. A picture may be in two of the groups, but is loaded once."""
+    number, scores = len(report.captions), report.per_picture.get("cider_d")
+    generator = np.random.default_rng(SEED)
+    random = generator.permutation(number)[:SHOWN].tolist()
+    groups = {"Random captions": ("Chosen by chance among all.", random)}
+    if scores is not None:
+        shuffled = generator.permutation(number)  # or the first files would be the worst among many zeros
+        order = shuffled[np.argsort(np.asarray(scores)[shuffled], kind="stable")].tolist()
+        best, worst = order[::-1][: min(SHOWN, -(-number // 2))], order[: min(SHOWN, number // 2)]
+        groups = {
+            "Best captions": ("Highest CIDEr-D; of equal ones by chance.", best),
+            "Worst captions": ("Lowest CIDEr-D; of equal ones by chance.", worst),
+        } | groups
+    cards = {i: _card(report, i) for i in {i for _, chosen in groups.values() for i in chosen}}
+    return {
+        heading: f'<p>{about}</p>\n<ol class="cards">{"".join(cards[i] for i in chosen)}</ol>\n' if chosen else ""
+        for heading, (about, chosen) in groups.items()
+    }
+
+
+def _card(report: Report, i: int) -> str:
+    references = "".join(f"<li>{_said(text)}</li>" for text in report.references[i])
+    scores = [f"{_metric(name).label}&nbsp;{values[i]:.2f}" for name, values in report.per_picture.items()]
+    return (
+        f'<li>{_thumbnail(report, i)}<p class="note">{_escape(report.names[i])}</p>'
+        f'<p class="said">{_said(report.captions[i])}</p><p class="note">{" · ".join(scores)}</p>'
+        f"{f'<p>People wrote:</p><ul>{references}</ul>' if references else ''}</li>\n"
+    )
+
+
+def _thumbnail(report: Report, i: int) -> str:
+    if report.load is None:
+        return ""
+    try:
+        loaded = report.load(i)
+        image = Image.fromarray(decode_pillow(loaded)) if loaded else None
+    except Exception:  # Pillow raises a dozen kinds, and one bad picture must not cost a long evaluation its report
+        image = None
+    if image is None:
+        return '<p class="picture">No picture</p>'
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=80)
+    data = base64.b64encode(content.getvalue()).decode()
+    size = f'width="{image.width}" height="{image.height}"'
+    return f'<img class="picture" alt="Picture {_escape(report.names[i])}" {size} src="data:image/jpeg;base64,{data}">'
+
+
+def _curves(history: Sequence[Mapping[str, Any]]) -> str:
+    """Charts against the step, all on one scale; those without a value are left out."""
+    charts = []
+    for title, names in (
+        ("Loss (nats a token)", {"loss": "training", "val_loss": "validation"}),
+        ("CIDEr-D of validation pictures", {"cider_d": "CIDEr-D"}),
+        ("Learning rate", {"learning_rate": "learning rate"}),
+    ):
+        lines = {}
+        for name, label in names.items():
+            points = [(line["step"], line[name]) for line in history if "step" in line and _finite(line.get(name))]
+            if points:  # counted from the end, for the last one has to be seen
+                lines[name, label] = points[:: -max(1, -(-len(points) // MOST_POINTS))][::-1]
+        if not lines:
+            continue
+        values = [value for points in lines.values() for _, value in points]
+        chart = _Chart((0, max(line.get("step", 0) for line in history)), (min(values), max(values)), "step")
+        spoken = []
+        for (name, label), points in lines.items():
+            chart.line(name, label, points, dots=len(points) <= MOST_POINTS // 10)
+            (first, start), (last, end) = points[0], points[-1]
+            spoken.append(f"{label}: {start:.3g} at step {first:,}, {end:.3g} at step {last:,}")
+        charts.append(chart.html(title, "; ".join(spoken)))
+    return f'<div class="charts">{"".join(charts)}</div>\n' if charts else ""
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _lengths(report: Report) -> str:
+    """Histogram of the captions' lengths beside the references', as shares, for there are more references."""
+    both = {"captions": report.captions, "references": [*chain.from_iterable(report.references)]}
+    words = {name: [len(tokenize(text)) for text in texts] for name, texts in both.items() if texts}
+    if not words:
+        return ""
+    shares = {
+        name: 100 * np.bincount(np.minimum(n, LONGEST), minlength=LONGEST + 1) / len(n) for name, n in words.items()
+    }
+    used = np.flatnonzero(np.sum([*shares.values()], axis=0))
+    lengths = range(used[0], used[-1] + 1)
+    most = max(share.max() for share in shares.values())
+    chart = _Chart((lengths[0] - 0.6, lengths[-1] + 0.6), (0, most), "words in a caption", "%")
+    for name, share in shares.items():
+        if name == "captions":
+            chart.bars(name, [(n, share[n]) for n in lengths])
+        else:
+            chart.line(name, name, [(n + side, share[n]) for n in lengths for side in (-0.5, 0.5)])
+    spoken = "; ".join(f"{name}: {np.mean(n):.1f} words on average, {min(n)} to {max(n)}" for name, n in words.items())
+    rows = [(f"{n}{' or more' * (n == LONGEST)}", *(f"{share[n]:.1f}%" for share in shares.values())) for n in lengths]
+    table = _table("counts", "Share of each length", ("Words", *map(str.capitalize, words)), rows)
+    return f"{chart.html('Share of each length', spoken)}<details><summary>As a table</summary>{table}</details>\n"
+
+
+class _Chart:
+    """A chart in SVG, which takes its colours from the page. Marks differ in shape, not in colour alone."""
+
+    LEFT, RIGHT, TOP, BOTTOM = 56, 366, 10, 204
+
+    def __init__(self, x: tuple[float, float], y: tuple[float, float], x_label: str, unit: str = "") -> None:
+        from matplotlib.ticker import MaxNLocator  # chooses round numbers
+
+        ticks = MaxNLocator(5, steps=[1, 2, 5, 10])
+        self.y_ticks = [t for t in ticks.tick_values(*y) if t >= 0 or y[0] < 0]  # equal values have ticks around them
+        self.x_ends, self.y_ends = (x[0], max(x[1], x[0] + 1)), (self.y_ticks[0], self.y_ticks[-1])
+        middle = (self.LEFT + self.RIGHT) / 2
+        self.marks = [f'<text class="middle" x="{middle}" y="{self.BOTTOM + 33}">{x_label}</text>']
+        for t in self.y_ticks:
+            self.marks.append(f'<path class="grid" d="M{self.LEFT} {self._y(t):.1f}H{self.RIGHT}"/>')
+            self.marks.append(f'<text class="end" x="{self.LEFT - 6}" y="{self._y(t) + 4:.1f}">{t:.6g}{unit}</text>')
+        for t in ticks.tick_values(*x):
+            if x[0] <= t <= x[1]:
+                self.marks.append(f'<text class="middle" x="{self._x(t):.1f}" y="{self.BOTTOM + 17}">{t:,.6g}</text>')
+        self.keys: list[str] = []
+
+    def _x(self, value: float) -> float:
+        low, high = self.x_ends
+        return self.LEFT + (value - low) / (high - low) * (self.RIGHT - self.LEFT)
+
+    def _y(self, value: float) -> float:
+        low, high = self.y_ends
+        return self.BOTTOM - (value - low) / (high - low) * (self.BOTTOM - self.TOP)
+
+    def line(self, style: str, label: str, points: Sequence[tuple[float, float]], dots: bool = False) -> None:
+        """A line, with a dot at each point where asked for."""
+        places = [(f"{self._x(x):.1f}", f"{self._y(y):.1f}") for x, y in points]
+        self.marks.append(f'<polyline class="{style}" points="{" ".join(map(",".join, places))}"/>')
+        self.marks += [f'<circle class="{style}" cx="{x}" cy="{y}" r="3"/>' for x, y in places if dots]
+        self._key(label, f'<polyline class="{style}" points="1,8 27,8"/>')
+
+    def bars(self, label: str, points: Sequence[tuple[float, float]]) -> None:
+        """A bar around each x."""
+        width = 0.8 * (self._x(1) - self._x(0))
+        for x, y in points:
+            place = f'x="{self._x(x) - width / 2:.1f}" y="{self._y(y):.1f}"'
+            self.marks.append(f'<rect {place} width="{width:.1f}" height="{self.BOTTOM - self._y(y):.1f}"/>')
+        self._key(label, '<rect x="8" y="2" width="12" height="12"/>')
+
+    def _key(self, label: str, mark: str) -> None:
+        self.keys.append(f'<li><svg width="28" height="16" aria-hidden="true">{mark}</svg> {label}</li>')
+
+    def html(self, title: str, spoken: str) -> str:
+        """The chart with its title, its key where it shows two things, and what it shows in words."""
+        key = f"<ul>{''.join(self.keys)}</ul>" if len(self.keys) > 1 else ""
+        return (
+            f"<figure><figcaption><strong>{title}</strong>{key}</figcaption>"
+            f'<svg class="chart" viewBox="0 0 380 240" role="img" aria-label="{title}. {spoken}">'
+            f'{"".join(self.marks)}</svg><p class="note">{spoken[0].upper()}{spoken[1:]}.</p></figure>\n'
+        )
+
+
+def _common_captions(captions: Sequence[str]) -> str:
+    """Captions that are equal as words, by how often they were given."""
+    words = [tuple(tokenize(caption)) for caption in captions]
+    written = dict(zip(words[::-1], captions[::-1], strict=True))  # the first of equal ones
+    rows = [
+        (_said(written[key]), f"{times:,}", f"{times / len(words):.1%}")
+        for key, times in Counter(words).most_common(SHOWN)
+        if times > 1
+    ]
+    if not rows:
+        return "<p>No two captions are the same.</p>\n" if captions else ""
+    return _table("counts", "Captions given to more than one picture.", ("Caption", "Pictures", "Share"), rows)
+
+
+def _common_words(report: Report) -> str:
+    both = report.captions, [*chain.from_iterable(report.references)]
+    ours, theirs = (Counter(chain.from_iterable(map(tokenize, texts))) for texts in both)
+    rows = [
+        (_escape(word), f"{times:,}", f"{times / ours.total():.1%}", f"{theirs[word] / max(1, theirs.total()):.1%}")
+        for word, times in ours.most_common(2 * SHOWN)
+    ]
+    about = f"The captions use {len(ours):,} different words, the references {len(theirs):,}."
+    return _table("counts", about, ("Word", "Times", "Share", "In references"), rows) if rows else ""
+
+
+# The policy is a second lock: should a text ever get past the escaping, browsers still run and fetch nothing.
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>|TITLE|</title>
+<style>|STYLE|</style>
+</head>
+<body>
+<header><h1>|TITLE|</h1></header>
+<main>
+|WARNINGS|
+<nav aria-label="On this page"><ul>|LINKS|</ul></nav>
+|BODY|</main>
+</body>
+</html>
+"""
+
+STYLE = """
+:root { color-scheme: light; --paper: #fff; --ink: #1a1a1a; --quiet: #595959; --line: #d0d0d0; --pale: #8c8c8c;
+  --fill: #9fc0e0; --warn: #fff2cc; --edge: #a35200; --link: #1d4f91 }
+@media screen and (prefers-color-scheme: dark) { :root { color-scheme: dark; --paper: #16181b; --ink: #ececec;
+  --quiet: #b0b0b0; --line: #44484e; --pale: #8f959c; --fill: #3d6690; --warn: #3d2c05; --edge: #f0a848; --link: #9cc4f5 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
+h1, h2 { line-height: 1.2; margin: .5rem 0 1rem; font-size: 1.6rem }
+h2 { font-size: 1.25rem; margin: 2.25rem 0 .5rem }
+h2, section > p { break-after: avoid }
+p { margin: .4rem 0 }
+a { color: var(--link) }
+:focus-visible { outline: 3px solid var(--edge); outline-offset: 2px }
+.note, caption { color: var(--quiet); font-weight: 400 }
+.note, .cards { font-size: .875rem }
+.hidden { position: absolute; clip-path: inset(50%) }
+.warnings { border: 3px solid var(--edge); border-left-width: 12px; background: var(--warn); padding: .75rem 1rem }
+.warnings h2 { margin: 0 0 .25rem }
+.warnings ul { margin: 0; padding-left: 1.2rem; font-weight: 600 }
+nav ul, figcaption, figcaption ul { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; list-style: none; padding: 0 }
+table { border-collapse: collapse; width: 100%; max-width: 52rem; font-variant-numeric: tabular-nums }
+caption { text-align: left; padding-bottom: .5rem }
+th, td { text-align: left; vertical-align: top; padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line) }
+td:last-child, th:last-child { padding-right: 0 }
+tr, figure, .cards > li { break-inside: avoid }
+.facts th { width: 14.5rem }
+.numbers { overflow-wrap: break-word }
+.numbers .note { display: block }
+.numbers td { white-space: nowrap }
+.numbers td:last-child { width: 32% }
+.bar { display: flex; align-items: center; gap: .4rem; font-size: .75rem; color: var(--quiet) }
+.bar svg { flex: 1; min-width: 2rem; height: 1.4rem; overflow: visible }
+.frame, .bar path { fill: none; stroke: var(--pale); vector-effect: non-scaling-stroke }
+.bar path { stroke: var(--ink); stroke-width: 2px }
+.counts th:not(:first-child), .counts td { text-align: right }
+thead { overflow-wrap: normal }
+.counts tbody th { font-weight: 400 }
+.counts td { white-space: nowrap }
+.cards { list-style: none; padding: 0; display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 15.5rem), 1fr)) }
+.cards > li { border: 1px solid var(--line); border-radius: 6px; padding: .75rem }
+.cards ul { margin: 0; padding-left: 1.1rem }
+.picture { display: block; width: 100%; height: 11.5rem; object-fit: contain; margin: 0 0 .4rem }
+p.picture { display: grid; place-items: center; border: 1px dashed var(--pale); color: var(--quiet) }
+.said { font-size: 1rem; font-weight: 600 }
+.charts { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
+figure { margin: 0; max-width: 32rem }
+figcaption ul { margin: 0 }
+figcaption svg { vertical-align: -2px }
+.chart { display: block; width: 100%; margin-top: .4rem }
+text { font-size: 12px; fill: var(--quiet) }
+.end { text-anchor: end }
+.middle { text-anchor: middle }
+.grid { stroke: var(--line) }
+rect { fill: var(--fill) }
+polyline { fill: none; stroke: var(--ink); stroke-width: 2 }
+polyline.loss { stroke: var(--pale); stroke-width: 1.3 }
+polyline.val_loss { stroke-dasharray: 6 4 }
+circle { fill: var(--ink) }
+circle.loss { fill: var(--pale) }
+summary { padding: .5rem 0 }
+@media (max-width: 32rem) { th, td { padding-right: .6rem } .facts th { width: 8rem } .numbers { font-size: .875rem }
+  .numbers { table-layout: fixed } .numbers .note { font-size: .75rem } .numbers td { white-space: normal }
+  .numbers th:first-child { width: 36% } .numbers th:nth-child(2) { width: 18% } .numbers th:nth-child(3) { width: 23% } }
+@media print { html { font-size: 11px } body { padding: 0; max-width: none } nav, details { display: none }
+  .cards { grid-template-columns: repeat(4, 1fr) } * { print-color-adjust: exact } }
+"""

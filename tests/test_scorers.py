@@ -1,0 +1,418 @@
+"""scorers.py: the Java metrics against the published figures, what happens where things are missing, CHAIR, CLIPScore."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import needs_shared
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+
+import scorers
+from config import UserError
+from metrics import tokenize
+from scorers import chair, clip_scores, java_scores, java_tokenize, objects_in
+
+PACKAGE = importlib.util.find_spec("pycocoevalcap")
+needs_java = pytest.mark.skipif(
+    shutil.which("java") is None or PACKAGE is None, reason="needs java and pycocoevalcap (requirements-full.txt)"
+)
+
+
+@pytest.fixture(scope="module")
+def coco_eval() -> tuple[list[str], list[list[str]]]:
+    """The COCO evaluation's own 1,000 candidates and their references."""
+    directory = needs_shared("coco_eval")
+    results = json.loads((directory / "captions_val2014_fakecap_results.json").read_text())
+    references: dict[int, list[str]] = {}
+    for annotation in json.loads((directory / "captions_val2014_fakecap_refs.json").read_text())["annotations"]:
+        references.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    return [one["caption"] for one in results], [references[one["image_id"]] for one in results]
+
+
+@pytest.fixture(scope="module")
+def coco_scores(coco_eval) -> scorers.JavaScores:
+    return java_scores(*coco_eval)
+
+
+@needs_java
+def test_published_meteor(coco_scores):
+    published = json.loads((needs_shared("coco_eval") / "expected_scores.json").read_text())
+    assert coco_scores.corpus["meteor"] == pytest.approx(published["METEOR"], abs=1e-3)
+    assert len(coco_scores.per_picture["meteor"]) == 1000
+    if "spice" in coco_scores.corpus:
+        assert coco_scores.corpus["spice"] == pytest.approx(published["SPICE"], abs=1e-3)
+    else:
+        (note,) = coco_scores.notes
+        assert note.startswith("SPICE left out: ") and "\n" not in note
+
+
+@needs_java
+def test_a_german_machine_gives_the_same_meteor(coco_eval, coco_scores, monkeypatch):
+    """_JAVA_OPTIONS beats the command line, and METEOR cannot read back 0,5. Captions without words cost nobody else."""
+    monkeypatch.setenv("_JAVA_OPTIONS", "-Duser.language=de -Duser.country=DE")
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
+    candidates, references = (part[:9] for part in coco_eval)
+    german = java_scores(["", "a dog", *candidates, "a dog"], [["a dog", ""], [""], *references, ["a dog"]])
+    # Each picture's number is its own.
+    assert german.per_picture["meteor"] == [0, 0, *coco_scores.per_picture["meteor"][:9], 1]
+
+
+@needs_java
+def test_our_tokens_are_javas(coco_eval):
+    captions = [*coco_eval[0], *(caption for references in coco_eval[1] for caption in references)]
+    assert equal_share(captions) >= 0.9997
+
+
+@needs_java
+@pytest.mark.slow
+def test_our_tokens_are_javas_on_all_of_coco():
+    """The captions of COCO 2014 ship inside SPICE's jar."""
+    captions = []
+    with zipfile.ZipFile(scorers._jar("spice", "spice-1.0.jar")) as jar:
+        for part in ("train", "val"):
+            content = json.loads(jar.read(f"coco/annotations/captions_{part}2014.json"))
+            captions += [annotation["caption"] for annotation in content["annotations"]]
+    assert len(captions) > 600_000
+    assert equal_share(captions) >= 0.9997
+
+
+def equal_share(captions: list[str]) -> float:
+    theirs = java_tokenize(captions)
+    same = sum(tokenize(caption) == words for caption, words in zip(captions, theirs, strict=True))
+    print(f"{same:,} of {len(captions):,} captions have the same tokens")
+    return same / len(captions)
+
+
+@needs_java
+def test_nothing_in_a_caption_shifts_the_next():
+    odd = ["", "A man's dog, isn't it?", "a\u2028b\x0bc\rd\x85e\nf", "“é” ||| (y)", "\ud800 lone", "", "the end.", ""]
+    words = java_tokenize(odd)
+    assert words[:3] == [[], ["a", "man", "'s", "dog", "is", "n't", "it"], list("abcdef")]
+    assert words[3] == ["é", "|", "|", "|", "-lrb-", "y", "-rrb-"]
+    assert words[-3:] == [[], ["the", "end"], []]
+    assert java_tokenize([]) == []
+
+
+def test_without_java(monkeypatch, tmp_path):
+    fake_package(tmp_path, monkeypatch)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert java_scores(["a"], [["a"]]) == ({}, {}, ["METEOR and SPICE left out: there is no java on the PATH"])
+    with pytest.raises(UserError, match="no java on the PATH"):
+        java_tokenize(["a"])
+
+
+def test_without_pycocoevalcap(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    scores = java_scores(["a"], [["a"]])
+    assert not scores.corpus and not scores.per_picture
+    assert scores.notes == [
+        "METEOR and SPICE left out: pycocoevalcap is not installed: pip install -r requirements-full.txt"
+    ]
+
+
+@pytest.mark.parametrize(("candidates", "references"), [([], []), (["a"], []), (["a", "b"], [["a"], []])])
+def test_lists_that_do_not_fit(candidates, references):
+    with pytest.raises(UserError):
+        java_scores(candidates, references)
+
+
+def fake_package(directory: Path, monkeypatch) -> None:
+    """A pycocoevalcap with empty jars, found before any other."""
+    package = directory / "pycocoevalcap"
+    for name in (
+        "tokenizer/stanford-corenlp-3.4.1.jar",
+        "meteor/meteor-1.5.jar",
+        "spice/spice-1.0.jar",
+        *(f"spice/lib/{name}" for name in scorers._SPICE_MODELS),
+    ):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).touch()
+    (package / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "pycocoevalcap", raising=False)
+    monkeypatch.syspath_prepend(directory)
+
+
+def fake_java(directory: Path, monkeypatch, program: str) -> None:
+    """A java on the PATH that is a Python program, and a package whose jars it may look at."""
+    fake_package(directory, monkeypatch)
+    java = directory / "java"
+    java.write_text(f"#!{sys.executable}\nimport json, os, subprocess, sys, time\narguments = sys.argv\n{program}")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
+
+
+# Tokenizes like cat, has no METEOR, and gives every picture its number of references over ten as SPICE.
+FAKE = """
+if "-version" in arguments:
+    print('openjdk version "VERSION"', file=sys.stderr)
+elif "-preserveLines" in arguments:
+    sys.stdout.writelines(sys.stdin)
+elif "-stdio" in arguments:
+    print("Picked up _JAVA_OPTIONS: -Dx=Error", file=sys.stderr)
+    print('Exception in thread "main" java.lang.OutOfMemoryError: too small', file=sys.stderr)
+    print("  at Meteor.main", file=sys.stderr)
+    sys.exit(1)
+else:
+    pictures = json.load(open(next(a for a in arguments if a.endswith("captions.json"))))
+    scores = [{"image_id": p["image_id"], "scores": {"All": {"f": len(p["refs"]) / 10}}} for p in pictures]
+    print("chatter" * 100_000)
+    json.dump(scores[::-1], open(arguments[arguments.index("-out") + 1], "w"))
+"""
+
+
+def test_each_scorer_on_its_own(tmp_path, monkeypatch):
+    """METEOR fails; SPICE, whose real models cannot be had here, is still read, whatever its order."""
+    fake_java(tmp_path, monkeypatch, FAKE.replace("VERSION", "1.8.0_392"))
+    scores = java_scores(["a", "b"], [["a"], ["b", "c", "d"]])
+    assert scores.corpus == {"spice": pytest.approx(0.2)} and scores.per_picture == {"spice": [0.1, 0.3]}
+    assert scores.notes == [
+        'METEOR left out: java failed (Exception in thread "main" java.lang.OutOfMemoryError: too small)'
+    ]
+
+
+def test_spice_says_which_java_it_needs(tmp_path, monkeypatch):
+    """Its jar would parse everything, and then die of the JavaScript engine that Java 15 dropped."""
+    fake_java(tmp_path, monkeypatch, FAKE.replace("VERSION", "17.0.15"))
+    note = java_scores(["a"], [["a"]]).notes[1]
+    assert note == "SPICE left out: its jar needs a Java from 8 to 14, and the one on the PATH is 17"
+
+
+def test_pipes_never_block(tmp_path, monkeypatch):
+    """A program that complains a lot, and that answers while it is still being written to."""
+    fake_java(
+        tmp_path, monkeypatch, "for line in sys.stdin:\n    sys.stderr.write('x' * 100_000)\n    print(line, end='')"
+    )
+    captions = ["word " * 2000] * 200
+    assert java_tokenize(captions, seconds=60) == [["word"] * 2000] * 200
+
+
+def test_the_time_limit_ends_the_program_and_its_children(tmp_path, monkeypatch):
+    fake_java(
+        tmp_path,
+        monkeypatch,
+        f"child = subprocess.Popen(['sleep', '600'])\nopen({str(tmp_path / 'pids')!r}, 'w').write("
+        "f'{os.getpid()} {child.pid} ')\ntime.sleep(600)",
+    )
+    start = time.monotonic()
+    scores = java_scores(["a"], [["a"]], seconds=2)
+    assert scores.notes == ["METEOR and SPICE left out: it took longer than 2 seconds"]
+    assert time.monotonic() - start < 30
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == 2
+    end = time.monotonic() + 10
+    while any(map(is_running, pids)):
+        assert time.monotonic() < end, pids
+        time.sleep(0.05)
+
+
+def is_running(pid: str) -> bool:
+    """A process that has ended but that nobody has asked about is not."""
+    try:
+        os.kill(int(pid), 0)
+        status = Path("/proc", pid, "stat")
+        return not status.exists() or status.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+@needs_java
+def test_the_time_limit_ends_java():
+    with pytest.raises(UserError, match=r"longer than 0\.05 seconds"):
+        java_tokenize(["a"] * 1000, seconds=0.05)
+
+
+@pytest.mark.parametrize(
+    ("caption", "objects"),
+    [
+        ("A man's two dogs sit on a couch.", ["person", "dog", "couch"]),
+        ("Women and children wait at the bus stop", ["person", "person"]),
+        ("a hot dog and a teddy bear on a table", ["hot dog", "teddy bear", "dining table"]),
+        ("a baby elephant near its mother", ["elephant", "person"]),
+        ("mother ponies and geese", ["horse", "bird"]),
+        ("an orange cat beside three oranges", ["cat", "orange"]),
+        ("an orange on a plate of knives", ["orange", "knife"]),
+        ("a pick-up truck, a fire engine and sheep", ["truck", "truck", "sheep"]),
+        ("toilet paper and an oven mitt beside a glass of wine", ["wine glass"]),
+        ("a catcher's mitt", ["baseball glove"]),
+        ("a quiet field under a blue sky", []),
+        ("", []),
+    ],
+)
+def test_objects_in(caption, objects):
+    assert objects_in(caption) == objects
+
+
+def test_every_phrase_means_one_thing():
+    phrases: dict[tuple[str, ...], str] = dict.fromkeys(scorers._listed(scorers._NOTHING), "")
+    for name, synonyms in scorers._SYNONYMS.items():
+        for phrase in scorers._listed(f"{name}, {synonyms}"):
+            assert phrases.setdefault(phrase, name) == name, phrase
+
+
+@pytest.fixture
+def instances(tmp_path) -> Path:
+    """Picture 1: a dog and a person; 2: a cat; 3: nothing."""
+    pytest.importorskip("pycocotools", reason="needs pycocotools (requirements-full.txt)")
+    path = tmp_path / "instances.json"
+    names = {1: "person", 17: "cat", 18: "dog"}
+    path.write_text(
+        json.dumps(
+            {
+                "images": [{"id": i} for i in (1, 2, 3)],
+                "categories": [{"id": i, "name": name} for i, name in names.items()],
+                "annotations": [
+                    {"id": number, "image_id": image, "category_id": category}
+                    for number, (image, category) in enumerate([(1, 18), (1, 18), (1, 1), (2, 17)])
+                ],
+            }
+        )
+    )
+    return path
+
+
+def test_chair(instances, capsys):
+    captions = {1: "a man with two dogs and a cat", 2: "a cat on a couch beside a couch", 3: "a red wall"}
+    result = chair(captions, instances)
+    assert result == (2 / 3, 3 / 6, {1: ["cat"], 2: ["couch", "couch"]})
+    result = chair(captions, instances, {2: ["the sofa has a cat"], 3: []})
+    assert result == (1 / 3, 1 / 6, {1: ["cat"]})
+    assert chair({3: "a red wall"}, instances) == (0, 0, {})
+    assert capsys.readouterr().out == ""
+
+
+def test_chair_errors_are_one_line(instances, tmp_path, monkeypatch):
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "other.json").write_text(instances.read_text().replace('"cat"', '"unicorn"'))
+    (tmp_path / "broken.json").write_text("{")
+    for captions, path, message in (
+        ({9: "a cat"}, instances, "1 of the captions' pictures are not in it"),
+        ({1: "a cat"}, tmp_path / "absent.json", "cannot be read"),
+        ({1: "a cat"}, tmp_path / "list.json", "not COCO's instances"),
+        ({1: "a cat"}, tmp_path / "broken.json", "not COCO's instances"),
+        ({1: "a cat"}, tmp_path / "other.json", "80 kinds"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            chair(captions, path)
+        assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-full\.txt"):
+        chair({1: "a cat"}, instances)
+
+
+def test_people_invent_little():
+    """COCO's own captions name what is there; those of other pictures do not."""
+    pytest.importorskip("pycocotools", reason="needs pycocotools (requirements-full.txt)")
+    annotations = needs_shared("tiny_coco") / "annotations"
+    content = json.loads((annotations / "captions_val2017.json").read_text())
+    references: dict[int, list[str]] = {}
+    for annotation in content["annotations"]:
+        references.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    own = {image: captions[0] for image, captions in references.items()}
+    others = dict(zip(own, [*list(own.values())[1:], own[next(iter(own))]], strict=True))
+    path = annotations / "instances_val2017.json"
+    assert {c["name"] for c in json.loads(path.read_text())["categories"]} == set(scorers._SYNONYMS)
+    assert chair(own, path).chair_i < 0.2 < 0.5 < chair(others, path).chair_i
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> Path:
+    """A tiny random CLIP, as transformers saves one."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    directory = tmp_path_factory.mktemp("clip")
+    letters = sorted(ByteLevel.alphabet())
+    entries = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (directory / "vocab.json").write_text(json.dumps({entry: i for i, entry in enumerate(entries)}))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(directory)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": len(entries) - 2, "eos_token_id": len(entries) - 1, "pad_token_id": len(entries) - 1}
+    torch.manual_seed(3)
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=small | ends | {"vocab_size": len(entries), "max_position_embeddings": 40},
+            vision_config=small | {"image_size": 32, "patch_size": 8},
+            projection_dim=8,
+        )
+    )
+    for parameter in model.parameters():  # spread wide enough that captions differ
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(directory)
+    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(pictures, tokenizer).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> list[Path]:
+    directory = tmp_path_factory.mktemp("photos")
+    noise = np.random.default_rng(0)
+    paths = [directory / f"{i}.{'png' if i % 2 else 'jpg'}" for i in range(7)]
+    for path in paths:
+        Image.fromarray(noise.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+CAPTIONS = ["a dog", "two cats on a bed", "", "a very long caption " * 9, "é!", "a bus", "kites"]
+REFERENCES = [["a dog", "one dog"], ["cats"], ["a wall", "a", "b"], ["text"], ["a"], ["a red bus"], ["kite", "sky"]]
+
+
+def test_clip_scores_are_the_papers(clip_folder, photos):
+    """Against the formulas written out for one picture at a time, through CLIP's own forward."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    model, processor = CLIPModel.from_pretrained(clip_folder).eval(), CLIPProcessor.from_pretrained(clip_folder)
+    expected, expected_ref = [], []
+    for caption, photo, references in zip(CAPTIONS, photos, REFERENCES, strict=True):
+        texts = [f"A photo depicts {text}" for text in (caption, *references)]
+        image = Image.open(photo).convert("RGB")
+        inputs = processor(text=texts, images=image, padding=True, truncation=True, max_length=40, return_tensors="pt")
+        with torch.no_grad():
+            output = model(**inputs)
+        said, *known = output.text_embeds
+        score = 2.5 * max(0.0, float(torch.cosine_similarity(said, output.image_embeds[0], 0)))
+        nearest = max(0.0, *(float(torch.cosine_similarity(said, one, 0)) for one in known))
+        expected.append(score)
+        expected_ref.append(2 / (1 / score + 1 / nearest) if score and nearest else 0.0)
+    assert 0 < np.count_nonzero(expected) < len(expected)  # both sides of the cut at 0
+
+    scores = clip_scores(CAPTIONS, photos, REFERENCES, clip_folder, batch_size=3, progress=False)
+    assert scores.per_picture["clip_score"] == pytest.approx(expected, abs=1e-4)
+    assert scores.per_picture["ref_clip_score"] == pytest.approx(expected_ref, abs=1e-4)
+    assert scores.corpus["clip_score"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert scores.corpus["ref_clip_score"] == pytest.approx(np.mean(expected_ref), abs=1e-4)
+
+    alone = clip_scores(CAPTIONS[:2], [Image.open(path) for path in photos[:2]], model=clip_folder, progress=False)
+    assert list(alone.corpus) == ["clip_score"]
+    assert alone.per_picture["clip_score"] == pytest.approx(expected[:2], abs=1e-4)
+
+
+def test_clip_errors_are_one_line(clip_folder, photos, tmp_path):
+    gap = shutil.copytree(clip_folder, tmp_path / "gap")
+    weights = load_file(gap / "model.safetensors")
+    del weights["text_projection.weight"]
+    save_file(weights, gap / "model.safetensors", {"format": "pt"})
+    (tmp_path / "torn.jpg").write_bytes(photos[0].read_bytes()[:400])
+    for arguments, message in (
+        ((["a"], photos[:1], None, tmp_path / "nowhere"), "cannot be loaded"),
+        ((["a"], photos[:1], None, gap), "1 weights are missing, text_projection.weight"),
+        ((["a"], photos[:2], None, clip_folder), "for every picture"),
+        ((["a"], photos[:1], [[]], clip_folder), "no reference"),
+        ((["a"], [tmp_path / "torn.jpg"], None, clip_folder), "torn.jpg: not a picture"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            clip_scores(*arguments, progress=False)
+        assert "\n" not in str(error.value)
