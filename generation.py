@@ -85,7 +85,8 @@ def generate(
     max_length is 32 where nothing is said, or as many positions as the model has. Every caption goes on from `prefix`
     ("a photo of", or token ids) and holds none of bad_words (words, or token ids each). `generator` makes sampling
     repeatable. int8 rounds weights to 8 bits, on a CPU; for more than four captions at a time it rounds what they are
-    multiplied with as well, so that a caption may depend on how many there are. Raises UserError for options that do not go together.
+    multiplied with as well, so that a caption may depend on how many there are. Raises UserError for options that do
+    not go together.
     """
     prefix = model.tokenizer(prefix).input_ids if isinstance(prefix, str) else list(prefix)
     room = model.config.max_length - len(prefix)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from model import GPT2Decoder, ImageCaptionModel
 
 Precision = Literal["fp32", "bf16", "int8"]
-ROWS = (
-    8  # what oneDNN is told to expect: the layout it chooses for so many also serves thousands, but that for 1 does not
-)
-FEW = 4  # rows, up to which rounding them costs more time than it saves
+ROWS = 8
+"""What oneDNN is told to expect: the layout it chooses for so many also serves thousands, but that for one does not."""
+FEW = 4
+"""Rows, up to which rounding them costs more time than it saves."""
 
 
 class PackedLinear(nn.Module):
