@@ -32,15 +32,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import UserError, ViTGPT2Config
-from model import (
-    METADATA_KEY,
-    ImageCaptionModel,
-    check_shapes,
-    gpt2_tokenizer,
-    keys_from_text,
-    keys_to_text,
-    tokenizer_from_json,
-)
+from model import ImageCaptionModel
+from model_file import METADATA_KEY, check_shapes, gpt2_tokenizer, keys_from_text, keys_to_text, tokenizer_from_json
 from utils import parse_flags, run_script, write_json
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from config import Augmentation, UserError, ViTGPT2Config
 from download import download_coco_dataset
-from model import gpt2_tokenizer
+from model_file import gpt2_tokenizer
 from pictures import crop, load_picture, prepare_picture
 from pixels import Augmenter, Pixels, cut_out
 from sources import load_table, load_tables

@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from config import UserError
 from dataset import decode, prepare_picture
-from model import MODEL_FILE, ImageCaptionModel
+from model import ImageCaptionModel
+from model_file import MODEL_FILE
 from scenes import draw, make_scene
 from utils import autocast, choose_device, choose_precision, parse_flags, run_script
 

@@ -1,7 +1,7 @@
 """The model: a vision transformer (ViT) whose patches a GPT-2 decoder reads through cross-attention.
 
 Bottom up: attention, the encoder, the decoder with its cache, the captioner with its loss, load and save. Imports
-config only; generation is reached by a late import in `generate`. Nothing here trains, decodes pictures or picks a device.
+config and model_file; generation is reached by a late import. Nothing here trains, decodes pictures or picks a device.
 
 Dimensions: N pictures, K captions of each, T tokens of a caption, S encoder states of a picture (class token +
 patches), H heads, D width, V vocabulary, M real positions (the ones with a target).
@@ -12,7 +12,6 @@ Vaswani et al. 2017 (arXiv:1706.03762), placed where transformers' GPT2Model pla
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
@@ -31,13 +30,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError, ViTGPT2Config
+from model_file import (
+    METADATA_KEY,
+    MODEL_FILE,
+    check_shapes,
+    config_fields_from_shapes,
+    find_model_file,
+    gpt2_tokenizer,
+    keys_from_text,
+    keys_to_text,
+    tokenizer_from_json,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-MODEL_FILE = "vit-gpt2-captioning.safetensors"
-METADATA_KEY = "vit_gpt2_captioning"
-MOST_KEYS = 4_000_000  # of the pictures trained on: 43 MB of the 100 that a file's header may have; of more, a sample
 
 
 # Attention
@@ -586,117 +592,3 @@ class ImageCaptionModel(nn.Module):
         if "tokenizer" in about:
             model.tokenizer = tokenizer_from_json(json.dumps(about["tokenizer"]), config)
         return model.eval()
-
-
-def keys_to_text(keys: np.ndarray) -> str:
-    """Keys of pictures (uint64), the MOST_KEYS smallest of them, as JSON can hold them."""
-    return base64.b64encode(np.sort(keys)[:MOST_KEYS].astype("<u8").tobytes()).decode()
-
-
-def keys_from_text(text: str) -> np.ndarray:
-    """The inverse of keys_to_text."""
-    return np.frombuffer(base64.b64decode(text), "<u8")
-
-
-def find_model_file(source: str | os.PathLike[str]) -> Path:
-    """The safetensors file that a path or a Hub name (user/repo) stands for. Raises UserError where there is none."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        for wanted in (MODEL_FILE, "config.json"):
-            if (path / wanted).is_file():
-                return path / wanted
-        raise UserError(f"{path}: this folder has no {MODEL_FILE} and no config.json: name a folder with a model")
-    name = str(source)
-    if path.suffix == ".safetensors" or name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(f"{name}: no such model file or folder: train one (python main.py) or name one")
-    from huggingface_hub import hf_hub_download
-
-    reason = ""
-    for wanted in (MODEL_FILE, "config.json"):
-        try:
-            return Path(hf_hub_download(name, wanted))
-        except Exception as error:  # the client raises a dozen kinds, for absent, private and unreachable repositories
-            reason = reason or str(error).strip().split("\n")[0]
-    raise UserError(f"{name}: no such path, and not to be had from the Hugging Face Hub: {reason}")
-
-
-def check_shapes(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raises UserError, naming the first three of each kind, unless both have the same names and shapes."""
-    wrong = [
-        f"{name} is {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    faults = {"missing": sorted(set(expected) - set(found)), "unknown": sorted(set(found) - set(expected)), "": wrong}
-    parts = [f"{len(names)} tensors {kind}: {', '.join(names[:3])}" for kind, names in faults.items() if names]
-    if parts:
-        raise UserError(
-            f"{path}: the weights do not fit the config ({'; '.join(parts)})".replace("tensors :", "tensors:")
-        )
-
-
-def config_fields_from_shapes(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """The config of a file without metadata, read off its tensors; heads are 64 wide, as in ViT and GPT-2.
-
-    Raises KeyError when a tensor of this model is missing.
-    """
-
-    def layers(part: str) -> int:
-        return 1 + max((int(name.split(".")[2]) for name in weights if name.startswith(f"{part}.blocks.")), default=-1)
-
-    vision_width, _, patch_size, _ = weights["encoder.patch_embedding.weight"].shape
-    vocab_size, width = weights["decoder.wte.weight"].shape
-    patches = weights["encoder.position_embeddings"].shape[1] - 1
-    return {
-        "image_size": patch_size * math.isqrt(patches),
-        "patch_size": patch_size,
-        "vision_embed_dim": vision_width,
-        "vision_num_layers": layers("encoder"),
-        "vision_num_heads": max(1, vision_width // 64),
-        "vocab_size": vocab_size,
-        "max_length": len(weights["decoder.wpe.weight"]),
-        "decoder_embed_dim": width,
-        "decoder_num_layers": layers("decoder"),
-        "decoder_num_heads": max(1, width // 64),
-    }
-
-
-def tokenizer_from_json(text: str, config: ViTGPT2Config) -> PreTrainedTokenizerFast:
-    """A tokenizer from the text of its tokenizer.json, its special tokens named after the config's ids."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises Exception itself
-        raise UserError(f"the model's tokenizer cannot be read ({error})") from error
-    assert config.start_token_id is not None and config.end_token_id is not None and config.pad_token_id is not None
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=tokenizer.id_to_token(config.start_token_id),
-        eos_token=tokenizer.id_to_token(config.end_token_id),
-        pad_token=tokenizer.id_to_token(config.pad_token_id),
-        model_max_length=config.max_length,
-    )
-
-
-def gpt2_tokenizer(source: str = "gpt2") -> PreTrainedTokenizerFast:
-    """GPT-2's byte-level BPE from a local folder (vocab.json and merges.txt) or the Hub.
-
-    Raises UserError, one line, where neither can be had.
-    """
-    from transformers import GPT2Tokenizer
-
-    try:
-        tokenizer = GPT2Tokenizer.from_pretrained(source)
-        if len(tokenizer) < 257:  # a folder without the files gives an empty one
-            raise ValueError("no vocab.json and merges.txt there")
-        return tokenizer
-    except Exception as error:  # offline, absent, damaged: the Hub client and tokenizers raise many kinds
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"tokenizer {source!r} cannot be loaded ({reason}): name a folder with vocab.json and merges.txt, "
-            "or use --tokenizer train"
-        ) from error

@@ -39,7 +39,8 @@ from dataset import (
 )
 from download import download_coco_dataset, download_flickr30k
 from evaluate import BadPictures, caption_loss, check_overlap, evaluate_dataset, print_metrics
-from model import MODEL_FILE, ImageCaptionModel, choose_attention, use_flash_attention
+from model import ImageCaptionModel, choose_attention, use_flash_attention
+from model_file import MODEL_FILE
 from scenes import draw_scenes, mark, scene_from_dict, score_scenes
 from table import CaptionTable
 from utils import (

@@ -38,7 +38,8 @@ import convert
 from config import UserError, ViTGPT2Config
 from convert import initialise, load_transformers, rename, save_transformers, tensor_names
 from dataset import train_tokenizer
-from model import ImageCaptionModel, gpt2_tokenizer, tokenizer_from_json
+from model import ImageCaptionModel
+from model_file import gpt2_tokenizer, tokenizer_from_json
 from pictures import prepare_picture
 from utils import run_script
 

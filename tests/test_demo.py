@@ -11,7 +11,8 @@ from test_scripts import script
 
 from convert import save_transformers
 from dataset import prepare_picture
-from model import MODEL_FILE, ImageCaptionModel
+from model import ImageCaptionModel
+from model_file import MODEL_FILE
 from packed import available
 from scenes import parse_caption, scene_from_dict
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, needs_shared, tiny_config
 
-import model as model_module
+import model_file
 from config import UserError
 from dataset import CaptionDataset, make_dataloader
 from evaluate import (
@@ -189,7 +189,7 @@ def test_bad_pictures_are_remembered_when_a_run_goes_on(tmp_path, scenes_table):
 
 def test_a_model_of_many_pictures_keeps_a_sample_of_their_keys(tmp_path, scenes_tokenizer, monkeypatch):
     """A file's header holds 100 MB; ten million keys did not fit, and the first checkpoint failed."""
-    monkeypatch.setattr(model_module, "MOST_KEYS", 10)
+    monkeypatch.setattr(model_file, "MOST_KEYS", 10)
     model = ImageCaptionModel(tiny_config())
     model.trained_on = np.arange(100, dtype=np.uint64) << np.uint64(40)
     model.save_file(tmp_path / "m.safetensors")
