@@ -1,21 +1,27 @@
 """A model, or a file of captions, against references: numbers, captions, a report, a contact sheet.
 
+    python evaluate.py MODEL --data-dir flickr8k
     python evaluate.py MODEL --data-dir flickr8k --split test
     python evaluate.py --results captions.json --references captions_val2014.json
     python evaluate.py --compare a/captions.json b/captions.json --references a/references.json
 
-Imports config, model, metrics, report, dataset and utils. Decodes with 3 beams and no sampling unless told.
+Models and settings are chosen on the val part, which is the default; the test part is for the number at the end.
+Decodes with 3 beams and no sampling unless told. Imports config, model, metrics, pictures, report, dataset, table and
+utils.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import dataclasses
 import hashlib
 import json
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,15 +36,17 @@ from transformers import PreTrainedTokenizerFast
 
 from config import UserError
 from dataset import CaptionDataset, decode, load_picture, load_table, make_dataloader, to_device
-from metrics import bootstrap, diversity, paired_bootstrap, score_captions, tokenize
+from metrics import CiderD, Scores, Statistics, diversity, novelty, self_cider, tokenize
 from model import ImageCaptionModel
-from pictures import PictureSource
-from report import Report, write_report
+from pictures import PictureSource, in_one_line
+from pictures import decode as decode_picture
+from report import THUMBNAIL, Report, write_report
 from table import CaptionTable
 from utils import (
     autocast,
     choose_device,
     choose_precision,
+    file_hash,
     parse_flags,
     read_log,
     run_script,
@@ -47,6 +55,7 @@ from utils import (
 )
 
 NUM_BEAMS = 3
+SEED = 0  # of sampling
 ENDS = ("low", "high")  # of a 95 % interval
 
 
@@ -58,11 +67,27 @@ class Captioned:
     captions: list[str]
     references: list[list[str]]
     cut: list[bool]
+    several: list[list[str]] = field(default_factory=list)
+    """Where more than one caption a picture was asked for, all of them; the first is the one in captions."""
+    frequencies: CiderD | None = None
+    """Document frequencies to score with, else those of the references."""
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """All n-grams, counted once."""
+        return Statistics(self.captions, self.references, self.frequencies)
+
+    @cached_property
+    def self_cider(self) -> Scores | None:
+        """How different the captions of a picture are, where there are several."""
+        return self_cider(self.several, self.statistics.frequencies) if self.several else None
 
     def metrics(self) -> dict[str, float]:
         """BLEU-1..4, ROUGE-L and CIDEr-D, how varied the captions are, and the share cut off at max_length."""
-        scores = score_captions(self.captions, self.references)
-        return scores | diversity(self.captions) | {"cut_captions": sum(self.cut) / max(1, len(self.cut))}
+        scores = self.statistics.scores() | diversity(self.statistics.candidates)
+        if self.self_cider:
+            scores["self_cider"] = self.self_cider.corpus
+        return scores | ({"cut_captions": sum(self.cut) / len(self.cut)} if self.cut else {})
 
 
 def caption_loader(
@@ -74,9 +99,14 @@ def caption_loader(
     progress: bool = True,
     **decoding: Any,
 ) -> Captioned:
-    """Captions every picture of the loader; `decoding` goes to model.generate, with 3 beams unless it samples."""
-    if not decoding.get("do_sample"):
-        decoding = {"num_beams": NUM_BEAMS} | decoding
+    """Captions every picture of the loader; `decoding` goes to model.generate, with 3 beams unless it samples.
+
+    Samples are the same every time. With num_return_sequences all captions of a picture are kept beside the first.
+    """
+    decoding = default_decoding(decoding)
+    if decoding.get("do_sample"):
+        decoding = {"generator": torch.Generator(device).manual_seed(SEED)} | decoding
+    number = decoding.get("num_return_sequences", 1)
     result = Captioned([], [], [], [])
     was_training = model.training
     model.eval()  # for all of them: in training mode generate keeps nothing from batch to batch
@@ -85,13 +115,22 @@ def caption_loader(
             sequences = model.generate(batch["pixel_values"].to(device), **decoding).sequences.cpu()
         bad = {row for row, _ in batch.get("bad", ())}
         good = [place for place, row in enumerate(batch["rows"]) if row not in bad]
-        captions = decode(tokenizer, sequences)
+        texts = decode(tokenizer, sequences)
+        captions = [texts[number * place : number * (place + 1)] for place in good]
         result.rows += [batch["rows"][place] for place in good]
-        result.captions += [captions[place] for place in good]
+        result.captions += [own[0] for own in captions]
+        result.several += captions if number > 1 else []
         result.references += [batch["captions"][place] for place in good]
-        result.cut += (sequences[good] != model.config.end_token_id).all(-1).tolist()
+        result.cut += (sequences[::number][good] != model.config.end_token_id).all(-1).tolist()
     model.train(was_training)
     return result
+
+
+def default_decoding(decoding: dict[str, Any]) -> dict[str, Any]:
+    """The options given, and as many beams as evaluations search with."""
+    given = {name: value for name, value in decoding.items() if value is not None}
+    beams = 1 if given.get("do_sample") else max(NUM_BEAMS, given.get("num_return_sequences", 1))
+    return {"num_beams": beams} | given
 
 
 def evaluate_captions(
@@ -196,29 +235,34 @@ def evaluate_dataset(
     The metrics hold, besides the caption metrics, the loss with the right pictures and with each other's. Pictures that
     are missing or damaged are left out, counted, and named in the folder's bad_samples.csv.
     """
+    table, more = dataset.table, more or MoreScores()
     bad = bad or BadPictures(directory / "bad_samples.csv", [dataset.table])
     loader = make_dataloader(dataset, batch_size)
     captioned = caption_loader(model, loader, model.tokenizer, device, dtype, **decoding)
+    captioned.frequencies = more.frequencies
     bad.add_known(dataset)
     if not captioned.captions:
-        raise UserError(f"{dataset.table.root}: no picture of the {dataset.table.split} part can be read")
-    metrics: dict[str, Any] = captioned.metrics()
-    metrics["loss"] = caption_loss(model, loader, device, dtype)
-    metrics["loss_shuffled_pictures"] = caption_loss(model, loader, device, dtype, shuffle_pictures=True)
-    metrics["pictures"] = len(captioned.captions)
-    metrics["pictures_left_out"] = len(dataset.table) + len(dataset.table.missing) - len(captioned.captions)
-    metrics["pictures_trained_on"] = len(pictures_seen(model.trained_on, dataset.table))
-    table, rows = dataset.table, captioned.rows
-    metrics |= write_evaluation(
+        raise UserError(f"{table.root}: no picture of the {table.split} part can be read")
+    rows = captioned.rows
+    metrics = write_evaluation(
         directory,
         f"{table.split} pictures of {table.root.name}",
-        metrics,
+        captioned,
         [table.id_of(row) for row in rows],
-        captioned.captions,
-        captioned.references,
-        about_decoding(model, decoding),
+        {
+            "loss": caption_loss(model, loader, device, dtype),
+            "loss_shuffled_pictures": caption_loss(model, loader, device, dtype, shuffle_pictures=True),
+            "pictures_left_out": len(table) + len(table.missing) - len(rows),
+            "pictures_trained_on": len(pictures_seen(model.trained_on, table)),
+        },
+        {
+            "data": table.root.name,
+            "split": table.split,
+            **about_decoding(model, decoding),
+            "precision": str(dtype).removeprefix("torch."),
+        },
         more,
-        lambda: [table.picture(row) for row in rows],
+        lambda i: table.picture(rows[i]),
     )
     number = len(captioned.captions)
     chosen = range(0, number, max(1, number // 12))[:12]  # spread over the set: good and bad as they fall
@@ -233,18 +277,21 @@ def evaluate_dataset(
 
 @dataclass(frozen=True)
 class MoreScores:
-    """Which metrics of scorers.py are wanted: METEOR and SPICE by Java, CHAIR with COCO's instances, CLIPScore by a CLIP."""
+    """What is wanted besides: of scorers.py METEOR and SPICE by Java, CHAIR with COCO's instances, CLIPScore by a CLIP;
+    CIDEr-D with other document frequencies; the share of captions that are not among those trained on."""
 
     java: bool = False
     instances: Path | None = None
     clip: str | None = None
+    frequencies: CiderD | None = None
+    training_captions: Sequence[str] | None = None
 
     def score(
         self,
         names: Sequence[int | str],
         captions: Sequence[str],
         references: Sequence[Sequence[str]],
-        pictures: Callable[[], Sequence[PictureSource]] | None,
+        picture: Callable[[int], PictureSource] | None,
     ) -> tuple[dict[str, float], dict[str, Sequence[float]], list[str]]:
         """The numbers, those of each picture, and a line for each metric that was left out."""
         from scorers import chair, clip_scores, java_scores
@@ -263,12 +310,16 @@ class MoreScores:
         except UserError as error:
             notes.append(f"CHAIR: {error}")
         try:
-            if self.clip and pictures:
-                clip = clip_scores(captions, pictures(), references, self.clip)
+            if self.clip and picture:
+                clip = clip_scores(captions, [picture(i) for i in range(len(captions))], references, self.clip)
                 corpus |= clip.corpus
                 each |= {name: scores.tolist() for name, scores in clip.per_picture.items()}
         except UserError as error:
             notes.append(f"CLIPScore: {error}")
+        if self.training_captions is None:
+            notes.append("share of new captions: no training captions at hand")
+        else:
+            corpus["novel_captions"] = novelty(captions, self.training_captions)
         return corpus, each, notes
 
 
@@ -277,75 +328,101 @@ def about_decoding(model: ImageCaptionModel, decoding: dict[str, Any]) -> dict[s
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    options = {"num_beams": NUM_BEAMS} | decoding
-    said = ", ".join(f"{name} {value}" for name, value in options.items() if value not in (None, False))
+    options = {"max_length": min(32, model.config.max_length)} | default_decoding(decoding)
+    if options.get("do_sample"):
+        options["seed"] = SEED
+    said = ", ".join(f"{name} {value}" for name, value in options.items() if value is not False)
     return {"weights_sha256": digest.hexdigest(), "decoding": said}
+
+
+def about_scores(number: int, references: Sequence[Sequence[str]], frequencies: CiderD | None) -> dict[str, Any]:
+    """What numbers must share to be compared, whoever wrote the captions."""
+    return {
+        "tokenizer": "PTB, by metrics.tokenize",
+        "document_frequencies": f"of {frequencies.num_pictures:,} pictures, from {frequencies.path}"
+        if frequencies
+        else f"of the {number:,} pictures evaluated",
+        "pictures": number,
+        "references_per_picture": f"{sum(map(len, references)) / number:.4g}",
+    }
+
+
+def about_results(results: Path) -> dict[str, Any]:
+    """What the evaluation that wrote a file of captions said of their making; unknown for anybody else's."""
+    facts: dict[str, Any] = {"decoding": "unknown", "weights_sha256": "unknown"}
+    try:
+        said = json.loads((results.parent / "metrics.json").read_text(encoding="utf-8"))
+        if said["captions_sha256"] == file_hash(results):
+            names = ("data", "split", *facts, "precision", "pictures_trained_on")
+            return {name: said[name] for name in names if name in said}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no evaluation's folder
+    return facts
 
 
 def write_evaluation(
     directory: Path,
     title: str,
-    metrics: dict[str, Any],
+    captioned: Captioned,
     names: Sequence[int | str],
-    captions: Sequence[str],
-    references: Sequence[Sequence[str]],
-    about: dict[str, str],
-    more: MoreScores | None = None,
-    pictures: Callable[[], Sequence[PictureSource]] | None = None,
+    known: dict[str, Any],
+    about: dict[str, Any],
+    more: MoreScores,
+    picture: Callable[[int], PictureSource] | None = None,
 ) -> dict[str, Any]:
-    """Writes captions.json and references.json (COCO's formats), per_picture.csv and report.html into the folder.
+    """Writes captions.json and references.json (COCO's formats), per_picture.csv and report.html into the folder, and
+    all_captions.json where a picture has several.
 
-    Returns what belongs beside the metrics in any table: more of them where asked for, how all of them were made, and the
-    95 % interval of each.
+    Returns everything a table says: the metrics (those known before and all others), how they were made, and the 95 %
+    interval of each.
     """
-    added, added_each, left_out = (more or MoreScores()).score(names, captions, references, pictures)
-    facts = {
-        "tokenizer": "PTB, by metrics.tokenize",
-        "document_frequencies": f"of the {len(captions):,} pictures evaluated",
-        "references_per_picture": f"{sum(map(len, references)) / len(references):.4g}",
-        **about,
-        "left_out": "; ".join(left_out) or "nothing",
-    }
+    captions, references = captioned.captions, captioned.references
+    added, added_each, left_out = more.score(names, captions, references, picture)
     write_json(
         directory / "captions.json",
         [{"image_id": name, "caption": caption} for name, caption in zip(names, captions, strict=True)],
     )
-    texts = [(name, text) for name, known in zip(names, references, strict=True) for text in known]
+    texts = [(name, text) for name, own in zip(names, references, strict=True) for text in own]
     annotations = [{"id": i, "image_id": name, "caption": text} for i, (name, text) in enumerate(texts)]
     write_json(directory / "references.json", {"images": [{"id": i} for i in names], "annotations": annotations})
-    words, known_words = [tokenize(c) for c in captions], [[tokenize(c) for c in known] for known in references]
-    scored = score_captions(words, known_words, per_picture=True)
-    each = {
-        name: scored[name].tolist() for name in ("cider_d", *scored)
-    }  # the one that pictures are ranked by comes first
-    each |= added_each
+    if captioned.several:
+        several = zip(names, captioned.several, strict=True)
+        write_json(directory / "all_captions.json", [{"image_id": name, "captions": own} for name, own in several])
+    numbers = captioned.metrics() | known | added
+    facts = {
+        **about_scores(len(captions), references, captioned.frequencies),
+        **about,
+        **({"java_tokenizer": "Stanford's own, for METEOR and SPICE"} if more.java else {}),
+        **({"training_captions": len(more.training_captions)} if more.training_captions else {}),
+        "captions_sha256": file_hash(directory / "captions.json"),
+        "left_out": "; ".join(left_out) or "nothing",
+    }
+    scored = captioned.statistics.per_picture()
+    each: dict[str, Sequence[float]] = {"cider_d": scored["cider_d"].tolist()}  # first, as pictures are ranked by it
+    each |= {name: scores.tolist() for name, scores in scored.items()} | added_each
+    if captioned.self_cider:
+        each["self_cider"] = captioned.self_cider.per_picture.tolist()
     with open(directory / "per_picture.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["picture", "caption", *each])
         writer.writerows(zip(names, captions, *([f"{x:.6f}" for x in scores] for scores in each.values()), strict=True))
-    intervals = bootstrap(words, known_words)
-    log = directory / "metrics.jsonl"
-
-    def thumbnail(i: int) -> Image.Image:
-        assert pictures
-        return Image.fromarray(load_picture(pictures()[i], 256).permute(1, 2, 0).numpy())
-
+    intervals = captioned.statistics.intervals()
     report = Report(
         title=title,
-        facts={name.replace("_", " "): said for name, said in facts.items()} | {"pictures": f"{len(captions):,}"},
-        warnings=warnings_about(metrics),
-        metrics=metrics | added,
+        facts={name.replace("_", " "): f"{said:,}" if isinstance(said, int) else said for name, said in facts.items()},
+        warnings=warnings_about(facts | numbers),
+        metrics=numbers,
         intervals=intervals,
-        captions=list(captions),
-        references=[list(known) for known in references],
+        captions=captions,
+        references=references,
         per_picture=each,
         names=[str(name) for name in names],
-        load=pictures and thumbnail,
-        history=read_log(log) if log.exists() else [],
+        load=picture and (lambda i: Image.fromarray(decode_picture(picture(i), THUMBNAIL))),
+        history=read_log(directory / "metrics.jsonl"),
     )
     write_report(directory / "report.html", report)
     bounds = {f"{name}_{end}": value for name, both in intervals.items() for end, value in zip(ENDS, both, strict=True)}
-    return added | facts | bounds
+    return numbers | facts | bounds
 
 
 def warnings_about(metrics: dict[str, Any]) -> list[str]:
@@ -360,10 +437,9 @@ def warnings_about(metrics: dict[str, Any]) -> list[str]:
             "The model ignores the picture: with the pictures shuffled its loss is "
             f"{metrics['loss_shuffled_pictures']:.3f} instead of {metrics['loss']:.3f}."
         )
-    if number >= 20 and metrics["unique_captions"] <= max(1, 0.02 * number):
-        found.append(
-            f"Nearly the same caption for every picture: {metrics['unique_captions']:.0f} for {number:,} pictures."
-        )
+    different = round(metrics["unique_captions"] * number)
+    if number >= 20 and different <= max(1, 0.02 * number):
+        found.append(f"Nearly the same caption for every picture: {different:,} for {number:,} pictures.")
     if metrics.get("cut_captions", 0) > 0.1:
         found.append(f"{metrics['cut_captions']:.0%} of the captions never ended and were cut off: raise --max-length.")
     return found
@@ -434,48 +510,71 @@ class BadPictures:
 
 
 def read_results(results: Path, references: Path) -> tuple[list[int | str], list[str], list[list[str]]]:
-    """Image ids, candidates in COCO's results format and their references from an annotation file, matched by the id."""
-    name = results
-    try:
-        entries = [(entry["image_id"], entry["caption"]) for entry in json.loads(results.read_text(encoding="utf-8"))]
-        name = references
-        known: dict[int | str, list[str]] = {}
-        for entry in json.loads(references.read_text(encoding="utf-8"))["annotations"]:
-            known.setdefault(entry["image_id"], []).append(entry["caption"])
-        for image, caption in [*entries, *((image, c) for image, captions in known.items() for c in captions)]:
-            if not isinstance(image, int | str) or not isinstance(caption, str):
-                raise TypeError(f"picture {image}, caption {caption!r}")
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{name}: not in COCO's format ({reason}): results are [{{image_id, caption}}, ...]") from error
+    """Image ids, candidates in COCO's results format and their references from an annotation file, matched by the id.
+
+    Raises UserError unless each picture of the references has one candidate, and no other picture has any.
+    """
+    entries = read_captions(results)
+    known: dict[int | str, list[str]] = {}
+    for image, caption in read_captions(references, annotations=True):
+        known.setdefault(image, []).append(caption)
     candidates = dict(entries)
     if len(candidates) < len(entries):
         image, times = Counter(image for image, _ in entries).most_common(1)[0]
         raise UserError(f"{results}: {times} captions for picture {image}: give one for each")
-    missing = [str(image) for image in known if image not in candidates]
-    if missing:
-        raise UserError(f"{results}: no caption for {len(missing)} pictures of {references} ({', '.join(missing[:3])})")
+    for found, others, problem in (
+        (known, candidates, f"no caption for {{}} pictures of {references}"),
+        (candidates, known, f"{{}} pictures that are not in {references}"),
+    ):
+        if odd := [in_one_line(str(image)) for image in found if image not in others]:
+            raise UserError(
+                f"{results}: {problem.format(len(odd))} ({', '.join(odd[:3])}): both need the same pictures"
+            )
     return list(known), [candidates[image] for image in known], list(known.values())
 
 
-def compare(a: Path, b: Path, references: Path) -> dict[str, Any]:
+def read_captions(path: Path, annotations: bool = False) -> list[tuple[int | str, str]]:
+    """Image id and caption of each entry of a file in COCO's results format, or of COCO annotations."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entries = [
+            (entry["image_id"], entry["caption"]) for entry in (content["annotations"] if annotations else content)
+        ]
+        for image, caption in entries:
+            if type(image) not in (int, str) or not isinstance(caption, str):
+                raise TypeError(f"picture {image!r}, caption {caption!r}")
+            f"{image}{caption}".encode()  # half a character is refused here, as no file can hold it
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = in_one_line(f"{type(error).__name__}: {error}")
+        shape = "{annotations: [{image_id, caption}, ...]}" if annotations else "[{image_id, caption}, ...]"
+        raise UserError(f"{path}: not in COCO's format ({reason}): expected {shape}") from error
+    return entries
+
+
+def compare(a: Path, b: Path, references: Path, frequencies: CiderD | None = None) -> dict[str, Any]:
     """Whether results b are better than results a on the same pictures: prints a table, and returns it."""
     _, ours, known = read_results(a, references)
     _, theirs, _ = read_results(b, references)
-    words, other = ([tokenize(caption) for caption in captions] for captions in (ours, theirs))
     known_words = [[tokenize(caption) for caption in captions] for captions in known]
-    before, after = score_captions(words, known_words), score_captions(other, known_words)
-    print(f"{len(known):,} pictures; differences with 95 % intervals by paired bootstrap")
+    first, second = (Statistics(captions, known_words, frequencies) for captions in (ours, theirs))
+    table: dict[str, Any] = about_scores(len(known), known, frequencies)
+    table |= {side: {"captions": str(path), **about_results(path)} for side, path in (("a", a), ("b", b))}
+    for name, said in table.items():
+        print(f"{name:22} {', '.join(f'{k} {v}' for k, v in said.items()) if isinstance(said, dict) else said}")
+    print("differences with 95 % intervals by paired bootstrap")
     print(f"{'':10} {'A':>8} {'B':>8} {'B - A':>9}  {'95 % interval':^19} {'p':>6}")
-    table = {}
-    for name, found in paired_bootstrap(words, other, known_words).items():
+    before, after = first.scores(), second.scores()
+    for name, found in first.differences(second).items():
         table[name] = {"a": before[name], "b": after[name], **found._asdict()}
         low, high = found.interval
         print(
             f"{name:10} {before[name]:8.4f} {after[name]:8.4f} {found.difference:+9.4f}  {low:+8.4f} to {high:+8.4f} {found.p_value:6.3f}"
         )
+    for side in ("a", "b"):
+        if seen := table[side].get("pictures_trained_on"):
+            print(f"WARNING: {side.upper()}: {seen:,} of the {len(known):,} pictures were trained on")
     return table
 
 
@@ -497,14 +596,16 @@ class EvaluateConfig:
     """Largest share of pictures that may be missing or damaged; they are left out and counted."""
     allow_overlap: bool = False
     """Score the model although it was trained on some of the pictures."""
-    split: Literal["train", "val", "test"] = "test"
-    """Which part of the data."""
+    split: Literal["train", "val", "test"] = "val"
+    """Which part of the data; test is for the number at the end, once all choices are made."""
     results: Path | None = None
     """Captions in COCO's results format, from anybody's model."""
     references: Path | None = None
     """COCO annotations that results are scored against, or the references.json of an evaluation."""
     compare: tuple[Path, Path] | None = None
     """Two files of captions in COCO's results format: is the second better?"""
+    document_frequencies: Path | None = None
+    """A .npz of metrics.CiderD(...).save: CIDEr-D with its frequencies, not those of the pictures evaluated."""
     java: bool = False
     """Also METEOR and SPICE, where Java and pycocoevalcap are (requirements-full.txt)."""
     instances: Path | None = None
@@ -513,12 +614,22 @@ class EvaluateConfig:
     """A CLIP by its Hub name or folder, such as openai/clip-vit-base-patch32, for CLIPScore."""
     output_dir: Path = Path("evaluation")
     """Folder for metrics.json, captions.json, per_picture.csv, report.html and samples.png."""
-    num_beams: int = 3
-    """Beams; 1 is greedy."""
+    num_captions: int = 1
+    """Captions of each picture: the first is scored, and self-CIDEr says how much they differ."""
+    num_beams: int | None = None
+    """Beams; 1 is greedy (default: 3, or as many as captions; 1 when sampling)."""
     length_penalty: float = 1.0
     """Above 0, longer captions win more often."""
     max_length: int | None = None
     """Longest caption, in tokens (default: 32, or what the model can hold)."""
+    do_sample: bool = False
+    """Draw each token by its probability, the same way every time."""
+    temperature: float = 1.0
+    """Of sampling; below 1 likely tokens become likelier."""
+    top_k: int = 50
+    """Sampling draws from so many tokens; 0 is all."""
+    top_p: float = 1.0
+    """Sampling draws from the likeliest tokens that share this probability, 0 to 1."""
     batch_size: int = 64
     """Pictures decoded at a time."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -532,27 +643,36 @@ class EvaluateConfig:
 def main() -> None:
     """The command line."""
     config = parse_flags(EvaluateConfig, __doc__)
-    more = MoreScores(config.java, config.instances, config.clip)
+    frequencies = CiderD.load(config.document_frequencies) if config.document_frequencies else None
+    more = MoreScores(config.java, config.instances, config.clip, frequencies)
     if config.compare and config.references:
-        differences = compare(*config.compare, config.references)
+        differences = compare(*config.compare, config.references, frequencies)
         write_json(writable_directory(config.output_dir) / "comparison.json", differences)
         return
     if config.results and config.references:
         names, captions, known = read_results(config.results, config.references)
         directory = writable_directory(config.output_dir)
-        metrics: dict[str, Any] = score_captions(captions, known) | diversity(captions) | {"pictures": len(captions)}
         title = f"{config.results.name} against {config.references.name}"
-        about = {"results": str(config.results), "references": str(config.references)}
-        metrics |= write_evaluation(directory, title, metrics, names, captions, known, about, more)
+        about = {"results": str(config.results), "references": str(config.references), **about_results(config.results)}
+        captioned = Captioned([], captions, known, [], frequencies=frequencies)
+        metrics = write_evaluation(directory, title, captioned, names, {}, about, more)
     elif config.model and (config.data_dir or "/" in config.dataset):
         model = ImageCaptionModel.from_pretrained(config.model)
         columns = {"image_column": config.image_column, "caption_column": config.caption_column}
-        table = load_table(config.dataset, config.data_dir or Path(), config.split, **columns)
+        data_dir = config.data_dir or Path()
+        table = load_table(config.dataset, data_dir, config.split, **columns)
         check_overlap(model.trained_on, table, config.allow_overlap)
+        if table.split == "test":
+            print("the test part is for the number at the end: choose models and settings on val")
+        if table.split != "train":
+            with contextlib.suppress(UserError):  # no such part, or none of its pictures: then it is left out
+                trained = load_table(config.dataset, data_dir, "train", **columns)
+                more = dataclasses.replace(more, training_captions=trained.captions().to_pylist())
         device, _ = choose_device(config.device)
         dtype, _ = choose_precision(config.precision, device)
         directory = writable_directory(config.output_dir)
         data = CaptionDataset(table, model.tokenizer, model.config)
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
         _, metrics = evaluate_dataset(
             model.to(device),
             data,
@@ -565,7 +685,9 @@ def main() -> None:
             num_beams=config.num_beams,
             length_penalty=config.length_penalty,
             max_length=config.max_length,
+            num_return_sequences=None if config.num_captions == 1 else config.num_captions,
             int8=config.precision == "int8",
+            **(sampling if config.do_sample else {}),
         )
     else:
         raise UserError("name a model and --data-dir, or --results (or --compare) and --references (see --help)")

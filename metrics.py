@@ -1,12 +1,12 @@
 """How good captions are: BLEU, ROUGE-L and CIDEr-D as the COCO evaluation has them, their uncertainty, and diversity.
 
-Imports the standard library, NumPy, config's UserError and ptb's tokens. Never reads a file but CiderD's own, never
-needs Java, torch or a network, and never changes a score to suit a model: on equal tokens the numbers are those of the
-official COCO evaluation.
+Imports the standard library, NumPy, config's UserError, ptb's tokens and ngrams' counts. Never reads a file but CiderD's
+own, never needs Java, torch or a network, and never changes a score to suit a model: on equal tokens the numbers are
+those of the official COCO evaluation.
 
 Everywhere, N is the number of pictures, candidates[i] is the one caption under test of picture i and references[i]
 are the captions people wrote for it; R references in all. A caption is a str, which is tokenized here, or a list of
-words, taken as it is. All n-grams are counted by _Vocabulary and met by _Table.
+words, taken as it is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
@@ -24,14 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config import UserError
+from ngrams import MAX_N, Counts, Floats, Integers, References, Table, Vocabulary, sum_by
 from ptb import tokenize as tokenize
 
 Caption: TypeAlias = str | Sequence[str]
-Integers: TypeAlias = NDArray[np.int64]
-Floats: TypeAlias = NDArray[np.float64]
-
-MAX_N = 4
-"""Longest n-gram that BLEU and CIDEr-D count, in words."""
 
 
 class Scores(NamedTuple):
@@ -59,12 +55,8 @@ def score_captions(
     One number each, or with per_picture one float64 array (N,) each. Raises UserError when the two lists differ in
     length, when they are empty, and when a picture has no reference.
     """
-    statistics = _Statistics(candidates, references)
-    if per_picture:
-        return statistics.metrics(statistics.table)
-    return {
-        name: float(score) for name, score in statistics.metrics(statistics.table.sum(0), statistics.number).items()
-    }
+    statistics = Statistics(candidates, references)
+    return statistics.per_picture() if per_picture else statistics.scores()
 
 
 def bleu(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> list[Scores]:
@@ -75,12 +67,12 @@ def bleu(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]])
     corpus, counts and lengths are summed over the pictures first. The two small numbers that keep 0 / 0 away are
     coco-caption's, which only a picture by itself can notice.
     """
-    counts = _bleu_counts(_Table.of(*_as_words(candidates, references)))
+    counts = _bleu_counts(Table.of(*_as_words(candidates, references)))
     corpus, each = _bleu_of_counts(counts.sum(0)), _bleu_of_counts(counts)
     return [Scores(float(corpus[n]), each[:, n]) for n in range(MAX_N)]
 
 
-def _bleu_counts(table: _Table) -> Floats:
+def _bleu_counts(table: Table) -> Floats:
     """(N, 2 * MAX_N + 2) what BLEU is made of: correct and possible n-grams, words, the closest reference's words.
 
     Correct is an n-gram of the candidate found in its references, at most as often as in the one with most of it.
@@ -90,7 +82,7 @@ def _bleu_counts(table: _Table) -> Floats:
     for counts, runs, run in zip(table.counts, references.runs, table.run, strict=True):
         hit = np.flatnonzero(run >= 0)
         clipped = np.minimum(counts.times[hit], runs.most()[run[hit]])
-        correct.append(_sum_by(counts.caption[hit], clipped, len(length)))
+        correct.append(sum_by(counts.caption[hit], clipped, len(length)))
     possible = [np.maximum(length - n, 0) for n in range(MAX_N)]
     distance = np.abs(references.length - length[references.picture])
     # One integer to minimize orders by distance first, then by length.
@@ -157,7 +149,7 @@ def cider_d(candidates: Sequence[Caption], references: Sequence[Sequence[Caption
     and over n, times 10. The idf comes from the references given: never compare numbers over different sets of
     pictures, or fix it with CiderD. With one picture every idf, and so the score, is 0.
     """
-    table = _Table.of(*_as_words(candidates, references))
+    table = Table.of(*_as_words(candidates, references))
     return _mean(_Frequencies.of(table.references).cider_d(table))
 
 
@@ -172,17 +164,25 @@ class CiderD:
         CiderD.load("coco-train.npz").score(candidates, other_references)
     """
 
+    path: Path | None = None
+    """The file it was loaded from, if it was."""
+
     def __init__(self, references: Sequence[Sequence[Caption]]) -> None:
         """Counts the references of N pictures; raises UserError where a picture has none."""
-        self._references: _References | None = _References(_reference_words(references), _Vocabulary())
+        self._references: References | None = References(_reference_words(references), Vocabulary())
         self._vocabulary = self._references.vocabulary
         self._frequencies = _Frequencies.of(self._references)
         self._norms = self._frequencies.norms(self._references.counts, len(self._references.length))
 
+    @property
+    def num_pictures(self) -> int:
+        """How many pictures the frequencies are of."""
+        return self._frequencies.num_pictures
+
     def score(self, candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> Scores:
         """CIDEr-D of candidates against any references; over those of the object, equal to cider_d."""
         words, reference_words = _as_words(candidates, references)
-        table = _Table(words, np.arange(len(words)), _References(reference_words, self._vocabulary.copy()))
+        table = Table(words, np.arange(len(words)), References(reference_words, self._vocabulary.copy()))
         return _mean(self._frequencies.cider_d(table))
 
     def reward(self, pictures: Sequence[int] | Integers, candidates: Sequence[Caption]) -> Floats:
@@ -200,7 +200,7 @@ class CiderD:
             raise UserError(
                 f"a picture is outside 0..{num_pictures - 1}: the references are of {num_pictures} pictures"
             )
-        table = _Table([_words(caption) for caption in candidates], place, self._references)
+        table = Table([_words(caption) for caption in candidates], place, self._references)
         return self._frequencies.cider_d(table, self._norms)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -228,7 +228,7 @@ class CiderD:
         Raises a UserError that names the file where it is missing, broken, or something else.
         """
         loaded = cls.__new__(cls)
-        loaded._vocabulary = vocabulary = _Vocabulary()
+        loaded._vocabulary = vocabulary = Vocabulary()
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 words = json.loads(arrays["words"].tobytes())
@@ -246,9 +246,9 @@ class CiderD:
         except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path} holds no frequencies ({reason}): write it again with CiderD.save") from error
-        loaded._references, loaded._norms = None, []
+        loaded.path, loaded._references, loaded._norms = Path(path), None, []
         if references is not None:
-            loaded._references = own = _References(_reference_words(references), vocabulary)
+            loaded._references = own = References(_reference_words(references), vocabulary)
             loaded._norms = loaded._frequencies.norms(own.counts, len(own.length))
         return loaded
 
@@ -257,12 +257,12 @@ class _Frequencies:
     """In how many of N pictures' references an n-gram stands, and what CIDEr makes of it."""
 
     def __init__(self, num_pictures: int, pictures_with: list[Integers]) -> None:
-        """pictures_with[n - 1] has a number for each n-gram of a _Vocabulary; those beyond its end stand in none."""
+        """pictures_with[n - 1] has a number for each n-gram of a Vocabulary; those beyond its end stand in none."""
         self.num_pictures, self.pictures_with = num_pictures, pictures_with
         self._idf = [np.log(num_pictures) - np.log(np.maximum(np.append(number, 0), 1)) for number in pictures_with]
 
     @classmethod
-    def of(cls, references: _References) -> _Frequencies:
+    def of(cls, references: References) -> _Frequencies:
         """The frequencies in these references."""
         pictures_with = [np.bincount(runs.key // references.num_pictures) for runs in references.runs]
         return cls(references.num_pictures, pictures_with)
@@ -271,13 +271,13 @@ class _Frequencies:
         """Weights of n-grams, n counted from 0, shaped like gram."""
         return np.asarray(self._idf[n][np.minimum(gram, len(self._idf[n]) - 1)])
 
-    def norms(self, counts: list[_Counts], num_captions: int) -> list[Floats]:
+    def norms(self, counts: list[Counts], num_captions: int) -> list[Floats]:
         """MAX_N times (num_captions,) lengths of the captions' vectors; 1 for 0, as then the products are 0 as well."""
         weights = [one.times * self.idf(n, one.gram) for n, one in enumerate(counts)]
-        norms = [np.sqrt(_sum_by(c.caption, w**2, num_captions)) for c, w in zip(counts, weights, strict=True)]
+        norms = [np.sqrt(sum_by(c.caption, w**2, num_captions)) for c, w in zip(counts, weights, strict=True)]
         return [np.where(norm > 0, norm, 1.0) for norm in norms]
 
-    def cider_d(self, table: _Table, reference_norms: list[Floats] | None = None) -> Floats:
+    def cider_d(self, table: Table, reference_norms: list[Floats] | None = None) -> Floats:
         """(C,) CIDEr-D of each candidate; the references' norms may have been worked out before."""
         references = table.references
         norms = self.norms(table.counts, len(table.length))
@@ -290,22 +290,61 @@ class _Frequencies:
             clipped = np.minimum(pairs.times, pairs.reference_times) * pairs.reference_times
             product = clipped * self.idf(n, pairs.gram) ** 2 * np.exp(difference**2 / (-2 * 6.0**2))
             cosine = product / (norms[n][pairs.candidate] * reference_norms[n][pairs.reference])
-            total += _sum_by(pairs.candidate, cosine, len(total))
+            total += sum_by(pairs.candidate, cosine, len(total))
         return 10 / MAX_N * total / references.number[table.picture]
 
 
-class _Statistics:
-    """What every metric of score_captions is made of: sums over pictures, so that pictures can be drawn again."""
+class Statistics:
+    """Candidates beside their references, counted once for all that is asked of them: the metrics of score_captions for
+    the corpus and for each picture, and, as they are made of sums over pictures, for pictures drawn again.
+    """
 
-    def __init__(self, candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> None:
-        words, reference_words = _as_words(candidates, references)
-        table = _Table.of(words, reference_words)
-        cider = _Frequencies.of(table.references).cider_d(table)
+    def __init__(
+        self,
+        candidates: Sequence[Caption],
+        references: Sequence[Sequence[Caption]],
+        frequencies: CiderD | None = None,
+    ) -> None:
+        """CIDEr-D has the document frequencies given, else those of the references. Raises what score_captions does."""
+        self.candidates, words = _as_words(candidates, references)
+        self.frequencies = frequencies or CiderD(words)
+        own, norms = self.frequencies._references, self.frequencies._norms
+        if frequencies or own is None:
+            own, norms = References(words, self.frequencies._vocabulary.copy()), []
+        table = Table(self.candidates, np.arange(len(words)), own)
+        cider = self.frequencies._frequencies.cider_d(table, norms)
         self.number = len(words)
-        self.table: Floats = np.column_stack([_bleu_counts(table), _rouge_l(words, reference_words), cider])  # (N, K)
+        self.table: Floats = np.column_stack([_bleu_counts(table), _rouge_l(self.candidates, words), cider])  # (N, K)
+
+    def scores(self) -> dict[str, float]:
+        """Each metric of the corpus."""
+        return {name: float(score) for name, score in self._metrics(self.table.sum(0), self.number).items()}
+
+    def per_picture(self) -> dict[str, Floats]:
+        """Each metric (N,) of each picture by itself."""
+        return self._metrics(self.table)
+
+    def intervals(self, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
+        """Of each metric what bootstrap says."""
+        drawn = self._metrics(_resampled_sums(self.table, resamples, seed), self.number)
+        return {name: _interval(values) for name, values in drawn.items()}
+
+    def differences(self, other: Statistics, resamples: int = 1000, seed: int = 0) -> dict[str, Difference]:
+        """How much better other captions of the same pictures are, as paired_bootstrap says."""
+        # Side by side, so that both meet the same sets.
+        sums = _resampled_sums(np.concatenate([self.table, other.table], axis=1), resamples, seed)
+        drawn_own, drawn_other = (self._metrics(half, self.number) for half in np.split(sums, 2, axis=1))
+        scores, other_scores = self.scores(), other.scores()
+        differences = {}
+        for name in scores:
+            drawn = drawn_other[name] - drawn_own[name]
+            wrong = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
+            p_value = min(1.0, 2 * (1 + wrong) / (1 + resamples))
+            differences[name] = Difference(other_scores[name] - scores[name], _interval(drawn), p_value)
+        return differences
 
     @staticmethod
-    def metrics(sums: Floats, number: int = 1) -> dict[str, Floats]:
+    def _metrics(sums: Floats, number: int = 1) -> dict[str, Floats]:
         """Each metric (...) from rows of the table (..., K), or from the sums of so many of them."""
         scores = _bleu_of_counts(sums[..., :-2])
         metrics = {f"bleu_{n + 1}": scores[..., n] for n in range(MAX_N)}
@@ -321,10 +360,7 @@ def bootstrap(
     BLEU is worked out anew from each set's counts, the others are means of the per-picture values. CIDEr-D keeps the
     document frequencies of all references, as a set with repetitions would have others for no reason of the model's.
     """
-    statistics = _Statistics(candidates, references)
-    sums = _resampled_sums(statistics.table, resamples, seed)
-    drawn = statistics.metrics(sums, statistics.number)
-    return {name: _interval(values) for name, values in drawn.items()}
+    return Statistics(candidates, references).intervals(resamples, seed)
 
 
 class Difference(NamedTuple):
@@ -352,19 +388,7 @@ def paired_bootstrap(
     of sets on which the worse one wins is the chance of error. Two-sided, and with the set as it is counted in, so
     that no p is 0: p = min(1, 2 (1 + min(sets with b - a <= 0, sets with b - a >= 0)) / (1 + resamples)).
     """
-    first, second = _Statistics(a, references), _Statistics(b, references)
-    # Side by side, so that both meet the same sets.
-    sums = _resampled_sums(np.concatenate([first.table, second.table], axis=1), resamples, seed)
-    drawn_first, drawn_second = (first.metrics(half, first.number) for half in np.split(sums, 2, axis=1))
-    scores_first, scores_second = (one.metrics(one.table.sum(0), one.number) for one in (first, second))
-    differences = {}
-    for name in drawn_first:
-        drawn = drawn_second[name] - drawn_first[name]
-        wrong = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
-        p_value = min(1.0, 2 * (1 + wrong) / (1 + resamples))
-        observed = float(scores_second[name] - scores_first[name])
-        differences[name] = Difference(observed, _interval(drawn), p_value)
-    return differences
+    return Statistics(a, references).differences(Statistics(b, references), resamples, seed)
 
 
 def _resampled_sums(table: Floats, resamples: int, seed: int) -> Floats:
@@ -391,16 +415,16 @@ def diversity(candidates: Sequence[Caption]) -> dict[str, float]:
     """How varied captions are, whatever they describe.
 
     distinct_1, distinct_2: different words and different word pairs, each over the number of words (Li et al. 2016,
-    "A Diversity-Promoting Objective Function", NAACL, section 5); vocabulary: different words; unique_captions: how
-    many captions differ as words; mean_length: words a caption. All 0 without captions.
+    "A Diversity-Promoting Objective Function", NAACL, section 5); vocabulary: different words; unique_captions:
+    captions that differ as words, over the captions; mean_length: words a caption. All 0 without captions.
     """
     captions = [_words(caption) for caption in candidates]
     num_words, vocabulary = sum(map(len, captions)), len(set(chain.from_iterable(captions)))
     return {
         "distinct_1": vocabulary / max(num_words, 1),
         "distinct_2": len({pair for caption in captions for pair in pairwise(caption)}) / max(num_words, 1),
-        "vocabulary": float(vocabulary),
-        "unique_captions": float(len(set(map(tuple, captions)))),
+        "vocabulary": vocabulary,
+        "unique_captions": len(set(map(tuple, captions))) / max(len(captions), 1),
         "mean_length": num_words / max(len(captions), 1),
     }
 
@@ -432,10 +456,10 @@ def self_cider(captions: Sequence[Sequence[Caption]], frequencies: CiderD | None
     for picture, own_words in enumerate(words):
         if len(own_words) < 2:
             raise UserError(f"picture {picture} (counted from 0) has one caption: self-CIDEr compares two or more")
-    own = _References(words, frequencies._vocabulary.copy() if frequencies else _Vocabulary())
+    own = References(words, frequencies._vocabulary.copy() if frequencies else Vocabulary())
     weights = frequencies._frequencies if frequencies else _Frequencies.of(own)
     norms = weights.norms(own.counts, len(own.length))
-    table = _Table(list(chain.from_iterable(words)), own.picture, own)
+    table = Table(list(chain.from_iterable(words)), own.picture, own)
 
     last = np.cumsum(own.number**2)  # the kernels stand one behind the other, (sum of m^2,)
     row = np.arange(len(own.length)) - own.first[own.picture]  # (R,) of each caption in its kernel
@@ -444,7 +468,7 @@ def self_cider(captions: Sequence[Sequence[Caption]], frequencies: CiderD | None
         product = pairs.times * pairs.reference_times * weights.idf(n, pairs.gram) ** 2
         cosine = product / (norms[n][pairs.candidate] * norms[n][pairs.reference])
         size, first = own.number[table.picture[pairs.candidate]], (last - own.number**2)[table.picture[pairs.candidate]]
-        kernels += _sum_by(first + row[pairs.candidate] * size + row[pairs.reference], cosine, len(kernels)) / MAX_N
+        kernels += sum_by(first + row[pairs.candidate] * size + row[pairs.reference], cosine, len(kernels)) / MAX_N
     return _mean(np.array([_spread(kernel) for kernel in np.split(kernels, last[:-1])]))
 
 
@@ -455,205 +479,8 @@ def _spread(kernel: Floats) -> float:
     return float(np.log(roots.sum() / roots[-1]) / np.log(size)) if roots[-1] > 0 else 0.0
 
 
-class _Counts(NamedTuple):
-    """How often each n-gram of one length stands in each caption: E entries, no (caption, n-gram) twice."""
-
-    caption: Integers
-    """(E,)"""
-    gram: Integers
-    """(E,) its number."""
-    times: Integers
-    """(E,)"""
-
-
-class _Vocabulary:
-    """Numbers the n-grams it has learnt, those of each length by themselves.
-
-    An n-gram's key is 2^32 times the number of the (n - 1)-gram that it begins with, plus the number of its last word:
-    exact while there are fewer than 2^31 n-grams.
-    """
-
-    def __init__(self) -> None:
-        self.words: dict[str, int] = {}
-        self.keys: list[Integers] = [np.empty(0, np.int64)] * MAX_N
-        """[n - 1] (n-grams,) ascending."""
-        self.numbers = self.keys[:]
-        """[n - 1] (n-grams,) the number for each key."""
-
-    def copy(self) -> _Vocabulary:
-        """One that can learn without this one's learning it too."""
-        copied = _Vocabulary()
-        copied.words, copied.keys, copied.numbers = dict(self.words), self.keys[:], self.numbers[:]
-        return copied
-
-    def count(self, captions: Sequence[Sequence[str]]) -> list[_Counts]:
-        """The n-grams of 1 ... MAX_N words; those never learnt have numbers above all others, in this answer alone."""
-        return self._count(captions)[0]
-
-    def learn(self, captions: Sequence[Sequence[str]]) -> list[_Counts]:
-        """The same, and keeps the numbers."""
-        counts, new_words, new_keys = self._count(captions)
-        self.words |= new_words
-        for n, new in enumerate(new_keys):
-            if not len(new):
-                continue
-            keys = np.concatenate([self.keys[n], new])
-            numbers = np.concatenate([self.numbers[n], np.arange(len(self.keys[n]), len(keys))])
-            order = np.argsort(keys, kind="stable")
-            self.keys[n], self.numbers[n] = keys[order], numbers[order]
-        return counts
-
-    def _count(self, captions: Sequence[Sequence[str]]) -> tuple[list[_Counts], dict[str, int], list[Integers]]:
-        """The counts, and what was not known: words with their numbers, and keys, ascending."""
-        known, different = self.words, dict.fromkeys(chain.from_iterable(captions))
-        new_words = {word: number for number, word in enumerate((w for w in different if w not in known), len(known))}
-        number_of = {word: known[word] if word in known else new_words[word] for word in different}
-        words = np.fromiter(map(number_of.__getitem__, chain.from_iterable(captions)), np.int64)
-        # Behind the last word stand words of no caption, so that looking ahead needs no care.
-        word = np.append(words, [0] * MAX_N)
-        caption = np.append(np.repeat(np.arange(len(captions)), _lengths(captions)), [-1] * MAX_N)
-
-        start = np.arange(len(words))  # where an n-gram begins
-        gram = np.zeros_like(words)  # and which one it is
-        counts, new_keys = [], []
-        for n in range(MAX_N):
-            inside = caption[start + n] == caption[start]
-            start = start[inside]
-            key = gram[inside] << 32 | word[start + n]
-            # Equal n-grams come together, within them the captions in their order.
-            order = np.argsort(key, kind="stable")
-            owner, ordered = caption[start[order]], key[order]
-            first = _first_of_run(ordered)
-            numbers, unknown = self._numbers_of(n, ordered[first])
-            ordered = numbers[np.cumsum(first) - 1]
-            gram = np.empty_like(key)
-            gram[order] = ordered
-            entry = np.flatnonzero(first | _first_of_run(owner))
-            counts.append(_Counts(owner[entry], ordered[entry], np.diff(np.append(entry, len(key)))))
-            new_keys.append(unknown)
-        return counts, new_words, new_keys
-
-    def _numbers_of(self, n: int, keys: Integers) -> tuple[Integers, Integers]:
-        """The number of each key, all different, and those of them that were not known."""
-        place = _find(self.keys[n], keys)
-        new = place < 0
-        numbers = np.empty_like(keys)
-        numbers[~new] = self.numbers[n][place[~new]]
-        numbers[new] = len(self.keys[n]) + np.arange(np.count_nonzero(new))
-        return numbers, keys[new]
-
-
-class _Runs(NamedTuple):
-    """The entries of all references for one n, in runs of the same n-gram at the same picture: U runs, E entries."""
-
-    key: Integers
-    """(U,) n-gram * N + picture, ascending."""
-    start: Integers
-    """(U + 1,) where each run begins, and the end."""
-    reference: Integers
-    """(E,) which reference, 0..R-1."""
-    times: Integers
-    """(E,)"""
-
-    def most(self) -> Integers:
-        """(U,) how often the n-gram stands in the picture's reference that has it most."""
-        return np.maximum.reduceat(self.times, self.start[:-1]) if len(self.times) else self.times
-
-
-class _References:
-    """The R references of N pictures, counted."""
-
-    def __init__(self, references: Sequence[Sequence[Sequence[str]]], vocabulary: _Vocabulary) -> None:
-        """The vocabulary learns their n-grams."""
-        captions = list(chain.from_iterable(references))
-        self.vocabulary = vocabulary
-        self.num_pictures = len(references)
-        self.number = np.array([len(own) for own in references])  # (N,) references of each picture
-        self.first = np.cumsum(self.number) - self.number  # (N,)
-        self.picture = np.repeat(np.arange(self.num_pictures), self.number)  # (R,)
-        self.length = _lengths(captions)  # (R,)
-        self.counts = vocabulary.learn(captions)
-        self.runs = [self._runs(counts) for counts in self.counts]
-
-    def _runs(self, counts: _Counts) -> _Runs:
-        key = counts.gram * self.num_pictures + self.picture[counts.caption]
-        order = np.argsort(key, kind="stable")
-        key = key[order]
-        start = np.flatnonzero(_first_of_run(key))
-        return _Runs(key[start], np.append(start, len(key)), counts.caption[order], counts.times[order])
-
-
-class _Pairs(NamedTuple):
-    """Where a candidate and a reference of its picture share an n-gram: P times."""
-
-    candidate: Integers
-    """(P,)"""
-    reference: Integers
-    """(P,)"""
-    gram: Integers
-    """(P,)"""
-    times: Integers
-    """(P,) how often the candidate has it."""
-    reference_times: Integers
-    """(P,) how often the reference has it."""
-
-
-class _Table:
-    """C candidates, counted, beside the references of their pictures."""
-
-    def __init__(self, candidates: Sequence[Sequence[str]], picture: Integers, references: _References) -> None:
-        """picture (C,) is the picture of each candidate."""
-        self.picture, self.references = picture, references
-        self.length = _lengths(candidates)  # (C,)
-        self.counts = references.vocabulary.count(candidates)
-        self.run = [
-            _find(runs.key, counts.gram * references.num_pictures + picture[counts.caption])
-            for counts, runs in zip(self.counts, references.runs, strict=True)
-        ]
-        """[n - 1] (E,) which of the references' runs has the candidates' entry, -1 for none."""
-
-    @classmethod
-    def of(cls, candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> _Table:
-        """One candidate a picture, and a vocabulary of their own."""
-        return cls(candidates, np.arange(len(candidates)), _References(references, _Vocabulary()))
-
-    def pairs(self) -> Iterator[_Pairs]:
-        """The shared n-grams of 1 ... MAX_N words."""
-        for counts, runs, run in zip(self.counts, self.references.runs, self.run, strict=True):
-            hit = np.flatnonzero(run >= 0)
-            first = runs.start[run[hit]]
-            size = runs.start[run[hit] + 1] - first
-            mine = np.repeat(hit, size)
-            theirs = np.arange(len(mine)) + np.repeat(first - (np.cumsum(size) - size), size)
-            yield _Pairs(
-                counts.caption[mine], runs.reference[theirs], counts.gram[mine], counts.times[mine], runs.times[theirs]
-            )
-
-
-def _find(keys: Integers, wanted: Integers) -> Integers:
-    """Where each wanted key stands among keys, which ascend; -1 for one that is not there."""
-    place = np.searchsorted(keys, wanted)
-    there = place < len(keys)
-    there[there] = keys[place[there]] == wanted[there]
-    return np.where(there, place, -1)
-
-
-def _first_of_run(values: Integers) -> NDArray[np.bool_]:
-    """True where a value differs from the one before."""
-    return np.append(True, values[1:] != values[:-1])[: len(values)]
-
-
-def _sum_by(owner: Integers, values: Floats | Integers, num_owners: int) -> Floats:
-    """(num_owners,) sum of the values of each owner."""
-    return np.asarray(np.bincount(owner, values, minlength=num_owners), dtype=np.float64)
-
-
 def _mean(per_picture: Floats) -> Scores:
     return Scores(float(per_picture.mean()), per_picture)
-
-
-def _lengths(captions: Sequence[Sequence[str]]) -> Integers:
-    return np.fromiter(map(len, captions), np.int64, len(captions))
 
 
 def _words(caption: Caption) -> Sequence[str]:

@@ -58,7 +58,9 @@ METRICS = {
     "distinct_1": Metric("Distinct-1", "different words, over all words", 1),
     "distinct_2": Metric("Distinct-2", "different word pairs, over all words", 1),
     "vocabulary": Metric("Vocabulary", "how many words differ", digits=0),
-    "unique_captions": Metric("Unique captions", "how many captions differ", digits=0),
+    "unique_captions": Metric("Unique captions", "different captions, over all captions", 1),
+    "novel_captions": Metric("New captions", "share that is not among the training captions", 1),
+    "self_cider": Metric("Self-CIDEr", "how much the captions of one picture differ; 0 where they are equal", 1),
     "mean_length": Metric("Mean length", "words a caption", digits=2),
     "cut_captions": Metric("Cut captions", "share that never ended; lower is better", 1),
     "loss": Metric("Loss", "nats a reference token; lower is better"),
@@ -227,7 +229,11 @@ def _examples(report: Report) -> dict[str, str]:
 
 def _card(report: Report, i: int) -> str:
     references = "".join(f"<li>{_said(text)}</li>" for text in report.references[i])
-    scores = [f"{_metric(name).label}&nbsp;{values[i]:.2f}" for name, values in report.per_picture.items()]
+    scores = [
+        f'<span class="whole">{_metric(name).label} {values[i]:.2f}</span>'
+        for name, values in report.per_picture.items()
+        if name not in ("bleu_1", "bleu_2", "bleu_3")
+    ]
     return (
         f'<li>{_thumbnail(report, i)}<p class="note">{_escape(report.names[i])}</p>'
         f'<p class="said">{_said(report.captions[i])}</p><p class="note">{" · ".join(scores)}</p>'
@@ -425,6 +431,7 @@ a { color: var(--link) }
 :focus-visible { outline: 3px solid var(--edge); outline-offset: 2px }
 .note, caption { color: var(--quiet); font-weight: 400 }
 .note, .cards { font-size: .875rem }
+.whole { white-space: nowrap }
 .hidden { position: absolute; clip-path: inset(50%) }
 .warnings { border: 3px solid var(--edge); border-left-width: 12px; background: var(--warn); padding: .75rem 1rem }
 .warnings h2 { margin: 0 0 .25rem }

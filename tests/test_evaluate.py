@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, needs_shared, tiny_config
 
+import metrics as metrics_module
 import model_file
 from config import UserError
 from dataset import CaptionDataset, make_dataloader
@@ -25,9 +26,11 @@ from evaluate import (
     read_results,
     warnings_about,
 )
-from metrics import score_captions
+from metrics import CiderD, novelty, score_captions, self_cider
 from model import ImageCaptionModel
+from sources import load_table
 
+bleu_counts = metrics_module._bleu_counts
 CPU = torch.device("cpu")
 
 
@@ -86,25 +89,66 @@ def test_captions_with_dollars_can_be_drawn(tmp_path):
     assert (tmp_path / "s.png").stat().st_size > 1000
 
 
-def test_results_files(tmp_path):
-    references = {"annotations": [{"image_id": i, "caption": f"a dog number {i} runs"} for i in (1, 2, 2)]}
-    (tmp_path / "refs.json").write_text(json.dumps(references))
-    good = [{"image_id": 2, "caption": "b"}, {"image_id": 1, "caption": "a"}]
-    (tmp_path / "good.json").write_text(json.dumps(good))
+GOOD = [{"image_id": 2, "caption": "b"}, {"image_id": 1, "caption": "a"}]
+KNOWN = {"annotations": [{"image_id": i, "caption": f"a dog number {i} runs"} for i in (1, 2, 2)]}
+
+
+def test_results_are_matched_by_the_id(tmp_path):
+    (tmp_path / "refs.json").write_text(json.dumps(KNOWN))
+    (tmp_path / "good.json").write_text(json.dumps(GOOD))
     names, candidates, known = read_results(tmp_path / "good.json", tmp_path / "refs.json")
     assert names == [1, 2] and candidates == ["a", "b"] and list(map(len, known)) == [1, 2]
-    for content, words in {
-        json.dumps(good[:1]): r"no caption for 1 pictures .* \(1\)",
-        json.dumps(good + good[:1]): "2 captions for picture 2",
-        json.dumps([{"image_id": 1}]): "not in COCO's format",
-        json.dumps([{"image_id": 1, "caption": None}, {"image_id": 2, "caption": "b"}]): "not in COCO's format",
-        json.dumps([{"image_id": [1], "caption": "a"}]): "not in COCO's format",
-        "{": "not in COCO's format",
-    }.items():
-        (tmp_path / "bad.json").write_text(content)
-        with pytest.raises(UserError, match=words) as error:
-            read_results(tmp_path / "bad.json", tmp_path / "refs.json")
-        assert "\n" not in str(error.value)
+
+
+BAD_RESULTS = {
+    "lack a picture": (json.dumps(GOOD[:1]), r"no caption for 1 pictures .* \(1\)"),
+    "lack all": ("[]", r"no caption for 2 pictures .* \(1, 2\)"),
+    "repeat a picture": (json.dumps(GOOD + GOOD[:1]), "2 captions for picture 2"),
+    "have another picture": (
+        json.dumps([*GOOD, {"image_id": 3, "caption": "c"}]),
+        r"1 pictures that are not in .*\(3\)",
+    ),
+    "have an id of another kind": (
+        json.dumps([*GOOD, {"image_id": "1", "caption": "c"}]),
+        "1 pictures that are not in",
+    ),
+    "have a break in an id": (json.dumps([*GOOD, {"image_id": "a\nb", "caption": "c"}]), r"\(a\\nb\)"),
+    "lack a caption": (json.dumps([{"image_id": 1}]), "bad.json: not in COCO's format"),
+    "have none": (json.dumps([{"image_id": 1, "caption": None}, GOOD[0]]), "bad.json: not in COCO's format"),
+    "have a list for an id": (json.dumps([{"image_id": [1], "caption": "a"}]), "bad.json: not in COCO's format"),
+    "have true for an id": (
+        json.dumps([{"image_id": True, "caption": "a"}, GOOD[0]]),
+        "bad.json: not in COCO's format",
+    ),
+    "have half a character": (json.dumps([{"image_id": 1, "caption": "\ud800"}, GOOD[0]]), "bad.json: not in COCO's"),
+    "are references": (json.dumps(KNOWN), "bad.json: not in COCO's format"),
+    "are a number": ("5", "bad.json: not in COCO's format"),
+    "are cut short": (json.dumps(GOOD)[:-5], "bad.json: not in COCO's format"),
+    "are nested without end": ("[" * 100_000, "bad.json: not in COCO's format"),
+    "are empty": ("", "bad.json: not in COCO's format"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_RESULTS)
+def test_bad_results_are_one_line_and_nothing_is_scored(what, tmp_path):
+    """A picture that the references lack was passed over, and a bad caption blamed on the references' file."""
+    content, says = BAD_RESULTS[what]
+    (tmp_path / "refs.json").write_text(json.dumps(KNOWN))
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(UserError, match=says) as error:
+        read_results(tmp_path / "bad.json", tmp_path / "refs.json")
+    assert str(error.value).isprintable()
+
+
+def test_bad_results_end_the_command_line(tmp_path):
+    (tmp_path / "refs.json").write_text(json.dumps(KNOWN))
+    for name, content in (("good", GOOD), ("few", GOOD[:1])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    for files in (("--results", "few.json"), ("--compare", "good.json", "few.json")):
+        command = [sys.executable, str(ROOT / "evaluate.py"), *files, "--references", "refs.json"]
+        done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+        assert "no caption for 1 pictures" in done.stderr and not (tmp_path / "evaluation").exists()
 
 
 def test_the_official_example_scores_as_published():
@@ -132,6 +176,11 @@ def test_a_results_file_gets_numbers_intervals_and_a_report(tmp_path):
     assert found["cider_d"] == pytest.approx(0.599791, abs=1e-3) and found["cider_d_low"] < found["cider_d"]
     assert found["cider_d"] < found["cider_d_high"] and found["tokenizer"].startswith("PTB")
     assert "METEOR and SPICE" in found["left_out"] and "0.5998   (" in output
+    assert found["document_frequencies"] == "of the 1,000 pictures evaluated" and found["pictures"] == 1000
+    assert found["references_per_picture"] == "5.005" and found["decoding"] == found["weights_sha256"] == "unknown"
+    assert not any(isinstance(value, dict | list) for value in found.values()), "metrics.json is flat"
+    written = json.loads((tmp_path / "evaluation/captions.json").read_text())  # as the COCO server takes them
+    assert all(set(one) == {"image_id", "caption"} and type(one["image_id"]) is int for one in written)
     assert "CIDEr-D" in (tmp_path / "evaluation/report.html").read_text()
     with open(tmp_path / "evaluation/per_picture.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -143,15 +192,30 @@ def test_a_results_file_gets_numbers_intervals_and_a_report(tmp_path):
     compared = json.loads((tmp_path / "evaluation/comparison.json").read_text())
     assert compared["cider_d"]["difference"] == 0 and compared["cider_d"]["p_value"] == 1
     assert compared["cider_d"]["a"] == pytest.approx(found["cider_d"]) and "cider_d" in output
+    for said in ("tokenizer", "document_frequencies", "pictures", "references_per_picture"):
+        assert compared[said] == found[said] and str(found[said]) in output
+    # Fixed document frequencies give another CIDEr-D, and every table says whose they are.
+    _, _, known = read_results(ours, references)
+    CiderD(known[:500]).save(tmp_path / "half.npz")
+    files = ("--references", references, "--document-frequencies", tmp_path / "half.npz")
+    for output in (
+        run_evaluate(tmp_path, "--results", ours, *files),
+        run_evaluate(tmp_path, "--compare", ours, ours, *files),
+    ):
+        assert "of 500 pictures, from " in output
+    half = json.loads((tmp_path / "evaluation/metrics.json").read_text())
+    expected = CiderD(known[:500]).score([one["caption"] for one in written], known).corpus
+    assert half["cider_d"] == pytest.approx(expected) and half["cider_d"] != pytest.approx(found["cider_d"])
+    assert half["bleu_4"] == found["bleu_4"] and half["cider_d_low"] < half["cider_d"] < half["cider_d_high"]
 
 
 def test_what_to_know_before_numbers_are_believed():
     """Models that ignore the picture or never end were praised for their BLEU."""
-    good = {"pictures": 100, "unique_captions": 80.0, "loss": 2.0, "loss_shuffled_pictures": 2.4, "cut_captions": 0.0}
-    assert warnings_about(good) == [] and warnings_about({"pictures": 100, "unique_captions": 80.0}) == []
+    good = {"pictures": 100, "unique_captions": 0.8, "loss": 2.0, "loss_shuffled_pictures": 2.4, "cut_captions": 0.0}
+    assert warnings_about(good) == [] and warnings_about({"pictures": 100, "unique_captions": 0.8}) == []
     for change, word in (
         ({"loss_shuffled_pictures": 2.001}, "ignores the picture"),
-        ({"unique_captions": 1.0}, "same caption"),
+        ({"unique_captions": 0.01}, "same caption"),
         ({"cut_captions": 0.5}, "never ended"),
         ({"pictures_trained_on": 96}, "trained on"),
     ):
@@ -164,13 +228,98 @@ def test_a_model_on_a_data_set(model_and_loader, tmp_path):
     model.trained_on = loader.dataset.table.keys()[:3]
     captioned, metrics = evaluate_dataset(model, loader.dataset, CPU, torch.float32, tmp_path, max_length=6)
     assert metrics["pictures"] == len(captioned.captions) == 20 and metrics["pictures_trained_on"] == 3
-    assert len(metrics["weights_sha256"]) == 64 and metrics["decoding"] == "num_beams 3, max_length 6"
+    assert len(metrics["weights_sha256"]) == 64 and metrics["decoding"] == "max_length 6, num_beams 3"
+    assert (metrics["split"], metrics["precision"]) == ("train", "float32") and "no training captions" in metrics[
+        "left_out"
+    ]
     page = (tmp_path / "report.html").read_text()
     assert "were trained on" in page and "data:image/jpeg;base64," in page and metrics["weights_sha256"] in page
     with torch.no_grad():
         model.decoder.ln_f.bias += 1
     again = evaluate_dataset(model, loader.dataset, CPU, torch.float32, tmp_path, max_length=6)[1]
     assert again["weights_sha256"] != metrics["weights_sha256"]
+
+
+def test_n_grams_are_counted_once(model_and_loader, tmp_path, monkeypatch):
+    """Scores, their intervals and those of each picture each counted all n-grams anew."""
+    model, loader = model_and_loader
+    counted = []
+    monkeypatch.setattr(metrics_module, "_bleu_counts", lambda *one: counted.append(1) or bleu_counts(*one))
+    evaluate_dataset(model, loader.dataset, CPU, torch.float32, tmp_path, max_length=6)
+    assert counted == [1]
+
+
+@pytest.mark.parametrize("decoding", [{}, {"do_sample": True}])
+def test_several_captions_of_a_picture(model_and_loader, tmp_path, decoding):
+    """The first is scored; how much they differ is self-CIDEr; samples are the same every time."""
+    model, loader = model_and_loader
+    decoding |= {"max_length": 6, "num_return_sequences": 4}
+    captioned, metrics = evaluate_dataset(model, loader.dataset, CPU, torch.float32, tmp_path, **decoding)
+    written = json.loads((tmp_path / "all_captions.json").read_text())
+    assert [one["captions"] for one in written] == captioned.several and {*map(len, captioned.several)} == {4}
+    assert [own[0] for own in captioned.several] == captioned.captions and len(captioned.cut) == 20
+    expected = self_cider(captioned.several, CiderD(captioned.references))
+    assert metrics["self_cider"] == pytest.approx(expected.corpus) and expected.corpus > 0
+    with open(tmp_path / "per_picture.csv", newline="") as file:
+        assert [float(row["self_cider"]) for row in csv.DictReader(file)] == pytest.approx(
+            expected.per_picture, abs=1e-6
+        )
+    assert "Self-CIDEr" in (tmp_path / "report.html").read_text()
+    assert ("seed 0" if decoding.get("do_sample") else "num_beams 4") in metrics["decoding"]
+    again, _ = evaluate_dataset(model, loader.dataset, CPU, torch.float32, tmp_path, **decoding)
+    assert again.several == captioned.several
+
+
+def test_a_model_by_the_command_line(model_and_loader, scenes_dir, tmp_path):
+    """Of its own accord it reads val, and says with test what that is for; all tables say how captions were made."""
+    model, _ = model_and_loader
+    model.save_file(tmp_path / "m.safetensors")
+    arguments = ("m.safetensors", "--data-dir", scenes_dir, "--max-length", "5")
+    output = run_evaluate(tmp_path, *arguments)
+    found = json.loads((tmp_path / "evaluation/metrics.json").read_text())
+    assert found["split"] == "val" and "for the number at the end" not in output
+    captions = [one["caption"] for one in json.loads((tmp_path / "evaluation/captions.json").read_text())]
+    training = load_table("auto", scenes_dir, "train").captions().to_pylist()
+    assert found["novel_captions"] == novelty(captions, training) and found["training_captions"] == len(training)
+    for said in ("split", "weights_sha256", "decoding", "tokenizer", "document_frequencies", "references_per_picture"):
+        assert said in output and str(found[said]) in (tmp_path / "evaluation/report.html").read_text()
+
+    test = run_evaluate(
+        tmp_path, *arguments, "--split", "test", "--output-dir", "t", "--num-captions", "2", "--do-sample"
+    )
+    found = json.loads((tmp_path / "t/metrics.json").read_text())
+    assert found["split"] == "test" and "for the number at the end" in test and found["self_cider"] >= 0
+
+    # Files of captions keep what is known of them, as long as they are those that the evaluation wrote.
+    other = tmp_path / "other.json"
+    other.write_text((tmp_path / "t/captions.json").read_text().replace("]", " ]"))
+    run_evaluate(
+        tmp_path, "--compare", tmp_path / "t/captions.json", other, "--references", tmp_path / "t/references.json"
+    )
+    compared = json.loads((tmp_path / "evaluation/comparison.json").read_text())
+    assert {name: compared["a"][name] for name in ("decoding", "weights_sha256", "split")}.items() <= found.items()
+    assert compared["b"] == {"captions": str(other), "decoding": "unknown", "weights_sha256": "unknown"}
+
+
+def test_overlap_is_marked_in_every_table(model_and_loader, scenes_dir, tmp_path):
+    model, _ = model_and_loader
+    model.trained_on = load_table("auto", scenes_dir, "val").keys()[:5]
+    model.save_file(tmp_path / "m.safetensors")
+    arguments = ("m.safetensors", "--data-dir", scenes_dir, "--max-length", "5")
+    command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, arguments)]
+    refused = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
+    assert refused.returncode == 2 and "5 of the 12 val pictures" in refused.stderr.splitlines()[-1]
+    ours, known = "evaluation/captions.json", "evaluation/references.json"
+    for output in (
+        run_evaluate(tmp_path, *arguments, "--allow-overlap"),
+        run_evaluate(tmp_path, "--results", ours, "--references", known, "--output-dir", "again"),
+        run_evaluate(tmp_path, "--compare", ours, "again/captions.json", "--references", known),
+    ):
+        assert (
+            "pictures_trained_on" in output
+            and "WARNING: " in output
+            and "5 of the 12 pictures were trained on" in output
+        )
 
 
 def test_bad_pictures_are_remembered_when_a_run_goes_on(tmp_path, scenes_table):

@@ -308,7 +308,7 @@ def test_words_are_taken_as_they_are() -> None:
 
 def test_diversity() -> None:
     assert diversity(["A dog runs.", "a dog runs", "a cat", ""]) == pytest.approx(
-        {"distinct_1": 4 / 8, "distinct_2": 3 / 8, "vocabulary": 4, "unique_captions": 3, "mean_length": 8 / 4}
+        {"distinct_1": 4 / 8, "distinct_2": 3 / 8, "vocabulary": 4, "unique_captions": 3 / 4, "mean_length": 8 / 4}
     )
     assert set(diversity([]).values()) == {0}
 

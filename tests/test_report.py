@@ -73,7 +73,7 @@ def report(number: int = 100, **changes) -> Report:
         facts={"model": "model.safetensors", "model hash": "0123456789abcdef" * 4, "decoding": "3 beams"},
         warnings=["The model ignores the picture."],
         metrics=(score_captions(captions, references) if number else {})
-        | {"unique_captions": 40.0, "loss": 2.5, "pictures": number, "some_new_metric": 0.125},
+        | {"unique_captions": 0.4, "loss": 2.5, "pictures": number, "some_new_metric": 0.125},
         intervals={"cider_d": (0.6011, 0.7022)},
         captions=captions,
         references=references,

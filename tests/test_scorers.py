@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import scorers
 from config import UserError
-from metrics import tokenize
+from metrics import score_captions, tokenize
 from scorers import chair, clip_scores, java_scores, java_tokenize, objects_in
 
 PACKAGE = importlib.util.find_spec("pycocoevalcap")
@@ -73,6 +73,27 @@ def test_a_german_machine_gives_the_same_meteor(coco_eval, coco_scores, monkeypa
 def test_our_tokens_are_javas(coco_eval):
     captions = [*coco_eval[0], *(caption for references in coco_eval[1] for caption in references)]
     assert equal_share(captions) >= 0.9997
+
+
+@needs_java
+def test_on_javas_tokens_each_picture_scores_what_pycocoevalcap_gives_it(coco_eval):
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    words = iter(java_tokenize([*coco_eval[0], *(caption for own in coco_eval[1] for caption in own)]))
+    candidates = [next(words) for _ in coco_eval[0]]
+    references = [[next(words) for _ in own] for own in coco_eval[1]]
+    results = {i: [" ".join(caption)] for i, caption in enumerate(candidates)}
+    truth = {i: [" ".join(caption) for caption in own] for i, own in enumerate(references)}
+    bleu, bleus = Bleu(4).compute_score(truth, results, verbose=0)
+    others = [scorer.compute_score(truth, results) for scorer in (Rouge(), Cider())]
+    ours, each = score_captions(candidates, references), score_captions(candidates, references, per_picture=True)
+    for name, corpus, scores in zip(
+        ours, (*bleu, *(o[0] for o in others)), (*bleus, *(o[1] for o in others)), strict=True
+    ):
+        assert ours[name] == pytest.approx(corpus, abs=1e-9), name
+        assert np.abs(each[name] - scores).max() < 1e-9, name
 
 
 @needs_java
