@@ -2,6 +2,8 @@
 
     python benchmark.py data          the loader against the plain transformers path, and how the table grows
     python benchmark.py generate      captions by our decoding and by transformers', from the same weights
+    python benchmark.py train         training steps by our loop and by transformers' model in an ordinary one
+    python benchmark.py golden        the same small run by two commits: is training the same to the bit?
     python benchmark.py metrics       BLEU, ROUGE-L, CIDEr-D and rewards by our arrays and by pycocoevalcap
 
 Prints its figures and writes them as JSON. Peers run in turn in one process, so that ratios mean something where
@@ -27,14 +29,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from benchmark_training import GoldenBenchmark, TrainBenchmark
 from config import PRESETS, UserError, ViTGPT2Config
 from convert import save_transformers
 from dataset import Batches, CaptionDataset, load_tables, load_tokenizer, make_dataloader
+from files import write_json
 from metrics import CiderD, score_captions
 from model import ImageCaptionModel
 from packed import Precision, available
 from table import CaptionTable, make_table
-from utils import choose_device, parse_flags, run_script, write_json
+from utils import choose_device, parse_flags, run_script
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -425,7 +429,13 @@ def as_sentences(
     return results, {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}
 
 
-COMMANDS = {"data": DataBenchmark, "generate": GenerateBenchmark, "metrics": MetricsBenchmark}
+COMMANDS = {
+    "data": DataBenchmark,
+    "generate": GenerateBenchmark,
+    "metrics": MetricsBenchmark,
+    "train": TrainBenchmark,
+    "golden": GoldenBenchmark,
+}
 
 
 def main() -> None:

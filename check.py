@@ -43,10 +43,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import UserError
+from files import writable_directory, write_json, write_text
 from pictures import load_picture
 from sources import load_tables
 from table import CaptionTable
-from utils import parse_flags, run_script, writable_directory, write_json, write_text
+from utils import parse_flags, run_script
 
 SIZE, GRID = 64, 8  # pixels and cells a side of what is remembered of a picture
 MAX_DISTANCE = 4  # bits

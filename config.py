@@ -42,6 +42,9 @@ class ViTGPT2Config:
     """Attention heads of the encoder; divides vision_embed_dim."""
     vision_dropout: float = 0.0
     """Dropout in the encoder."""
+    vision_drop_path: float = 0.0
+    """Share of the pictures that skip a branch of the encoder's last layer in training, falling to none at its first
+    (stochastic depth)."""
     vocab_size: int = 50257
     """Entries of the tokenizer (a tokenizer trained on the captions is made this large at most)."""
     max_length: int = 512
@@ -75,7 +78,7 @@ class ViTGPT2Config:
         self.image_mean = tuple(self.image_mean)  # type: ignore[assignment]  # JSON gives lists
         self.image_std = tuple(self.image_std)  # type: ignore[assignment]
         for name, value in dataclasses.asdict(self).items():
-            if "dropout" not in name and isinstance(value, int) and value < (0 if name.endswith("_id") else 1):
+            if "drop" not in name and isinstance(value, int) and value < (0 if name.endswith("_id") else 1):
                 raise UserError(f"{name} is {value}: it must be positive")
         if self.image_size % self.patch_size:
             raise UserError(
@@ -93,7 +96,7 @@ class ViTGPT2Config:
             raise UserError(f"a special token's id lies outside the vocabulary of {self.vocab_size}")
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or not all(self.image_std):
             raise UserError("image_mean and image_std need three numbers each, and no image_std may be zero")
-        for name in ("dropout", "vision_dropout"):
+        for name in ("dropout", "vision_dropout", "vision_drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         if self.resample not in ("bicubic", "bilinear"):
@@ -178,6 +181,9 @@ class TrainConfig:
     """A ViT or DeiT to start from, a Hub name or a folder (with init pretrained: google/vit-base-patch16-224-in21k)."""
     init_decoder: str | None = None
     """A GPT-2 to start from, a Hub name or a folder (with init pretrained: gpt2); its tokenizer comes with it."""
+    init_model: str | None = None
+    """A captioner of this project or of transformers to go on from, whole: a file, a folder or a Hub name. Its sizes
+    and tokenizer take the place of those in the settings."""
     tokenizer: str = "auto"
     """gpt2 (from the Hub), a folder with vocab.json and merges.txt, or train: one on the captions. auto: gpt2 where it
     can be had, else train."""
@@ -191,16 +197,34 @@ class TrainConfig:
     """Captions of each picture learned in one step; 1 visits every caption once an epoch instead."""
     accumulation_steps: int = 1
     """Batches whose gradients are added up to one step."""
+    objective: Literal["cross_entropy", "scst"] = "cross_entropy"
+    """Predict the references' words; or self-critical training, raise the CIDEr-D of captions that the model samples
+    itself (start from a trained one, with init_model and a learning rate of about 1e-5)."""
+    baseline: Literal["others", "greedy"] = "others"
+    """What a sampled caption must beat in self-critical training: the mean of the picture's other samples, or its
+    greedy caption."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon for the matrices inside the layers with AdamW for the rest."""
     learning_rate: float = 2e-4
     """Highest learning rate; it falls to zero along a cosine."""
+    encoder_learning_rate: float | None = None
+    """The same for the encoder alone (default: learning_rate)."""
+    decoder_learning_rate: float | None = None
+    """The same for the decoder without what joins it to the encoder (default: learning_rate)."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from a layer to the one below it, in encoder and decoder."""
+    freeze: tuple[Literal["encoder", "decoder", "new"], ...] = ()
+    """Parts that are left as they are; new is the cross-attention and the projection."""
     warmup_steps: int = 500
     """Steps in which the learning rate rises from zero (at most a tenth of the run)."""
     weight_decay: float = 0.01
     """Weight decay of matrices; biases, norms and embeddings have none."""
     gradient_clip: float = 1.0
     """Largest norm of the gradients."""
+    ema: float = 0.0
+    """Keep a running average of the weights with this decay, such as 0.999, and evaluate and save that (0: none)."""
+    overflow_limit: int = 20
+    """Steps in a row whose fp16 gradients may overflow before the run stops."""
     word_dropout: float = 0.0
     """Share of the words that the decoder reads as blanks while it learns, so that it must look at the picture."""
     label_smoothing: float = 0.0
@@ -224,7 +248,16 @@ class TrainConfig:
     checkpoint_interval: int | None = None
     """Steps between checkpoints (default: one at every epoch's end)."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints to keep."""
+    """How many of the newest checkpoints to keep, beside the best one."""
+    val_pictures: int = 1000
+    """Validation pictures that are captioned at every epoch's end, greedily, for CIDEr-D: by it the best checkpoint is
+    chosen (0: none, and the best has the lowest validation loss)."""
+    patience: int | None = None
+    """Stop after so many epochs without a better one (default: never)."""
+    wandb: Literal["auto", "off", "offline", "online"] = "auto"
+    """Weights & Biases. auto: online where a key is there, else off."""
+    wandb_project: str = "vit-gpt2-captioning"
+    """Its project."""
     resume: str = "auto"
     """auto: go on with the newest unfinished run of the same settings; never; or the folder of a run."""
     caption_length: int = 32
@@ -239,21 +272,31 @@ class TrainConfig:
     """Sizes of the model."""
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("num_workers", "warmup_steps", "weight_decay", "seed"), 0)
+        least = dict.fromkeys(("num_workers", "warmup_steps", "weight_decay", "seed", "val_pictures"), 0)
         least |= dict.fromkeys(("epochs", "max_steps", "batch_size", "captions_per_image", "accumulation_steps"), 1)
         least |= dict.fromkeys(("eval_interval", "checkpoint_interval", "keep_checkpoints", "num_scenes"), 1)
-        for name, lowest in (least | {"caption_length": 1}).items():
+        least |= dict.fromkeys(("caption_length", "patience", "overflow_limit"), 1)
+        for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise UserError(f"{name} is {value}: it must be at least {lowest}")
         if self.seed >= 1 << 31:
             raise UserError(f"seed is {self.seed}: it must be below 2147483648")
-        for name in ("learning_rate", "gradient_clip"):
-            if not getattr(self, name) > 0:
+        for name in ("learning_rate", "gradient_clip", "encoder_learning_rate", "decoder_learning_rate", "layer_decay"):
+            if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be positive")
+        if self.layer_decay > 1:
+            raise UserError(f"layer_decay is {self.layer_decay}: it must be at most 1")
+        if self.objective == "scst":
+            if self.init_model is None:
+                raise UserError("objective scst needs a trained model to improve: name it with --init-model")
+            if self.captions_per_image < 2 and self.baseline == "others":
+                raise UserError("baseline others compares a picture's captions: use --captions-per-image 2 or more")
+        if self.init_model and (self.init != "scratch" or self.init_encoder or self.init_decoder):
+            raise UserError("init_model is a whole model: leave init, init_encoder and init_decoder out")
         if self.cache_on_gpu and not self.augmentation.moves_pixels_only:
             raise UserError("cache_on_gpu crops and mirrors only: leave it out, or the other kinds of augmentation")
-        for name in ("word_dropout", "label_smoothing", "max_bad_share"):
+        for name in ("word_dropout", "label_smoothing", "max_bad_share", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
 
@@ -278,6 +321,8 @@ class TrainConfig:
             "cache_on_gpu",
             "max_bad_share",
             "allow_overlap",
+            "wandb",
+            "wandb_project",
         }
         values = {name: value for name, value in self.to_dict().items() if name not in ignored}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

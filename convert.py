@@ -32,9 +32,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import UserError, ViTGPT2Config
+from files import write_json
 from model import ImageCaptionModel
 from model_file import METADATA_KEY, check_shapes, gpt2_tokenizer, keys_from_text, keys_to_text, tokenizer_from_json
-from utils import parse_flags, run_script, write_json
+from utils import parse_flags, run_script
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -287,10 +287,11 @@ def collate(samples: Sequence[Sample], config: ViTGPT2Config, captions_per_image
     end) token; lengths int64 (N, K), 0 for an empty place; positions int64 (M,): where labels.flatten() has targets,
     rounded up to a multiple of 64 with N * K * T; rows: the table's row of each picture; captions: all its captions;
     bad: (row, what is wrong) of pictures that cannot be decoded, which have no captions to learn. Where the pictures
-    are kept on the GPU, pixel_values is missing until to_device makes it from rows and places int64 (N, 3).
+    are kept on the GPU, pixel_values is missing until to_device makes it from rows and places int64 (N, 3). No samples,
+    as a process's share of the last batch may be, give one black picture without captions, and no rows.
     """
     assert config.start_token_id is not None and config.end_token_id is not None and config.pad_token_id is not None
-    lengths = np.zeros((len(samples), captions_per_image), dtype=np.int64)
+    lengths = np.zeros((max(1, len(samples)), captions_per_image), dtype=np.int64)
     for n, sample in enumerate(samples):
         lengths[n, : len(sample.tokens)] = [len(tokens) + 1 for tokens in sample.tokens]
     input_ids = np.full((*lengths.shape, max(1, lengths.max(initial=0))), config.pad_token_id, dtype=np.int64)
@@ -302,10 +303,10 @@ def collate(samples: Sequence[Sample], config: ViTGPT2Config, captions_per_image
             labels[n, k, len(tokens)] = config.end_token_id
     positions = (np.arange(input_ids.shape[2]) < lengths[..., None]).reshape(-1).nonzero()[0]
     pixels = [sample.pixels for sample in samples if sample.pixels is not None]
-    if not samples:  # a process's share of the last batch may be nothing
-        pixels = [torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8)]
+    if not samples:
+        pixels = [torch.zeros(3, config.image_size, config.image_size, dtype=torch.uint8)]
     return {
-        **({"pixel_values": torch.stack(pixels) if samples else pixels[0]} if pixels else {}),
+        **({"pixel_values": torch.stack(pixels)} if pixels else {}),
         "places": torch.tensor([sample.place for sample in samples], dtype=torch.int64).view(-1, 3),
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
@@ -370,7 +371,8 @@ def micro_batches(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
         yield batch
         return
     for start in range(0, pictures, size):
-        part = {name: values[start : start + size] for name, values in batch.items() if name != "positions"}
+        by_picture = {name: values for name, values in batch.items() if name not in ("positions", "bad")}
+        part = {name: values[start : start + size] for name, values in by_picture.items()} | {"bad": batch["bad"]}
         shifted = batch["positions"] - start * captions * length
         tokens = part["input_ids"].numel()
         part["positions"] = rounded_up(shifted[(shifted >= 0) & (shifted < tokens)], tokens)

@@ -27,6 +27,7 @@ from pathlib import Path
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from config import UserError
+from files import locked
 from layouts import file_names, reason, stays_inside
 
 
@@ -204,15 +205,10 @@ def _cannot(what: str, root: Path) -> str:
 
 @contextlib.contextmanager
 def _one_at_a_time(root: Path) -> Iterator[None]:
-    """Two downloads into one folder would write into each other's .part files. (Windows has no such guard.)"""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(root / ".download.lock", "w") as lock:
+    """Two downloads into one folder would write into each other's .part files."""
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(root / ".download.lock", wait=False))
         except BlockingIOError:
             raise UserError(f"another download into {root} is running: wait for it to end") from None
         yield

@@ -110,9 +110,17 @@ class StaticDecoder(GPT2Decoder):
 
 
 def graphed_model(model: ImageCaptionModel, dtype: torch.dtype) -> ImageCaptionModel:
-    """A twin of the model with weights of this dtype and a StaticDecoder, kept until the weights change (see packed.py)."""
+    """A twin of the model with weights of this dtype and a StaticDecoder. Weights that have changed are copied into the one
+    that is kept, whose recorded steps stay good: self-critical training generates at every step."""
     key = (dtype, model.version())
-    if model.packed is None or model.packed[0] != key:
+    kept = model.packed[1] if model.packed and model.packed[0][0] == dtype else None
+    if kept is not None and model.packed[0] != key and kept.device == model.device:
+        with torch.no_grad():
+            for old, new in zip(kept.parameters(), model.parameters(), strict=True):
+                if old.data_ptr() != new.data_ptr():  # of the same dtype they are shared
+                    old.copy_(new)
+        model.packed = (key, kept)
+    elif kept is None or model.packed[0] != key:
         model.packed = None  # before the new one is made: there may be no room for both
         memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
         memo |= {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in model.parameters()}

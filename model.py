@@ -130,8 +130,9 @@ def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
 class EncoderBlock(nn.Module):
     """One pre-norm ViT layer: self-attention, then an MLP with exact GELU."""
 
-    def __init__(self, config: ViTGPT2Config) -> None:
+    def __init__(self, config: ViTGPT2Config, drop_path: float = 0.0) -> None:
         super().__init__()
+        self.drop_path = drop_path
         width = config.vision_embed_dim
         self.num_heads, self.dropout = config.vision_num_heads, config.vision_dropout
         self.norm_before = nn.LayerNorm(width, eps=1e-12)
@@ -144,8 +145,16 @@ class EncoderBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, S, D) -> (N, S, D)."""
         query, key, value = split_heads(self.qkv(self.norm_before(x)), 3, self.num_heads)
-        x = x + F.dropout(self.proj(attention(query, key, value).flatten(2)), self.dropout, self.training)
-        return x + F.dropout(self.fc2(F.gelu(self.fc1(self.norm_after(x)))), self.dropout, self.training)
+        x = x + self.branch(self.proj(attention(query, key, value).flatten(2)))
+        return x + self.branch(self.fc2(F.gelu(self.fc1(self.norm_after(x)))))
+
+    def branch(self, x: Tensor) -> Tensor:
+        """A branch's end, (N, S, D): dropout, and in training some pictures go without (Huang et al. 2016,
+        arXiv:1603.09382)."""
+        x = F.dropout(x, self.dropout, self.training)
+        if not (self.training and self.drop_path):
+            return x
+        return x * F.dropout(x.new_ones(len(x), 1, 1), self.drop_path)
 
 
 class VisionTransformer(nn.Module):
@@ -161,7 +170,9 @@ class VisionTransformer(nn.Module):
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_patches + 1, width))
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.vision_num_layers))
+        layers = config.vision_num_layers
+        skipped = [config.vision_drop_path * index / max(1, layers - 1) for index in range(layers)]
+        self.blocks = nn.ModuleList(EncoderBlock(config, share) for share in skipped)
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.gradient_checkpointing = False
         # Not saved: they follow from the config.
@@ -489,6 +500,7 @@ class ImageCaptionModel(nn.Module):
         labels: Tensor | None = None,
         positions: Tensor | None = None,
         label_smoothing: float = 0.0,
+        weights: Tensor | None = None,
     ) -> CaptionOutput:
         """Next-token logits, or with labels the mean loss over real targets.
 
@@ -499,6 +511,7 @@ class ImageCaptionModel(nn.Module):
         labels: like input_ids, aligned with them (nothing is shifted here), -100 where there is no target.
         positions: int64 (M,), where the targets are in labels.flatten() (the collate knows it without asking the
             device); entries of N * K * T stand for nothing and only round M up.
+        weights: float (N,) or (N, K), what each caption's targets are multiplied by (default: 1).
         """
         captions = 1 if input_ids.ndim == 2 else input_ids.shape[1]
         if input_ids.ndim not in (2, 3) or len(input_ids) != len(pixel_values):
@@ -517,14 +530,16 @@ class ImageCaptionModel(nn.Module):
             positions = behind.flatten().nonzero().squeeze(-1)
         hidden = self.decoder(rows, cross, Packing(positions, *rows.shape))  # (M, D)
         targets = F.pad(labels.flatten(), (0, 1), value=-100)[positions]
-        total = F.cross_entropy(
+        losses = F.cross_entropy(
             self.decoder.head(hidden).float(),
             targets,
             ignore_index=-100,
-            reduction="sum",
+            reduction="sum" if weights is None else "none",
             label_smoothing=label_smoothing,
         )
-        return CaptionOutput(loss=total / (targets != -100).sum().clamp(min=1))
+        if weights is not None:
+            losses = (losses * F.pad(weights.flatten(), (0, 1))[positions // rows.shape[1]]).sum()
+        return CaptionOutput(loss=losses / (targets != -100).sum().clamp(min=1))
 
     def generate(self, pixel_values: Tensor, **options: Any) -> Any:
         """Captions for pictures: see generation.generate, which this calls."""

@@ -7,11 +7,10 @@ random about a sample comes from the generator it is handed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from cache import forget_older, kept_file, key_of, stamps, whole
 from config import Augmentation, UserError
+from files import locked
 from pictures import crop, load_picture
 from table import CaptionTable
 
@@ -107,7 +107,8 @@ class Pixels:
         shape = (len(self.table), 3, self.size, self.size)
         needed = int(np.prod(shape))
         try:
-            with _locked(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(path.with_name(f"{path.name}.lock")):
                 if not path.exists():
                     for left in path.parent.glob(f"{path.name}.*.part"):  # by a process that was killed
                         left.unlink()
@@ -133,20 +134,6 @@ class Pixels:
                 f"pictures cannot be kept in {path.parent} ({error.strerror or error}): leave --cache out, or set "
                 "VIT_GPT2_CACHE to another folder"
             ) from None
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time. (Windows has no such guard.)"""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(path.with_name(f"{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 # Cutting out and augmenting

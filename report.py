@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from files import write_text
 from metrics import tokenize
 from pictures import decode_pillow
-from utils import write_text
 
 SHOWN = 12
 """Captions in each of the three groups."""

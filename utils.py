@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import io
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -22,11 +20,9 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from config import UserError
+from files import write_text
 
 T = TypeVar("T")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -79,26 +75,33 @@ def parse_flags(kind: type[T], description: str | None, arguments: list[str] | N
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a wish to stop at the next step; a second one stops at once."""
+    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a wish to stop at the next step; a second one stops at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        names = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is what Slurm can be told to send before a job's time ends
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            raise KeyboardInterrupt
+            sys.exit(exit_code_of(number))
         self.received = number
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells report it."""
-        return 128 + (self.received or 0)
+        """What the process is to end with."""
+        return exit_code_of(self.received or signal.SIGTERM)
 
     def restore(self) -> None:
         """Gives the signals back to whoever had them."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def exit_code_of(number: int) -> int:
+    """130 for Ctrl-C, as shells report it, and 143 for whatever else asks a process to end."""
+    return 130 if number == signal.SIGINT else 143
 
 
 # Device and precision
@@ -172,19 +175,18 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype if half else torch.bfloat16, enabled=half)
 
 
-# Files
+# Memory
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes all of a file or nothing of it."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+def keep_freed_memory() -> None:
+    """Lets the process keep the memory that tensors give back, where its allocator is glibc's, which by itself returns
+    large pieces to the system and has them filled with zeros again: a tenth of a training step on a CPU."""
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
 
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, all of it or nothing."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((-4, 0), (-1, -1), (-2, 1 << 28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+            mallopt(option, value)
 
 
 def available_memory() -> int:
@@ -194,90 +196,6 @@ def available_memory() -> int:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             limits.append(int(Path(name).read_text()))
     return min(limits)
-
-
-def writable_directory(path: Path) -> Path:
-    """Makes the folder; raises UserError where it cannot be made or written into."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{path}: cannot write there ({error.strerror}): choose another --output-dir") from error
-    return path
-
-
-def put_in_place(source: Path, target: Path) -> Path | None:
-    """Copies source to target; a different file standing there is kept as *.previous.*, whose path is returned."""
-    previous = None
-    if target.exists():
-        if file_hash(target) == file_hash(source):
-            return None
-        previous = target.with_name(f"{target.stem}.previous{target.suffix}")
-        target.replace(previous)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.copyfile(source, unfinished)
-    unfinished.replace(target)
-    return previous
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# Checkpoints
-
-
-def save_checkpoint(
-    folder: Path, save_model: Callable[[Path], None], optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
-) -> None:
-    """Writes model.safetensors, optimizer.safetensors and state.json into `folder`, which appears whole or not at all."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_model(unfinished / "model.safetensors")
-    tensors: dict[str, Tensor] = {}
-    for number, optimizer in enumerate(optimizers):
-        for index, values in optimizer.state_dict()["state"].items():
-            tensors |= {f"{number}.{index}.{name}": value.cpu() for name, value in values.items()}
-    save_file(tensors, unfinished / "optimizer.safetensors")
-    write_json(unfinished / "state.json", state)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
-
-
-def load_checkpoint(run: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Puts the newest checkpoint that can be read into model and optimizers; returns its state, {} where there is none."""
-    for folder in reversed(checkpoints(run)):
-        try:
-            state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            weights = load_file(folder / "model.safetensors")
-            moments = load_file(folder / "optimizer.safetensors")
-        except (SafetensorError, OSError, ValueError) as error:
-            print(f"{folder} is damaged ({str(error).splitlines()[0]}): going back to the one before")
-            continue
-        model.load_state_dict(weights)
-        load_optimizers(moments, optimizers)
-        return state
-    return {}
-
-
-def load_optimizers(moments: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
-    """Gives the optimizers back the state that save_checkpoint wrote."""
-    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
-    for key, tensor in moments.items():
-        number, index, name = key.split(".", 2)
-        states[int(number)].setdefault(int(index), {})[name] = tensor
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "state.json").is_file())
 
 
 # The log

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from conftest import ROOT, tiny_config
 
 import benchmark
+from benchmark_training import golden_run
 from config import UserError
 
 
@@ -70,3 +72,55 @@ def test_unknown_benchmarks_get_one_line(tmp_path):
     assert done.returncode == 2 and done.stderr.strip() == (
         "error: usage: python benchmark.py data|generate|metrics (--help after it shows the flags)"
     )
+
+
+TINY = [
+    *("--model.image-size", "32", "--model.vocab-size", "300", "--model.max-length", "16"),
+    *(f for name in ("start", "end", "pad") for f in (f"--model.{name}-token-id", "299")),
+    *(f for p in ("vision", "decoder") for f in (f"--model.{p}-num-layers", "1", f"--model.{p}-embed-dim", "48")),
+]
+
+
+def test_the_training_benchmark(tmp_path):
+    """Both loops begin at the same loss: they learn the same pairs from the same weights."""
+    done = run("train", "--steps", "1", "--rounds", "1", "--batch-size", "2", "--tokens", "5", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "benchmark-train.json").read_text())
+    assert [(loop["whose"], loop["pairs"]) for loop in figures["loops"][:3]] == [
+        ("ours", 10),
+        ("transformers", 2),
+        ("transformers", 10),
+    ]
+    for loop in figures["loops"]:
+        assert (
+            loop["seconds_per_pair"] > 0
+            and 0 <= loop["data_wait"] < 1
+            and loop["first_loss"] == pytest.approx(5.7, abs=0.3)
+        )
+    assert "ours, 10 pairs bf16 against 2 pairs fp32: a pair costs 1/" in done.stdout
+
+
+def test_training_is_what_it_was(tmp_path):
+    """Losses of 100 steps, against a committed file: a refactor once changed what was learned, and nobody noticed."""
+    losses, _ = golden_run(ROOT, tmp_path)
+    known = [float.fromhex(loss) for loss in json.loads((ROOT / "tests/golden_losses.json").read_text())]
+    assert losses == pytest.approx(known, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_versions_are_compared_to_the_bit(tmp_path):
+    """The tool that says whether a refactor changed training: it must see one that did, and pass one that did not."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, repository)
+    git = ["git", "-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "before"]):
+        subprocess.run([*git, *command], cwd=repository, check=True)
+    command = [sys.executable, "benchmark.py", "golden"]
+    done = subprocess.run(command, cwd=repository, text=True, capture_output=True)
+    assert done.returncode == 0 and "the same to the bit" in done.stdout, done.stderr
+    path = repository / "optimizers.py"
+    path.write_text(path.read_text().replace("(0.9, 0.95)", "(0.9, 0.951)"))
+    done = subprocess.run(command, cwd=repository, text=True, capture_output=True)
+    assert done.returncode == 2 and "differs" in done.stdout and "not the same to the bit" in done.stderr

@@ -23,11 +23,10 @@ from evaluate import (
     evaluate,
     evaluate_captions,
     evaluate_dataset,
-    read_results,
-    warnings_about,
 )
 from metrics import CiderD, novelty, score_captions, self_cider
 from model import ImageCaptionModel
+from results import read_results, warnings_about
 from sources import load_table
 
 bleu_counts = metrics_module._bleu_counts

@@ -5,25 +5,30 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
+import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, tiny_config
+from conftest import tiny_config
+from processes import run, start, stop_after
 
-import train as train_module
+import job as job_module
+from checkpoint import checkpoints, load_checkpoint
 from config import PRESETS, TrainConfig, UserError
 from dataset import CaptionDataset, collate, decode
-from model import ImageCaptionModel
+from distributed import ALONE
+from estimates import duration, step_operations
+from files import file_hash
+from model import CrossAttention, EncoderBlock, ImageCaptionModel
+from optimizers import Average, Updater, build_optimizers, freeze, learning_rate_at
 from table import make_table
-from train import blank_words, build_optimizers, duration, learning_rate_at
-from utils import checkpoints, file_hash, load_checkpoint, read_log
+from train import Learner, Step, blank_words
+from utils import read_log
 
 
 def test_it_learns_to_stop(scenes_table, scenes_tokenizer):
@@ -72,6 +77,109 @@ def test_every_parameter_has_one_optimizer_and_only_layer_matrices_decay(kind):
     assert not any("bias" in name or "norm" in name or "wte" in name or "wpe" in name for name in names)
 
 
+def parts(model: ImageCaptionModel) -> dict[str, str]:
+    """Every parameter's part, told from what the modules are."""
+    joins = [m for m in model.modules() if isinstance(m, CrossAttention)]
+    joins += [block.ln_cross_attn for block in model.decoder.blocks]
+    new = {id(parameter) for module in joins for parameter in module.parameters()}
+    return {name: "new" if id(p) in new else name.split(".")[0] for name, p in model.named_parameters()}
+
+
+def test_parts_and_layers_have_learning_rates_of_their_own():
+    """A layer that learns at another's rate forgets what it was pretrained for, and nothing says so."""
+    model = ImageCaptionModel(tiny_config())
+    rates = {"learning_rate": 8e-4, "encoder_learning_rate": 4e-4, "decoder_learning_rate": 2e-4}
+    config = TrainConfig(optimizer="muon", layer_decay=0.5, **rates)
+    groups = [group for optimizer in build_optimizers(model, config) for group in optimizer.param_groups]
+    share = {id(parameter): group["share"] for group in groups for parameter in group["params"]}
+    below = {"norm": 0, "ln_f": 0, "blocks.1": 1, "blocks.0": 2}  # layers; embeddings have all of them above
+    for name, parameter in model.named_parameters():
+        part = parts(model)[name]
+        depth = next((depth for start, depth in below.items() if name.partition(".")[2].startswith(start)), 3)
+        expected = {"encoder": 0.5, "decoder": 0.25, "new": 1}[part] * (0.5**depth if part != "new" else 1)
+        assert share[id(parameter)] == expected, name
+    updater = Updater(model, config, torch.amp.GradScaler("cpu", enabled=False))
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    updater.update(torch.ones(()), 0.1)
+    assert all(group["lr"] == 0.1 * group["share"] for o in updater.optimizers for group in o.param_groups)
+
+
+@pytest.mark.parametrize("frozen", [("encoder",), ("decoder", "new")])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_frozen_parts_stay_as_they_are(kind, frozen):
+    """Weight decay, or an average over processes, moves weights that no gradient reaches."""
+    model = ImageCaptionModel(tiny_config())
+    freeze(model, frozen)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    config = TrainConfig(optimizer=kind, freeze=frozen, weight_decay=0.5)
+    updater = Updater(model, config, torch.amp.GradScaler("cpu", enabled=False))
+    for _ in range(2):
+        learn_something(model)
+        updater.update(torch.ones(()), 1e-2)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (parts(model)[name] in frozen), name
+    with pytest.raises(UserError, match="nothing is left to learn"):
+        freeze(model, ("encoder", "decoder", "new"))
+
+
+def learn_something(model: ImageCaptionModel) -> None:
+    pictures = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    ids = torch.randint(0, 49, (3, 2, 24))
+    model(pictures, ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_after_a_step_that_is_not_finite_nothing_changes(kind):
+    """On a GPU the loop looks some steps later: weights moved by then are no more those from before the bad step."""
+    model = ImageCaptionModel(tiny_config())
+    updater = Updater(model, TrainConfig(optimizer=kind), torch.amp.GradScaler("cpu", enabled=False))
+    moved = []
+    for bad in (None, "gradient", None, None):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        learn_something(model)
+        if bad:
+            model.decoder.wte.weight.grad[0, 0] = float("nan")
+        norm = updater.update(torch.ones(()), 1e-2)
+        assert norm.isfinite() == (not bad)
+        moved.append(not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)))
+    assert moved == [True, False, False, False] and updater.broken == 1
+    updater = Updater(model, TrainConfig(optimizer=kind), torch.amp.GradScaler("cpu", enabled=False))
+    learn_something(model)
+    updater.update(torch.tensor(float("inf")), 1e-2)  # a loss whose gradients are finite all the same
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) and updater.broken == 1
+
+
+def test_the_average_forgets_its_beginning():
+    """With its full decay from the first step, an average of 0.999 is of random weights for a thousand steps."""
+    model = ImageCaptionModel(tiny_config())
+    average = Average(model, 0.5)
+    expected = [parameter.detach().double() for parameter in model.parameters()]
+    for step in range(12):
+        for parameter in model.parameters():
+            parameter.data.normal_()
+        average.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = [
+            decay * a + (1 - decay) * p.detach().double() for a, p in zip(expected, model.parameters(), strict=True)
+        ]
+    for a, b in zip(average.model.parameters(), expected, strict=True):
+        assert torch.allclose(a.double(), b, atol=1e-6) and not a.requires_grad
+
+
+def test_drop_path_leaves_out_branches_of_whole_pictures():
+    """Dropping single numbers is another method; without the others' growth training and use see different sizes."""
+    block = EncoderBlock(tiny_config(), drop_path=0.25)
+    x = torch.rand(4000, 5, 32) + 1
+    assert torch.equal(block.eval().branch(x), x)
+    seen = block.train().branch(x)
+    kept = (seen != 0).flatten(1)
+    assert torch.equal(kept.all(1), kept.any(1)) and kept.all(1).float().mean() == pytest.approx(0.75, abs=0.03)
+    assert torch.allclose(seen[kept.all(1)], x[kept.all(1)] / 0.75)
+    assert seen.mean() == pytest.approx(x.mean().item(), rel=0.05)
+    model = ImageCaptionModel(tiny_config(vision_drop_path=0.2))
+    assert [layer.drop_path for layer in model.encoder.blocks] == [0, 0.2]
+
+
 def test_blank_words_spare_the_start_token():
     config = tiny_config()
     ids = torch.ones(4, 5, 20, dtype=torch.int64)
@@ -84,8 +192,8 @@ def test_blank_words_spare_the_start_token():
 def test_estimates_are_of_the_right_size():
     """One pair of base size costs 38 GFLOP when five captions share a picture, 135 one by one (DESIGN.md's figures)."""
     base = TrainConfig().model
-    assert train_module.step_operations(base, 5, 16) / 5 == pytest.approx(38e9, rel=0.1)
-    assert train_module.step_operations(base, 1, 16) == pytest.approx(135e9, rel=0.1)
+    assert step_operations(base, 5, 16) / 5 == pytest.approx(38e9, rel=0.1)
+    assert step_operations(base, 1, 16) == pytest.approx(135e9, rel=0.1)
     assert [duration(s) for s in (30, 600, 7200, 864000)] == ["30 s", "10 min", "2.0 h", "10.0 days"]
 
 
@@ -98,34 +206,6 @@ SMALL = [
     # Two runs are compared to the bit: on a busy machine `auto` measured bf16 as faster for one and not for the other.
     *("--precision", "bf16"),
 ]
-
-
-def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *arguments],
-        cwd=cwd,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def run(arguments: list[str], cwd: Path) -> str:
-    process = start(arguments, cwd)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def stop_after(step: int, process: subprocess.Popen[str], output_dir: Path, number: int) -> int:
-    while not any(line["step"] >= step for line in read_log(output_dir / "metrics.jsonl")):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    process.send_signal(number)
-    process.communicate(timeout=120)
-    return process.returncode
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +236,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, whole_run, number, cod
 def test_checkpoints_are_few_and_whole(whole_run):
     assert [path.name for path in checkpoints(whole_run)] == ["step-00000020", "step-00000024"]
     for path in checkpoints(whole_run):
-        assert sorted(p.name for p in path.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+        names = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+        assert sorted(p.name for p in path.iterdir()) == names
     assert json.loads((whole_run / "run.json").read_text())["finished"]
 
 
@@ -167,32 +248,31 @@ def test_runs_find_their_own_continuation(tmp_path, monkeypatch, whole_run):
     other = dataclasses.replace(config, learning_rate=1e-3)
     unfinished = Path("runs/demo-20200101-000000")
     (unfinished / "checkpoints/step-00000003").mkdir(parents=True)
-    (unfinished / "checkpoints/step-00000003/state.json").write_text("{}")
+    (unfinished / "checkpoints/step-00000003/manifest.json").write_text("{}")
     (unfinished / "run.json").write_text(json.dumps({"fingerprint": config.fingerprint, "finished": False}))
-    assert train_module.find_run(config) == unfinished
-    assert train_module.find_run(other) != unfinished
-    assert train_module.find_run(dataclasses.replace(config, resume="never")) != unfinished
+    assert job_module.find_run(config) == unfinished
+    assert job_module.find_run(other) != unfinished
+    assert job_module.find_run(dataclasses.replace(config, resume="never")) != unfinished
     with pytest.raises(UserError, match="other settings"):
-        train_module.find_run(dataclasses.replace(other, output_dir=unfinished))
+        job_module.find_run(dataclasses.replace(other, output_dir=unfinished))
     with pytest.raises(UserError, match="no checkpoint"):
-        train_module.find_run(dataclasses.replace(config, resume="nowhere"))
+        job_module.find_run(dataclasses.replace(config, resume="nowhere"))
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = {train_module.find_run(dataclasses.replace(PRESETS["demo"], seed=seed)) for seed in range(4)}
+    folders = {job_module.find_run(dataclasses.replace(PRESETS["demo"], seed=seed)) for seed in range(4)}
     assert len(folders) == 4
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole_run, capsys):
     shutil.copytree(whole_run / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints/step-00000024/optimizer.safetensors").write_bytes(b"cut")
+    folder, weights, _, state = load_checkpoint(tmp_path)
+    assert folder.name == "step-00000020" and state["step"] == 20
+    assert "step-00000024 is damaged" in capsys.readouterr().out
     model = ImageCaptionModel.from_pretrained(whole_run / "checkpoints/step-00000020/model.safetensors")
-    fresh = ImageCaptionModel(model.config)
-    state = load_checkpoint(tmp_path, fresh, build_optimizers(fresh, PRESETS["demo"]))
-    assert state["step"] == 20 and "step-00000024 is damaged" in capsys.readouterr().out
-    for a, b in zip(model.parameters(), fresh.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
 def own_photos(folder, scenes_table, number: int, damaged: int = 0) -> None:
@@ -244,27 +324,50 @@ def test_a_run_that_left_the_numbers_stops_and_saves_nothing(tmp_path):
     """Weights that were not finite once pushed the good checkpoints out."""
     process = start([*SMALL, "--output-dir", "out", "--learning-rate", "1e30", "--checkpoint-interval", "2"], tmp_path)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "the loss is not finite" in output
+    (line,) = (line for line in output.splitlines() if line.startswith("error:"))
+    assert process.returncode == 2
+    assert re.search(r"is not finite at step \d+, of the pictures \d+(, \d+){15}; the weights are as they were", line)
     for path in checkpoints(tmp_path / "out"):
         for tensor in ImageCaptionModel.from_pretrained(path / "model.safetensors").parameters():
             assert tensor.isfinite().all()
 
 
+def test_overflows_in_a_row_end_the_run(scenes_table):
+    """A scale that is halved for ever is a run that learns nothing, at full price."""
+    model, scaler = ImageCaptionModel(tiny_config()), torch.amp.GradScaler("cpu")
+    learner = object.__new__(Learner)  # what check() looks at
+    config = TrainConfig(overflow_limit=3)
+    datasets = {"train": SimpleNamespace(table=scenes_table)}
+    learner.job = SimpleNamespace(config=config, datasets=datasets, world=ALONE)
+    learner.scaler, learner.updater = scaler, Updater(model, config, scaler)
+    for step, bad in enumerate([True, True, False, True, True, True], start=1):
+        scaler.scale(sum((p**2).sum() for p in model.parameters())).backward()
+        if bad:
+            model.decoder.wte.weight.grad[0, 0] = float("inf")
+        done = Step(torch.ones(()), learner.updater.update(torch.ones(()), 1e-3), [step])
+        if step < 6:
+            learner.check([(step, done)])
+    with pytest.raises(UserError, match=r"gradients of 3 steps in a row up to 6 overflowed .* scale of 2048:"):
+        learner.check([(6, done)])
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_an_overflow_skips_both_optimizers(monkeypatch):
     """Clipping by a norm that is not finite once carried one optimizer's NaN into the other's weights."""
     model = ImageCaptionModel(tiny_config())
-    optimizers = build_optimizers(model, TrainConfig(optimizer="muon"))
     scaler = torch.amp.GradScaler("cpu")
+    updater, loss = Updater(model, TrainConfig(optimizer="muon"), scaler), torch.ones(())
     before = [p.detach().clone() for p in model.parameters()]
     scaler.scale(sum(p.sum() for p in model.parameters())).backward()
     model.decoder.blocks[0].c_fc.weight.grad[0, 0] = float("nan")
     scale = scaler.get_scale()
-    train_module.update(model, optimizers, scaler, 1e-3, 1.0)
-    assert scaler.get_scale() < scale
+    updater.update(loss, 1e-3)
+    assert scaler.get_scale() < scale and updater.overflows == 1
     for a, b in zip(before, model.parameters(), strict=True):
         assert torch.equal(a, b)
     scaler.scale(sum((p**2).sum() for p in model.parameters())).backward()
-    train_module.update(model, optimizers, scaler, 1e-3, 1.0)
+    updater.update(loss, 1e-3)
+    assert updater.overflows == 0
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

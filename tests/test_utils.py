@@ -9,7 +9,8 @@ import torch
 
 import utils
 from config import UserError
-from utils import MetricLog, choose_device, choose_precision, put_in_place, read_log, run_script, writable_directory
+from files import put_in_place, writable_directory
+from utils import MetricLog, choose_device, choose_precision, read_log, run_script
 
 CPU = torch.device("cpu")
 

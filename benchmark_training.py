@@ -1,0 +1,356 @@
+"""The training part of benchmark.py: speed beside a transformers loop, and whether a change leaves training as it was.
+
+Imports what train.py does. Every loop has a process of its own, and they take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from config import TrainConfig, UserError, ViTGPT2Config
+from convert import save_transformers
+from dataset import CaptionDataset, load_tokenizer, make_dataloader
+from distributed import ALONE
+from estimates import peak_rate, step_operations
+from evaluate import BadPictures
+from files import file_hash
+from job import Job
+from model import ImageCaptionModel
+from table import make_table
+from train import Learner
+from utils import PRECISIONS, autocast, choose_device, keep_freed_memory, read_log
+
+RATE = 1e-5
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+# A training step
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One way to train: whose loop, how many pictures a step with how many captions each, and in which precision."""
+
+    whose: Literal["ours", "transformers"]
+    pictures: int
+    captions: int
+    precision: Precision
+    device: str
+    tokens: int
+    compile: bool
+    model: ViTGPT2Config
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a picture and a caption in a step."""
+        return self.pictures * self.captions
+
+    def operations(self) -> float:
+        """Floating-point operations of a step: transformers encodes a picture again for each of its captions."""
+        if self.whose == "ours":
+            return self.pictures * step_operations(self.model, self.captions, self.tokens)
+        return self.pairs * step_operations(self.model, 1, self.tokens)
+
+    def data(self, folder: Path) -> CaptionDataset:
+        """Noise with captions of exactly so many tokens, kept in memory."""
+        rng = np.random.default_rng(0)
+        paths = [folder / f"{n}.png" for n in range(4 * self.pictures)]
+        for path in paths:
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+        table = make_table((path, n, ["a picture"] * self.captions) for n, path in enumerate(paths))
+        tokenizer, config = load_tokenizer("train", ["a picture"], 300), self.model
+        data = CaptionDataset(table, tokenizer, config, captions_per_image=self.captions, keep="memory", progress=False)
+        length, number = self.tokens - 1, table.num_captions  # one more position is the start's, or the end's
+        data.tokens.ids = rng.integers(0, config.vocab_size - 1, number * length, dtype=np.int32)
+        data.tokens.offsets = np.arange(number + 1, dtype=np.int64) * length
+        return data
+
+    def steps(self, folder: Path, model_file: Path) -> Iterator[tuple[float, float]]:
+        """Steps without end: the first one's loss (of the others it is not read back), and the seconds that were spent
+        waiting for data."""
+        device, dtype = torch.device(self.device), PRECISIONS[self.precision]
+        data, asked, first = self.data(folder), time.perf_counter(), True
+        make = self.ours if self.whose == "ours" else self.theirs
+        step = make(folder, model_file, data, device, dtype)
+        loader = make_dataloader(data, self.pictures, last_step=1 << 30, shuffle=True, pin_memory=device.type == "cuda")
+        for number, batch in enumerate(loader):
+            waited = time.perf_counter() - asked
+            loss = step(batch, number)
+            yield loss.item() if first else 0.0, waited
+            first, asked = False, time.perf_counter()
+
+    def ours(
+        self, folder: Path, model_file: Path, data: CaptionDataset, device: torch.device, dtype: torch.dtype
+    ) -> Any:
+        """The step that train.py makes."""
+        model = ImageCaptionModel.from_pretrained(model_file).to(device).train()
+        if device.type == "cpu":
+            keep_freed_memory()
+        else:
+            data.keep_on(device)
+        job = Job(
+            config=TrainConfig(
+                batch_size=self.pictures, captions_per_image=self.captions, model=model.config, compile=self.compile
+            ),
+            world=ALONE,
+            run=folder,
+            device=device,
+            dtype=dtype,
+            model=model,
+            datasets={"train": data},
+            steps_per_epoch=4,
+            steps=1 << 30,
+            tokens=self.tokens,
+            bad=BadPictures(folder / "bad.csv", [data.table]),
+            tokenizer="train",
+            data_key="",
+            began=False,
+        )
+        learner = Learner(job)
+        return lambda batch, step: learner.step(batch, step, RATE).loss
+
+    def theirs(
+        self, folder: Path, model_file: Path, data: CaptionDataset, device: torch.device, dtype: torch.dtype
+    ) -> Any:
+        """An ordinary step with transformers' model, a picture for each caption."""
+        from transformers import VisionEncoderDecoderModel
+
+        model: Any = VisionEncoderDecoderModel.from_pretrained(model_file.parent / "theirs").train()
+        model.to(device)
+        model.config.decoder_start_token_id = data.config.start_token_id
+        model.config.pad_token_id = data.config.pad_token_id
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+        def step(batch: dict[str, Any], number: int) -> torch.Tensor:
+            pixels = batch["pixel_values"].to(device, non_blocking=True).repeat_interleave(self.captions, 0)
+            labels = batch["labels"].flatten(0, 1).to(device, non_blocking=True)
+            with autocast(device, dtype):
+                loss: torch.Tensor = model(pixel_values=(pixels / 255 - 0.5) / 0.5, labels=labels).loss
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            return loss.detach()
+
+        return step
+
+
+def serve(loop: Loop, model_file: Path, steps: int, pipe: Connection) -> None:
+    """A loop's process: at each word from the pipe so many steps, answered with seconds a step, the share of them spent
+    waiting for data, and the most memory held so far, in bytes. The first answer is the first step's loss."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        running = loop.steps(Path(folder), model_file)
+        loss, _ = next(running)
+        for _ in range(2):  # what is chosen and compiled on the first steps
+            next(running)
+        settle = torch.cuda.synchronize if loop.device == "cuda" else int
+        settle()
+        pipe.send(loss)
+        while pipe.recv():
+            start = time.perf_counter()
+            waited = sum(next(running)[1] for _ in range(steps))
+            settle()
+            seconds = time.perf_counter() - start
+            pipe.send((seconds / steps, waited / seconds, most_memory(loop.device)))
+
+
+def most_memory(device: str) -> int:
+    """Bytes that this process has held at most, on a GPU there."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        if found := re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()):
+            return int(found[1]) * 1024
+    return 0
+
+
+@dataclass(kw_only=True)
+class TrainBenchmark:
+    """A training step, of base size unless told, from the same weights, by our loop and by transformers' model in an ordinary one, in
+    turn. Theirs has as many pairs as ours has pictures, and as many as ours has pairs."""
+
+    batch_size: int | None = None
+    """Pictures in our step (default: 4 on a CPU, 128 on a GPU)."""
+    captions: tuple[int, ...] = ()
+    """Captions of each picture in our step (default: 5 on a CPU, 5 and 1 on a GPU)."""
+    tokens: int = 16
+    """Tokens of a caption."""
+    precisions: tuple[Precision, ...] = ()
+    """Of matrix products (default: fp32 and bf16 on a CPU, bf16 on a GPU)."""
+    compile: bool = False
+    """Compile our step."""
+    steps: int = 3
+    """Steps in a turn."""
+    rounds: int = 3
+    """Turns; figures are medians over them."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run."""
+    output: Path = Path("benchmark-train.json")
+    """Where the figures are written to."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+    model: ViTGPT2Config = field(default_factory=lambda: ViTGPT2Config(dropout=0.0))
+    """Sizes of the model."""
+
+    def run(self) -> dict[str, Any]:
+        """The figures of each loop, and ratios."""
+        device, about = choose_device(self.device)
+        cuda = device.type == "cuda"
+        pictures = self.batch_size or (128 if cuda else 4)
+        print(f"{device} ({about}), torch {torch.__version__}, {torch.get_num_threads()} threads")
+        figures: dict[str, Any] = {"device": about, "loops": [], "ratios": {}}
+        torch.manual_seed(0)
+        start = ImageCaptionModel(self.model)
+        start.tokenizer = load_tokenizer("train", ["a picture"], 300)
+        seconds: dict[tuple[str, str, int], float] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            model_file = Path(folder) / "model.safetensors"
+            start.save_file(model_file)
+            save_transformers(start, model_file.parent / "theirs")
+            del start
+            for precision in self.precisions or (("bf16",) if cuda else ("fp32", "bf16")):
+                settings: dict[str, Any] = {
+                    "precision": precision,
+                    "device": device.type,
+                    "tokens": self.tokens,
+                    "model": self.model,
+                }
+                wanted = self.captions or ((5, 1) if cuda else (5,))
+                ours = [Loop("ours", pictures, captions, compile=self.compile, **settings) for captions in wanted]
+                sizes = dict.fromkeys((pictures, *(loop.pairs for loop in ours)))
+                theirs = [Loop("transformers", size, 1, compile=False, **settings) for size in sizes]
+                for found in self.turns([*ours, *theirs], model_file):
+                    figures["loops"].append(found)
+                    seconds[found["whose"], precision, found["pairs"]] = found["seconds_per_pair"]
+        for (whose, own, pairs), spent in seconds.items():
+            for (other, theirs_own, theirs_pairs), theirs_spent in seconds.items():
+                if (whose, other) == ("ours", "transformers") and theirs_own in (own, "fp32"):
+                    name = f"{pairs} pairs {own} against {theirs_pairs} pairs {theirs_own}"
+                    figures["ratios"][name] = theirs_spent / spent
+                    print(f"ours, {name}: a pair costs 1/{theirs_spent / spent:.2f}")
+        return figures
+
+    def turns(self, loops: list[Loop], model_file: Path) -> list[dict[str, Any]]:
+        """The figures of loops that take turns, each in a process of its own."""
+        context = multiprocessing.get_context("spawn")
+        pipes, processes, losses = [], [], []
+        for loop in loops:
+            pipe, end = context.Pipe()
+            process = context.Process(target=serve, args=(loop, model_file, self.steps, end), daemon=True)
+            process.start()
+            end.close()
+            pipes.append(pipe)
+            processes.append(process)
+            losses.append(pipe.recv())  # one after the other
+        answers: list[list[Any]] = [[] for _ in loops]
+        for _ in range(self.rounds):
+            for pipe, answer in zip(pipes, answers, strict=True):
+                pipe.send(True)
+                answer.append(pipe.recv())
+        for pipe, process in zip(pipes, processes, strict=True):
+            pipe.send(False)
+            process.join()
+        peak, peak_name = peak_rate(torch.device(loops[0].device), PRECISIONS[loops[0].precision])
+        print(f"{loops[0].precision}, {self.tokens} tokens; utilisation is the share of {peak_name}")
+        found = []
+        for loop, answer, loss in zip(loops, answers, losses, strict=True):
+            spent, waited, memory = (float(np.median(values)) for values in zip(*answer, strict=True))
+            figures = {
+                **asdict(loop),
+                "pairs": loop.pairs,
+                "seconds_per_pair": spent / loop.pairs,
+                "pairs_per_second": loop.pairs / spent,
+                "images_per_second": loop.pictures / spent,
+                "utilisation": loop.operations() / spent / peak,
+                "memory_gb": memory / 1e9,
+                "data_wait": waited,
+                "first_loss": loss,
+            }
+            print(
+                "  {whose:12} {pictures:4} pictures x {captions}: {seconds_per_pair:9.5f} s/pair {pairs_per_second:9.2f} pairs/s "
+                "{images_per_second:9.2f} images/s, utilisation {utilisation:5.1%}, {memory_gb:5.1f} GB, waiting for data "
+                "{data_wait:.1%}, first loss {first_loss:.4f}".format(**figures)
+            )
+            found.append(figures)
+        return found
+
+
+# Whether a change leaves training as it was
+
+GOLDEN = [
+    *("--preset", "demo", "--num-scenes", "640", "--batch-size", "32", "--max-steps", "100", "--precision", "fp32"),
+    *("--vision-num-layers", "2", "--decoder-num-layers", "1", "--dropout", "0.1", "--word-dropout", "0.1"),
+    *("--device", "cpu", "--seed", "1"),
+]
+"""The flags of a small run that has been the same in all versions."""
+
+
+def golden_run(code: Path, directory: Path) -> tuple[list[float], str]:
+    """The losses that the golden run of a checkout logs, every ten steps, and the SHA-256 of its model."""
+    command = [sys.executable, str(code / "main.py"), *GOLDEN, "--output-dir", "golden"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # sums do not depend on how many cores
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"the golden run of {code} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+    losses = [line["loss"] for line in read_log(directory / "golden" / "metrics.jsonl") if "loss" in line]
+    return losses, file_hash(directory / "vit-gpt2-captioning.safetensors")
+
+
+@dataclass(kw_only=True)
+class GoldenBenchmark:
+    """The same small run by two versions of the code on this machine: a change that is none must give the same bits."""
+
+    before: str = "HEAD"
+    """A commit."""
+    after: str | None = None
+    """Another one (default: the files as they are)."""
+    output: Path = Path("benchmark-golden.json")
+    """Where the losses are written to."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+    def run(self) -> dict[str, Any]:
+        """The losses of both. Raises UserError where they differ."""
+        here = Path(__file__).resolve().parent
+        with tempfile.TemporaryDirectory() as folder:
+            found = []
+            for name, commit in (("before", self.before), ("after", self.after)):
+                code, run = here, Path(folder) / name
+                run.mkdir()
+                if commit is not None:
+                    code = run / "code"
+                    code.mkdir()
+                    archive = subprocess.run(["git", "archive", commit], cwd=here, capture_output=True)
+                    if archive.returncode:
+                        raise UserError(f"{commit}: {archive.stderr.decode().strip().splitlines()[-1]}")
+                    subprocess.run(["tar", "-x"], cwd=code, input=archive.stdout, check=True)
+                found.append(golden_run(code, run))
+        (before, before_hash), (after, after_hash) = found
+        print(f"{'step':>5} {self.before:>24} {self.after or 'these files':>24}")
+        for number, (a, b) in enumerate(zip(before, after, strict=True), start=1):
+            print(f"{10 * number:5} {a.hex():>24} {b.hex():>24}{'' if a == b else '   differs'}")
+        if (before, before_hash) != (after, after_hash):
+            raise UserError("training is not the same to the bit")
+        print(f"the same to the bit, weights {after_hash[:16]}...")
+        return {"losses": [loss.hex() for loss in after], "sha256": after_hash}

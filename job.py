@@ -1,0 +1,348 @@
+"""What a run is made of before its first step: its folder, where it computes, its data, its tokenizer, its model; and the
+plan of it that is printed.
+
+Imports everything but train and the scripts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from cache import key_of
+from checkpoint import checkpoints, in_use
+from config import TrainConfig, UserError
+from convert import initialise
+from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
+from distributed import World
+from download import download_coco_dataset, download_flickr30k
+from estimates import duration, estimated_memory, estimated_seconds
+from evaluate import BadPictures, check_overlap
+from files import writable_directory, write_json
+from model import ImageCaptionModel, choose_attention
+from optimizers import freeze
+from scenes import draw_scenes
+from table import CaptionTable
+from utils import PRECISIONS, available_memory, choose_device, choose_precision
+
+COCO_PICTURES = 118_287
+COCO_DOWNLOAD_GB = 20
+PRETRAINED_ENCODER, PRETRAINED_DECODER = "google/vit-base-patch16-224-in21k", "gpt2"
+TYPICAL_CAPTION = 14  # tokens, for estimates made before the captions are read
+KEPT_SHARE_OF_MEMORY = 0.4  # up to which pictures are kept there
+
+
+# Runs on disk
+
+
+def find_run(config: TrainConfig) -> Path:
+    """The folder of this run: the one asked for, an unfinished one of the same settings to go on with, or a new one."""
+    if config.resume not in ("auto", "never"):
+        run = Path(config.resume)
+        if not checkpoints(run):
+            raise UserError(f"{run}: no checkpoint to resume from there: name a run's folder, auto or never")
+        check_fingerprint(run, config)
+        return run
+    if config.output_dir is not None:
+        if config.resume == "auto" and checkpoints(config.output_dir):
+            check_fingerprint(config.output_dir, config)
+        return writable_directory(config.output_dir)
+    if config.resume == "auto":
+        for run in sorted(Path("runs").glob("*-*"), reverse=True):
+            about = read_run(run)
+            unfinished = about.get("fingerprint") == config.fingerprint and not about["finished"]
+            if unfinished and checkpoints(run) and not in_use(run):
+                return run
+    writable_directory(Path("runs"))
+    name = f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):  # runs that start in the same second get folders of their own
+        run = Path(name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            run.mkdir()
+            break
+    return run
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """run.json of a run, empty where there is none."""
+    path = run / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def going_on(config: TrainConfig, run: Path) -> bool:
+    """Whether the run has checkpoints that it is to go on from."""
+    return config.resume != "never" and bool(checkpoints(run))
+
+
+def write_run(job: Job, finished: bool, **more: Any) -> None:
+    """run.json: which run this is, what it must go on with to reach the same bits, and `more` to know of it."""
+    precision = next(name for name, dtype in PRECISIONS.items() if dtype == job.dtype)
+    about = {"fingerprint": job.config.fingerprint, "finished": finished, "device": job.device.type, **more}
+    about |= {"precision": precision, "tokenizer": job.tokenizer, "data": job.data_key, "config": job.config.to_dict()}
+    write_json(job.run / "run.json", about)
+
+
+def check_fingerprint(run: Path, config: TrainConfig) -> None:
+    """Raises UserError when a run was started with other settings."""
+    if read_run(run).get("fingerprint") != config.fingerprint:
+        raise UserError(
+            f"{run} holds a run with other settings: choose another --output-dir, or --resume never to replace it"
+        )
+
+
+# Data
+
+
+def find_tables(config: TrainConfig, run: Path) -> dict[str, CaptionTable]:
+    """The train, val and test tables, drawn or downloaded where that is what the config means."""
+    dataset, directory = config.dataset, config.data_dir
+    if dataset == "scenes":
+        dataset, directory = "coco", directory or run / "scenes"
+        draw_scenes(directory, {"train": config.num_scenes, "val": 500, "test": 500}, config.seed)
+    elif directory is None and dataset in ("auto", "coco"):
+        directory = Path("coco_data")
+        if not all((directory / part).is_dir() for part in ("annotations", "train2017", "val2017")):
+            ask_before_download(config)
+            download_coco_dataset(directory)
+    elif directory is None and dataset == "flickr30k":
+        directory = download_flickr30k()
+    elif directory is None and "/" not in dataset:
+        raise UserError(f"dataset {dataset} needs --data-dir: the folder that it lies in")
+    tables = load_tables(dataset, directory or Path(), config.image_column, config.caption_column)
+    if lacking := [part for part in ("train", "val") if part not in tables]:
+        raise UserError(
+            f"{directory or dataset} has no {' and no '.join(lacking)} part, only {', '.join(tables)}: add it"
+        )
+    return tables
+
+
+def ask_before_download(config: TrainConfig) -> None:
+    """Stops before COCO's 20 GB on a machine that would need days to train on them, unless --yes."""
+    device, _ = choose_device(config.device)
+    if device.type == "cuda" or config.yes:
+        return
+    dtype, _ = choose_precision(config.precision, device)
+    days = estimated_seconds(config, COCO_PICTURES, TYPICAL_CAPTION, device, dtype) / 86400
+    raise UserError(
+        f"./coco_data is not there; COCO 2017 is a download of {COCO_DOWNLOAD_GB} GB and training on it would take about "
+        f"{days:.0f} days on this {device.type}: add --yes to go on, --data-dir for data you have, or try --preset demo"
+    )
+
+
+@dataclass
+class Job:
+    """A run made ready: its folder, where and how it computes, the model, the data and the number of steps."""
+
+    config: TrainConfig
+    world: World
+    run: Path
+    device: torch.device
+    dtype: torch.dtype
+    model: ImageCaptionModel
+    datasets: dict[str, CaptionDataset]
+    steps_per_epoch: int
+    steps: int
+    tokens: float
+    """Mean length of a training caption with its end token."""
+    bad: BadPictures
+    tokenizer: str
+    """What the tokenizer was loaded by: see TrainConfig.tokenizer."""
+    data_key: str
+    """Changes with the pictures and captions."""
+    began: bool
+    """Whether the run has checkpoints to go on from."""
+
+    @property
+    def pictures_a_step(self) -> int:
+        """Pictures whose gradients make one update."""
+        return self.config.batch_size * self.config.accumulation_steps
+
+
+def choose_where(config: TrainConfig, run: Path) -> tuple[torch.device, str, torch.dtype, str]:
+    """Device and precision with their reasons; a run that goes on keeps the precision that `auto` once chose."""
+    device, device_reason = choose_device(config.device)
+    began = read_run(run) if going_on(config, run) else {}
+    if config.precision == "auto" and began.get("device") == device.type:
+        return device, device_reason, choose_precision(began["precision"], device)[0], "as this run began"
+    return device, device_reason, *choose_precision(config.precision, device)
+
+
+def prepare(
+    config: TrainConfig,
+    world: World,
+    run: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokenizer_name: str | None = None,
+) -> Job:
+    """The run's data, tokenizer and fresh model. `tokenizer_name` is the choice of another process of the run."""
+    if config.cache_on_gpu and device.type != "cuda":  # said before gigabytes of pictures are decoded for it
+        raise UserError(f"cache_on_gpu on the device {device}: it needs a GPU, leave it out")
+    began = read_run(run) if going_on(config, run) else {}
+    tables = find_tables(config, run)
+    keys = {split: table.keys() for split, table in tables.items()}
+    data_key = key_of([hashlib.sha256(own.tobytes()).hexdigest() for own in keys.values()])
+    if began.get("data", data_key) != data_key:
+        raise UserError(
+            f"the pictures or captions have changed since {run} began, so it cannot go on: start a new run with --resume "
+            "never (or another --output-dir)"
+        )
+    check_overlap(keys["train"], tables["test"], config.allow_overlap)
+    name, model = make_model(config, tables["train"], tokenizer_name or began.get("tokenizer"))
+    tokenizer, sizes = model.tokenizer, model.config
+    model.trained_on = np.union1d(model.trained_on, keys["train"])
+    model.set_gradient_checkpointing(config.gradient_checkpointing)
+    freeze(model, config.freeze)
+    assert sizes.resize_size is not None
+    different = {id(table): (split, table) for split, table in reversed(tables.items())}  # val may serve as test
+    pixels = 3 * sizes.resize_size**2 * sum(len(table) for _, table in different.values())
+    small = pixels < KEPT_SHARE_OF_MEMORY * available_memory() / world.local_size
+    of_table = {
+        place: CaptionDataset(
+            table,
+            tokenizer,
+            sizes,
+            captions_per_image=config.captions_per_image if split == "train" else 5,
+            seed=config.seed,
+            augmentation=config.augmentation if split == "train" else None,
+            keep="disk" if config.cache or config.cache_on_gpu else "memory" if small else "no",
+            progress=world.main,
+        )
+        for place, (split, table) in different.items()
+    }
+    datasets = {split: of_table[id(table)] for split, table in tables.items()}
+    if config.cache_on_gpu:
+        keep_on_gpu(datasets["train"], device)
+    bad = BadPictures(run / "bad_samples.csv", tables.values(), config.max_bad_share, bool(began) or not world.main)
+    if world.main:
+        for data in datasets.values():
+            bad.add_known(data)
+    pictures_a_step = config.batch_size * config.accumulation_steps
+    steps_per_epoch = len(make_dataloader(datasets["train"], pictures_a_step))
+    return Job(
+        config=config,
+        world=world,
+        run=run,
+        device=device,
+        dtype=dtype,
+        model=model.to(device),
+        datasets=datasets,
+        steps_per_epoch=steps_per_epoch,
+        steps=config.max_steps or config.epochs * steps_per_epoch,
+        tokens=len(datasets["train"].tokens.ids) / tables["train"].num_captions + 1,
+        bad=bad,
+        tokenizer=name,
+        data_key=data_key,
+        began=bool(began),
+    )
+
+
+def make_model(config: TrainConfig, table: CaptionTable, began: str | None) -> tuple[str, ImageCaptionModel]:
+    """The model to start from, with its tokenizer, and the name that this can be had by again."""
+    torch.manual_seed(config.seed)
+    if config.init_model:
+        whole = ImageCaptionModel.from_pretrained(config.init_model)
+        # Not what the model is, but how it is trained.
+        trained = {f: getattr(config.model, f) for f in ("dropout", "vision_dropout", "vision_drop_path")}
+        model = ImageCaptionModel(dataclasses.replace(whole.config, **trained))
+        model.load_state_dict(whole.state_dict())
+        model.tokenizer, model.trained_on = whole.tokenizer, whole.trained_on
+        return config.init_model, model
+    parts = pretrained_parts(config)
+    chosen = parts["decoder"] if parts["decoder"] and config.tokenizer == "auto" else None
+    name, tokenizer = choose_tokenizer(config, table, chosen or began)
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise UserError(f"tokenizer {config.tokenizer} has no end token: choose another --tokenizer")
+    sizes = dataclasses.replace(
+        config.model,
+        vocab_size=len(tokenizer),
+        end_token_id=end,
+        start_token_id=end if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
+        pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    if any(parts.values()):
+        sizes, model = initialise(sizes, **parts)
+        if sizes.vocab_size != len(tokenizer):
+            raise UserError(
+                f"{parts['decoder']} knows {sizes.vocab_size:,} tokens and tokenizer {name} has {len(tokenizer):,}: leave "
+                "--tokenizer out"
+            )
+    else:
+        model = ImageCaptionModel(sizes)
+    model.tokenizer = tokenizer
+    return name, model
+
+
+def keep_on_gpu(dataset: CaptionDataset, device: torch.device) -> None:
+    """Moves the kept pictures there. Raises UserError where there is no room for them."""
+    assert dataset.pixels.kept is not None
+    needed, free = dataset.pixels.kept.numel(), torch.cuda.mem_get_info(device)[0]
+    if needed > free:
+        raise UserError(
+            f"{needed / 2**30:.1f} GiB of pictures do not fit into the GPU's {free / 2**30:.1f} GiB: use --cache instead "
+            "of --cache-on-gpu"
+        )
+    dataset.keep_on(device)
+
+
+def pretrained_parts(config: TrainConfig) -> dict[str, str | None]:
+    """The encoder and the decoder to start from, None for fresh ones."""
+    if config.init == "scratch":
+        return {"encoder": config.init_encoder, "decoder": config.init_decoder}
+    return {"encoder": config.init_encoder or PRETRAINED_ENCODER, "decoder": config.init_decoder or PRETRAINED_DECODER}
+
+
+def choose_tokenizer(
+    config: TrainConfig, table: CaptionTable, began: str | None
+) -> tuple[str, PreTrainedTokenizerFast]:
+    """The tokenizer and its name, which for "auto" is what the run began with, or gpt2 where that can be had."""
+    name = (began or "gpt2") if config.tokenizer == "auto" else config.tokenizer
+    texts = (text.as_py() for text in table.captions())
+    try:
+        return name, load_tokenizer(name, texts, config.model.vocab_size)
+    except UserError as error:
+        if config.tokenizer != "auto" or began:
+            raise
+        print(f"tokenizer   trained on the captions, as GPT-2's cannot be had ({error})")
+    return "train", load_tokenizer("train", texts, config.model.vocab_size)
+
+
+def plan(job: Job, step: int) -> str:
+    """What is about to happen: sizes, steps, estimates."""
+    config, table = job.config, job.datasets["train"].table
+    seconds = estimated_seconds(config, len(table), job.tokens, job.device, job.dtype) * (1 - step / job.steps)
+    memory = estimated_memory(config, job.model.num_parameters, job.tokens)
+    different = {id(data): data.pixels.kept for data in job.datasets.values()}.values()  # val may serve as test
+    kept = sum(pictures.numel() for pictures in different if pictures is not None)
+    val, test = len(job.datasets["val"]), len(job.datasets["test"])
+    left_out = table.left_out | {"captions cut at the model's max_length": job.datasets["train"].tokens.cut}
+    notes = [table.about, *(f"{number:,} {what}" for what, number in left_out.items() if number), *job.bad.notes]
+    return (
+        f"attention   {choose_attention(job.device.type, job.dtype, config.model.decoder_embed_dim // config.model.decoder_num_heads)[1]}\n"
+        f"model       {job.model.num_parameters:,} parameters, vocabulary {job.model.config.vocab_size:,}\n"
+        f"data        {table.name}: {len(table):,} pictures, {table.num_captions:,} captions of {job.tokens:.1f} tokens; "
+        f"{val:,} pictures to validate, {test:,} to test\n"
+        f"            {'; '.join(filter(None, notes))}\n"
+        f"steps       {job.steps:,} of {job.pictures_a_step} pictures x {config.captions_per_image} captions, "
+        f"{job.steps_per_epoch:,} an epoch{f'; going on at step {step:,}' if step else ''}\n"
+        f"estimate    about {duration(seconds)} of training, about {memory / 2**30:.1f} GiB for the model "
+        f"and {kept / 2**30:.1f} GiB for pictures kept in memory\n"
+        f"output      {job.run}"
+    )
+
+
+def caption_length(job: Job) -> int:
+    """The longest caption to write: as asked for, within the model's positions."""
+    return min(job.config.caption_length, job.model.config.max_length)

@@ -1,0 +1,154 @@
+"""What changes weights: optimizers by part of the model, the schedule, one update, the weights' running average.
+
+Imports config and model. Learning rates of parts and layers are factors of the one that the schedule gives.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import TrainConfig, UserError
+from model import ImageCaptionModel
+
+
+def part_of(name: str) -> str:
+    """Where a parameter belongs: encoder, decoder, or new (what joins them, which no pretrained part brings)."""
+    if "crossattention." in name or "ln_cross_attn." in name or name.startswith("enc_to_dec_proj."):
+        return "new"
+    return name.split(".")[0]
+
+
+def depth_below_top(name: str, layers: dict[str, int]) -> int:
+    """How many layers lie between a parameter and its part's output: 0 for the last norm, most for embeddings."""
+    part, *rest = name.split(".")
+    if part_of(name) == "new":
+        return 0
+    if rest[0] == "blocks":
+        return layers[part] - int(rest[1])
+    return 0 if rest[0] in ("norm", "ln_f") else layers[part] + 1
+
+
+def freeze(model: ImageCaptionModel, parts: tuple[str, ...]) -> None:
+    """Leaves these parts of the model as they are. Raises UserError where nothing would be left to learn."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) not in parts)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"freeze {' '.join(parts)}: nothing is left to learn")
+
+
+def build_optimizers(model: ImageCaptionModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW over everything; or Muon (Jordan 2024, kellerjordan.github.io/posts/muon) over the layers' matrices and
+    AdamW over embeddings, biases and norms. Only the layers' matrices decay.
+
+    A group's `share` is its factor of the schedule's learning rate: its part's, times layer_decay for every layer above.
+    """
+    rates = {"encoder": config.encoder_learning_rate, "decoder": config.decoder_learning_rate, "new": None}
+    layers = {"encoder": model.config.vision_num_layers, "decoder": model.config.decoder_num_layers}
+    groups: dict[tuple[bool, float], list[Tensor]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            share = (rates[part_of(name)] or config.learning_rate) / config.learning_rate
+            share *= config.layer_decay ** depth_below_top(name, layers)
+            groups[parameter.ndim == 2 and ".blocks." in name, share].append(parameter)
+    described: dict[bool, list[dict[str, Any]]] = {
+        inside: [
+            {"params": parameters, "share": share, "weight_decay": config.weight_decay if inside else 0.0}
+            for (is_inside, share), parameters in groups.items()
+            if is_inside == inside
+        ]
+        for inside in (True, False)
+    }
+    rate, betas, fused = config.learning_rate, (0.9, 0.95), model.device.type in ("cuda", "cpu")
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW([*described[True], *described[False]], lr=rate, betas=betas, fused=fused)]
+    made: list[torch.optim.Optimizer] = []
+    if described[True]:
+        made.append(torch.optim.Muon(described[True], lr=rate, adjust_lr_fn="match_rms_adamw"))
+    if described[False]:
+        made.append(torch.optim.AdamW(described[False], lr=rate, betas=betas, fused=fused))
+    return made
+
+
+def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine down to zero at the last step."""
+    warmup = min(config.warmup_steps, steps // 10)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def norm_of(tensors: Iterator[Tensor]) -> Tensor:
+    """The norm of all of them together, a scalar on their device."""
+    return nn.utils.get_total_norm(list(tensors))
+
+
+class Updater:
+    """Turns gathered gradients into an update, unless they or the loss are not finite.
+
+    The decision is taken on the device, so that a GPU need not be waited for: after a step that is not finite no later
+    one changes weights either, whenever somebody comes to look at `broken`. In fp16 an overflow is part of the search for
+    a scale: that step alone is skipped, and `overflows` counts how many in a row were.
+    """
+
+    def __init__(self, model: ImageCaptionModel, config: TrainConfig, scaler: torch.amp.GradScaler) -> None:
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizers = build_optimizers(model, config)
+        self.scaler, self.clip, self.config = scaler, config.gradient_clip, config
+        self.broken = torch.zeros((), device=model.device)
+        """1 once a loss or a gradient was not finite."""
+        self.overflows = torch.zeros((), device=model.device)
+        # The fused optimizers ask the device itself whether to step; the others have to be asked from here.
+        self.asks_device = all(getattr(o, "_step_supports_amp_scaling", False) for o in self.optimizers)
+
+    def update(self, loss: Tensor, learning_rate: float) -> Tensor:
+        """One update with the gradients gathered so far, clipped; they are gone afterwards. Returns their norm."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * group["share"]
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        bad = 1 - (norm.isfinite() & loss.isfinite()).float()
+        if self.scaler.is_enabled():
+            self.overflows = (self.overflows + 1) * bad
+        else:
+            self.broken = torch.maximum(self.broken, bad)
+        stop = bad if self.scaler.is_enabled() else self.broken
+        for optimizer in self.optimizers:
+            if self.scaler.is_enabled():
+                # What overflowed in one optimizer's gradients has spoilt the norm, and by clipping the other's.
+                if self.asks_device or not stop:
+                    self.scaler.step(optimizer)
+            elif self.asks_device:
+                optimizer.grad_scale, optimizer.found_inf = None, stop  # type: ignore[attr-defined]
+                optimizer.step()
+            elif not stop:
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return norm
+
+
+class Average:
+    """The weights' exponential moving average (EMA), a model of its own that is evaluated and saved.
+
+    The average of the first steps reaches back less far, min(decay, (1 + step) / (10 + step)), so that it forgets the
+    random weights it began with.
+    """
+
+    def __init__(self, model: ImageCaptionModel, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: ImageCaptionModel, step: int) -> None:
+        """Takes the weights after this step in."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)

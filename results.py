@@ -1,0 +1,298 @@
+"""Captions beside their references, whoever wrote them: scored, compared, read from and written to files.
+
+A folder of results holds captions.json and references.json (COCO's formats), per_picture.csv and report.html. Imports
+config, files, metrics, report, pictures and utils, and scorers where they are asked for; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from config import UserError
+from files import file_hash, write_json
+from metrics import CiderD, Scores, Statistics, diversity, novelty, self_cider, tokenize
+from pictures import PictureSource, in_one_line
+from pictures import decode as decode_picture
+from report import THUMBNAIL, Report, write_report
+from utils import read_log
+
+ENDS = ("low", "high")  # of a 95 % interval
+
+
+@dataclass
+class Captioned:
+    """Captions of a loader's pictures, in its order: rows of its table, captions, their references, which were cut."""
+
+    rows: list[int]
+    captions: list[str]
+    references: list[list[str]]
+    cut: list[bool]
+    several: list[list[str]] = field(default_factory=list)
+    """Where more than one caption a picture was asked for, all of them; the first is the one in captions."""
+    frequencies: CiderD | None = None
+    """Document frequencies to score with, else those of the references."""
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """All n-grams, counted once."""
+        return Statistics(self.captions, self.references, self.frequencies)
+
+    @cached_property
+    def self_cider(self) -> Scores | None:
+        """How different the captions of a picture are, where there are several."""
+        return self_cider(self.several, self.statistics.frequencies) if self.several else None
+
+    def metrics(self) -> dict[str, float]:
+        """BLEU-1..4, ROUGE-L and CIDEr-D, how varied the captions are, and the share cut off at max_length."""
+        scores = self.statistics.scores() | diversity(self.statistics.candidates)
+        if self.self_cider:
+            scores["self_cider"] = self.self_cider.corpus
+        return scores | ({"cut_captions": sum(self.cut) / len(self.cut)} if self.cut else {})
+
+
+@dataclass(frozen=True)
+class MoreScores:
+    """What is wanted besides: of scorers.py METEOR and SPICE by Java, CHAIR with COCO's instances, CLIPScore by a CLIP;
+    CIDEr-D with other document frequencies; the share of captions that are not among those trained on."""
+
+    java: bool = False
+    instances: Path | None = None
+    clip: str | None = None
+    frequencies: CiderD | None = None
+    training_captions: Sequence[str] | None = None
+
+    def score(
+        self,
+        names: Sequence[int | str],
+        captions: Sequence[str],
+        references: Sequence[Sequence[str]],
+        picture: Callable[[int], PictureSource] | None,
+    ) -> tuple[dict[str, float], dict[str, Sequence[float]], list[str]]:
+        """The numbers, those of each picture, and a line for each metric that was left out."""
+        from scorers import chair, clip_scores, java_scores
+
+        corpus: dict[str, float] = {}
+        each: dict[str, Sequence[float]] = {}
+        notes = [] if self.java else ["METEOR and SPICE: not asked for (--java)"]
+        if self.java:
+            found = java_scores(captions, references)
+            corpus, each, notes = dict(found.corpus), dict(found.per_picture), list(found.notes)
+        try:
+            if self.instances:
+                known = dict(zip(names, references, strict=True))
+                objects = chair(dict(zip(names, captions, strict=True)), self.instances, known)
+                corpus |= {"chair_s": objects.chair_s, "chair_i": objects.chair_i}
+        except UserError as error:
+            notes.append(f"CHAIR: {error}")
+        try:
+            if self.clip and picture:
+                clip = clip_scores(captions, [picture(i) for i in range(len(captions))], references, self.clip)
+                corpus |= clip.corpus
+                each |= {name: scores.tolist() for name, scores in clip.per_picture.items()}
+        except UserError as error:
+            notes.append(f"CLIPScore: {error}")
+        if self.training_captions is None:
+            notes.append("share of new captions: no training captions at hand")
+        else:
+            corpus["novel_captions"] = novelty(captions, self.training_captions)
+        return corpus, each, notes
+
+
+def about_scores(number: int, references: Sequence[Sequence[str]], frequencies: CiderD | None) -> dict[str, Any]:
+    """What numbers must share to be compared, whoever wrote the captions."""
+    return {
+        "tokenizer": "PTB, by metrics.tokenize",
+        "document_frequencies": f"of {frequencies.num_pictures:,} pictures, from {frequencies.path}"
+        if frequencies
+        else f"of the {number:,} pictures evaluated",
+        "pictures": number,
+        "references_per_picture": f"{sum(map(len, references)) / number:.4g}",
+    }
+
+
+def about_results(results: Path) -> dict[str, Any]:
+    """What the evaluation that wrote a file of captions said of their making; unknown for anybody else's."""
+    facts: dict[str, Any] = {"decoding": "unknown", "weights_sha256": "unknown"}
+    try:
+        said = json.loads((results.parent / "metrics.json").read_text(encoding="utf-8"))
+        if said["captions_sha256"] == file_hash(results):
+            names = ("data", "split", *facts, "precision", "pictures_trained_on")
+            return {name: said[name] for name in names if name in said}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no evaluation's folder
+    return facts
+
+
+def write_evaluation(
+    directory: Path,
+    title: str,
+    captioned: Captioned,
+    names: Sequence[int | str],
+    known: dict[str, Any],
+    about: dict[str, Any],
+    more: MoreScores,
+    picture: Callable[[int], PictureSource] | None = None,
+) -> dict[str, Any]:
+    """Writes captions.json and references.json (COCO's formats), per_picture.csv and report.html into the folder, and
+    all_captions.json where a picture has several.
+
+    Returns everything a table says: the metrics (those known before and all others), how they were made, and the 95 %
+    interval of each.
+    """
+    captions, references = captioned.captions, captioned.references
+    added, added_each, left_out = more.score(names, captions, references, picture)
+    write_json(
+        directory / "captions.json",
+        [{"image_id": name, "caption": caption} for name, caption in zip(names, captions, strict=True)],
+    )
+    texts = [(name, text) for name, own in zip(names, references, strict=True) for text in own]
+    annotations = [{"id": i, "image_id": name, "caption": text} for i, (name, text) in enumerate(texts)]
+    write_json(directory / "references.json", {"images": [{"id": i} for i in names], "annotations": annotations})
+    if captioned.several:
+        several = zip(names, captioned.several, strict=True)
+        write_json(directory / "all_captions.json", [{"image_id": name, "captions": own} for name, own in several])
+    numbers = captioned.metrics() | known | added
+    facts = {
+        **about_scores(len(captions), references, captioned.frequencies),
+        **about,
+        **({"java_tokenizer": "Stanford's own, for METEOR and SPICE"} if more.java else {}),
+        **({"training_captions": len(more.training_captions)} if more.training_captions else {}),
+        "captions_sha256": file_hash(directory / "captions.json"),
+        "left_out": "; ".join(left_out) or "nothing",
+    }
+    scored = captioned.statistics.per_picture()
+    each: dict[str, Sequence[float]] = {"cider_d": scored["cider_d"].tolist()}  # first, as pictures are ranked by it
+    each |= {name: scores.tolist() for name, scores in scored.items()} | added_each
+    if captioned.self_cider:
+        each["self_cider"] = captioned.self_cider.per_picture.tolist()
+    with open(directory / "per_picture.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["picture", "caption", *each])
+        writer.writerows(zip(names, captions, *([f"{x:.6f}" for x in scores] for scores in each.values()), strict=True))
+    intervals = captioned.statistics.intervals()
+    report = Report(
+        title=title,
+        facts={name.replace("_", " "): f"{said:,}" if isinstance(said, int) else said for name, said in facts.items()},
+        warnings=warnings_about(facts | numbers),
+        metrics=numbers,
+        intervals=intervals,
+        captions=captions,
+        references=references,
+        per_picture=each,
+        names=[str(name) for name in names],
+        load=picture and (lambda i: Image.fromarray(decode_picture(picture(i), THUMBNAIL))),
+        history=read_log(directory / "metrics.jsonl"),
+    )
+    write_report(directory / "report.html", report)
+    bounds = {f"{name}_{end}": value for name, both in intervals.items() for end, value in zip(ENDS, both, strict=True)}
+    return numbers | facts | bounds
+
+
+def warnings_about(metrics: dict[str, Any]) -> list[str]:
+    """What to know before the numbers are believed."""
+    number, found = metrics["pictures"], []
+    if seen := metrics.get("pictures_trained_on"):
+        found.append(
+            f"{seen:,} of the {number:,} pictures were trained on: these numbers say nothing about new pictures."
+        )
+    if "loss" in metrics and metrics["loss_shuffled_pictures"] - metrics["loss"] < 0.02:
+        found.append(
+            "The model ignores the picture: with the pictures shuffled its loss is "
+            f"{metrics['loss_shuffled_pictures']:.3f} instead of {metrics['loss']:.3f}."
+        )
+    different = round(metrics["unique_captions"] * number)
+    if number >= 20 and different <= max(1, 0.02 * number):
+        found.append(f"Nearly the same caption for every picture: {different:,} for {number:,} pictures.")
+    if metrics.get("cut_captions", 0) > 0.1:
+        found.append(f"{metrics['cut_captions']:.0%} of the captions never ended and were cut off: raise --max-length.")
+    return found
+
+
+def read_results(results: Path, references: Path) -> tuple[list[int | str], list[str], list[list[str]]]:
+    """Image ids, candidates in COCO's results format and their references from an annotation file, matched by the id.
+
+    Raises UserError unless each picture of the references has one candidate, and no other picture has any.
+    """
+    entries = read_captions(results)
+    known: dict[int | str, list[str]] = {}
+    for image, caption in read_captions(references, annotations=True):
+        known.setdefault(image, []).append(caption)
+    candidates = dict(entries)
+    if len(candidates) < len(entries):
+        image, times = Counter(image for image, _ in entries).most_common(1)[0]
+        raise UserError(f"{results}: {times} captions for picture {image}: give one for each")
+    for found, others, problem in (
+        (known, candidates, f"no caption for {{}} pictures of {references}"),
+        (candidates, known, f"{{}} pictures that are not in {references}"),
+    ):
+        if odd := [in_one_line(str(image)) for image in found if image not in others]:
+            raise UserError(
+                f"{results}: {problem.format(len(odd))} ({', '.join(odd[:3])}): both need the same pictures"
+            )
+    return list(known), [candidates[image] for image in known], list(known.values())
+
+
+def read_captions(path: Path, annotations: bool = False) -> list[tuple[int | str, str]]:
+    """Image id and caption of each entry of a file in COCO's results format, or of COCO annotations."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entries = [
+            (entry["image_id"], entry["caption"]) for entry in (content["annotations"] if annotations else content)
+        ]
+        for image, caption in entries:
+            if type(image) not in (int, str) or not isinstance(caption, str):
+                raise TypeError(f"picture {image!r}, caption {caption!r}")
+            f"{image}{caption}".encode()  # half a character is refused here, as no file can hold it
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = in_one_line(f"{type(error).__name__}: {error}")
+        shape = "{annotations: [{image_id, caption}, ...]}" if annotations else "[{image_id, caption}, ...]"
+        raise UserError(f"{path}: not in COCO's format ({reason}): expected {shape}") from error
+    return entries
+
+
+def compare(a: Path, b: Path, references: Path, frequencies: CiderD | None = None) -> dict[str, Any]:
+    """Whether results b are better than results a on the same pictures: prints a table, and returns it."""
+    _, ours, known = read_results(a, references)
+    _, theirs, _ = read_results(b, references)
+    known_words = [[tokenize(caption) for caption in captions] for captions in known]
+    first, second = (Statistics(captions, known_words, frequencies) for captions in (ours, theirs))
+    table: dict[str, Any] = about_scores(len(known), known, frequencies)
+    table |= {side: {"captions": str(path), **about_results(path)} for side, path in (("a", a), ("b", b))}
+    for name, said in table.items():
+        print(f"{name:22} {', '.join(f'{k} {v}' for k, v in said.items()) if isinstance(said, dict) else said}")
+    print("differences with 95 % intervals by paired bootstrap")
+    print(f"{'':10} {'A':>8} {'B':>8} {'B - A':>9}  {'95 % interval':^19} {'p':>6}")
+    before, after = first.scores(), second.scores()
+    for name, found in first.differences(second).items():
+        table[name] = {"a": before[name], "b": after[name], **found._asdict()}
+        low, high = found.interval
+        print(
+            f"{name:10} {before[name]:8.4f} {after[name]:8.4f} {found.difference:+9.4f}  {low:+8.4f} to {high:+8.4f} {found.p_value:6.3f}"
+        )
+    for side in ("a", "b"):
+        if seen := table[side].get("pictures_trained_on"):
+            print(f"WARNING: {side.upper()}: {seen:,} of the {len(known):,} pictures were trained on")
+    return table
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """One line a metric, with its 95 % interval where there is one; then what to know before they are believed."""
+    for name, value in metrics.items():
+        if name.rsplit("_", 1)[-1] in ENDS:
+            continue
+        low, high = (metrics.get(f"{name}_{end}") for end in ENDS)
+        interval = "" if low is None else f"   ({low:.4f} to {high:.4f})"
+        print(f"{name:26} {value:.4f}{interval}" if isinstance(value, float) else f"{name:26} {value}")
+    for warning in warnings_about(metrics):
+        print(f"WARNING: {warning}")

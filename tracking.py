@@ -1,0 +1,161 @@
+"""A run's numbers as they come: metrics.jsonl always, Weights & Biases where it is wanted, and the curves drawn of them.
+
+Imports config, files and utils. Weights & Biases never asks anything, and never ends a run: where its server is away, what it
+would have been sent stays in the run's folder for `wandb sync`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import netrc
+import os
+import threading
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, Literal
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+from config import TrainConfig
+from files import write_text
+from utils import MetricLog, read_log
+
+SERVER = "https://api.wandb.ai"
+SECONDS = 10  # that its server gets to answer, and at a run's end to take what is left
+
+
+class Log:
+    """Where a run's numbers go. Made by the first process only; the others have a SilentLog."""
+
+    def __init__(self, run: Path, step: int, config: TrainConfig) -> None:
+        """Goes on after `step`: later lines of an earlier process are dropped."""
+        self._file = MetricLog(run / "metrics.jsonl", step)
+        self._wandb = start_wandb(run, config)
+
+    def write(self, step: int, **values: Any) -> None:
+        """One line."""
+        self._file.write(step, **values)
+        if self._wandb:
+            with contextlib.suppress(Exception):  # whatever is wrong with it is no reason to end a run
+                numbers = {name: value for name, value in values.items() if not isinstance(value, dict)}
+                if samples := values.get("samples"):
+                    import wandb
+
+                    rows = [list(sample) for sample in samples.items()]
+                    numbers["samples"] = wandb.Table(["picture", "caption"], rows)
+                self._wandb.log(numbers | {"step": step})
+
+    def close(self) -> None:
+        """Closes the file, and gives Weights & Biases a while to send what is left."""
+        self._file.close()
+        if self._wandb:
+            ending = threading.Thread(target=self._wandb.finish, daemon=True)
+            ending.start()
+            ending.join(SECONDS)
+
+
+class SilentLog:
+    """A log that nobody reads."""
+
+    def write(self, step: int, **values: Any) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def wandb_mode(config: TrainConfig) -> tuple[Literal["online", "offline", "off"], str]:
+    """online, offline or off, and the reason."""
+    wanted, server = config.wandb, os.environ.get("WANDB_BASE_URL", SERVER)
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled") and wanted == "auto":
+        wanted = "offline" if os.environ["WANDB_MODE"] == "offline" else "off"
+    if wanted in ("off", "offline"):
+        return wanted, "asked for"
+    host = urlsplit(server).hostname or ""
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        return "off", "not installed: pip install wandb"
+    key = os.environ.get("WANDB_API_KEY")
+    if not key:
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            key = (netrc.netrc().authenticators(host) or [None] * 3)[2]
+    if not key:
+        return "off", "no key: run `wandb login`, or set WANDB_API_KEY"
+    try:
+        urlopen(server, timeout=SECONDS).close()
+    except HTTPError:
+        pass  # an answer
+    except (OSError, HTTPException, ValueError) as error:
+        return "offline", f"{host} is away ({getattr(error, 'reason', error)}): send it later with `wandb sync`"
+    return "online", "a key is there"
+
+
+def start_wandb(run: Path, config: TrainConfig) -> Any:
+    """A Weights & Biases run, or None; one line says which and why."""
+    mode, reason = wandb_mode(config)
+    if mode != "off":
+        os.environ.setdefault("WANDB_SILENT", "true")  # it speaks before it has seen its settings
+        import wandb
+
+        settings = wandb.Settings(init_timeout=SECONDS, silent=True, console="off", disable_git=True)
+        options: dict[str, Any] = {"project": config.wandb_project, "name": run.name, "dir": run, "resume": "allow"}
+        options |= {"config": config.to_dict(), "id": run_id(run)}
+        modes: tuple[Literal["online", "offline"], ...] = ("online", "offline") if mode == "online" else ("offline",)
+        for chosen in modes:
+            try:
+                started = wandb.init(mode=chosen, settings=settings, **options)
+                started.define_metric("*", step_metric="step")
+                print(f"wandb       {chosen} ({reason})", flush=True)
+                return started
+            except Exception as error:
+                reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+                with contextlib.suppress(Exception):
+                    wandb.teardown()  # or the run counts as in use
+        mode = "off"
+    print(f"wandb       {mode} ({reason})", flush=True)
+    return None
+
+
+def run_id(run: Path) -> str:
+    """The same for one folder whenever it is gone on with."""
+    path = run / "wandb.id"
+    if not path.exists():
+        write_text(path, f"{run.name}-{os.urandom(4).hex()}")
+    return path.read_text()
+
+
+def draw_curves(run: Path) -> None:
+    """curves.png: losses, CIDEr-D on validation pictures and the learning rate, against the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_log(run / "metrics.jsonl")
+    scored = any("val_cider_d" in line for line in lines)
+    heights = [3, 2, 1] if scored else [3, 1]
+    figure, axes = pyplot.subplots(
+        len(heights), 1, figsize=(8, 2 + len(heights) * 2), sharex=True, height_ratios=heights, layout="constrained"
+    )
+    losses, rates = axes[0], axes[-1]
+    dots = {"color": "black", "marker": "o", "linestyle": "--"}
+    for axis, name, style, label in (
+        (losses, "loss", {"color": "0.6", "linewidth": 1}, "training"),
+        (losses, "reward", {"color": "0.6", "linewidth": 1}, "CIDEr-D of the samples"),
+        (losses, "val_loss", dots, "validation"),
+        (axes[1], "val_cider_d", dots, None),
+        (rates, "learning_rate", {"color": "black"}, None),
+    ):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, **style)
+    losses.set_ylabel("loss (nats a token)")
+    losses.legend()
+    if scored:
+        axes[1].set_ylabel("CIDEr-D (validation)")
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("step")
+    figure.savefig(run / "curves.png", dpi=100)
+    pyplot.close(figure)
