@@ -1,0 +1,103 @@
+"""Publishes a model without ever asking, once or after every checkpoint of a run.
+
+    HF_TOKEN=... python auto_upload.py user/name
+    HF_TOKEN=... python auto_upload.py user/name --watch runs/demo-20260101-120000
+
+With --watch each new checkpoint goes to a branch of its own, step-00000500 (or all of them to --revision), and the
+finished model to main. It only reads the run, and what cannot be sent now is kept and sent later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import UserError
+from model_file import MODEL_FILE
+from publish import HubAwayError, Stage, UploadConfig, logged_in, publish
+from utils import StopSignal, parse_flags, run_script
+
+LOOK_EVERY = 1.0  # seconds; a run keeps a checkpoint until two newer ones are there
+LONGEST_WAIT = 60.0  # seconds between attempts while the Hub is away
+
+
+@dataclass(kw_only=True)
+class AutoConfig(UploadConfig):
+    """Publish a model without asking."""
+
+    watch: Path | None = None
+    """Folder of a run, which may still be training: publish each checkpoint, and the model once it is finished."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.watch and (self.pr or self.dry_run or self.model_path):
+            raise UserError("watch publishes a run as it goes: leave out --pr, --dry-run and --model-path")
+
+
+def finished(run: Path) -> bool:
+    """Whether the run says that it is."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # not there yet
+        return bool(json.loads((run / "run.json").read_text(encoding="utf-8")).get("finished"))
+    return False
+
+
+def watch(config: AutoConfig, run: Path) -> int:
+    """Publishes checkpoints until the run is finished and all is uploaded. Returns 0, or 130/143 when stopped."""
+    logged_in()  # or all of the waiting would be for nothing
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder: name the folder of a run")
+    stage, stop, over = Stage(run), StopSignal(), threading.Event()
+
+    def gather() -> None:  # goes on while an upload takes its time
+        while not over.wait(LOOK_EVERY):
+            stage.gather()
+
+    stage.gather()
+    threading.Thread(target=gather, daemon=True).start()
+    wait, plain = LOOK_EVERY, dataclasses.replace(config, watch=None)
+    try:
+        while stop.received is None:
+            end = finished(run)  # before looking for the last checkpoint
+            stage.gather()
+            try:
+                for path in stage.waiting():
+                    revision, number = config.revision or path.stem, path.stat().st_ino
+                    job = dataclasses.replace(plain, model_path=str(path), run=run, revision=revision)
+                    publish(job, f"Checkpoint at {path.stem}")
+                    stage.done(path, number)
+                    wait = LOOK_EVERY
+                    if stop.received is not None:
+                        break
+                else:
+                    if end:
+                        publish(dataclasses.replace(plain, model_path=str(run / MODEL_FILE), run=run))
+                        return 0
+            except HubAwayError as error:
+                wait = min(2 * wait, LONGEST_WAIT)
+                print(f"{error.args[0].partition(': run again')[0]}; next attempt in {wait:.0f} s", flush=True)
+            until = time.monotonic() + wait
+            while stop.received is None and time.monotonic() < until:
+                time.sleep(0.1)
+    finally:
+        over.set()
+        stop.restore()
+    print(f"stopped; {len(stage.waiting())} checkpoints wait in {stage.folder}: the same command sends them")
+    return stop.exit_code
+
+
+def main() -> int:
+    """The command line."""
+    config = parse_flags(AutoConfig, __doc__)
+    if config.watch:
+        return watch(config, config.watch)
+    publish(config)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

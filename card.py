@@ -1,0 +1,462 @@
+"""The model card of a published model, written from what is known: its config, its run, what was measured.
+
+Imports config, evaluate and report (what a metric is called); the Hub's client by late imports. Never guesses: what no
+file says is not in the card.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from config import UserError, ViTGPT2Config
+from dataset import decode
+from evaluate import about_decoding, warnings_about
+from model import ImageCaptionModel
+from pictures import prepare_picture
+from report import METRICS
+from utils import read_log
+
+HUB = "https://huggingface.co"
+SHOWN = 5  # sample captions
+
+
+class DataSet(NamedTuple):
+    """What is known of a usual data set."""
+
+    name: str
+    about: str
+    language: str = "en"
+
+
+PEOPLE = (
+    "Its captions were written by crowd workers about photographs of mostly Western everyday life. They guess at gender, "
+    "age, origin and occupation from looks, and models learn and amplify such guesses "
+    "([Hendricks et al. 2018](https://arxiv.org/abs/1803.09797), [Zhao et al. 2021](https://arxiv.org/abs/2106.08503), "
+    "[van Miltenburg 2016](https://arxiv.org/abs/1605.06083))."
+)
+RESEARCH = " Its pictures belong to their photographers and are for non-commercial research and education only."
+COCO = DataSet("COCO 2017", PEOPLE + " The pictures belong to their photographers, under the licences that COCO lists.")
+DATA_SETS = {
+    "scenes": DataSet("drawn scenes", "The model has seen coloured shapes on plain grounds, and nothing else."),
+    "karpathy": DataSet("Karpathy's split", PEOPLE),
+    "flickr8k": DataSet("Flickr8k", PEOPLE + RESEARCH),
+    "flickr30k": DataSet("Flickr30k", PEOPLE + RESEARCH),
+}
+# What the Hub calls the caption metrics; the others of metrics.json say how they were made.
+HUB_METRICS = {
+    **{f"bleu_{n}": "bleu" for n in (1, 2, 3, 4)},
+    **{name: name for name in ("meteor", "spice", "chair_s", "chair_i", "clip_score", "ref_clip_score")},
+    "rouge_l": "rouge",
+    "cider_d": "cider",
+    "scene_accuracy": "accuracy",
+}
+PROTOCOL = [
+    "pictures",
+    "references_per_picture",
+    "decoding",
+    "precision",
+    "tokenizer",
+    "document_frequencies",
+    "left_out",
+]
+SETTINGS = [
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "accumulation_steps",
+    "captions_per_image",
+    "optimizer",
+    "learning_rate",
+]
+SETTINGS += [
+    "warmup_steps",
+    "weight_decay",
+    "gradient_clip",
+    "word_dropout",
+    "label_smoothing",
+    "caption_length",
+    "seed",
+]
+PRETRAINED = {"encoder": "google/vit-base-patch16-224-in21k", "decoder": "openai-community/gpt2"}
+ON_THE_HUB = {"gpt2": PRETRAINED["decoder"]}
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What a run's folder says of a model; metrics, captions and samples only where they are of these very weights."""
+
+    about: dict[str, Any]
+    history: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    captions: list[str]
+    samples: Path | None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's settings."""
+        return self.about.get("config", {})
+
+    @property
+    def drawn(self) -> bool:
+        """Whether its pictures were drawn by scenes.py, so that anybody may show them."""
+        return self.config.get("dataset") == "scenes"
+
+    @property
+    def data(self) -> DataSet:
+        """The data set, by the best name there is for it."""
+        layout, folder = self.config.get("dataset", ""), self.config.get("data_dir")
+        if layout in DATA_SETS:
+            return DATA_SETS[layout]
+        if "/" in layout:
+            return DataSet(layout, f"See the [data set's card]({HUB}/datasets/{layout}).", "")
+        return DataSet(Path(folder).name, "", "") if folder else COCO
+
+    @property
+    def tested_on(self) -> str:
+        """The data set that the metrics are of, where that is another one by its own name."""
+        layout, folder = self.config.get("dataset", ""), self.config.get("data_dir")
+        own = (
+            Path(folder).name if folder else {"scenes": "scenes", "auto": "coco_data", "coco": "coco_data"}.get(layout)
+        )
+        name = str(self.metrics.get("data", own))
+        return self.data.name if own in (None, name) else name
+
+    @property
+    def base_models(self) -> list[str]:
+        """The pretrained parts that it started from."""
+        pretrained = PRETRAINED if self.config.get("init") == "pretrained" else {}
+        parts = [self.config.get(f"init_{part}") or pretrained.get(part) for part in PRETRAINED]
+        return [ON_THE_HUB.get(name, Path(name).name if local(name) else name) for name in parts if name]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training steps, from the speeds that the log has."""
+        size, total, before = self.config.get("batch_size", 0) * self.config.get("accumulation_steps", 1), 0.0, 0
+        for line in self.history:
+            if speed := line.get("pictures_per_second"):
+                total, before = total + (line["step"] - before) * size / speed, line["step"]
+        return total
+
+
+def read_run(folder: Path, model: ImageCaptionModel, step: int | None = None) -> Run:
+    """A run's folder, its log up to this step. Raises UserError where its files cannot be read."""
+    try:
+        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        path = folder / "metrics.json"
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        same = metrics.get("weights_sha256") == about_decoding(model, {})["weights_sha256"]
+        path = folder / "captions.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if same and path.is_file() else []
+        captions = [str(entry["caption"]) for entry in known]
+        history = [line for line in read_log(folder / "metrics.jsonl") if step is None or line["step"] <= step]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: its JSON files cannot be read ({type(error).__name__}: {error})") from error
+    samples = folder / "samples.png"
+    return Run(
+        about=about,
+        history=history,
+        metrics=metrics if same else {},
+        captions=captions,
+        samples=samples if same and samples.is_file() else None,
+    )
+
+
+def local(name: str) -> bool:
+    """Whether a name of weights is a folder here, and nothing that the Hub knows."""
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or Path(name).exists()
+
+
+def scrubbed(values: Any) -> Any:
+    """JSON values without what is only this machine's: of a path its last part, where a run writes nothing at all."""
+    if isinstance(values, dict):
+        return {name: scrubbed(value) for name, value in values.items() if name not in ("output_dir", "resume")}
+    if isinstance(values, list):
+        return [scrubbed(value) for value in values]
+    if isinstance(values, str) and re.match(r"([~/.]|[A-Za-z]:[/\\])", values):
+        return re.split(r"[/\\]", values.rstrip("/\\"))[-1]
+    return values
+
+
+# The card
+
+
+def write_card(
+    folder: Path,
+    model: ImageCaptionModel,
+    run: Run | None,
+    repository: str,
+    license: str = "apache-2.0",
+    language: str | None = None,
+    benchmark: str | None = None,
+) -> None:
+    """Writes README.md into a folder that is otherwise finished, and .eval_results for a benchmark.
+
+    The metadata has the evaluation results as a model-index, which holds for any data set. The newer form,
+    .eval_results, is for benchmarks that are registered on the Hub, so somebody has to name one.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    metrics = run.metrics if run else {}
+    language = language or (run.data.language if run else "") or None
+    base_models = run.base_models if run else []
+    data_set = run.config.get("dataset", "") if run else ""
+    on_hub = [data_set] if "/" in data_set else None
+    browser = (folder / "onnx").is_dir()
+    pixels = prepare_picture(folder / "example.png", model.config)[None]
+    caption = plain(decode(model.tokenizer, model.generate(pixels, num_beams=3).sequences)[0])
+    results = [
+        EvalResult(
+            task_type="image-to-text",
+            dataset_type=on_hub[0] if on_hub else run.tested_on if run else "",
+            dataset_name=run.tested_on if run else "",
+            dataset_split=metrics.get("split"),
+            metric_type=kind,
+            metric_name=METRICS[name].label if name in METRICS else name.replace("_", " "),
+            metric_value=round(metrics[name], 4),
+            metric_args={"max_order": int(name[-1])} if kind == "bleu" else None,
+        )
+        for name, kind in HUB_METRICS.items()
+        if name in metrics
+    ]
+    about = ModelCardData(
+        license=license,
+        language=language,
+        library_name="transformers",
+        pipeline_tag="image-to-text",
+        tags=["image-captioning", "vit", "gpt2", *(["onnx", "transformers.js"] if browser else [])],
+        base_model=[name for name in base_models if "/" in name] or None,
+        datasets=on_hub,
+        metrics=sorted({kind for name, kind in HUB_METRICS.items() if name in metrics and kind in ("bleu", "rouge")})
+        or None,
+        model_name=repository.split("/")[1],
+        eval_results=results or None,
+        widget=[
+            {
+                "src": f"{HUB}/{repository}/resolve/main/example.png",
+                "example_title": "drawn shapes",
+                "output": {"text": caption},
+            }
+        ],
+    )
+    if not results:
+        about.pop("model_name")
+    sections = {
+        "": opening(model.config, run, caption),
+        "Use it": usage(repository, model, browser),
+        "Results": numbers(run) if metrics and run else "",
+        "Samples": samples(run, folder) if run else "",
+        "The model": architecture(model, base_models),
+        "Training": training(run, model) if run else "",
+        "Limitations and biases": limitations(model, run),
+        "Licence": rights(license, base_models, run),
+        "Citation": citation(repository),
+    }
+    title = repository.split("/")[1]
+    body = [f"# {title}"]
+    body += [f"## {name}\n\n{text}" if name else text for name, text in sections.items() if text]
+    content = f"---\n{about.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"
+    (folder / "README.md").write_text(content, encoding="utf-8")
+    if benchmark:
+        write_eval_results(folder, metrics, benchmark)
+
+
+def write_eval_results(folder: Path, metrics: dict[str, Any], benchmark: str) -> None:
+    """.eval_results for a benchmark of the Hub, user/dataset:task:metric. Raises UserError for one not measured."""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+    from huggingface_hub.utils import yaml_dump
+
+    data_set, task, metric = benchmark.split(":")
+    if metric not in metrics:
+        raise UserError(f"benchmark {benchmark}: {metric} was not measured of these weights")
+    entry = EvalResultEntry(data_set, task, round(metrics[metric], 4), notes=protocol(metrics))
+    (folder / ".eval_results").mkdir()
+    path = folder / ".eval_results" / f"{data_set.replace('/', '-')}.yaml"
+    path.write_text(yaml_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8")
+
+
+def plain(text: str) -> str:
+    """A text on one line."""
+    return " ".join(text.split())
+
+
+def escape(text: str) -> str:
+    """Anybody's text as Markdown that shows it."""
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(plain(text), quote=False))
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def opening(config: ViTGPT2Config, run: Run | None, caption: str) -> str:
+    """What it is, and an example."""
+    data = f", trained on {escape(run.data.name)}" if run else ""
+    return (
+        f"Writes captions for pictures: a vision transformer looks at {config.image_size} x {config.image_size} pixels, a "
+        f"GPT-2 with cross-attention writes{data}.\n\n"
+        f"![drawn shapes](example.png)\n\nIts caption of this drawing: {escape(caption) or '(nothing)'}"
+    )
+
+
+def usage(repository: str, model: ImageCaptionModel, browser: bool) -> str:
+    """How to load it, three ways."""
+    in_browser = (
+        f"""```js
+import {{ pipeline }} from '@huggingface/transformers';
+
+const captioner = await pipeline('image-to-text', '{repository}', {{ dtype: 'q8' }});
+const [{{ generated_text }}] = await captioner('photo.jpg', {{ max_new_tokens: {min(32, model.config.max_length)} }});
+```"""
+        if browser
+        else f"""There are no ONNX files here; the project makes them for transformers.js:
+
+```
+python convert.py onnx {repository} captioner-onnx --int8
+```"""
+    )
+    return f"""With transformers, and no code from here:
+
+```python
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+name = "{repository}"
+model = AutoModelForImageTextToText.from_pretrained(name)
+processor = AutoImageProcessor.from_pretrained(name)
+tokenizer = AutoTokenizer.from_pretrained(name)
+pixel_values = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt").pixel_values
+tokens = model.generate(pixel_values)
+print(tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip())
+```
+
+With the project that it was trained by, or with the Python files of this repository (`hf download {repository}`), to go
+on training (`run.json`, where there is one, has the settings):
+
+```python
+from model import ImageCaptionModel
+
+model = ImageCaptionModel.from_pretrained("{repository}")
+sequences = model.generate(pixel_values, num_beams=3).sequences  # model.tokenizer decodes them
+```
+
+In a browser or in Node:
+
+{in_browser}"""
+
+
+def numbers(run: Run) -> str:
+    """The caption metrics with their intervals, and how they were made."""
+    metrics, rows = run.metrics, []
+    for name in HUB_METRICS:
+        if name in metrics:
+            low, high = (metrics.get(f"{name}_{end}") for end in ("low", "high"))
+            interval = "" if low is None else f"{low:.4f} to {high:.4f}"
+            label = METRICS[name].label if name in METRICS else name.replace("_", " ")
+            rows.append((label, f"{metrics[name]:.4f}", interval))
+    found = table(("metric", "value", "95 % interval"), rows)
+    where = f"{metrics.get('split', '')} pictures of {run.tested_on}"
+    return (
+        f"On the {escape(where)}. BLEU and ROUGE-L are fractions, CIDEr-D goes to 10.\n\n{found}\n\n"
+        f"How they were made: {protocol(metrics)}. All of them are in `metrics.json`."
+    )
+
+
+def protocol(metrics: dict[str, Any]) -> str:
+    """How metrics were made, in one line."""
+    said = [(name.replace("_", " "), metrics[name]) for name in PROTOCOL if name in metrics]
+    return "; ".join(f"{name}: {escape(str(value))}" for name, value in said)
+
+
+def samples(run: Run, folder: Path) -> str:
+    """Captions of pictures that were not trained on: with the pictures where they may be shown, otherwise alone."""
+    if (folder / "samples.png").is_file():
+        return (
+            "Chosen by their place in the test set, not by how good they are; references in grey.\n\n![](samples.png)"
+        )
+    captions = run.captions[:: max(1, len(run.captions) // SHOWN)][:SHOWN]
+    listed = "\n".join(f"- {escape(caption)}" for caption in captions)
+    return (
+        listed and f"Captions of test pictures, chosen by their place; the pictures are not ours to show.\n\n{listed}"
+    )
+
+
+def architecture(model: ImageCaptionModel, base_models: list[str]) -> str:
+    """Sizes."""
+    c = model.config
+    rows = [
+        ("parameters", f"{model.num_parameters:,}"),
+        (
+            "encoder",
+            f"ViT, {c.vision_num_layers} layers, width {c.vision_embed_dim}, {c.vision_num_heads} heads, "
+            f"patches of {c.patch_size} x {c.patch_size}",
+        ),
+        (
+            "decoder",
+            f"GPT-2 with cross-attention in every layer, {c.decoder_num_layers} layers, width {c.decoder_embed_dim}, "
+            f"{c.decoder_num_heads} heads, {c.max_length} positions",
+        ),
+        ("vocabulary", f"{c.vocab_size:,} (byte-level BPE)"),
+        ("base models", ", ".join(map(escape, base_models))),
+        ("layout", "transformers' `VisionEncoderDecoderModel`"),
+    ]
+    return table(("", ""), [row for row in rows if row[1]])
+
+
+def training(run: Run, model: ImageCaptionModel) -> str:
+    """Data, settings, hardware and time, as far as the run has written them down."""
+    steps = max((line["step"] for line in run.history), default=0)
+    seen = len(model.trained_on)
+    rows = [("data", escape(run.data.name) + (f", {seen:,} pictures" if seen else ""))]
+    if steps:
+        rows.append(("steps", f"{steps:,}" + ("" if run.metrics else " so far")))
+    for name in ("hardware", "device", "precision"):
+        if name in run.about and not (name == "device" and "hardware" in run.about):
+            rows.append((name, escape(str(run.about[name]))))
+    if seconds := run.about.get("seconds") or run.seconds:
+        rows.append(("time in training steps", f"{seconds / 60:.1f} minutes"))
+    settings = {name: run.config.get(name) for name in SETTINGS}
+    if settings["max_steps"]:
+        del settings["epochs"]
+    rows += [(name.replace("_", " "), str(value)) for name, value in settings.items() if value is not None]
+    return table(("", ""), rows)
+
+
+def limitations(model: ImageCaptionModel, run: Run | None) -> str:
+    """What to know before relying on captions."""
+    said = [
+        "It names what it has learned to name, and may state with the same ease what is not there. Do not rely on its "
+        "captions where a mistake harms somebody.",
+        f"It sees every picture squeezed to {model.config.image_size} x {model.config.image_size} pixels: small things and "
+        "text are lost.",
+        (run.data.about if run else "") or "Its captions can be no better or fairer than those that it was trained on.",
+    ]
+    if run and run.metrics:
+        said += warnings_about(run.metrics)
+    return "\n".join(f"- {text}" for text in said if text)
+
+
+def rights(license: str, base_models: list[str], run: Run | None) -> str:
+    """Whose terms hold."""
+    others = [*base_models, *([run.data.name] if run and not run.drawn else [])]
+    also = f" The terms of {', '.join(map(escape, others))} hold besides." if others else ""
+    return f"{license} for the weights, [Apache 2.0](https://www.apache.org/licenses/LICENSE-2.0) for the Python files.{also}"
+
+
+def citation(repository: str) -> str:
+    """How to cite it, and what it is made of."""
+    owner, name = repository.split("/")
+    key = re.sub(r"\W", "", name) or "model"
+    return f"""```bibtex
+@misc{{{key}, author = {{{owner}}}, title = {{{name}}}, howpublished = {{\\url{{{HUB}/{repository}}}}}}}
+```
+
+The encoder is that of [Dosovitskiy et al. 2020](https://arxiv.org/abs/2010.11929), the decoder that of Radford et al. 2019,
+"Language Models are Unsupervised Multitask Learners"."""

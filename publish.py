@@ -1,0 +1,369 @@
+"""Publishing: a model becomes a folder that transformers loads by itself, and the folder a repository of the Hub.
+
+Imports config, model, convert and card; onnx_export and the Hub's client, which does all of the talking, by late imports.
+Two scripts call it, upload_to_hf.py and auto_upload.py; offer_upload is for the end of a training run. A token is found by
+the client (HF_TOKEN, or what `hf auth login` saved) and never seen here.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import tyro
+
+from card import Run, read_run, scrubbed, write_card
+from config import UserError
+from convert import MARKER, WRITTEN, first_line, new_folder, save_transformers
+from model import ImageCaptionModel
+from model_file import MODEL_FILE
+from scenes import draw, make_scene
+from utils import file_hash, write_json
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+HERE = Path(__file__).resolve().parent
+CODE = ("config", "model", "generation", "convert")  # with what they import: to load the model and to train it further
+PICTURE, SAMPLES = "example.png", "samples.png"
+BESIDE = ["README.md", "run.json", "metrics.json", PICTURE, SAMPLES, "onnx", ".eval_results"]
+PASSING = {408, 429, 500, 502, 503, 504}  # statuses of a Hub that may be well again in a moment
+PATIENCE = 10.0  # seconds in which a request is tried again; the client's own retries of some requests go on for longer
+
+
+class HubAwayError(UserError):
+    """The Hub cannot be reached, or not now: the same command may succeed later."""
+
+
+@dataclass(kw_only=True)
+class UploadConfig:
+    """Publish a model on the Hugging Face Hub. The token comes from HF_TOKEN or from `hf auth login`."""
+
+    repository: Annotated[str, tyro.conf.Positional]
+    """user/name; it is made where there is none."""
+    model_path: str | None = None
+    """The model: a file, a folder or a Hub name (default: the newest file here)."""
+    run: Path | None = None
+    """Folder of the run that made it, for the model card (default: the one in runs/ that has the same file)."""
+    private: bool = False
+    """Make a repository that only its owner sees."""
+    revision: str | None = None
+    """Upload to this branch instead of main."""
+    pr: bool = False
+    """Open a pull request instead of changing the repository."""
+    onnx: bool = False
+    """Add ONNX files for browsers (requirements-onnx.txt)."""
+    dry_run: bool = False
+    """Write the folder upload/user/name and stop: nothing is sent."""
+    force: bool = False
+    """Upload into a repository with files that were not written here; the same names are replaced."""
+    license: str = "apache-2.0"
+    """Licence of the weights, as the Hub names it."""
+    language: str | None = None
+    """Language of the captions, such as en (default: known for the usual data sets)."""
+    sample_pictures: bool = False
+    """Show the run's photographs in the card: only where they may be redistributed. Drawn scenes always are."""
+    benchmark: str | None = None
+    """A benchmark of the Hub that the run was tested on, user/dataset:task:metric, for its leaderboard."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+    def __post_init__(self) -> None:
+        from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+        try:
+            validate_repo_id(self.repository)
+        except HFValidationError as error:
+            raise UserError(f"repository {self.repository!r} is no name of the Hub: {first_line(error)}") from error
+        if self.repository.count("/") != 1:
+            raise UserError(f"repository {self.repository!r} needs two parts: user/name")
+        if self.pr and self.revision:
+            raise UserError("pr and revision exclude each other: a pull request is opened against main")
+        if self.benchmark and (self.benchmark.count(":") != 2 or self.benchmark.split(":")[0].count("/") != 1):
+            raise UserError(f"benchmark {self.benchmark!r}: it must be user/dataset:task:metric")
+
+
+def publish(config: UploadConfig, message: str = "Upload the model") -> str:
+    """Writes the folder and uploads it; prints and returns where it is. Raises UserError, HubAwayError if it may pass."""
+    if config.dry_run:
+        directory = Path("upload") / config.repository
+        write_folder(directory, config, *find_model(config))
+        print(f"written to {directory}; nothing was sent")
+        return str(directory)
+    api = logged_in()
+    model, run = find_model(config)
+    before = patiently(config.repository, lambda: make_ready(api, config))
+    with tempfile.TemporaryDirectory(prefix="upload-") as temporary:
+        folder = Path(temporary) / "model"
+        write_folder(folder, config, model, run)
+        # A request for a pull request whose answer is lost must not open a second one.
+        again = once if config.pr else patiently
+        after, where = again(config.repository, lambda: send(api, config, folder, message))
+    print(f"{where}: nothing had changed" if after == before else f"uploaded to {where}")
+    return where
+
+
+# What there is to publish
+
+
+def find_model(config: UploadConfig) -> tuple[ImageCaptionModel, Run | None]:
+    """The model and the run that made it, where that is known."""
+    from example_usage import newest_model
+
+    source = config.model_path or newest_model()
+    if config.run and not (config.run / "run.json").is_file():
+        raise UserError(f"{config.run}: no run.json there: name the folder of a run")
+    model = ImageCaptionModel.from_pretrained(source)
+    folder = config.run or find_run(Path(source))
+    step = re.search(r"step-(\d+)", source)  # of a checkpoint
+    return model, read_run(folder, model, int(step[1]) if step else None) if folder else None
+
+
+def find_run(path: Path) -> Path | None:
+    """The run that a model's file lies in, or one in runs/ here with the same file; None where there is neither."""
+    if not path.is_file():
+        return None
+    for folder in path.absolute().parents[:3]:  # of the model, or of a checkpoint's
+        if (folder / "run.json").is_file():
+            return folder
+    size = path.stat().st_size
+    candidates = [file for file in Path("runs").glob(f"*/{MODEL_FILE}") if file.stat().st_size == size]
+    same = [file.parent for file in candidates if file_hash(file) == file_hash(path)]
+    return same[0] if same and (same[0] / "run.json").is_file() else None
+
+
+def code_files() -> list[Path]:
+    """The modules named in CODE and those that they import."""
+    found: dict[str, Path] = {}
+    todo = list(CODE)
+    while todo:
+        name = todo.pop()
+        path = HERE / f"{name}.py"
+        if name in found or not path.is_file():
+            continue
+        found[name] = path
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                todo += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                todo.append(node.module)
+    return sorted(found.values())
+
+
+def write_folder(directory: Path, config: UploadConfig, model: ImageCaptionModel, run: Run | None) -> None:
+    """Everything that is uploaded. Equal models give equal folders: no dates, no paths of this machine."""
+    code = code_files()
+    with new_folder(directory, [*WRITTEN, *BESIDE, *(path.name for path in code)]) as folder:
+        save_transformers(model, folder)
+        for path in code:
+            shutil.copyfile(path, folder / path.name)
+        scene, _, rng = make_scene(0, "example", 0)
+        draw(scene, rng).save(folder / PICTURE)  # ours, so that anybody may redistribute it
+        if config.onnx:
+            from onnx_export import save_onnx
+
+            save_onnx(model, folder / "with_onnx", int8=True)
+            (folder / "with_onnx" / "onnx").rename(folder / "onnx")
+            shutil.rmtree(folder / "with_onnx")
+        if run:
+            write_json(folder / "run.json", scrubbed(run.about))
+            if run.metrics:
+                write_json(folder / "metrics.json", scrubbed(run.metrics))
+            if run.samples and (run.drawn or config.sample_pictures):
+                shutil.copyfile(run.samples, folder / SAMPLES)
+        write_card(folder, model, run, config.repository, config.license, config.language, config.benchmark)
+
+
+# The Hub
+
+
+def logged_in() -> HfApi:
+    """The Hub's client. Raises UserError, before anything is asked of the Hub, where there is no token."""
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not get_token():
+        raise UserError("not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return HfApi(library_name="vit-gpt2-captioning")
+
+
+def make_ready(api: HfApi, config: UploadConfig) -> str | None:
+    """Makes the repository and the branch where they are missing; returns the commit that the upload will follow.
+
+    Raises UserError for a repository that the upload would spoil.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    name = config.repository
+    try:
+        info = api.model_info(name)
+    except RepositoryNotFoundError:
+        api.create_repo(name, private=config.private or None, exist_ok=True)
+        info = api.model_info(name)
+    if config.private and not info.private:
+        raise UserError(f"{name} exists and everybody can see it: make it private in its settings, or name another")
+    inside = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
+    if inside and MARKER not in inside and not (config.pr or config.force):
+        some = ", ".join(sorted(inside)[:3])
+        raise UserError(
+            f"{name} holds files that were not written here ({some}): name another, or add --force (or --pr)"
+        )
+    if config.revision and not config.revision.startswith("refs/"):
+        api.create_branch(name, branch=config.revision, exist_ok=True)
+    return api.model_info(name, revision=config.revision).sha if config.revision else info.sha
+
+
+def send(api: HfApi, config: UploadConfig, folder: Path, message: str) -> tuple[str, str]:
+    """Uploads the folder in one commit; what an earlier upload left and this one lacks is deleted with it.
+
+    Returns the commit and its address. The client sends only what the Hub does not have.
+    """
+    from huggingface_hub import ModelCard
+
+    ModelCard.load(folder / "README.md").validate()  # before gigabytes go out for it
+    commit = api.upload_folder(
+        repo_id=config.repository,
+        folder_path=folder,
+        revision=config.revision,
+        create_pr=config.pr,
+        commit_message=message,
+        delete_patterns=[f"{name}/*" if name in ("onnx", ".eval_results") else name for name in BESIDE],
+    )
+    branch = f"/tree/{config.revision}" if config.revision else ""
+    return commit.oid, commit.pr_url or f"{api.endpoint}/{config.repository}{branch}"
+
+
+def patiently(name: str, action: Callable[[], T]) -> T:
+    """What the action returns; it is tried again for a while where the Hub is away. Raises UserError."""
+    began, wait = time.monotonic(), 1.0
+    while True:
+        try:
+            return once(name, action)
+        except HubAwayError:
+            if time.monotonic() - began + wait > PATIENCE:
+                raise
+        time.sleep(wait)
+        wait *= 2
+
+
+def once(name: str, action: Callable[[], T]) -> T:
+    """What the action returns. Turns the client's errors into one line, those that may pass into HubAwayError."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return action()
+    except UserError:
+        raise
+    except OfflineModeIsEnabled as error:
+        raise UserError(f"{name}: HF_HUB_OFFLINE is set: unset it to upload") from error
+    except Exception as error:  # the client's own dozen, those of its HTTP library and of its storage's
+        cause: BaseException = error
+        while type(cause) is RuntimeError and cause.__cause__:  # it says which file, not why
+            cause = cause.__cause__
+        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+        lost = type(cause).__module__.startswith(("httpx", "hf_xet")) or isinstance(cause, json.JSONDecodeError)
+        if status in PASSING or (status is None and lost):
+            reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+            raise HubAwayError(
+                f"{name}: the Hub is away ({reason}): run again, only what is missing will be sent"
+            ) from error
+        if status in (401, 403):
+            why = "does not know this token" if status == 401 else "does not allow this token to write there"
+            advice = "run `hf auth login` or set another HF_TOKEN"
+            raise UserError(f"{name}: the Hub {why} ({status}): {advice}") from error
+        reason = "; ".join(filter(None, str(cause).strip().splitlines())) or type(cause).__name__
+        raise UserError(f"{name}: not uploaded: {reason}") from error
+
+
+# Beside a training run
+
+
+def offer_upload(model_path: Path | str = MODEL_FILE) -> None:
+    """Asks once, at the end of training, whether to publish the model; never where nobody can answer.
+
+    An upload that fails is one line: the run has succeeded.
+    """
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return
+    from huggingface_hub import get_token
+
+    command = f"python upload_to_hf.py user/name --model-path {model_path}"
+    if not get_token():
+        print(f"publish it  hf auth login, then {command}")
+        return
+    try:
+        name = input(
+            "Publish this model on the Hugging Face Hub? Its name there (user/name), or Enter for no: "
+        ).strip()
+    except EOFError:
+        return
+    if not name:
+        return
+    try:
+        publish(UploadConfig(repository=name, model_path=str(model_path)))
+    except UserError as error:
+        print(f"error: {error}\nlater       {command}", file=sys.stderr)
+
+
+class Stage:
+    """Keeps a run's new checkpoints until they are uploaded, as the run itself deletes its older ones.
+
+    Only reads the run: a checkpoint's folder appears by a rename, so one that is there is whole. Its model gets a second
+    name (a hard link, a copy where that cannot be) in a folder beside the run, and stays there until it is uploaded, if
+    need be by the next process.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run.absolute()
+        self.folder = self.run.with_name(f".{self.run.name}.upload")
+        self._seen: set[tuple[str, int, int]] = set()
+
+    def gather(self) -> None:
+        """Takes what is new."""
+        for path in sorted(self.run.glob("checkpoints/step-*/model.safetensors")):
+            try:
+                about = path.stat()
+                key = (path.parent.name, about.st_ino, about.st_mtime_ns)
+                if key not in self._seen:
+                    self.folder.mkdir(exist_ok=True)
+                    take(path, self.folder / f"{path.parent.name}.safetensors")
+                    self._seen.add(key)
+            except FileNotFoundError:  # deleted by the run while we looked: it was there, and taken, before
+                continue
+
+    def waiting(self) -> list[Path]:
+        """What is still to be uploaded, oldest first."""
+        return sorted(self.folder.glob("step-*.safetensors"))
+
+    def done(self, path: Path, number: int) -> None:
+        """The file that had this inode is uploaded; a run that began anew may have put another in its place."""
+        if path.stat().st_ino == number:
+            path.unlink()
+        if not self.waiting():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def take(source: Path, target: Path) -> None:
+    """Gives a file a second name, or copies it; the target appears whole."""
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.link(source, unfinished)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, unfinished)
+    unfinished.replace(target)

@@ -1,0 +1,34 @@
+"""Publishes a model on the Hugging Face Hub, with its card, for anybody to load with transformers alone.
+
+    hf auth login
+    python upload_to_hf.py user/name --model-path vit-gpt2-captioning.safetensors
+    python upload_to_hf.py user/name --dry-run      writes the folder and sends nothing
+
+The token comes from `hf auth login` or from HF_TOKEN. Run again, it sends only what has changed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from config import UserError
+from publish import UploadConfig, publish
+from utils import parse_flags, run_script
+
+
+def main() -> None:
+    """The command line; without arguments it says how it is used."""
+    if not sys.argv[1:]:
+        from example_usage import newest_model
+
+        try:
+            model = newest_model()
+        except UserError:
+            model = "vit-gpt2-captioning.safetensors"
+        print(f"usage: python upload_to_hf.py user/name --model-path {model}\n       (--help shows every flag)")
+        return
+    publish(parse_flags(UploadConfig, __doc__))
+
+
+if __name__ == "__main__":
+    run_script(main)
