@@ -1,6 +1,6 @@
 """The model card of a published model, written from what is known: its config, its run, what was measured.
 
-Imports config, evaluate and report (what a metric is called); the Hub's client by late imports. Never guesses: what no
+Imports config, evaluate, results and report (what a metric is called); the Hub's client by late imports. Never guesses: what no
 file says is not in the card.
 """
 
@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 from config import UserError, ViTGPT2Config
 from dataset import decode
-from evaluate import about_decoding, warnings_about
+from evaluate import about_decoding
 from model import ImageCaptionModel
 from pictures import prepare_picture
 from report import METRICS
+from results import warnings_about
 from utils import read_log
 
 HUB = "https://huggingface.co"
@@ -421,7 +422,7 @@ def training(run: Run, model: ImageCaptionModel) -> str:
         if name in run.about and not (name == "device" and "hardware" in run.about):
             rows.append((name, escape(str(run.about[name]))))
     if seconds := run.about.get("seconds") or run.seconds:
-        rows.append(("time in training steps", f"{seconds / 60:.1f} minutes"))
+        rows.append(("time in training", f"{seconds / 60:.1f} minutes"))
     settings = {name: run.config.get(name) for name in SETTINGS}
     if settings["max_steps"]:
         del settings["epochs"]

@@ -262,6 +262,8 @@ class TrainConfig:
     """auto: go on with the newest unfinished run of the same settings; never; or the folder of a run."""
     caption_length: int = 32
     """Longest caption to write when evaluating, in tokens."""
+    no_upload: bool = False
+    """Do not ask at the end, on a terminal, whether to publish the model."""
     yes: bool = False
     """Answer yes to every question, such as the one before a large download."""
     debug: bool = False
@@ -321,6 +323,7 @@ class TrainConfig:
             "cache_on_gpu",
             "max_bad_share",
             "allow_overlap",
+            "no_upload",
             "wandb",
             "wandb_project",
         }

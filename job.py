@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,9 @@ def write_run(job: Job, finished: bool, **more: Any) -> None:
     """run.json: which run this is, what it must go on with to reach the same bits, and `more` to know of it."""
     precision = next(name for name, dtype in PRECISIONS.items() if dtype == job.dtype)
     about = {"fingerprint": job.config.fingerprint, "finished": finished, "device": job.device.type, **more}
+    cuda = job.device.type == "cuda"
+    hardware = torch.cuda.get_device_name(job.device) if cuda else f"{os.cpu_count()} CPU cores"
+    about["hardware"] = f"{f'{job.world.size} x ' if cuda else ''}{hardware}, torch {torch.__version__}"
     about |= {"precision": precision, "tokenizer": job.tokenizer, "data": job.data_key, "config": job.config.to_dict()}
     write_json(job.run / "run.json", about)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import os
 from typing import Literal
 
 from config import PRESETS, TrainConfig, UserError
@@ -40,11 +41,16 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
 
 
 def main() -> int:
-    """Parses the command line and trains; the heavy imports come after --help."""
+    """Parses the command line, trains, and on a terminal asks whether to publish; heavy imports come after --help."""
     config = parse_arguments()
     from train import train
 
-    return train(config)
+    code = train(config)
+    if code == 0 and not config.no_upload and int(os.environ.get("RANK", "0")) == 0:
+        from publish import offer_upload
+
+        offer_upload()
+    return code
 
 
 if __name__ == "__main__":

@@ -49,13 +49,22 @@ if TYPE_CHECKING:
 # Attention
 
 _flash_wanted = True
+_flash_3: str | None = None
 _flash: tuple[Callable[..., Tensor] | None, str] | None = None
 
 
 def use_flash_attention(wanted: bool) -> None:
-    """Whether `attention` may call the flash_attn package; it may until told otherwise."""
-    global _flash_wanted
+    """Whether `attention` may call the flash_attn package, which it may until told otherwise; and on a Hopper GPU whether
+    torch's own attention may be FlashAttention-3, where this torch has it."""
+    global _flash_wanted, _flash_3
     _flash_wanted = wanted
+    if wanted and _flash_3 is None and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+        try:
+            torch.nn.attention.activate_flash_attention_impl("FA3")
+            _flash_3 = "FlashAttention-3"
+        except Exception as error:  # its kernels are a package of their own
+            _flash_3 = ""
+            print(f"attention   FlashAttention-3 cannot be activated ({type(error).__name__}): going on without")
 
 
 def flash_attn_function() -> tuple[Callable[..., Tensor] | None, str]:
@@ -88,6 +97,8 @@ def choose_attention(
     function = None
     if not _flash_wanted:
         reason = "flash_attn not wanted"
+    elif _flash_3 and device_type == "cuda":
+        reason = f"its kernel is {_flash_3}"
     elif device_type != "cuda":
         reason = f"device is {device_type}, flash_attn needs cuda"
     elif dtype not in (torch.float16, torch.bfloat16):

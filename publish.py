@@ -25,10 +25,10 @@ import tyro
 from card import Run, read_run, scrubbed, write_card
 from config import UserError
 from convert import MARKER, WRITTEN, first_line, new_folder, save_transformers
+from files import file_hash, write_json
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
 from scenes import draw, make_scene
-from utils import file_hash, write_json
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -326,7 +326,7 @@ def learn(job: Job) -> int | None:
     )
     batches = iter(loader)
     job.model.train()
-    stop, meter = StopSignal(), Meter(learner, state.get("losses", []))
+    stop, meter = StopSignal(grace=5.0 if world.size > 1 else 0.0), Meter(learner, state.get("losses", []))
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file is not a terminal
     silent = True if not world.main else None
     bar = tqdm(

@@ -77,16 +77,20 @@ def parse_flags(kind: type[T], description: str | None, arguments: list[str] | N
 class StopSignal:
     """Turns the first SIGINT, SIGTERM or SIGUSR1 into a wish to stop at the next step; a second one stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float = 0.0) -> None:
+        """Within `grace` seconds a second one is taken for the first: torchrun passes on what a terminal, or Slurm, has
+        sent to its processes already."""
         self.received: int | None = None
+        self._grace, self._since = grace, 0.0
         names = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is what Slurm can be told to send before a job's time ends
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since >= self._grace:
             sys.exit(exit_code_of(number))
-        self.received = number
 
     @property
     def exit_code(self) -> int:

@@ -22,10 +22,20 @@ def test_every_flag_and_file_it_names_exists():
     assert len(COMMANDS) >= 8
     sources = {
         name: (ROOT / name).read_text(encoding="utf-8")
-        for name in ("config.py", "evaluate.py", "check.py", "benchmark.py", "convert.py")
+        for name in (
+            "config.py",
+            "evaluate.py",
+            "check.py",
+            "benchmark.py",
+            "convert.py",
+            "publish.py",
+            "auto_upload.py",
+        )
     }
     fields = set(re.findall(r"^    (\w+): ", "".join(sources.values()), re.M))
     fields |= {"help", "no_build_isolation", "ignore_scripts", "prefix"}  # tyro's own, pip's and npm's
+    fields |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}  # torchrun's
+    fields |= {"nodes", "ntasks_per_node", "signal"}  # srun's
     for flag in set(re.findall(r"(?<=[\s`])--([a-z][a-z0-9-]*[a-z0-9])", TEXT)):
         assert flag.replace("-", "_") in fields, flag
     for name in set(re.findall(r"`(\w+\.(?:py|md))`", TEXT)) | set(re.findall(r"python (\w+\.py)", TEXT)):

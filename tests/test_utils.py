@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import utils
 from config import UserError
 from files import put_in_place, writable_directory
-from utils import MetricLog, choose_device, choose_precision, read_log, run_script
+from utils import MetricLog, StopSignal, choose_device, choose_precision, read_log, run_script
 
 CPU = torch.device("cpu")
 
@@ -94,3 +95,22 @@ def test_scripts_end_with_one_line(capsys, error, code):
         run_script(main)
     assert end.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_wish():
+    """Ctrl-C reaches torchrun and its processes, and torchrun passes it on: they ended at once, and saved nothing."""
+    stop = StopSignal(grace=60.0)
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert stop.received == signal.SIGINT and stop.exit_code == 130
+    finally:
+        stop.restore()
+    stop = StopSignal()
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(signal.SIGTERM)
+        assert ended.value.code == 143
+    finally:
+        stop.restore()
