@@ -3,6 +3,7 @@
     python benchmark.py data          the loader against the plain transformers path, and how the table grows
     python benchmark.py generate      captions by our decoding and by transformers', from the same weights
     python benchmark.py train         training steps by our loop and by transformers' model in an ordinary one
+    python benchmark.py race          Flickr8k in equal time: five captions a step, one, and transformers
     python benchmark.py golden        the same small run by two commits: is training the same to the bit?
     python benchmark.py metrics       BLEU, ROUGE-L, CIDEr-D and rewards by our arrays and by pycocoevalcap
 
@@ -29,7 +30,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from benchmark_training import GoldenBenchmark, TrainBenchmark
+from benchmark_training import GoldenBenchmark, RaceBenchmark, TrainBenchmark
 from config import PRESETS, UserError, ViTGPT2Config
 from convert import save_transformers
 from dataset import Batches, CaptionDataset, load_tables, load_tokenizer, make_dataloader
@@ -434,6 +435,7 @@ COMMANDS = {
     "generate": GenerateBenchmark,
     "metrics": MetricsBenchmark,
     "train": TrainBenchmark,
+    "race": RaceBenchmark,
     "golden": GoldenBenchmark,
 }
 

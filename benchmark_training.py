@@ -6,7 +6,9 @@ Imports what train.py does. Every loop has a process of its own, and they take t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import subprocess
@@ -24,17 +26,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from config import TrainConfig, UserError, ViTGPT2Config
-from convert import save_transformers
+from config import PRESETS, TrainConfig, UserError, ViTGPT2Config
+from convert import load_transformers, save_transformers
 from dataset import CaptionDataset, load_tokenizer, make_dataloader
 from distributed import ALONE
 from estimates import peak_rate, step_operations
-from evaluate import BadPictures
+from evaluate import BadPictures, caption_loader, caption_loss
 from files import file_hash
-from job import Job
+from job import Job, prepare
 from model import ImageCaptionModel
+from optimizers import learning_rate_at
 from table import make_table
-from train import Learner
+from train import Learner, blank_words
 from utils import PRECISIONS, autocast, choose_device, keep_freed_memory, read_log
 
 RATE = 1e-5
@@ -294,6 +297,123 @@ class TrainBenchmark:
             )
             found.append(figures)
         return found
+
+
+# Five captions a step, one, and transformers, in equal time
+
+RACERS = {"five captions a step": 5, "one caption a step": 1, "transformers": 1}
+
+
+def race(racer: str, config: TrainConfig, seconds: float, folder: Path, pipe: Connection) -> None:
+    """A racer's process: trains for so many seconds of a core, the schedule running with them, then captions the
+    validation pictures; sends its figures."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    device, dtype = torch.device("cpu"), PRECISIONS[config.precision]
+    job = prepare(config, ALONE, folder, device, dtype)
+    learner, steps, pairs = Learner(job), 0, 0
+    train_set, model = job.datasets["train"], job.model.train()
+    step = learner.step
+    if racer == "transformers":
+        step, model = transformers_step(job, folder)
+    batches = iter(make_dataloader(train_set, job.pictures_a_step, last_step=1 << 30, shuffle=True))
+    began, share = time.process_time(), 0.0
+    while share < 1:
+        batch = next(batches)
+        step(batch, steps, learning_rate_at(int(share * 10_000), 10_000, dataclasses.replace(config, warmup_steps=500)))
+        steps, pairs = steps + 1, pairs + int((batch["lengths"] > 0).sum())
+        share = (time.process_time() - began) / seconds
+    if racer == "transformers":
+        model.save_pretrained(folder / "trained")
+        job.model.tokenizer.save_pretrained(folder / "trained")
+        job.model.load_state_dict(load_transformers(folder / "trained").state_dict())
+    loader = make_dataloader(job.datasets["val"], 64)
+    captioned = caption_loader(job.model, loader, job.model.tokenizer, device, dtype, progress=False)
+    metrics = captioned.metrics()
+    names = ("bleu_4", "cider_d", "unique_captions")
+    loss = caption_loss(job.model, loader, device, dtype)
+    epochs = pairs / train_set.table.num_captions
+    pipe.send({"steps": steps, "pairs": pairs, "epochs": epochs, "val_loss": loss} | {n: metrics[n] for n in names})
+
+
+def transformers_step(job: Job, folder: Path) -> tuple[Any, Any]:
+    """The same recipe on transformers' model, from the same weights: a step like Learner's, and the model."""
+    from transformers import VisionEncoderDecoderModel
+
+    save_transformers(job.model, folder / "theirs")
+    model: Any = VisionEncoderDecoderModel.from_pretrained(folder / "theirs").train()
+    config, sizes = job.config, job.model.config
+    model.config.decoder_start_token_id, model.config.pad_token_id = sizes.start_token_id, sizes.pad_token_id
+    inside = [p for n, p in model.named_parameters() if p.ndim == 2 and re.search(r"\.(layers?|h)\.\d", n)]
+    known = {id(p) for p in inside}
+    others = [p for p in model.parameters() if id(p) not in known]
+    optimizers = [
+        torch.optim.Muon(inside, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+    def step(batch: dict[str, Any], number: int, rate: float) -> None:
+        torch.manual_seed(number)
+        ids = blank_words(batch["input_ids"].flatten(0, 1), config.word_dropout, sizes)
+        with autocast(job.device, job.dtype):
+            pixels = (batch["pixel_values"] / 255 - 0.5) / 0.5
+            model(pixel_values=pixels, decoder_input_ids=ids, labels=batch["labels"].flatten(0, 1)).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step, model
+
+
+@dataclass(kw_only=True)
+class RaceBenchmark:
+    """The flickr8k preset in equal time from the same weights: with five captions of each picture a step, with one, and
+    with one by transformers' model; then their captions of the validation pictures, by three beams."""
+
+    data_dir: Path
+    """Flickr8k."""
+    core_minutes: float = 40.0
+    """Time of one core that each has to train, in minutes."""
+    at_a_time: int = 1
+    """How many race beside each other, each on one core."""
+    output: Path = Path("benchmark-race.json")
+    """Where the figures are written to."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+    def run(self) -> dict[str, Any]:
+        """Each racer's steps, pairs seen and scores."""
+        context, found, waiting = multiprocessing.get_context("spawn"), {}, dict(RACERS)
+        running: dict[str, tuple[Any, Connection]] = {}
+        print(f"{self.core_minutes:g} minutes of a core each")
+        with tempfile.TemporaryDirectory() as folder:
+            while waiting or running:
+                while waiting and len(running) < self.at_a_time:
+                    racer, captions = next(iter(waiting.items()))
+                    del waiting[racer]
+                    config = dataclasses.replace(
+                        PRESETS["flickr8k"], data_dir=self.data_dir, captions_per_image=captions, precision="bf16"
+                    )
+                    (own := Path(folder) / str(len(waiting))).mkdir()
+                    pipe, end = context.Pipe()
+                    process = context.Process(target=race, args=(racer, config, 60 * self.core_minutes, own, end))
+                    process.start()
+                    end.close()
+                    running[racer] = process, pipe
+                ready = multiprocessing.connection.wait([pipe for _, pipe in running.values()])
+                for racer in [name for name, (_, pipe) in running.items() if pipe in ready]:
+                    process, own_pipe = running.pop(racer)
+                    try:
+                        found[racer] = own_pipe.recv()
+                    except EOFError:
+                        raise UserError(f"{racer}: its process ended before it was done") from None
+                    process.join()
+                    said = "{steps:,} steps, {pairs:,} pairs ({epochs:.1f} epochs), validation loss {val_loss:.3f}, BLEU-4 {bleu_4:.4f}, CIDEr-D {cider_d:.4f}, different captions {unique_captions:.1%}"
+                    print(f"  {racer:20} {said.format(**found[racer])}", flush=True)
+        return {"core_minutes": self.core_minutes, "race": found}
 
 
 # Whether a change leaves training as it was
