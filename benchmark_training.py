@@ -51,7 +51,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 class Loop:
     """One way to train: whose loop, how many pictures a step with how many captions each, and in which precision."""
 
-    whose: Literal["ours", "transformers"]
+    whose: Literal["ours", "self-critical", "transformers"]
     pictures: int
     captions: int
     precision: Precision
@@ -67,7 +67,7 @@ class Loop:
 
     def operations(self) -> float:
         """Floating-point operations of a step: transformers encodes a picture again for each of its captions."""
-        if self.whose == "ours":
+        if self.whose != "transformers":
             return self.pictures * step_operations(self.model, self.captions, self.tokens)
         return self.pairs * step_operations(self.model, 1, self.tokens)
 
@@ -90,7 +90,7 @@ class Loop:
         waiting for data."""
         device, dtype = torch.device(self.device), PRECISIONS[self.precision]
         data, asked, first = self.data(folder), time.perf_counter(), True
-        make = self.ours if self.whose == "ours" else self.theirs
+        make = self.theirs if self.whose == "transformers" else self.ours
         step = make(folder, model_file, data, device, dtype)
         loader = make_dataloader(data, self.pictures, last_step=1 << 30, shuffle=True, pin_memory=device.type == "cuda")
         for number, batch in enumerate(loader):
@@ -108,10 +108,14 @@ class Loop:
             keep_freed_memory()
         else:
             data.keep_on(device)
+        config = TrainConfig(
+            batch_size=self.pictures, captions_per_image=self.captions, model=model.config, compile=self.compile
+        )
+        if self.whose == "self-critical":
+            again = {"objective": "scst", "init_model": str(model_file), "caption_length": self.tokens}
+            config = dataclasses.replace(config, **again)  # type: ignore[arg-type]
         job = Job(
-            config=TrainConfig(
-                batch_size=self.pictures, captions_per_image=self.captions, model=model.config, compile=self.compile
-            ),
+            config=config,
             world=ALONE,
             run=folder,
             device=device,
@@ -201,6 +205,8 @@ class TrainBenchmark:
     """Tokens of a caption."""
     precisions: tuple[Precision, ...] = ()
     """Of matrix products (default: fp32 and bf16 on a CPU, bf16 on a GPU)."""
+    scst: bool = False
+    """Also a step of self-critical training, whose samples are as long."""
     compile: bool = False
     """Compile our step."""
     steps: int = 3
@@ -243,10 +249,15 @@ class TrainBenchmark:
                 ours = [Loop("ours", pictures, captions, compile=self.compile, **settings) for captions in wanted]
                 sizes = dict.fromkeys((pictures, *(loop.pairs for loop in ours)))
                 theirs = [Loop("transformers", size, 1, compile=False, **settings) for size in sizes]
+                if self.scst:
+                    ours += [dataclasses.replace(loop, whose="self-critical") for loop in ours if loop.captions > 1]
                 for found in self.turns([*ours, *theirs], model_file):
                     figures["loops"].append(found)
                     seconds[found["whose"], precision, found["pairs"]] = found["seconds_per_pair"]
         for (whose, own, pairs), spent in seconds.items():
+            if whose == "self-critical":
+                figures["ratios"][f"self-critical, {pairs} pairs {own}"] = ratio = spent / seconds["ours", own, pairs]
+                print(f"self-critical, {pairs} pairs {own}: a picture costs {ratio:.2f} times as much")
             for (other, theirs_own, theirs_pairs), theirs_spent in seconds.items():
                 if (whose, other) == ("ours", "transformers") and theirs_own in (own, "fp32"):
                     name = f"{pairs} pairs {own} against {theirs_pairs} pairs {theirs_own}"

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError, ViTGPT2Config
@@ -414,6 +415,18 @@ class GPT2Decoder(nn.Module):
 # The captioner
 
 
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Of what fused optimizers change, torch counts no version.
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
 @dataclass
 class CaptionOutput:
     """What a forward pass gives: logits (..., T, V) without labels; the scalar loss, and no logits, with them."""
@@ -470,8 +483,8 @@ class ImageCaptionModel(nn.Module):
         self.packed, self.generating = None, threading.RLock()
 
     def version(self) -> tuple[Any, ...]:
-        """Another one when the weights are."""
-        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
+        """Another one when the weights are, or may be: an optimizer has made a step."""
+        return _optimizer_steps, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
 
     @property
     def device(self) -> torch.device:

@@ -402,11 +402,12 @@ def look(learner: Learner, step: int, ended: bool, log: Log | SilentLog) -> floa
             captioned = caption_loader(
                 model, loader, model.tokenizer, job.device, job.dtype, progress=False, world=world, **options
             )
-            (score,) = world.agree([captioned.metrics()["cider_d"]] if world.main else [0.0])
-            values["val_cider_d"] = score
-            values["val_unique_captions"] = len(set(captioned.captions)) / max(1, len(captioned.captions))
+            if captioned.captions:  # none where all of those pictures are damaged
+                score = world.agree(captioned.metrics()["cider_d"] if world.main else 0.0)
+                unique = len(set(captioned.captions)) / len(captioned.captions)
+                values |= {"val_cider_d": score, "val_unique_captions": unique}
         log.write(step, epoch=step / job.steps_per_epoch, **values)
-        said = f", CIDEr-D {score:.3f}" if config.val_pictures else ""
+        said = f", CIDEr-D {score:.3f}" if "val_cider_d" in values else ""
         tell(world, f"step {step:,}: validation loss {val_loss:.3f}{said}")
     if (step == job.steps or step % config.eval_interval == 0) and world.main:
         samples = sample_captions(job, model)

@@ -25,11 +25,11 @@ from PIL import Image
 import publish
 import upload_to_hf
 from auto_upload import AutoConfig
+from checkpoint import save_checkpoint
 from config import UserError
 from model import ImageCaptionModel
 from pictures import prepare_picture
 from publish import UploadConfig
-from utils import save_checkpoint
 
 MODEL = "vit-gpt2-captioning.safetensors"
 CANARY = "hf_canaryCANARYcanary0123456789"
@@ -341,7 +341,7 @@ def test_watching_a_run_through_a_hub_that_goes_away(tmp_path, scenes_tokenizer)
     def checkpoint(step: int) -> None:
         path = tiny(tmp_path, scenes_tokenizer, step)
         folder = run / f"checkpoints/step-{step:08d}"
-        save_checkpoint(folder, lambda target: shutil.copyfile(path, target), [], {"step": step})
+        save_checkpoint(run, step, lambda target: shutil.copyfile(path, target), {}, {}, 0, best=False, keep=9)
         numbers[folder.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         for old in sorted((run / "checkpoints").glob("step-*"))[:-2]:
             assert local(old)["model.safetensors"] == numbers[old.name]
