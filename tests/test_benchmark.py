@@ -94,7 +94,7 @@ def test_the_training_benchmark(tmp_path):
         assert loop["seconds_per_pair"] > 0 and 0 <= loop["data_wait"] < 1
         assert loop["whose"] == "self-critical" or loop["first_loss"] == pytest.approx(5.7, abs=0.3)
     assert "ours, 10 pairs bf16 against 2 pairs fp32: a pair costs 1/" in done.stdout
-    assert figures["ratios"]["self-critical, 10 pairs bf16"] > 1
+    assert "self-critical, 10 pairs bf16: a picture costs" in done.stdout
 
 
 def test_training_is_what_it_was(tmp_path):

@@ -88,7 +88,7 @@ def home(tmp_path_factory, scenes_dir) -> Path:
     """A folder in which a tiny model was trained, with a token in the environment."""
     cwd = tmp_path_factory.mktemp("home")
     arguments = ["--preset", "demo", "--dataset", "coco", "--data-dir", scenes_dir, "--max-steps", "20", *SIZES]
-    script(None, cwd, "main.py", *arguments, "--output-dir", "runs/tiny", "--batch-size", "16")
+    script(None, cwd, "main.py", *arguments, "--output-dir", "runs/tiny", "--batch-size", "16", "--val-pictures", "0")
     return cwd
 
 
