@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,19 +79,19 @@ def save_checkpoint(
     needed, free = size + ROOM_FOR_JSON, shutil.disk_usage(run).free
     if needed > free:
         raise no_room(folder, needed, free)
-    kept = folder.name if best else (run / "checkpoints" / "best").resolve().name
+    link_to_best = run / "checkpoints" / "best"
+    kept = folder.name if best else os.readlink(link_to_best) if link_to_best.is_symlink() else None
     try:
         unfinished.mkdir()
         save_model(unfinished / "model.safetensors")
         save_file(tensors, unfinished / "optimizer.safetensors")
         write_json(unfinished / "state.json", state | {"best_checkpoint": kept})
         written = sorted(unfinished.iterdir())
-        for path in written:
+        for path in written[:-1]:  # the last, the JSON, is
             sync(path)
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in written}
         write_json(unfinished / "manifest.json", manifest)
-        for path in (unfinished / "manifest.json", unfinished):
-            sync(path)
+        sync(unfinished)
         if folder.exists():  # damaged, and come by again
             remove(folder)
         unfinished.rename(folder)
@@ -119,10 +120,10 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old.unfinished")))
 
 
-def link_all(folder: Path, best: str) -> None:
-    """Makes `latest` lead to this checkpoint and `best` to the one of that name beside it."""
+def link_all(folder: Path, best: str | None) -> None:
+    """Makes `latest` lead to this checkpoint and `best` to the one of that name beside it, if there is one."""
     link(folder, "latest")
-    if folder.with_name(best).is_dir():
+    if best and folder.with_name(best).is_dir():
         link(folder.with_name(best), "best")
 
 
@@ -163,7 +164,7 @@ def load_checkpoint(run: Path) -> tuple[Path, dict[str, Tensor], dict[str, Tenso
 
 
 def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' moments by names that optimizer_states understands."""
+    """The optimizers' moments by names that load_optimizers understands."""
     return {
         f"{number}.{index}.{name}": value.cpu()
         for number, optimizer in enumerate(optimizers)

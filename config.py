@@ -192,14 +192,15 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop the schedule after this many steps, whatever epochs says."""
     batch_size: int = 128
-    """Pictures that go through the model at a time."""
+    """Pictures that go through the model at a time, over all processes."""
     captions_per_image: int = 5
     """Captions of each picture learned in one step; 1 visits every caption once an epoch instead."""
     accumulation_steps: int = 1
     """Batches whose gradients are added up to one step."""
     objective: Literal["cross_entropy", "scst"] = "cross_entropy"
     """Predict the references' words; or self-critical training, raise the CIDEr-D of captions that the model samples
-    itself (start from a trained one, with init_model and a learning rate of about 1e-5)."""
+    itself (start from a trained one, with init_model and a learning rate of about 1e-5; no pictures are mirrored, no words
+    blanked, no labels smoothed)."""
     baseline: Literal["others", "greedy"] = "others"
     """What a sampled caption must beat in self-critical training: the mean of the picture's other samples, or its
     greedy caption."""
@@ -234,7 +235,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Of matrix products; auto: fp16 on CUDA, elsewhere bf16 where it is measured to be faster."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile (a run that goes on then agrees only to rounding: other kernels may serve)."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: slower, less memory."""
     flash_attention: bool = True
@@ -294,6 +295,12 @@ class TrainConfig:
                 raise UserError("objective scst needs a trained model to improve: name it with --init-model")
             if self.captions_per_image < 2 and self.baseline == "others":
                 raise UserError("baseline others compares a picture's captions: use --captions-per-image 2 or more")
+        started = {"encoder": self.init_encoder, "decoder": self.init_decoder, "new": None}
+        for part in self.freeze:
+            if not (self.init_model or started[part] or (self.init == "pretrained" and part != "new")):
+                raise UserError(
+                    f"freeze {part}: it would stay as random as it begins, so name what it is to start from"
+                )
         if self.init_model and (self.init != "scratch" or self.init_encoder or self.init_decoder):
             raise UserError("init_model is a whole model: leave init, init_encoder and init_decoder out")
         if self.cache_on_gpu and not self.augmentation.moves_pixels_only:

@@ -29,6 +29,7 @@ from pictures import crop, load_picture, prepare_picture
 from pixels import Augmenter, Pixels, cut_out
 from sources import load_table, load_tables
 from table import CaptionTable
+from utils import STOP_SIGNALS
 
 __all__ = [
     "CaptionDataset",
@@ -380,8 +381,9 @@ def micro_batches(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Leaves Ctrl-C, which reaches the workers too, to the process that they work for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leaves the wishes to stop, which may reach the workers too, to the process that they work for."""
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def to_device(batch: dict[str, Any], device: torch.device, dataset: CaptionDataset | None = None) -> dict[str, Any]:

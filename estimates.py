@@ -15,9 +15,11 @@ PEAK_RATES = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
     "RTX 4090": 165e12,
@@ -27,7 +29,7 @@ PEAK_RATES = {
 }
 
 
-def step_operations(config: ViTGPT2Config, captions: int, tokens: float) -> float:
+def step_operations(config: ViTGPT2Config, captions: float, tokens: float) -> float:
     """Floating-point operations of one picture's training step with so many captions of so many tokens.
 
     Two for every weight and position it meets, forward once and backward twice (Kaplan et al. 2020, arXiv:2001.08361).

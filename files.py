@@ -21,6 +21,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes all of a file or nothing of it."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
+    sync(unfinished)  # after a power cut a name without its content would be there
     unfinished.replace(path)
 
 
@@ -43,14 +44,14 @@ def writable_directory(path: Path) -> Path:
 
 def put_in_place(source: Path, target: Path) -> Path | None:
     """Copies source to target; a different file standing there is kept as *.previous.*, whose path is returned."""
-    previous = None
-    if target.exists():
-        if file_hash(target) == file_hash(source):
-            return None
-        previous = target.with_name(f"{target.stem}.previous{target.suffix}")
-        target.replace(previous)
+    if target.exists() and file_hash(target) == file_hash(source):
+        return None
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.copyfile(source, unfinished)
+    previous = None
+    if target.exists():
+        previous = target.with_name(f"{target.stem}.previous{target.suffix}")
+        target.replace(previous)
     unfinished.replace(target)
     return previous
 
@@ -82,5 +83,6 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         yield
         return
     with open(path, "w") as lock:
+        os.register_at_fork(after_in_child=lock.close)  # or a loader's worker would hold it on for a while
         fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

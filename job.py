@@ -62,9 +62,11 @@ def find_run(config: TrainConfig) -> Path:
     if config.resume == "auto":
         for run in sorted(Path("runs").glob("*-*"), reverse=True):
             about = read_run(run)
-            unfinished = about.get("fingerprint") == config.fingerprint and not about["finished"]
-            if unfinished and checkpoints(run) and not in_use(run):
-                return run
+            unfinished = about.get("fingerprint") == config.fingerprint and not about.get("finished")
+            if unfinished and checkpoints(run):
+                if not in_use(run):
+                    return run
+                print(f"{run} is unfinished too, but another process is training there: this is a run of its own")
     writable_directory(Path("runs"))
     name = f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):  # runs that start in the same second get folders of their own
@@ -76,9 +78,12 @@ def find_run(config: TrainConfig) -> Path:
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """run.json of a run, empty where there is none."""
-    path = run / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """run.json of a run, empty where there is none that can be read."""
+    try:
+        about: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        return about
+    except (OSError, ValueError):
+        return {}
 
 
 def going_on(config: TrainConfig, run: Path) -> bool:
@@ -202,16 +207,19 @@ def prepare(
             f"the pictures or captions have changed since {run} began, so it cannot go on: start a new run with --resume "
             "never (or another --output-dir)"
         )
-    check_overlap(keys["train"], tables["test"], config.allow_overlap)
-    name, model = make_model(config, tables["train"], tokenizer_name or began.get("tokenizer"))
+    name, model = go_on_with(run) if began else make_model(config, tables["train"], tokenizer_name)
     tokenizer, sizes = model.tokenizer, model.config
     model.trained_on = np.union1d(model.trained_on, keys["train"])
+    check_overlap(model.trained_on, tables["test"], config.allow_overlap)
     model.set_gradient_checkpointing(config.gradient_checkpointing)
     freeze(model, config.freeze)
     assert sizes.resize_size is not None
     different = {id(table): (split, table) for split, table in reversed(tables.items())}  # val may serve as test
     pixels = 3 * sizes.resize_size**2 * sum(len(table) for _, table in different.values())
     small = pixels < KEPT_SHARE_OF_MEMORY * available_memory() / world.local_size
+    augmentation = config.augmentation
+    if config.objective == "scst":  # rewards come from the references as they are
+        augmentation = dataclasses.replace(augmentation, flip=0.0)
     of_table = {
         place: CaptionDataset(
             table,
@@ -219,7 +227,7 @@ def prepare(
             sizes,
             captions_per_image=config.captions_per_image if split == "train" else 5,
             seed=config.seed,
-            augmentation=config.augmentation if split == "train" else None,
+            augmentation=augmentation if split == "train" else None,
             keep="disk" if config.cache or config.cache_on_gpu else "memory" if small else "no",
             progress=world.main,
         )
@@ -252,7 +260,15 @@ def prepare(
     )
 
 
-def make_model(config: TrainConfig, table: CaptionTable, began: str | None) -> tuple[str, ImageCaptionModel]:
+def go_on_with(run: Path) -> tuple[str, ImageCaptionModel]:
+    """The model of the newest checkpoint: what a run began from may have changed meanwhile. Its weights come later."""
+    for folder in reversed(checkpoints(run)):
+        with contextlib.suppress(UserError):  # damaged, as load_checkpoint will say
+            return read_run(run)["tokenizer"], ImageCaptionModel.from_pretrained(folder / "model.safetensors")
+    raise UserError(f"{run}: no checkpoint can be read: --resume never starts anew")
+
+
+def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> tuple[str, ImageCaptionModel]:
     """The model to start from, with its tokenizer, and the name that this can be had by again."""
     torch.manual_seed(config.seed)
     if config.init_model:
@@ -262,10 +278,12 @@ def make_model(config: TrainConfig, table: CaptionTable, began: str | None) -> t
         model = ImageCaptionModel(dataclasses.replace(whole.config, **trained))
         model.load_state_dict(whole.state_dict())
         model.tokenizer, model.trained_on = whole.tokenizer, whole.trained_on
+        print(f"start       {config.init_model}, with its sizes and its tokenizer")
         return config.init_model, model
     parts = pretrained_parts(config)
-    chosen = parts["decoder"] if parts["decoder"] and config.tokenizer == "auto" else None
-    name, tokenizer = choose_tokenizer(config, table, chosen or began)
+    if parts["decoder"] and config.tokenizer == "auto":
+        chosen = parts["decoder"]
+    name, tokenizer = choose_tokenizer(config, table, chosen)
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError(f"tokenizer {config.tokenizer} has no end token: choose another --tokenizer")
@@ -325,16 +343,17 @@ def choose_tokenizer(
 
 def plan(job: Job, step: int) -> str:
     """What is about to happen: sizes, steps, estimates."""
-    config, table = job.config, job.datasets["train"].table
-    seconds = estimated_seconds(config, len(table), job.tokens, job.device, job.dtype) * (1 - step / job.steps)
-    memory = estimated_memory(config, job.model.num_parameters, job.tokens)
+    config, table, sizes, world = job.config, job.datasets["train"].table, job.model.config, job.world.size
+    own = dataclasses.replace(config, model=sizes, batch_size=-(-config.batch_size // world))  # this process's share
+    seconds = estimated_seconds(own, len(table) // world, job.tokens, job.device, job.dtype) * (1 - step / job.steps)
+    memory = estimated_memory(own, job.model.num_parameters, job.tokens)
     different = {id(data): data.pixels.kept for data in job.datasets.values()}.values()  # val may serve as test
     kept = sum(pictures.numel() for pictures in different if pictures is not None)
     val, test = len(job.datasets["val"]), len(job.datasets["test"])
     left_out = table.left_out | {"captions cut at the model's max_length": job.datasets["train"].tokens.cut}
     notes = [table.about, *(f"{number:,} {what}" for what, number in left_out.items() if number), *job.bad.notes]
     return (
-        f"attention   {choose_attention(job.device.type, job.dtype, config.model.decoder_embed_dim // config.model.decoder_num_heads)[1]}\n"
+        f"attention   {choose_attention(job.device.type, job.dtype, sizes.decoder_embed_dim // sizes.decoder_num_heads)[1]}\n"
         f"model       {job.model.num_parameters:,} parameters, vocabulary {job.model.config.vocab_size:,}\n"
         f"data        {table.name}: {len(table):,} pictures, {table.num_captions:,} captions of {job.tokens:.1f} tokens; "
         f"{val:,} pictures to validate, {test:,} to test\n"

@@ -70,13 +70,15 @@ def wandb_mode(config: TrainConfig) -> tuple[Literal["online", "offline", "off"]
     wanted, server = config.wandb, os.environ.get("WANDB_BASE_URL", SERVER)
     if os.environ.get("WANDB_MODE") in ("offline", "disabled") and wanted == "auto":
         wanted = "offline" if os.environ["WANDB_MODE"] == "offline" else "off"
-    if wanted in ("off", "offline"):
-        return wanted, "asked for"
+    if wanted == "off":
+        return "off", "asked for"
     host = urlsplit(server).hostname or ""
     try:
         import wandb  # noqa: F401
     except ImportError:
         return "off", "not installed: pip install wandb"
+    if wanted == "offline":
+        return "offline", "asked for"
     key = os.environ.get("WANDB_API_KEY")
     if not key:
         with contextlib.suppress(OSError, netrc.NetrcParseError):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,10 @@ def train(config: TrainConfig) -> int:
         except RuntimeError as error:
             if world.size == 1:
                 raise
-            print(f"error: process {world.rank} has lost the others, or they it ({error})", file=sys.stderr, flush=True)
+            if config.debug:
+                traceback.print_exc()
+            reason = next(iter(str(error).strip().splitlines()), "")
+            print(f"error: process {world.rank}: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)
             os._exit(1)  # kernels that wait for a process that is gone would keep this one from ending
         leave_world(world)
     return stopped or 0
@@ -94,13 +99,14 @@ def train(config: TrainConfig) -> int:
 
 @dataclass
 class Step:
-    """What one step gave, on the device: its mean loss, its gradients' norm, the mean reward of sampled captions; and
-    which pictures (rows of the table) it learned from here."""
+    """What one step gave, on the device: its mean loss, its gradients' norm; and from this process's share which pictures
+    (rows of the table) and how many pairs it learned from, and the sum of the rewards of sampled captions."""
 
     loss: Tensor
     norm: Tensor
     rows: list[int]
-    reward: Tensor | None = None
+    pairs: int
+    rewards: float = 0.0
 
 
 class Learner:
@@ -139,6 +145,7 @@ class Learner:
         parts = list(micro_batches(batch, -(-config.batch_size // world.size)))
         if self.critic:
             parts = [self.critic.sample(self.model, self.moved(part), job.device, job.dtype) for part in parts]
+        words_blanked, smoothing = (0.0, 0.0) if self.critic else (config.word_dropout, config.label_smoothing)
         counts = [int(part["lengths"].sum()) for part in parts]
         (total,) = world.sum(sum(counts))
         loss = torch.zeros((), device=job.device)
@@ -149,11 +156,11 @@ class Learner:
                 with autocast(job.device, job.dtype):
                     part_loss = self.module(
                         part["pixel_values"],
-                        blank_words(part["input_ids"], config.word_dropout, self.model.config),
+                        blank_words(part["input_ids"], words_blanked, self.model.config),
                         part["lengths"],
                         part["labels"],
                         part["positions"],
-                        label_smoothing=config.label_smoothing,
+                        label_smoothing=smoothing,
                         weights=part.get("weights"),
                     ).loss
                 share = count / max(total, 1)  # no tokens where no picture of the step can be read
@@ -162,8 +169,9 @@ class Learner:
         norm = self.updater.update(loss, rate)
         if self.average:
             self.average.update(self.model, step)
-        reward = torch.cat([part["rewards"].flatten() for part in parts]).mean() if self.critic else None
-        return Step(loss, norm, batch["rows"], reward)
+        pairs = sum(int((part["lengths"] > 0).sum()) for part in parts)
+        rewards = sum(part["rewards"].sum().item() for part in parts) if self.critic else 0.0
+        return Step(loss, norm, batch["rows"], pairs, rewards)
 
     def moved(self, part: dict[str, Any]) -> dict[str, Any]:
         """The part of a batch on the device."""
@@ -240,45 +248,49 @@ def blank_words(input_ids: Tensor, share: float, config: ViTGPT2Config) -> Tenso
 class Meter:
     """What the steps since the last line of the log were like."""
 
-    def __init__(self, learner: Learner, losses: list[float]) -> None:
-        """`losses` are of steps that an earlier process made."""
+    def __init__(self, learner: Learner, state: dict[str, Any]) -> None:
+        """`state` is what an earlier process has saved of steps without a line."""
         job = learner.job
         self.learner, self.world, self.device = learner, job.world, job.device
-        self.losses = [torch.tensor(loss if job.world.main else 0.0, dtype=torch.float64) for loss in losses]
-        self.operations = step_operations(job.model.config, job.config.captions_per_image, job.tokens)
+        mine = state if job.world.main else {}
+        self.losses = [torch.tensor(loss, dtype=torch.float64) for loss in mine.get("losses", [])]
+        self.losses += [torch.zeros(())] * (len(state.get("losses", [])) - len(self.losses))
+        self.rewards, self.samples = mine.get("rewards", (0.0, 0))
         self.peak, _ = peak_rate(job.device, job.dtype)
         self.steps: list[tuple[int, Step]] = []
-        self.since, self.waiting, self.pictures = time.perf_counter(), 0.0, 0
+        self.since, self.waiting = time.perf_counter(), 0.0
         self.before: list[Tensor] = []
 
     def add(self, step: int, done: Step) -> None:
         """Takes a step in."""
         self.losses.append(done.loss)
         self.steps.append((step, done))
-        self.pictures += len(done.rows)
+        self.rewards, self.samples = self.rewards + done.rewards, self.samples + done.pairs
 
-    def known_losses(self) -> list[float]:
-        """The losses of the steps since the last line, over all processes."""
-        return self.world.sum(*(loss.item() for loss in self.losses))
+    def state(self) -> dict[str, Any]:
+        """What is to be saved of steps without a line, over all processes."""
+        losses = self.world.sum(*(loss.item() for loss in self.losses))
+        return {"losses": losses, "rewards": self.world.sum(self.rewards, self.samples)}
 
     def line(self, rate: float) -> dict[str, Any]:
         """The log's next line; counting starts anew behind it."""
-        job, world = self.learner.job, self.world
+        job, world, state = self.learner.job, self.world, self.state()
         done, parameters = self.steps[-1][1], self.learner.updater.parameters
-        losses = self.known_losses()
-        (pictures,) = world.sum(self.pictures)
+        counts = ((len(step.rows), step.pairs) for _, step in self.steps)
+        pictures, pairs = world.sum(*(sum(column) for column in zip(*counts, strict=True)))
         seconds = time.perf_counter() - self.since
-        speed = pictures / seconds
+        operations = pictures * step_operations(job.model.config, pairs / max(pictures, 1), job.tokens)
+        torch._foreach_sub_(self.before, [parameter.detach() for parameter in parameters])
         values = {
             "epoch": self.steps[-1][0] / job.steps_per_epoch,
-            "loss": sum(losses) / len(losses),
+            "loss": sum(state["losses"]) / len(state["losses"]),
             "learning_rate": rate,
             "gradient_norm": done.norm.item() if done.norm.isfinite() else None,
             "parameter_norm": norm_of(p.detach() for p in parameters).item(),
-            "update_norm": norm_of(p.detach() - b for p, b in zip(parameters, self.before, strict=True)).item(),
-            "pictures_per_second": speed,
-            "pairs_per_second": speed * job.config.captions_per_image,
-            "mfu": speed * self.operations / self.peak / world.size,
+            "update_norm": norm_of(iter(self.before)).item(),
+            "pictures_per_second": pictures / seconds,
+            "pairs_per_second": pairs / seconds,
+            "mfu": operations / seconds / self.peak / world.size,
             "data_wait": self.waiting / seconds,
         }
         if self.device.type == "cuda":
@@ -288,11 +300,11 @@ class Meter:
                 "loss_scale": self.learner.scaler.get_scale(),
                 "overflows": self.learner.updater.overflows.item(),
             }
-        if done.reward is not None:
-            rewards = [step.reward for _, step in self.steps if step.reward is not None]
-            values["reward"] = world.sum(torch.stack(rewards).nanmean().item())[0] / world.size
+        if self.learner.critic:
+            rewards, samples = state["rewards"]
+            values["reward"] = rewards / max(samples, 1)
         self.losses, self.steps, self.before = [], [], []
-        self.since, self.waiting, self.pictures = time.perf_counter(), 0.0, 0
+        self.since, self.waiting, self.rewards, self.samples = time.perf_counter(), 0.0, 0.0, 0
         return values
 
 
@@ -301,10 +313,13 @@ def learn(job: Job) -> int | None:
     config, run, world = job.config, job.run, job.world
     if config.resume == "never" and world.main:
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        (run / "wandb.id").unlink(missing_ok=True)
     world.wait()
     learner = Learner(job)
     state = learner.load()
     step, waited, best = state.get("step", 0), state.get("waited", 0), state.get("best")
+    if len(set(world.gather((step, run.is_dir())))) > 1:
+        raise UserError(f"{run}: not all processes see the same there: the folder must be on a disk that they share")
     print(plan(job, step), flush=True)
     log: Log | SilentLog = SilentLog()
     if world.main:
@@ -326,7 +341,7 @@ def learn(job: Job) -> int | None:
     )
     batches = iter(loader)
     job.model.train()
-    stop, meter = StopSignal(grace=5.0 if world.size > 1 else 0.0), Meter(learner, state.get("losses", []))
+    stop, meter = StopSignal(grace=5.0 if world.size > 1 else 0.0), Meter(learner, state)
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file is not a terminal
     silent = True if not world.main else None
     bar = tqdm(
@@ -341,12 +356,12 @@ def learn(job: Job) -> int | None:
             ended = last or step % job.steps_per_epoch == 0
             score = look(learner, step, ended, log)
             if score is not None:
-                better = best is None or score > best
+                better = not math.isnan(score) and (best is None or score > best)
                 best, waited = (score, 0) if better else (best, waited + 1)
                 last = last or waited >= patience
             if ended or stopping or step % (config.checkpoint_interval or sys.maxsize) == 0:
                 learner.check(meter.steps)
-                state = {"step": step, "best": best, "waited": waited, "losses": meter.known_losses()}
+                state = {"step": step, "best": best, "waited": waited, **meter.state()}
                 learner.save(state | {"seconds": time.perf_counter() - started}, better)
             meter.since += time.perf_counter() - looking  # not counted in the speed
         if last or stopping:
@@ -413,7 +428,7 @@ def look(learner: Learner, step: int, ended: bool, log: Log | SilentLog) -> floa
         samples = sample_captions(job, model)
         log.write(step, samples=samples)
         tell(world, "\n".join(f"  {name}: {caption}" for name, caption in samples.items()))
-    if config.objective != "scst":
+    if config.objective != "scst" or model is not learner.model:
         model.packed = None  # what generation keeps of the weights is stale after the next step
     return score
 

@@ -1,6 +1,6 @@
-"""The run's plumbing: device and precision chosen with a reason, checkpoints, the metric log, signals, one-line errors.
+"""The run's plumbing: device and precision chosen with a reason, the metric log, signals, one-line errors.
 
-Imports config only; knows nothing of models or data.
+Imports config and files; knows nothing of models or data.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from config import UserError
 from files import write_text
 
 T = TypeVar("T")
+# The last is what Slurm can be told to send before a job's time ends; Windows has none.
+STOP_SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Scripts
@@ -82,8 +84,7 @@ class StopSignal:
         sent to its processes already."""
         self.received: int | None = None
         self._grace, self._since = grace, 0.0
-        names = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is what Slurm can be told to send before a job's time ends
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        numbers = [getattr(signal, name) for name in STOP_SIGNALS]
         self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -214,8 +215,14 @@ class MetricLog:
 
     def write(self, step: int, **values: Any) -> None:
         """One line, flushed."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._file.name} cannot be written ({error.strerror}): make room, and the same command goes on from the "
+                "newest checkpoint"
+            ) from error
 
     def close(self) -> None:
         """Closes the file."""

@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
-from processes import await_step, end, ending, flags, fork, forked, run, small_config
+from processes import await_step, end, ending, flags, fork, forked, run, small_config, start, stop_after
 
 from checkpoint import (
     checkpoints,
     clean,
+    link_all,
     load_checkpoint,
     load_optimizers,
     optimizer_tensors,
@@ -31,6 +32,7 @@ from checkpoint import (
 from config import TrainConfig, UserError
 from files import file_hash
 from model import ImageCaptionModel
+from model_file import MODEL_FILE
 from utils import read_log
 
 
@@ -355,3 +357,45 @@ def test_the_average_is_what_is_saved(tmp_path, scenes_dir):
             expected = decay * before[name] + (1 - decay) * tensors[f"weights.{name}"]
             assert torch.allclose(average, expected, atol=1e-6)
     assert any(not torch.equal(after[name], tensors[f"weights.{name}"]) for name in after)
+
+
+def test_a_signal_to_all_of_its_processes_saves_too(tmp_path, scenes_dir):
+    """torchrun and Slurm signal a loader's workers as well: those died of it, and the run of that, without a checkpoint.
+    Killed ones left workers that held the folder's lock for some seconds: the same command began from the start."""
+    config = small_config(scenes_dir, max_steps=400, checkpoint_interval=50, num_workers=2)
+    arguments = [*flags(config), "--color-jitter", "0.1"]
+    process = start(arguments, tmp_path, start_new_session=True)
+    await_step(10, process, tmp_path / "out")
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "and saved" in output, output
+    process = start(arguments, tmp_path)
+    await_step(30, process, tmp_path / "out")
+    process.kill()
+    process.wait()
+    process = start(arguments, tmp_path)
+    assert any("going on at step" in line for line in iter(process.stdout.readline, "output"))
+    process.kill()
+    process.communicate()
+
+
+def test_a_run_goes_on_from_its_own_model(tmp_path, scenes_dir, never_killed):
+    """The file that --init-model names is replaced by every run that ends beside it: another tokenizer came with it."""
+    (tmp_path / "start.safetensors").write_bytes((never_killed / MODEL_FILE).read_bytes())
+    config = small_config(scenes_dir, init_model="start.safetensors", checkpoint_interval=4)
+    process = start(flags(config), tmp_path)
+    assert stop_after(10, process, tmp_path / "out", signal.SIGTERM) == 143
+    (tmp_path / "start.safetensors").unlink()
+    assert "going on at step" in run(flags(config), tmp_path)
+
+
+def test_going_back_before_there_was_a_best_one(tmp_path):
+    """`best` became a link to itself, and no checkpoint could be written any more."""
+    save_step(tmp_path, 1)
+    save_step(tmp_path, 2, best=True)
+    (tmp_path / "checkpoints/step-00000002/model.safetensors").write_bytes(b"damaged")
+    folder, _, _, state = load_checkpoint(tmp_path)
+    assert folder.name == "step-00000001" and state["best_checkpoint"] is None
+    link_all(folder, state["best_checkpoint"])
+    save_step(tmp_path, 3)
+    assert load_checkpoint(tmp_path)[0].name == "step-00000003"

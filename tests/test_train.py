@@ -111,7 +111,7 @@ def test_frozen_parts_stay_as_they_are(kind, frozen):
     model = ImageCaptionModel(tiny_config())
     freeze(model, frozen)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    config = TrainConfig(optimizer=kind, freeze=frozen, weight_decay=0.5)
+    config = TrainConfig(optimizer=kind, freeze=frozen, weight_decay=0.5, init_model="any")
     updater = Updater(model, config, torch.amp.GradScaler("cpu", enabled=False))
     for _ in range(2):
         learn_something(model)
@@ -344,7 +344,7 @@ def test_overflows_in_a_row_end_the_run(scenes_table):
         scaler.scale(sum((p**2).sum() for p in model.parameters())).backward()
         if bad:
             model.decoder.wte.weight.grad[0, 0] = float("inf")
-        done = Step(torch.ones(()), learner.updater.update(torch.ones(()), 1e-3), [step])
+        done = Step(torch.ones(()), learner.updater.update(torch.ones(()), 1e-3), [step], 1)
         if step < 6:
             learner.check([(step, done)])
     with pytest.raises(UserError, match=r"gradients of 3 steps in a row up to 6 overflowed .* scale of 2048:"):
@@ -387,3 +387,12 @@ def test_pictures_kept_on_the_gpu_give_the_same_run(tmp_path):
         [line["loss"] for line in read_log(tmp_path / n / "metrics.jsonl") if "loss" in line] for n in ("plain", "kept")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # the GPU's own sums are not the same to the bit
+
+
+def test_what_stays_as_random_as_it_began_is_refused():
+    """A frozen encoder without weights to start from is noise for ever."""
+    with pytest.raises(UserError, match="freeze encoder"):
+        TrainConfig(freeze=("encoder",))
+    with pytest.raises(UserError, match="freeze new"):
+        TrainConfig(freeze=("new",), init="pretrained")
+    TrainConfig(freeze=("encoder",), init="pretrained")
