@@ -136,7 +136,7 @@ def draw_curves(run: Path) -> None:
     from matplotlib import pyplot
 
     lines = read_log(run / "metrics.jsonl")
-    scored = any("val_cider_d" in line for line in lines)
+    scored = any("val_cider_d" in line or "reward" in line for line in lines)
     heights = [3, 2, 1] if scored else [3, 1]
     figure, axes = pyplot.subplots(
         len(heights), 1, figsize=(8, 2 + len(heights) * 2), sharex=True, height_ratios=heights, layout="constrained"
@@ -145,9 +145,9 @@ def draw_curves(run: Path) -> None:
     dots = {"color": "black", "marker": "o", "linestyle": "--"}
     for axis, name, style, label in (
         (losses, "loss", {"color": "0.6", "linewidth": 1}, "training"),
-        (losses, "reward", {"color": "0.6", "linewidth": 1}, "CIDEr-D of the samples"),
         (losses, "val_loss", dots, "validation"),
-        (axes[1], "val_cider_d", dots, None),
+        (axes[1], "reward", {"color": "0.6", "linewidth": 1}, "training, sampled"),
+        (axes[1], "val_cider_d", dots, "validation, greedy"),
         (rates, "learning_rate", {"color": "black"}, None),
     ):
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
@@ -156,7 +156,8 @@ def draw_curves(run: Path) -> None:
     losses.set_ylabel("loss (nats a token)")
     losses.legend()
     if scored:
-        axes[1].set_ylabel("CIDEr-D (validation)")
+        axes[1].set_ylabel("CIDEr-D")
+        axes[1].legend()
     rates.set_ylabel("learning rate")
     rates.set_xlabel("step")
     figure.savefig(run / "curves.png", dpi=100)
