@@ -44,6 +44,7 @@ def small_config(scenes: Path, **changes: Any) -> TrainConfig:
     )
     fields: dict[str, Any] = {"dataset": "coco", "data_dir": scenes, "output_dir": Path("out"), "batch_size": 16}
     fields |= {"max_steps": 24, "device": "cpu", "precision": "fp32", "optimizer": "adamw", "wandb": "off"}
+    fields |= {"val_pictures": 1000}
     return dataclasses.replace(PRESETS["demo"], model=model, **(fields | changes))
 
 
