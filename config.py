@@ -48,7 +48,7 @@ class ViTGPT2Config:
     vocab_size: int = 50257
     """Entries of the tokenizer (a tokenizer trained on the captions is made this large at most)."""
     max_length: int = 512
-    """Positions of the decoder: the longest caption it can read, in tokens."""
+    """Positions of the decoder: the longest caption it can read, in tokens, with the picture's prefix where it has one."""
     decoder_embed_dim: int = 768
     """Width of the decoder."""
     decoder_num_layers: int = 12
@@ -57,8 +57,11 @@ class ViTGPT2Config:
     """Attention heads of the decoder; divides decoder_embed_dim."""
     dropout: float = 0.1
     """Dropout in the decoder: after the embeddings and at the end of every residual branch."""
-    bridge: Literal["cross_attention"] = "cross_attention"
-    """How the decoder sees the picture."""
+    bridge: Literal["cross_attention", "prefix"] = "cross_attention"
+    """How the decoder sees the picture: by cross-attention in every layer, or as a prefix that stands before the text."""
+    prefix_length: int | None = None
+    """Positions that the picture takes as a prefix, pooled by attention (default: one for each patch and the class
+    token's)."""
     end_token_id: int | None = None
     """The token that ends a caption (default: the vocabulary's last, as in GPT-2); training takes the tokenizer's."""
     start_token_id: int | None = None
@@ -101,8 +104,25 @@ class ViTGPT2Config:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         if self.resample not in ("bicubic", "bilinear"):
             raise UserError(f"resample {self.resample!r} is unknown: use bicubic or bilinear")
-        if self.bridge != "cross_attention":
-            raise UserError(f"bridge {self.bridge!r} is unknown: use cross_attention")
+        if self.bridge not in ("cross_attention", "prefix"):
+            raise UserError(f"bridge {self.bridge!r} is unknown: use cross_attention or prefix")
+        if self.prefix_length is not None and self.bridge != "prefix":
+            raise UserError(f"prefix_length {self.prefix_length} needs bridge prefix: add that, or leave it out")
+        if self.text_positions < 2:
+            raise UserError(
+                f"max_length {self.max_length} has no room for a caption behind a picture's {self.prefix_positions} "
+                "positions: raise it, or pool the picture to fewer with prefix_length"
+            )
+
+    @property
+    def prefix_positions(self) -> int:
+        """The decoder's positions that the picture takes; none where it is looked at by cross-attention."""
+        return 0 if self.bridge == "cross_attention" else self.prefix_length or self.num_patches + 1
+
+    @property
+    def text_positions(self) -> int:
+        """The decoder's positions that are left for the text, its start token included."""
+        return self.max_length - self.prefix_positions
 
     @property
     def num_patches(self) -> int:

@@ -123,8 +123,9 @@ def tensor_names(config: ViTGPT2Config, vit: str = "encoder.", gpt2: str = "deco
         for name, theirs in VIT_LAYER.items():
             modules.append(Name(f"encoder.blocks.{n}.{name}", tuple(f"{vit}encoder.layer.{n}.{t}" for t in theirs)))
     for n in range(config.decoder_num_layers):
-        modules += [Name(f"decoder.blocks.{n}.{name}", (f"{gpt2}h.{n}.{name}",)) for name in GPT2_NORMS]
-        modules += [Name(f"decoder.blocks.{n}.{name}", (f"{gpt2}h.{n}.{t}",), True) for name, t in GPT2_LAYER.items()]
+        layer = [Name(f"decoder.blocks.{n}.{name}", (f"{gpt2}h.{n}.{name}",)) for name in GPT2_NORMS]
+        layer += [Name(f"decoder.blocks.{n}.{name}", (f"{gpt2}h.{n}.{t}",), True) for name, t in GPT2_LAYER.items()]
+        modules += [name for name in layer if config.bridge == "cross_attention" or "cross" not in name.ours]
     yield Name("encoder.class_token", (f"{vit}embeddings.cls_token",))
     yield Name("encoder.position_embeddings", (f"{vit}embeddings.position_embeddings",))
     yield Name("decoder.wte.weight", (f"{gpt2}wte.weight",))
@@ -164,6 +165,8 @@ def save_transformers(model: ImageCaptionModel, directory: str | os.PathLike[str
     GPT-2's cannot be had.
     """
     config, dtype = model.config, model.decoder.wte.weight.dtype
+    if config.bridge != "cross_attention":
+        raise UserError("transformers' VisionEncoderDecoder has no prefix: this model stays in its own file")
     weights = rename({name: t.detach().cpu() for name, t in model.state_dict().items()}, list(tensor_names(config)))
     # transformers' ViT has a pooler. Without one in the file it makes one up, and warns that the model needs training.
     width = config.vision_embed_dim

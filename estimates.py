@@ -34,9 +34,14 @@ def step_operations(config: ViTGPT2Config, captions: int, tokens: float) -> floa
     """
     states, vision, width = config.num_patches + 1, config.vision_embed_dim, config.decoder_embed_dim
     encoder = states * config.vision_num_layers * (12 * vision**2 + 2 * states * vision)
-    looking = states * config.decoder_num_layers * 2 * vision * width
     words = captions * tokens
-    decoder = words * config.decoder_num_layers * (14 * width**2 + 2 * states * width)
+    if config.bridge == "cross_attention":
+        looking = states * config.decoder_num_layers * 2 * vision * width
+        decoder = words * config.decoder_num_layers * (14 * width**2 + 2 * states * width)
+    else:
+        prefix = config.prefix_positions
+        looking = states * vision * width + prefix * config.decoder_num_layers * (12 * width**2 + prefix * width)
+        decoder = words * config.decoder_num_layers * (12 * width**2 + 2 * prefix * width)
     return 3 * 2 * (encoder + looking + decoder + words * width * config.vocab_size)
 
 

@@ -252,7 +252,7 @@ def about_decoding(model: ImageCaptionModel, decoding: dict[str, Any]) -> dict[s
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    options = {"max_length": min(32, model.config.max_length)} | default_decoding(decoding)
+    options = {"max_length": min(32, model.config.text_positions)} | default_decoding(decoding)
     if options.get("do_sample"):
         options["seed"] = SEED
     said = ", ".join(f"{name} {value}" for name, value in options.items() if value is not False)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from attention import choose_attention
 from cache import key_of
 from checkpoint import checkpoints, in_use
 from config import TrainConfig, UserError
@@ -31,7 +32,7 @@ from download import download_coco_dataset, download_flickr30k
 from estimates import duration, estimated_memory, estimated_seconds
 from evaluate import BadPictures, check_overlap
 from files import writable_directory, write_json
-from model import ImageCaptionModel, choose_attention
+from model import ImageCaptionModel
 from optimizers import freeze
 from scenes import draw_scenes
 from table import CaptionTable
@@ -349,4 +350,4 @@ def plan(job: Job, step: int) -> str:
 
 def caption_length(job: Job) -> int:
     """The longest caption to write: as asked for, within the model's positions."""
-    return min(job.config.caption_length, job.model.config.max_length)
+    return min(job.config.caption_length, job.model.config.text_positions)

@@ -20,7 +20,7 @@ from model import ImageCaptionModel
 
 def part_of(name: str) -> str:
     """Where a parameter belongs: encoder, decoder, or new (what joins them, which no pretrained part brings)."""
-    if "crossattention." in name or "ln_cross_attn." in name or name.startswith("enc_to_dec_proj."):
+    if "crossattention." in name or "ln_cross_attn." in name or name.startswith(("enc_to_dec_proj.", "pooling.")):
         return "new"
     return name.split(".")[0]
 

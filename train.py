@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from attention import use_flash_attention
 from checkpoint import (
     checkpoints,
     clean,
@@ -40,7 +41,7 @@ from estimates import peak_rate, step_operations
 from evaluate import caption_loader, caption_loss, evaluate_dataset
 from files import put_in_place, write_json
 from job import Job, caption_length, choose_where, find_run, plan, prepare, write_run
-from model import ImageCaptionModel, use_flash_attention
+from model import ImageCaptionModel
 from model_file import MODEL_FILE
 from optimizers import Average, Updater, learning_rate_at, norm_of
 from results import MoreScores, print_metrics
