@@ -235,6 +235,24 @@ class TrainConfig:
     """Factor of the learning rate from a layer to the one below it, in encoder and decoder."""
     freeze: tuple[Literal["encoder", "decoder", "new"], ...] = ()
     """Parts that are left as they are; new is the cross-attention and the projection."""
+    lora: bool = False
+    """Leave the pretrained weights as they are and learn adapters of low rank on some layers (LoRA, Hu et al. 2021,
+    arXiv:2106.09685), and whatever is new in full."""
+    qlora: bool = False
+    """The same with the pretrained layers kept in 4 bits (NF4, doubly quantized: QLoRA, Dettmers et al. 2023,
+    arXiv:2305.14314), where bitsandbytes can."""
+    lora_rank: int = 16
+    """Rank of the adapters."""
+    lora_alpha: float = 32.0
+    """What an adapter adds is multiplied by this over its rank."""
+    lora_dropout: float = 0.05
+    """Dropout of what an adapter reads."""
+    lora_targets: str = r"encoder\.blocks\.\d+\.qkv|decoder\.blocks\.\d+\.attn\.c_attn"
+    """Which linear layers get one: a regular expression for their whole names."""
+    base_dir: Path | None = None
+    """Folder in which pretrained models are looked for by name before the Hub is asked."""
+    merge: bool = False
+    """Save the finished model whole, its adapters merged into the pretrained weights, instead of them alone."""
     warmup_steps: int = 500
     """Steps in which the learning rate rises from zero (at most a tenth of the run)."""
     weight_decay: float = 0.01
@@ -297,14 +315,21 @@ class TrainConfig:
         least = dict.fromkeys(("num_workers", "warmup_steps", "weight_decay", "seed", "val_pictures"), 0)
         least |= dict.fromkeys(("epochs", "max_steps", "batch_size", "captions_per_image", "accumulation_steps"), 1)
         least |= dict.fromkeys(("eval_interval", "checkpoint_interval", "keep_checkpoints", "num_scenes"), 1)
-        least |= dict.fromkeys(("caption_length", "patience", "overflow_limit"), 1)
+        least |= dict.fromkeys(("caption_length", "patience", "overflow_limit", "lora_rank"), 1)
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise UserError(f"{name} is {value}: it must be at least {lowest}")
         if self.seed >= 1 << 31:
             raise UserError(f"seed is {self.seed}: it must be below 2147483648")
-        for name in ("learning_rate", "gradient_clip", "encoder_learning_rate", "decoder_learning_rate", "layer_decay"):
+        for name in (
+            "learning_rate",
+            "gradient_clip",
+            "encoder_learning_rate",
+            "decoder_learning_rate",
+            "layer_decay",
+            "lora_alpha",
+        ):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be positive")
         if self.layer_decay > 1:
@@ -316,9 +341,15 @@ class TrainConfig:
                 raise UserError("baseline others compares a picture's captions: use --captions-per-image 2 or more")
         if self.init_model and (self.init != "scratch" or self.init_encoder or self.init_decoder):
             raise UserError("init_model is a whole model: leave init, init_encoder and init_decoder out")
+        if self.adapts and not (
+            self.init_model or self.init == "pretrained" or (self.init_encoder and self.init_decoder)
+        ):
+            raise UserError("lora and qlora adapt a pretrained model: add --init pretrained, or --init-model")
+        if self.merge and not self.adapts:
+            raise UserError("merge has no effect without adapters: add --lora or --qlora, or leave it out")
         if self.cache_on_gpu and not self.augmentation.moves_pixels_only:
             raise UserError("cache_on_gpu crops and mirrors only: leave it out, or the other kinds of augmentation")
-        for name in ("word_dropout", "label_smoothing", "max_bad_share", "ema"):
+        for name in ("word_dropout", "label_smoothing", "max_bad_share", "ema", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
 
@@ -326,6 +357,11 @@ class TrainConfig:
         """The fields as JSON can hold them."""
         values = dataclasses.asdict(self)
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the run learns adapters."""
+        return self.lora or self.qlora
 
     @property
     def fingerprint(self) -> str:
@@ -344,6 +380,8 @@ class TrainConfig:
             "max_bad_share",
             "allow_overlap",
             "no_upload",
+            "base_dir",
+            "merge",
             "wandb",
             "wandb_project",
         }

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from adapters import adapt, find_base
 from attention import choose_attention
 from cache import key_of
 from checkpoint import checkpoints, in_use
@@ -209,6 +210,11 @@ def prepare(
     model.trained_on = np.union1d(model.trained_on, keys["train"])
     model.set_gradient_checkpointing(config.gradient_checkpointing)
     freeze(model, config.freeze)
+    if config.adapts:
+        bases: dict[str, str | None] = {"model": config.init_model}
+        if not config.init_model:
+            bases = pretrained_parts(config)
+        print(f"adapters    {adapt(model, config, bases, device)}")
     assert sizes.resize_size is not None
     different = {id(table): (split, table) for split, table in reversed(tables.items())}  # val may serve as test
     pixels = 3 * sizes.resize_size**2 * sum(len(table) for _, table in different.values())
@@ -257,14 +263,14 @@ def make_model(config: TrainConfig, table: CaptionTable, began: str | None) -> t
     """The model to start from, with its tokenizer, and the name that this can be had by again."""
     torch.manual_seed(config.seed)
     if config.init_model:
-        whole = ImageCaptionModel.from_pretrained(config.init_model)
+        whole = ImageCaptionModel.from_pretrained(find_base(config.init_model, config.base_dir), config.base_dir)
         # Not what the model is, but how it is trained.
         trained = {f: getattr(config.model, f) for f in ("dropout", "vision_dropout", "vision_drop_path")}
         model = ImageCaptionModel(dataclasses.replace(whole.config, **trained))
         model.load_state_dict(whole.state_dict())
         model.tokenizer, model.trained_on = whole.tokenizer, whole.trained_on
         return config.init_model, model
-    parts = pretrained_parts(config)
+    parts = {part: name and find_base(name, config.base_dir) for part, name in pretrained_parts(config).items()}
     chosen = parts["decoder"] if parts["decoder"] and config.tokenizer == "auto" else None
     name, tokenizer = choose_tokenizer(config, table, chosen or began)
     end = tokenizer.eos_token_id
@@ -328,7 +334,9 @@ def plan(job: Job, step: int) -> str:
     """What is about to happen: sizes, steps, estimates."""
     config, table = job.config, job.datasets["train"].table
     seconds = estimated_seconds(config, len(table), job.tokens, job.device, job.dtype) * (1 - step / job.steps)
-    memory = estimated_memory(config, job.model.num_parameters, job.tokens)
+    learned = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
+    weights = sum(parameter.nbytes for parameter in job.model.parameters()) + 12 * sum(p.numel() for p in learned)
+    memory = estimated_memory(config, weights, job.tokens)
     different = {id(data): data.pixels.kept for data in job.datasets.values()}.values()  # val may serve as test
     kept = sum(pictures.numel() for pictures in different if pictures is not None)
     val, test = len(job.datasets["val"]), len(job.datasets["test"])

@@ -409,6 +409,8 @@ class ImageCaptionModel(nn.Module):
         """What packed.py or graphs.py keeps of the weights for generation."""
         self.generating = threading.RLock()
         """Held while that is in use: a web server captions from several threads."""
+        self.adapters: dict[str, Any] | None = None
+        """What adapters.py has put on the model; such a one is saved as these alone, and what is learned in full."""
         self.trained_on = np.empty(0, np.uint64)
         """Keys of the pictures it has learned from (CaptionTable.keys), so that nobody is scored on them unawares."""
         self.encoder = VisionTransformer(self.config)
@@ -459,8 +461,9 @@ class ImageCaptionModel(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers are learned."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """How many numbers the model has; of weights in 4 bits, how many they stand for."""
+        packed = ((parameter, getattr(parameter, "quant_state", None)) for parameter in self.parameters())
+        return sum(math.prod(state.shape) if state else parameter.numel() for parameter, state in packed)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -541,18 +544,40 @@ class ImageCaptionModel(nn.Module):
 
     # Load and save
 
+    def own_state(self) -> dict[str, Tensor]:
+        """What a file of the model holds: its weights, or of a model with adapters these and what is learned in full."""
+        if self.adapters is None:
+            return self.state_dict()
+        return {
+            name.replace(".default.weight", ""): tensor
+            for name, tensor in self.state_dict().items()
+            if ".lora_" in name or name in self.adapters["whole"]
+        }
+
+    def load_own_state(self, weights: dict[str, Tensor]) -> None:
+        """The inverse of own_state."""
+        if self.adapters is None:
+            self.load_state_dict(weights)
+            return
+        own = self.own_state()
+        check_shapes(Path("adapters"), own, weights)
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
     def save_file(self, path: str | os.PathLike[str]) -> None:
-        """Writes weights, config, preprocessing and tokenizer into one safetensors file, all of it or nothing."""
+        """Writes own_state, config, preprocessing and tokenizer into one safetensors file, all of it or nothing."""
         about: dict[str, Any] = {"config": self.config.to_dict()}
         if self._tokenizer is not None:
             about["tokenizer"] = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        if self.adapters is not None:
+            about["adapters"] = self.adapters
         if len(self.trained_on):
             about["trained_on"] = keys_to_text(self.trained_on)
         # One entry, because safetensors writes several in an order that changes from call to call.
         metadata = {METADATA_KEY: json.dumps(about, sort_keys=True)}
         path = Path(path)
         unfinished = path.with_name(f".{path.name}.unfinished")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.own_state().items()}
         try:
             save_file(weights, unfinished, metadata=metadata)
             os.replace(unfinished, path)
@@ -569,9 +594,9 @@ class ImageCaptionModel(nn.Module):
             self._tokenizer.save_pretrained(directory)
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str]) -> ImageCaptionModel:
+    def from_pretrained(cls, source: str | os.PathLike[str], base_dir: Path | None = None) -> ImageCaptionModel:
         """The model in a file, in a folder that save_pretrained or transformers wrote, or in a Hub repository of either
-        kind; in eval mode.
+        kind; in eval mode. Adapters are merged into the models they were made for, which are looked for in base_dir first.
 
         Raises UserError where there is no model, or where the file's tensors do not fit its config.
         """
@@ -592,9 +617,14 @@ class ImageCaptionModel(nn.Module):
             trained_on = keys_from_text(about.get("trained_on", ""))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a model of this project ({error}): name another file") from error
-        model = cls(config)
-        check_shapes(path, model.state_dict(), weights)
-        model.load_state_dict(weights)
+        if "adapters" in about:
+            from adapters import adapted_model
+
+            model = adapted_model(path, config, about["adapters"], weights, base_dir)
+        else:
+            model = cls(config)
+            check_shapes(path, model.state_dict(), weights)
+            model.load_state_dict(weights)
         model.trained_on = trained_on
         if "tokenizer" in about:
             model.tokenizer = tokenizer_from_json(json.dumps(about["tokenizer"]), config)

@@ -151,4 +151,6 @@ class Average:
     def update(self, model: ImageCaptionModel, step: int) -> None:
         """Takes the weights after this step in."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        averages, learned = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
+        torch._foreach_lerp_(averages, learned, weight)

@@ -176,8 +176,8 @@ class Learner:
         if world.main:
             tensors = optimizer_tensors(self.updater.optimizers)
             if self.average:
-                tensors |= {f"weights.{name}": tensor.cpu() for name, tensor in self.model.state_dict().items()}
-            size = sum(tensor.nbytes for tensor in (*tensors.values(), *self.model.state_dict().values()))
+                tensors |= {f"weights.{name}": tensor.cpu() for name, tensor in self.model.own_state().items()}
+            size = sum(tensor.nbytes for tensor in (*tensors.values(), *self.model.own_state().values()))
             scaling = {"scaler": self.scaler.state_dict(), "overflows": self.updater.overflows.item()}
             keep = job.config.keep_checkpoints
             save_checkpoint(
@@ -194,9 +194,9 @@ class Learner:
         if self.job.world.main:  # a process that was killed may not have come to it
             link_all(folder, state["best_checkpoint"])
         if self.average:
-            self.average.model.load_state_dict(weights)
+            self.average.model.load_own_state(weights)
             weights = {name: tensors.pop(f"weights.{name}") for name in weights}
-        self.model.load_state_dict(weights)
+        self.model.load_own_state(weights)
         load_optimizers(tensors, self.updater.optimizers)
         self.updater.overflows.fill_(state["overflows"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -407,6 +407,8 @@ def look(learner: Learner, step: int, ended: bool, log: Log | SilentLog) -> floa
             values["val_cider_d"] = score
             values["val_unique_captions"] = len(set(captioned.captions)) / max(1, len(captioned.captions))
         log.write(step, epoch=step / job.steps_per_epoch, **values)
+        if model.adapters is not None and world.main and step % job.steps_per_epoch == 0:  # a few MB: each is kept
+            model.save_file(job.run / f"{config.preset}_epoch_{step // job.steps_per_epoch}.safetensors")
         said = f", CIDEr-D {score:.3f}" if config.val_pictures else ""
         tell(world, f"step {step:,}: validation loss {val_loss:.3f}{said}")
     if (step == job.steps or step % config.eval_interval == 0) and world.main:
@@ -443,9 +445,13 @@ def finish(job: Job) -> None:
     """Puts the best model in place, evaluates it on the test pictures, draws the curves and says where everything is."""
     run, config, world, test = job.run, job.config, job.world, job.datasets["test"]
     best = run / "checkpoints" / "best" / "model.safetensors"
-    job.model.load_state_dict(load_file(best))
+    job.model.load_own_state(load_file(best))
     job.model.eval()
     previous = None
+    if config.merge and world.main:
+        whole = ImageCaptionModel.from_pretrained(best, config.base_dir)
+        best = best.with_name("merged.safetensors")
+        whole.save_file(best)
     if world.main:
         put_in_place(best, run / MODEL_FILE)
         previous = put_in_place(best, Path(MODEL_FILE))
