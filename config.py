@@ -171,7 +171,7 @@ class TrainConfig:
     """A run. Every field is a flag of main.py."""
 
     preset: str = "coco"
-    """Named recipe that sets the defaults of all other flags: coco, demo or flickr8k."""
+    """Named recipe that sets the defaults of all other flags: coco, demo, flickr8k or img2gpt."""
     dataset: str = "auto"
     """Layout of the data: auto (recognised; without a folder COCO), coco, karpathy, flickr30k, flickr8k, imagefolder,
     webdataset, csv, sidecar; user/name, a data set on the Hugging Face Hub; or scenes, drawn on the spot."""
@@ -415,6 +415,20 @@ PRESETS = {
             decoder_num_heads=4,
             dropout=0.0,
         ),
+    ),
+    # A pretrained ViT and GPT-2, joined by a prefix and fine-tuned on one small GPU.
+    "img2gpt": TrainConfig(
+        preset="img2gpt",
+        dataset="flickr30k",
+        init="pretrained",
+        init_encoder="google/vit-base-patch16-224-in21k",
+        init_decoder="gpt2",
+        qlora=True,
+        epochs=3,
+        batch_size=16,
+        warmup_steps=100,
+        eval_interval=200,
+        model=ViTGPT2Config(bridge="prefix"),
     ),
     # Real photographs from scratch, half an hour on two CPU cores.
     "flickr8k": TrainConfig(

@@ -241,11 +241,15 @@ def blank_words(input_ids: Tensor, share: float, config: ViTGPT2Config) -> Tenso
 class Meter:
     """What the steps since the last line of the log were like."""
 
-    def __init__(self, learner: Learner, losses: list[float]) -> None:
-        """`losses` are of steps that an earlier process made."""
+    def __init__(self, learner: Learner, losses: list[float], epoch: tuple[float, int] = (0.0, 0)) -> None:
+        """`losses` are of steps that an earlier process made; so is `epoch`, the sum of an epoch's and how many they are."""
         job = learner.job
         self.learner, self.world, self.device = learner, job.world, job.device
         self.losses = [torch.tensor(loss if job.world.main else 0.0, dtype=torch.float64) for loss in losses]
+        self.epoch_loss, self.epoch_steps = (
+            torch.tensor(epoch[0] if job.world.main else 0.0, device=job.device),
+            epoch[1],
+        )
         self.operations = step_operations(job.model.config, job.config.captions_per_image, job.tokens)
         self.peak, _ = peak_rate(job.device, job.dtype)
         self.steps: list[tuple[int, Step]] = []
@@ -255,12 +259,22 @@ class Meter:
     def add(self, step: int, done: Step) -> None:
         """Takes a step in."""
         self.losses.append(done.loss)
+        self.epoch_loss, self.epoch_steps = self.epoch_loss + done.loss, self.epoch_steps + 1
         self.steps.append((step, done))
         self.pictures += len(done.rows)
 
     def known_losses(self) -> list[float]:
         """The losses of the steps since the last line, over all processes."""
         return self.world.sum(*(loss.item() for loss in self.losses))
+
+    def known_epoch(self) -> tuple[float, int]:
+        """The sum of the epoch's losses, over all processes, and how many there are."""
+        return self.world.sum(self.epoch_loss.item())[0], self.epoch_steps
+
+    def mean_of_epoch(self) -> float | None:
+        """The epoch's mean loss so far, None before its first step."""
+        total, steps = self.known_epoch()
+        return total / steps if steps else None
 
     def line(self, rate: float) -> dict[str, Any]:
         """The log's next line; counting starts anew behind it."""
@@ -327,7 +341,10 @@ def learn(job: Job) -> int | None:
     )
     batches = iter(loader)
     job.model.train()
-    stop, meter = StopSignal(grace=5.0 if world.size > 1 else 0.0), Meter(learner, state.get("losses", []))
+    stop, meter = (
+        StopSignal(grace=5.0 if world.size > 1 else 0.0),
+        Meter(learner, state.get("losses", []), state.get("epoch", (0.0, 0))),
+    )
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file is not a terminal
     silent = True if not world.main else None
     bar = tqdm(
@@ -340,7 +357,9 @@ def learn(job: Job) -> int | None:
         if step > first_step or (config.init_model and not state):  # where a trained model starts from is of interest
             looking, better = time.perf_counter(), False
             ended = last or step % job.steps_per_epoch == 0
-            score = look(learner, step, ended, log)
+            score = look(learner, step, ended, log, meter.mean_of_epoch() if ended else None)
+            if step % job.steps_per_epoch == 0:
+                meter.epoch_loss, meter.epoch_steps = torch.zeros_like(meter.epoch_loss), 0
             if score is not None:
                 better = best is None or score > best
                 best, waited = (score, 0) if better else (best, waited + 1)
@@ -348,6 +367,7 @@ def learn(job: Job) -> int | None:
             if ended or stopping or step % (config.checkpoint_interval or sys.maxsize) == 0:
                 learner.check(meter.steps)
                 state = {"step": step, "best": best, "waited": waited, "losses": meter.known_losses()}
+                state["epoch"] = meter.known_epoch()
                 learner.save(state | {"seconds": time.perf_counter() - started}, better)
             meter.since += time.perf_counter() - looking  # not counted in the speed
         if last or stopping:
@@ -385,9 +405,9 @@ def learn(job: Job) -> int | None:
     return stop.exit_code
 
 
-def look(learner: Learner, step: int, ended: bool, log: Log | SilentLog) -> float | None:
-    """Sample captions, every eval_interval; and where an epoch has ended the validation loss and CIDEr-D of greedy
-    captions. Returns the score that the best checkpoint has most of, where there is one."""
+def look(learner: Learner, step: int, ended: bool, log: Log | SilentLog, train_loss: float | None) -> float | None:
+    """Sample captions, every eval_interval; and where an epoch has ended its mean loss, the validation loss and CIDEr-D of
+    greedy captions. Returns the score that the best checkpoint has most of, where there is one."""
     job, model, val = learner.job, learner.judged, learner.job.datasets["val"]
     config, world, score = job.config, job.world, None
     if ended:
@@ -395,7 +415,7 @@ def look(learner: Learner, step: int, ended: bool, log: Log | SilentLog) -> floa
         val_loss = caption_loss(
             model, make_dataloader(val, config.batch_size, **own), job.device, job.dtype, world=world
         )
-        values, score = {"val_loss": val_loss}, -val_loss
+        values, score = {"val_loss": val_loss} | ({} if train_loss is None else {"train_loss": train_loss}), -val_loss
         if config.val_pictures:
             some = min(len(val), config.val_pictures)
             loader = make_dataloader(val, config.batch_size, last_step=-(-some // config.batch_size), **own)
@@ -410,6 +430,7 @@ def look(learner: Learner, step: int, ended: bool, log: Log | SilentLog) -> floa
         if model.adapters is not None and world.main and step % job.steps_per_epoch == 0:  # a few MB: each is kept
             model.save_file(job.run / f"{config.preset}_epoch_{step // job.steps_per_epoch}.safetensors")
         said = f", CIDEr-D {score:.3f}" if config.val_pictures else ""
+        said += "" if train_loss is None else f", training loss {train_loss:.3f}"
         tell(world, f"step {step:,}: validation loss {val_loss:.3f}{said}")
     if (step == job.steps or step % config.eval_interval == 0) and world.main:
         samples = sample_captions(job, model)

@@ -15,11 +15,14 @@ from safetensors.torch import load_file
 
 import adapters
 from adapters import adapt, find_base
-from config import TrainConfig, UserError
+from config import PRESETS, TrainConfig, UserError
 from convert import initialise
+from dataset import decode, prepare_picture
+from example_usage import caption_image
 from model import ImageCaptionModel
 from model_file import METADATA_KEY, MODEL_FILE
 from optimizers import Average, Updater, freeze
+from utils import read_log
 
 pytest.importorskip("peft", reason="needs requirements-qlora.txt")
 CPU = torch.device("cpu")
@@ -177,6 +180,14 @@ def test_weights_in_4_bits_are_counted_unpacked(bases):
     assert size["4"] < 0.4 * size["32"]  # at this width norms and biases weigh
 
 
+def test_the_preset_is_the_recipe():
+    """The numbers of the second system; --preset img2gpt alone must mean them."""
+    recipe = PRESETS["img2gpt"]
+    assert (recipe.dataset, recipe.batch_size, recipe.epochs, recipe.qlora) == ("flickr30k", 16, 3, True)
+    assert (recipe.init_encoder, recipe.init_decoder) == ("google/vit-base-patch16-224-in21k", "gpt2")
+    assert recipe.model.bridge == "prefix" and recipe.model.prefix_positions == 197
+
+
 def test_what_cannot_be_is_refused_in_one_line(bases, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="adapt a pretrained model"):
         TrainConfig(lora=True)
@@ -242,4 +253,16 @@ def test_a_whole_run(scenes_dir, scenes_tokenizer, tmp_path, monkeypatch, merge)
     whole = ImageCaptionModel.from_pretrained(tmp_path / MODEL_FILE, tmp_path / "bases")
     small = (tmp_path / MODEL_FILE).stat().st_size < (tmp_path / "bases/gpt2/model.safetensors").stat().st_size
     assert whole.config.bridge == "prefix" and bases and small == (not merge)
+    picture = next((scenes_dir / "val2017").iterdir())
+    options = {"do_sample": False, "device": "cpu", "max_length": 8}
+    said = caption_image(picture, MODEL_FILE, base_dir=None if merge else tmp_path / "bases", **options)
+    assert (
+        said
+        == decode(
+            whole.tokenizer, whole.generate(prepare_picture(picture, whole.config)[None], max_length=8).sequences
+        )[0]
+    )
+    lines = read_log(tmp_path / "out" / "metrics.jsonl")
+    means = [line["train_loss"] for line in lines if "train_loss" in line]
+    assert len(means) == 2 and all(0 < mean < 20 for mean in means)
     assert train(dataclasses.replace(config, resume="out", output_dir=None)) == 0  # it has finished, and says so again
