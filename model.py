@@ -585,10 +585,16 @@ class ImageCaptionModel(nn.Module):
             unfinished.unlink(missing_ok=True)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Writes a folder with the model as one file, config.json and the tokenizer's files."""
+        """Writes a folder with the model as one file, config.json and the tokenizer's files; beside a model with a prefix
+        also code, by which transformers loads it."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.save_file(directory / MODEL_FILE)
+        if self.config.bridge == "prefix" and self.adapters is None:
+            from remote import write_remote_code
+
+            write_remote_code(self, directory)
+            return
         (directory / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(directory)
