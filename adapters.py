@@ -94,7 +94,10 @@ def adapt(model: ImageCaptionModel, config: TrainConfig, bases: dict[str, str | 
 
 def resting_layers(model: ImageCaptionModel) -> list[str]:
     """The linear layers that pretrained blocks consist of, whether or not they get an adapter."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".blocks." in name]
+    inside = ("encoder.blocks.", "decoder.blocks.", "decoder.body.")
+    layers = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(inside)
+    ]
     return [name for name in layers if part_of(f"{name}.weight") != "new"]
 
 
@@ -142,7 +145,7 @@ def adapted_model(
         if reason := why_not_4_bits(torch.device("cpu")):
             raise UserError(f"{path}: its adapters learned on weights in 4 bits ({reason}): {INSTALL}")
         for name in resting_layers(model):
-            round_to_4_bits(state[f"{name}.weight"], state[f"{name}.bias"])
+            round_to_4_bits(state[f"{name}.weight"], state.get(f"{name}.bias"))
     targets = [name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")]
     expected = {name: state[name] for name in whole}
     for name in targets:
@@ -194,12 +197,13 @@ def find_base(name: str, base_dir: Path | None) -> str:
     return next((str(place) for place in places if place.exists()), name)
 
 
-def round_to_4_bits(weight: Tensor, bias: Tensor) -> None:
+def round_to_4_bits(weight: Tensor, bias: Tensor | None) -> None:
     """What a layer's weight (out, in) and bias become when it is kept in 4 bits, in place."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight.copy_(dequantize_4bit(*quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)))
-    bias.copy_(bias.bfloat16())  # which it is added in
+    if bias is not None:
+        bias.copy_(bias.bfloat16())  # which it is added in
 
 
 @dataclass(kw_only=True)

@@ -62,6 +62,11 @@ class ViTGPT2Config:
     prefix_length: int | None = None
     """Positions that the picture takes as a prefix, pooled by attention (default: one for each patch and the class
     token's)."""
+    language_model: str | None = None
+    """What transformers' config.json says of another causal language model that writes the captions in GPT-2's place;
+    --decoder fills it in."""
+    prompt_ids: tuple[int, ...] = ()
+    """Tokens that the decoder reads behind the picture's prefix, before every caption; --prompt fills them in."""
     end_token_id: int | None = None
     """The token that ends a caption (default: the vocabulary's last, as in GPT-2); training takes the tokenizer's."""
     start_token_id: int | None = None
@@ -78,6 +83,7 @@ class ViTGPT2Config:
             self.start_token_id = self.end_token_id
         if self.pad_token_id is None:
             self.pad_token_id = self.end_token_id
+        self.prompt_ids = tuple(self.prompt_ids)
         self.image_mean = tuple(self.image_mean)  # type: ignore[assignment]  # JSON gives lists
         self.image_std = tuple(self.image_std)  # type: ignore[assignment]
         for name, value in dataclasses.asdict(self).items():
@@ -106,6 +112,8 @@ class ViTGPT2Config:
             raise UserError(f"resample {self.resample!r} is unknown: use bicubic or bilinear")
         if self.bridge not in ("cross_attention", "prefix"):
             raise UserError(f"bridge {self.bridge!r} is unknown: use cross_attention or prefix")
+        if self.prompt_ids and self.bridge != "prefix":
+            raise UserError("a prompt needs bridge prefix: add that, or leave it out")
         if self.prefix_length is not None and self.bridge != "prefix":
             raise UserError(f"prefix_length {self.prefix_length} needs bridge prefix: add that, or leave it out")
         if self.text_positions < 2:
@@ -116,8 +124,10 @@ class ViTGPT2Config:
 
     @property
     def prefix_positions(self) -> int:
-        """The decoder's positions that the picture takes; none where it is looked at by cross-attention."""
-        return 0 if self.bridge == "cross_attention" else self.prefix_length or self.num_patches + 1
+        """The decoder's positions that the picture takes, the prompt behind it included; none where it is looked at by cross-attention."""
+        if self.bridge == "cross_attention":
+            return 0
+        return (self.prefix_length or self.num_patches + 1) + len(self.prompt_ids)
 
     @property
     def text_positions(self) -> int:
@@ -201,6 +211,11 @@ class TrainConfig:
     """A ViT or DeiT to start from, a Hub name or a folder (with init pretrained: google/vit-base-patch16-224-in21k)."""
     init_decoder: str | None = None
     """A GPT-2 to start from, a Hub name or a folder (with init pretrained: gpt2); its tokenizer comes with it."""
+    decoder: str | None = None
+    """Any causal language model of transformers (Llama, Mistral, Qwen, ...) to write captions, behind a prefix: a Hub name
+    or a folder. With init_encoder or init pretrained; GPT-2 is this project's own."""
+    prompt: str = ""
+    """What the decoder reads between picture and caption, such as "a photo of"; needs a prefix."""
     init_model: str | None = None
     """A captioner of this project or of transformers to go on from, whole: a file, a folder or a Hub name. Its sizes
     and tokenizer take the place of those in the settings."""
@@ -247,7 +262,7 @@ class TrainConfig:
     """What an adapter adds is multiplied by this over its rank."""
     lora_dropout: float = 0.05
     """Dropout of what an adapter reads."""
-    lora_targets: str = r"encoder\.blocks\.\d+\.qkv|decoder\.blocks\.\d+\.attn\.c_attn"
+    lora_targets: str = r"encoder\.blocks\.\d+\.qkv|decoder\.blocks\.\d+\.attn\.c_attn|decoder\.body\..*\.[qkv]_proj"
     """Which linear layers get one: a regular expression for their whole names."""
     base_dir: Path | None = None
     """Folder in which pretrained models are looked for by name before the Hub is asked."""
@@ -341,8 +356,10 @@ class TrainConfig:
                 raise UserError("baseline others compares a picture's captions: use --captions-per-image 2 or more")
         if self.init_model and (self.init != "scratch" or self.init_encoder or self.init_decoder):
             raise UserError("init_model is a whole model: leave init, init_encoder and init_decoder out")
+        if self.decoder and (self.init_decoder or self.init_model):
+            raise UserError("decoder is what init_decoder and init_model name in other ways: leave them out")
         if self.adapts and not (
-            self.init_model or self.init == "pretrained" or (self.init_encoder and self.init_decoder)
+            self.init_model or self.init == "pretrained" or (self.init_encoder and (self.init_decoder or self.decoder))
         ):
             raise UserError("lora and qlora adapt a pretrained model: add --init pretrained, or --init-model")
         if self.merge and not self.adapts:

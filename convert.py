@@ -548,7 +548,13 @@ def initialise(
         said.append(f"{encoder}: {some(list(tensors))}, positions {old} x {old} -> {new} x {new}")
         tensors["encoder.position_embeddings"] = interpolate(tensors["encoder.position_embeddings"], new)
         taken |= tensors
-    if decoder is not None:
+    if decoder is not None and is_language_model(decoder):
+        from language_model import pretrained_language_model
+
+        config, tensors, tokenizer = pretrained_language_model(decoder, config)
+        said.append(f"{decoder}: {some(list(tensors))}, {config.max_length} positions")
+        taken |= tensors
+    elif decoder is not None:
         theirs, tensors = pretrained_gpt2(decoder, config, left)
         config = dataclasses.replace(theirs, max_length=min(config.max_length, theirs.max_length))
         said.append(f"{decoder}: {some(list(tensors))}, {config.max_length} of {theirs.max_length} positions")
@@ -602,6 +608,11 @@ def pretrained_gpt2(source: str, config: ViTGPT2Config, left: list[str]) -> tupl
     left += split_off(weights, prefix)
     names = [name for name in tensor_names(config, gpt2=prefix) if name.ours.startswith("decoder.")]
     return config, take(path, weights, [name for name in names if "cross" not in name.ours], config)
+
+
+def is_language_model(source: str) -> bool:
+    """Whether a folder or Hub name has a decoder that is not GPT-2, and so not this project's own."""
+    return read_json(find_folder(source, ["config.json"]), "config.json").get("model_type", "gpt2") != "gpt2"
 
 
 def prefix_of(ending: str, weights: dict[str, Tensor]) -> str:

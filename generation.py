@@ -170,10 +170,11 @@ def fast_twin(model: ImageCaptionModel, int8: bool, rows: int) -> ImageCaptionMo
     device, twin = model.device.type, model
     if int8 and device != "cpu":
         raise UserError("int8 is for a CPU: use another precision")
-    if model.adapters is not None and not int8:  # while they learn, their layers are peft's, and perhaps in 4 bits
+    plain = model.adapters is None and not model.config.language_model
+    if not plain and not int8:  # while adapters learn, layers are peft's, and perhaps in 4 bits
         return model
     halved = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    if device == "cpu" and model.adapters is None:
+    if device == "cpu" and plain:
         from packed import packed_model
 
         twin = packed_model(model, "int8" if int8 else "bf16" if halved == torch.bfloat16 else "fp32", rows)

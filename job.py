@@ -26,7 +26,7 @@ from attention import choose_attention
 from cache import key_of
 from checkpoint import checkpoints, in_use
 from config import TrainConfig, UserError
-from convert import initialise
+from convert import initialise, is_language_model
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
 from distributed import World
 from download import download_coco_dataset, download_flickr30k
@@ -271,6 +271,10 @@ def make_model(config: TrainConfig, table: CaptionTable, began: str | None) -> t
         model.tokenizer, model.trained_on = whole.tokenizer, whole.trained_on
         return config.init_model, model
     parts = {part: name and find_base(name, config.base_dir) for part, name in pretrained_parts(config).items()}
+    if parts["decoder"] and is_language_model(parts["decoder"]):  # whose tokenizer comes with it
+        _, model = initialise(config.model, **parts)
+        add_prompt(model, config.prompt)
+        return parts["decoder"], model
     chosen = parts["decoder"] if parts["decoder"] and config.tokenizer == "auto" else None
     name, tokenizer = choose_tokenizer(config, table, chosen or began)
     end = tokenizer.eos_token_id
@@ -293,7 +297,16 @@ def make_model(config: TrainConfig, table: CaptionTable, began: str | None) -> t
     else:
         model = ImageCaptionModel(sizes)
     model.tokenizer = tokenizer
+    add_prompt(model, config.prompt)
     return name, model
+
+
+def add_prompt(model: ImageCaptionModel, prompt: str) -> None:
+    """Has the decoder read this before every caption. Raises UserError where there is no prefix, or no room."""
+    if prompt:
+        ids = tuple(model.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids)
+        dataclasses.replace(model.config, prompt_ids=ids)  # checks it
+        model.config.prompt_ids = ids  # of the parts' config too, which is the same one
 
 
 def keep_on_gpu(dataset: CaptionDataset, device: torch.device) -> None:
@@ -310,9 +323,10 @@ def keep_on_gpu(dataset: CaptionDataset, device: torch.device) -> None:
 
 def pretrained_parts(config: TrainConfig) -> dict[str, str | None]:
     """The encoder and the decoder to start from, None for fresh ones."""
+    decoder = config.decoder or config.init_decoder
     if config.init == "scratch":
-        return {"encoder": config.init_encoder, "decoder": config.init_decoder}
-    return {"encoder": config.init_encoder or PRETRAINED_ENCODER, "decoder": config.init_decoder or PRETRAINED_DECODER}
+        return {"encoder": config.init_encoder, "decoder": decoder}
+    return {"encoder": config.init_encoder or PRETRAINED_ENCODER, "decoder": decoder or PRETRAINED_DECODER}
 
 
 def choose_tokenizer(

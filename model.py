@@ -414,7 +414,12 @@ class ImageCaptionModel(nn.Module):
         self.trained_on = np.empty(0, np.uint64)
         """Keys of the pictures it has learned from (CaptionTable.keys), so that nobody is scored on them unawares."""
         self.encoder = VisionTransformer(self.config)
-        self.decoder = GPT2Decoder(self.config)
+        if self.config.language_model:
+            from language_model import LanguageModel
+
+            self.decoder: Any = LanguageModel(self.config)
+        else:
+            self.decoder = GPT2Decoder(self.config)
         vision, width, prefix = self.config.vision_embed_dim, self.config.decoder_embed_dim, self.config.prefix_length
         if prefix:
             self.pooling = AttentionPooling(vision, self.config.vision_num_heads, prefix)
@@ -485,7 +490,11 @@ class ImageCaptionModel(nn.Module):
         are pooled to."""
         hidden = self.encoder(pixel_values)
         hidden = self.pooling(hidden) if hasattr(self, "pooling") else hidden
-        return self.enc_to_dec_proj(hidden) if hasattr(self, "enc_to_dec_proj") else hidden
+        hidden = self.enc_to_dec_proj(hidden) if hasattr(self, "enc_to_dec_proj") else hidden
+        if not self.config.prompt_ids:
+            return hidden
+        prompt = self.decoder.wte(torch.tensor(self.config.prompt_ids, device=hidden.device)).to(hidden.dtype)
+        return torch.cat([hidden, prompt.expand(len(hidden), -1, -1)], 1)
 
     def forward(
         self,
@@ -586,11 +595,12 @@ class ImageCaptionModel(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes a folder with the model as one file, config.json and the tokenizer's files; beside a model with a prefix
-        also code, by which transformers loads it."""
+        and a tokenizer also code, by which transformers loads it."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.save_file(directory / MODEL_FILE)
-        if self.config.bridge == "prefix" and self.adapters is None:
+        ours = self._tokenizer is not None and self.adapters is None and not self.config.language_model
+        if self.config.bridge == "prefix" and ours:
             from remote import write_remote_code
 
             write_remote_code(self, directory)
