@@ -31,6 +31,7 @@ from model_file import check_shapes
 from optimizers import part_of
 from utils import parse_flags, run_script
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as it is imported, it recommends a package of kernels
 INSTALL = "pip install -r requirements-qlora.txt"
 
 
@@ -120,7 +121,6 @@ def four_bit_layer(layer: nn.Linear, device: torch.device) -> nn.Module:
             """Nothing: in evaluation a CPU's kernel would lay the weight out anew, with which training cannot go on."""
             return self
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends a package of kernels
     out, into = layer.weight.shape
     four = FourBitLinear(into, out, layer.bias is not None, torch.bfloat16, quant_type="nf4", device="meta")
     weight = layer.weight.detach()

@@ -135,7 +135,7 @@ def test_a_file_of_adapters_loads_as_the_model_that_learned(bases, bridge, kind,
         mine, theirs = model(PICTURES, IDS).logits, loaded(PICTURES, IDS).logits
     assert mine.std() > 0.3
     # Layers in 4 bits compute in bf16.
-    assert (mine - theirs).abs().max() < (1e-5 if "lora" in kind else 0.03 * mine.abs().max())
+    assert (mine - theirs).abs().max() < (1e-5 if "lora" in kind else 0.02 * mine.abs().max())
     loaded.save_file(tmp_path / "whole.safetensors")
     whole = ImageCaptionModel.from_pretrained(tmp_path / "whole.safetensors")
     with torch.no_grad():
