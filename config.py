@@ -48,7 +48,7 @@ class ViTGPT2Config:
     vocab_size: int = 50257
     """Entries of the tokenizer (a tokenizer trained on the captions is made this large at most)."""
     max_length: int = 512
-    """Positions of the decoder: the longest caption it can read, in tokens."""
+    """Positions of the decoder: the longest caption it can read, in tokens, with the picture's prefix where it has one."""
     decoder_embed_dim: int = 768
     """Width of the decoder."""
     decoder_num_layers: int = 12
@@ -57,8 +57,16 @@ class ViTGPT2Config:
     """Attention heads of the decoder; divides decoder_embed_dim."""
     dropout: float = 0.1
     """Dropout in the decoder: after the embeddings and at the end of every residual branch."""
-    bridge: Literal["cross_attention"] = "cross_attention"
-    """How the decoder sees the picture."""
+    bridge: Literal["cross_attention", "prefix"] = "cross_attention"
+    """How the decoder sees the picture: by cross-attention in every layer, or as a prefix that stands before the text."""
+    prefix_length: int | None = None
+    """Positions that the picture takes as a prefix, pooled by attention (default: one for each patch and the class
+    token's)."""
+    language_model: str | None = None
+    """What transformers' config.json says of another causal language model that writes the captions in GPT-2's place;
+    --decoder fills it in."""
+    prompt_ids: tuple[int, ...] = ()
+    """Tokens that the decoder reads behind the picture's prefix, before every caption; --prompt fills them in."""
     end_token_id: int | None = None
     """The token that ends a caption (default: the vocabulary's last, as in GPT-2); training takes the tokenizer's."""
     start_token_id: int | None = None
@@ -75,6 +83,7 @@ class ViTGPT2Config:
             self.start_token_id = self.end_token_id
         if self.pad_token_id is None:
             self.pad_token_id = self.end_token_id
+        self.prompt_ids = tuple(self.prompt_ids)
         self.image_mean = tuple(self.image_mean)  # type: ignore[assignment]  # JSON gives lists
         self.image_std = tuple(self.image_std)  # type: ignore[assignment]
         for name, value in dataclasses.asdict(self).items():
@@ -101,8 +110,29 @@ class ViTGPT2Config:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         if self.resample not in ("bicubic", "bilinear"):
             raise UserError(f"resample {self.resample!r} is unknown: use bicubic or bilinear")
-        if self.bridge != "cross_attention":
-            raise UserError(f"bridge {self.bridge!r} is unknown: use cross_attention")
+        if self.bridge not in ("cross_attention", "prefix"):
+            raise UserError(f"bridge {self.bridge!r} is unknown: use cross_attention or prefix")
+        if self.prompt_ids and self.bridge != "prefix":
+            raise UserError("a prompt needs bridge prefix: add that, or leave it out")
+        if self.prefix_length is not None and self.bridge != "prefix":
+            raise UserError(f"prefix_length {self.prefix_length} needs bridge prefix: add that, or leave it out")
+        if self.text_positions < 2:
+            raise UserError(
+                f"max_length {self.max_length} has no room for a caption behind a picture's {self.prefix_positions} "
+                "positions: raise it, or pool the picture to fewer with prefix_length"
+            )
+
+    @property
+    def prefix_positions(self) -> int:
+        """The decoder's positions that the picture takes, the prompt behind it included; none where it is looked at by cross-attention."""
+        if self.bridge == "cross_attention":
+            return 0
+        return (self.prefix_length or self.num_patches + 1) + len(self.prompt_ids)
+
+    @property
+    def text_positions(self) -> int:
+        """The decoder's positions that are left for the text, its start token included."""
+        return self.max_length - self.prefix_positions
 
     @property
     def num_patches(self) -> int:
@@ -151,7 +181,7 @@ class TrainConfig:
     """A run. Every field is a flag of main.py."""
 
     preset: str = "coco"
-    """Named recipe that sets the defaults of all other flags: coco, demo or flickr8k."""
+    """Named recipe that sets the defaults of all other flags: coco, demo, flickr8k or img2gpt."""
     dataset: str = "auto"
     """Layout of the data: auto (recognised; without a folder COCO), coco, karpathy, flickr30k, flickr8k, imagefolder,
     webdataset, csv, sidecar; user/name, a data set on the Hugging Face Hub; or scenes, drawn on the spot."""
@@ -181,6 +211,11 @@ class TrainConfig:
     """A ViT or DeiT to start from, a Hub name or a folder (with init pretrained: google/vit-base-patch16-224-in21k)."""
     init_decoder: str | None = None
     """A GPT-2 to start from, a Hub name or a folder (with init pretrained: gpt2); its tokenizer comes with it."""
+    decoder: str | None = None
+    """Any causal language model of transformers (Llama, Mistral, Qwen, ...) to write captions, behind a prefix: a Hub name
+    or a folder. With init_encoder or init pretrained; GPT-2 is this project's own."""
+    prompt: str = ""
+    """What the decoder reads between picture and caption, such as "a photo of"; needs a prefix."""
     init_model: str | None = None
     """A captioner of this project or of transformers to go on from, whole: a file, a folder or a Hub name. Its sizes
     and tokenizer take the place of those in the settings."""
@@ -216,6 +251,24 @@ class TrainConfig:
     """Factor of the learning rate from a layer to the one below it, in encoder and decoder."""
     freeze: tuple[Literal["encoder", "decoder", "new"], ...] = ()
     """Parts that are left as they are; new is the cross-attention and the projection."""
+    lora: bool = False
+    """Leave the pretrained weights as they are and learn adapters of low rank on some layers (LoRA, Hu et al. 2021,
+    arXiv:2106.09685), and whatever is new in full."""
+    qlora: bool = False
+    """The same with the pretrained layers kept in 4 bits (NF4, doubly quantized: QLoRA, Dettmers et al. 2023,
+    arXiv:2305.14314), where bitsandbytes can."""
+    lora_rank: int = 16
+    """Rank of the adapters."""
+    lora_alpha: float = 32.0
+    """What an adapter adds is multiplied by this over its rank."""
+    lora_dropout: float = 0.05
+    """Dropout of what an adapter reads."""
+    lora_targets: str = r"encoder\.blocks\.\d+\.qkv|decoder\.blocks\.\d+\.attn\.c_attn|decoder\.body\..*\.[qkv]_proj"
+    """Which linear layers get one: a regular expression for their whole names."""
+    base_dir: Path | None = None
+    """Folder in which pretrained models are looked for by name before the Hub is asked."""
+    merge: bool = False
+    """Save the finished model whole, its adapters merged into the pretrained weights, instead of them alone."""
     warmup_steps: int = 500
     """Steps in which the learning rate rises from zero (at most a tenth of the run)."""
     weight_decay: float = 0.01
@@ -278,14 +331,21 @@ class TrainConfig:
         least = dict.fromkeys(("num_workers", "warmup_steps", "weight_decay", "seed", "val_pictures"), 0)
         least |= dict.fromkeys(("epochs", "max_steps", "batch_size", "captions_per_image", "accumulation_steps"), 1)
         least |= dict.fromkeys(("eval_interval", "checkpoint_interval", "keep_checkpoints", "num_scenes"), 1)
-        least |= dict.fromkeys(("caption_length", "patience", "overflow_limit"), 1)
+        least |= dict.fromkeys(("caption_length", "patience", "overflow_limit", "lora_rank"), 1)
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise UserError(f"{name} is {value}: it must be at least {lowest}")
         if self.seed >= 1 << 31:
             raise UserError(f"seed is {self.seed}: it must be below 2147483648")
-        for name in ("learning_rate", "gradient_clip", "encoder_learning_rate", "decoder_learning_rate", "layer_decay"):
+        for name in (
+            "learning_rate",
+            "gradient_clip",
+            "encoder_learning_rate",
+            "decoder_learning_rate",
+            "layer_decay",
+            "lora_alpha",
+        ):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be positive")
         if self.layer_decay > 1:
@@ -303,9 +363,17 @@ class TrainConfig:
                 )
         if self.init_model and (self.init != "scratch" or self.init_encoder or self.init_decoder):
             raise UserError("init_model is a whole model: leave init, init_encoder and init_decoder out")
+        if self.decoder and (self.init_decoder or self.init_model):
+            raise UserError("decoder is what init_decoder and init_model name in other ways: leave them out")
+        if self.adapts and not (
+            self.init_model or self.init == "pretrained" or (self.init_encoder and (self.init_decoder or self.decoder))
+        ):
+            raise UserError("lora and qlora adapt a pretrained model: add --init pretrained, or --init-model")
+        if self.merge and not self.adapts:
+            raise UserError("merge has no effect without adapters: add --lora or --qlora, or leave it out")
         if self.cache_on_gpu and not self.augmentation.moves_pixels_only:
             raise UserError("cache_on_gpu crops and mirrors only: leave it out, or the other kinds of augmentation")
-        for name in ("word_dropout", "label_smoothing", "max_bad_share", "ema"):
+        for name in ("word_dropout", "label_smoothing", "max_bad_share", "ema", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
 
@@ -313,6 +381,11 @@ class TrainConfig:
         """The fields as JSON can hold them."""
         values = dataclasses.asdict(self)
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the run learns adapters."""
+        return self.lora or self.qlora
 
     @property
     def fingerprint(self) -> str:
@@ -331,6 +404,8 @@ class TrainConfig:
             "max_bad_share",
             "allow_overlap",
             "no_upload",
+            "base_dir",
+            "merge",
             "wandb",
             "wandb_project",
         }
@@ -366,6 +441,20 @@ PRESETS = {
             decoder_num_heads=4,
             dropout=0.0,
         ),
+    ),
+    # A pretrained ViT and GPT-2, joined by a prefix and fine-tuned on one small GPU.
+    "img2gpt": TrainConfig(
+        preset="img2gpt",
+        dataset="flickr30k",
+        init="pretrained",
+        init_encoder="google/vit-base-patch16-224-in21k",
+        init_decoder="gpt2",
+        qlora=True,
+        epochs=3,
+        batch_size=16,
+        warmup_steps=100,
+        eval_interval=200,
+        model=ViTGPT2Config(bridge="prefix"),
     ),
     # Real photographs from scratch, half an hour on two CPU cores.
     "flickr8k": TrainConfig(

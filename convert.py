@@ -123,8 +123,9 @@ def tensor_names(config: ViTGPT2Config, vit: str = "encoder.", gpt2: str = "deco
         for name, theirs in VIT_LAYER.items():
             modules.append(Name(f"encoder.blocks.{n}.{name}", tuple(f"{vit}encoder.layer.{n}.{t}" for t in theirs)))
     for n in range(config.decoder_num_layers):
-        modules += [Name(f"decoder.blocks.{n}.{name}", (f"{gpt2}h.{n}.{name}",)) for name in GPT2_NORMS]
-        modules += [Name(f"decoder.blocks.{n}.{name}", (f"{gpt2}h.{n}.{t}",), True) for name, t in GPT2_LAYER.items()]
+        layer = [Name(f"decoder.blocks.{n}.{name}", (f"{gpt2}h.{n}.{name}",)) for name in GPT2_NORMS]
+        layer += [Name(f"decoder.blocks.{n}.{name}", (f"{gpt2}h.{n}.{t}",), True) for name, t in GPT2_LAYER.items()]
+        modules += [name for name in layer if config.bridge == "cross_attention" or "cross" not in name.ours]
     yield Name("encoder.class_token", (f"{vit}embeddings.cls_token",))
     yield Name("encoder.position_embeddings", (f"{vit}embeddings.position_embeddings",))
     yield Name("decoder.wte.weight", (f"{gpt2}wte.weight",))
@@ -164,6 +165,8 @@ def save_transformers(model: ImageCaptionModel, directory: str | os.PathLike[str
     GPT-2's cannot be had.
     """
     config, dtype = model.config, model.decoder.wte.weight.dtype
+    if config.bridge != "cross_attention":
+        raise UserError("transformers' VisionEncoderDecoder has no prefix: this model stays in its own file")
     weights = rename({name: t.detach().cpu() for name, t in model.state_dict().items()}, list(tensor_names(config)))
     # transformers' ViT has a pooler. Without one in the file it makes one up, and warns that the model needs training.
     width = config.vision_embed_dim
@@ -545,7 +548,13 @@ def initialise(
         said.append(f"{encoder}: {some(list(tensors))}, positions {old} x {old} -> {new} x {new}")
         tensors["encoder.position_embeddings"] = interpolate(tensors["encoder.position_embeddings"], new)
         taken |= tensors
-    if decoder is not None:
+    if decoder is not None and is_language_model(decoder):
+        from language_model import pretrained_language_model
+
+        config, tensors, tokenizer = pretrained_language_model(decoder, config)
+        said.append(f"{decoder}: {some(list(tensors))}, {config.max_length} positions")
+        taken |= tensors
+    elif decoder is not None:
         theirs, tensors = pretrained_gpt2(decoder, config, left)
         config = dataclasses.replace(theirs, max_length=min(config.max_length, theirs.max_length))
         said.append(f"{decoder}: {some(list(tensors))}, {config.max_length} of {theirs.max_length} positions")
@@ -599,6 +608,11 @@ def pretrained_gpt2(source: str, config: ViTGPT2Config, left: list[str]) -> tupl
     left += split_off(weights, prefix)
     names = [name for name in tensor_names(config, gpt2=prefix) if name.ours.startswith("decoder.")]
     return config, take(path, weights, [name for name in names if "cross" not in name.ours], config)
+
+
+def is_language_model(source: str) -> bool:
+    """Whether a folder or Hub name has a decoder that is not GPT-2, and so not this project's own."""
+    return read_json(find_folder(source, ["config.json"]), "config.json").get("model_type", "gpt2") != "gpt2"
 
 
 def prefix_of(ending: str, weights: dict[str, Tensor]) -> str:

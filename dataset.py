@@ -170,7 +170,7 @@ class CaptionDataset(Dataset[Sample]):
         """
         assert config.resize_size is not None
         self.table, self.config, self.captions_per_image, self.seed = table, config, captions_per_image, seed
-        limit = config.max_length - 1  # room for the start token, or seen from the labels, for the end token
+        limit = config.text_positions - 1  # room for the start token, or seen from the labels, for the end token
         texts = table.captions()
         self.tokens = Tokens((text.as_py() for text in texts), tokenizer, limit)
         self.first_caption = np.concatenate([[0], np.cumsum(table.rows["captions"].combine_chunks().value_lengths())])

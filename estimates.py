@@ -36,9 +36,14 @@ def step_operations(config: ViTGPT2Config, captions: float, tokens: float) -> fl
     """
     states, vision, width = config.num_patches + 1, config.vision_embed_dim, config.decoder_embed_dim
     encoder = states * config.vision_num_layers * (12 * vision**2 + 2 * states * vision)
-    looking = states * config.decoder_num_layers * 2 * vision * width
     words = captions * tokens
-    decoder = words * config.decoder_num_layers * (14 * width**2 + 2 * states * width)
+    if config.bridge == "cross_attention":
+        looking = states * config.decoder_num_layers * 2 * vision * width
+        decoder = words * config.decoder_num_layers * (14 * width**2 + 2 * states * width)
+    else:
+        prefix = config.prefix_positions
+        looking = states * vision * width + prefix * config.decoder_num_layers * (12 * width**2 + prefix * width)
+        decoder = words * config.decoder_num_layers * (12 * width**2 + 2 * prefix * width)
     return 3 * 2 * (encoder + looking + decoder + words * width * config.vocab_size)
 
 
@@ -65,14 +70,14 @@ def estimated_seconds(
     return seen * step_operations(config.model, captions, tokens) / max(rate, 1.0)
 
 
-def estimated_memory(config: TrainConfig, parameters: int, tokens: float) -> float:
-    """Bytes on the device: weights, gradients and AdamW's moments in fp32, activations kept for the backward pass."""
+def estimated_memory(config: TrainConfig, weights: int, tokens: float) -> float:
+    """Bytes on the device: of weights, gradients and AdamW's moments, and of activations kept for the backward pass."""
     m = config.model
     kept = 2 if config.gradient_checkpointing else 34  # numbers a layer keeps for each position and unit of width
     states = (m.num_patches + 1) * m.vision_num_layers * m.vision_embed_dim
     words = config.captions_per_image * tokens * m.decoder_num_layers * m.decoder_embed_dim * 1.3
     head = config.captions_per_image * tokens * m.vocab_size * 3
-    return 16.0 * parameters + config.batch_size * (2 * kept * (states + words) + 4 * head)
+    return weights + config.batch_size * (2 * kept * (states + words) + 4 * head)
 
 
 def duration(seconds: float) -> str:

@@ -252,7 +252,7 @@ def about_decoding(model: ImageCaptionModel, decoding: dict[str, Any]) -> dict[s
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    options = {"max_length": min(32, model.config.max_length)} | default_decoding(decoding)
+    options = {"max_length": min(32, model.config.text_positions)} | default_decoding(decoding)
     if options.get("do_sample"):
         options["seed"] = SEED
     said = ", ".join(f"{name} {value}" for name, value in options.items() if value is not False)
@@ -337,6 +337,8 @@ class EvaluateConfig:
     """Column of the pictures, where a table's has no usual name."""
     caption_column: str | None = None
     """Column of the captions, where a table's has no usual name."""
+    base_dir: Path | None = None
+    """Folder in which the pretrained models that a file of adapters names are looked for before the Hub is asked."""
     max_bad_share: float = 0.01
     """Largest share of pictures that may be missing or damaged; they are left out and counted."""
     allow_overlap: bool = False
@@ -402,7 +404,7 @@ def main() -> None:
         captioned = Captioned([], captions, known, [], frequencies=frequencies)
         metrics = write_evaluation(directory, title, captioned, names, {}, about, more)
     elif config.model and (config.data_dir or "/" in config.dataset):
-        model = ImageCaptionModel.from_pretrained(config.model)
+        model = ImageCaptionModel.from_pretrained(config.model, config.base_dir)
         columns = {"image_column": config.image_column, "caption_column": config.caption_column}
         data_dir = config.data_dir or Path()
         table = load_table(config.dataset, data_dir, config.split, **columns)

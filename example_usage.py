@@ -41,15 +41,16 @@ URL_SECONDS = 15
 URL_BYTES = 50 << 20
 
 
-def load_model(source: str, device: str) -> ImageCaptionModel:
-    """The model on its device; the last one is kept, so that captioning many pictures loads it once."""
+def load_model(source: str, device: str, base_dir: Path | None = None) -> ImageCaptionModel:
+    """The model on its device; the last one is kept, so that captioning many pictures loads it once. Adapters are merged
+    into the models they name, which are looked for in base_dir first."""
     path = Path(source)
-    return _load_model(source, device, path.stat().st_mtime_ns if path.exists() else 0)
+    return _load_model(source, device, base_dir, path.stat().st_mtime_ns if path.exists() else 0)
 
 
 @functools.lru_cache(maxsize=1)
-def _load_model(source: str, device: str, written: int) -> ImageCaptionModel:
-    return ImageCaptionModel.from_pretrained(source).to(device)
+def _load_model(source: str, device: str, base_dir: Path | None, written: int) -> ImageCaptionModel:
+    return ImageCaptionModel.from_pretrained(source, base_dir).to(device)
 
 
 def caption_pixels(model: ImageCaptionModel, pixels: Tensor, precision: str = "auto", **options: Any) -> list[str]:
@@ -69,6 +70,7 @@ def caption_image(
     do_sample: bool = True,
     top_k: int = 50,
     top_p: float = 0.95,
+    base_dir: Path | None = None,
     **options: Any,
 ) -> str:
     """One caption for a picture (a path or a URL), by a model (a file, a folder or a Hub name user/repo).
@@ -78,7 +80,7 @@ def caption_image(
     """
     if device == "cuda" and not torch.cuda.is_available():
         device = "auto"
-    model = load_model(str(model_source), str(choose_device(device)[0]))
+    model = load_model(str(model_source), str(choose_device(device)[0]), base_dir)
     pixels = prepare_picture(fetch(str(image_path)), model.config).unsqueeze(0)
     options |= {"max_length": max_length, "do_sample": do_sample}
     if do_sample:
@@ -154,6 +156,8 @@ class CaptionConfig:
     """Longest caption, in tokens (default: 32, or what the model can hold)."""
     batch_size: int = 16
     """Pictures captioned at a time."""
+    base_dir: Path | None = None
+    """Folder in which the pretrained models that a file of adapters names are looked for before the Hub is asked."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to run."""
     precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = "auto"
@@ -167,7 +171,7 @@ def main() -> int:
     config = parse_flags(CaptionConfig, __doc__)
     inputs = list(config.inputs)
     source = inputs.pop() if inputs and is_model(inputs[-1]) else newest_model()
-    model = load_model(source, str(choose_device(config.device)[0]))
+    model = load_model(source, str(choose_device(config.device)[0]), config.base_dir)
     if config.do_sample:
         options: dict[str, Any] = {"do_sample": True, "temperature": config.temperature}
         options |= {"top_k": config.top_k, "top_p": config.top_p}

@@ -89,7 +89,7 @@ def generate(
     not go together.
     """
     prefix = model.tokenizer(prefix).input_ids if isinstance(prefix, str) else list(prefix)
-    room = model.config.max_length - len(prefix)
+    room = model.config.text_positions - len(prefix)
     max_length = min(32, room) if max_length is None else max_length
     if max_length < 1 or max_length > room:
         behind = f" behind a prefix of {len(prefix)} tokens" if prefix else ""
@@ -104,6 +104,8 @@ def generate(
         raise UserError(f"{num_return_sequences} captions a picture need as many beams, or do_sample without beams")
     if repetition_penalty <= 0 or no_repeat_ngram_size < 0:
         raise UserError("repetition_penalty must be above 0 and no_repeat_ngram_size at least 0")
+    if return_attention and model.config.bridge != "cross_attention":
+        raise UserError("return_attention needs cross-attention: a model that reads a prefix has none")
     end = model.config.end_token_id
     assert end is not None
     rules: list[Logits] = []  # in transformers' order
@@ -168,8 +170,11 @@ def fast_twin(model: ImageCaptionModel, int8: bool, rows: int) -> ImageCaptionMo
     device, twin = model.device.type, model
     if int8 and device != "cpu":
         raise UserError("int8 is for a CPU: use another precision")
+    plain = model.adapters is None and not model.config.language_model
+    if not plain and not int8:  # while adapters learn, layers are peft's, and perhaps in 4 bits
+        return model
     halved = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    if device == "cpu":
+    if device == "cpu" and plain:
         from packed import packed_model
 
         twin = packed_model(model, "int8" if int8 else "bf16" if halved == torch.bfloat16 else "fp32", rows)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import DecoderBlock, DecoderCache, GPT2Decoder, ImageCaptionModel, Packing, split_heads
+from attention import attention_behind, split_heads
+from model import DecoderBlock, DecoderCache, GPT2Decoder, ImageCaptionModel, Packing
 
 
 @dataclass
@@ -94,18 +95,22 @@ class StaticDecoder(GPT2Decoder):
 
     def step(self, cache: StaticCache) -> Tensor:
         """The cache's tokens (rows, 1) at its place -> (rows, 1, D), in the same shapes at every place."""
-        x = self.wte(cache.tokens) + self.wpe(cache.place)
+        x = self.wte(cache.tokens) + self.wpe(cache.place + self.config.prefix_positions)
         written = torch.arange(cache.own[0].shape[2], device=x.device) <= cache.place  # (L,)
         for block, (key, value), states in zip(self.blocks, cache.cross, cache.own, strict=True):
             assert isinstance(block, DecoderBlock)
             query, *new = split_heads(block.attn.c_attn(block.ln_1(x)), 3, block.attn.num_heads)
             states.index_copy_(2, cache.place, torch.stack(new).to(states.dtype))
-            keys, values = states.transpose(2, 3).unbind()  # (rows, H, L, D/H)
-            query = query.transpose(1, 2).to(keys.dtype)
-            mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=written[None, None, None])
-            x = x + block.attn.c_proj(mixed.transpose(1, 2).flatten(2).to(x.dtype))
-            x = x + block.crossattention(block.ln_cross_attn(x), key, value, None)
-            x = x + block.c_proj(F.gelu(block.c_fc(block.ln_2(x)), approximate="tanh"))
+            if block.prefixed:
+                mixed = attention_behind(query, states[0], states[1], (key, value), written[None])
+                x = x + block.attn.c_proj(mixed.flatten(2).to(x.dtype))
+            else:
+                keys, values = states.transpose(2, 3).unbind()  # (rows, H, L, D/H)
+                query = query.transpose(1, 2).to(keys.dtype)
+                mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=written[None, None, None])
+                x = x + block.attn.c_proj(mixed.transpose(1, 2).flatten(2).to(x.dtype))
+                x = x + block.crossattention(block.ln_cross_attn(x), key, value, None)
+            x = block.feed_forward(x)
         return self.ln_f(x)
 
 

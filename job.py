@@ -21,17 +21,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from adapters import adapt, find_base
+from attention import choose_attention
 from cache import key_of
 from checkpoint import checkpoints, in_use
 from config import TrainConfig, UserError
-from convert import initialise
+from convert import initialise, is_language_model
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
 from distributed import World
 from download import download_coco_dataset, download_flickr30k
 from estimates import duration, estimated_memory, estimated_seconds
 from evaluate import BadPictures, check_overlap
 from files import writable_directory, write_json
-from model import ImageCaptionModel, choose_attention
+from model import ImageCaptionModel
 from optimizers import freeze
 from scenes import draw_scenes
 from table import CaptionTable
@@ -207,12 +209,20 @@ def prepare(
             f"the pictures or captions have changed since {run} began, so it cannot go on: start a new run with --resume "
             "never (or another --output-dir)"
         )
-    name, model = go_on_with(run) if began else make_model(config, tables["train"], tokenizer_name)
+    if began and not config.adapts:  # a file of adapters is loaded as the plain model that they make of their base
+        name, model = go_on_with(run)
+    else:
+        name, model = make_model(config, tables["train"], tokenizer_name or began.get("tokenizer"))
     tokenizer, sizes = model.tokenizer, model.config
     model.trained_on = np.union1d(model.trained_on, keys["train"])
     check_overlap(model.trained_on, tables["test"], config.allow_overlap)
     model.set_gradient_checkpointing(config.gradient_checkpointing)
     freeze(model, config.freeze)
+    if config.adapts:
+        bases: dict[str, str | None] = {"model": config.init_model}
+        if not config.init_model:
+            bases = pretrained_parts(config)
+        print(f"adapters    {adapt(model, config, bases, device)}")
     assert sizes.resize_size is not None
     different = {id(table): (split, table) for split, table in reversed(tables.items())}  # val may serve as test
     pixels = 3 * sizes.resize_size**2 * sum(len(table) for _, table in different.values())
@@ -272,7 +282,7 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
     """The model to start from, with its tokenizer, and the name that this can be had by again."""
     torch.manual_seed(config.seed)
     if config.init_model:
-        whole = ImageCaptionModel.from_pretrained(config.init_model)
+        whole = ImageCaptionModel.from_pretrained(find_base(config.init_model, config.base_dir), config.base_dir)
         # Not what the model is, but how it is trained.
         trained = {f: getattr(config.model, f) for f in ("dropout", "vision_dropout", "vision_drop_path")}
         model = ImageCaptionModel(dataclasses.replace(whole.config, **trained))
@@ -280,7 +290,11 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
         model.tokenizer, model.trained_on = whole.tokenizer, whole.trained_on
         print(f"start       {config.init_model}, with its sizes and its tokenizer")
         return config.init_model, model
-    parts = pretrained_parts(config)
+    parts = {part: name and find_base(name, config.base_dir) for part, name in pretrained_parts(config).items()}
+    if parts["decoder"] and is_language_model(parts["decoder"]):  # whose tokenizer comes with it
+        _, model = initialise(config.model, **parts)
+        add_prompt(model, config.prompt)
+        return parts["decoder"], model
     if parts["decoder"] and config.tokenizer == "auto":
         chosen = parts["decoder"]
     name, tokenizer = choose_tokenizer(config, table, chosen)
@@ -304,7 +318,16 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
     else:
         model = ImageCaptionModel(sizes)
     model.tokenizer = tokenizer
+    add_prompt(model, config.prompt)
     return name, model
+
+
+def add_prompt(model: ImageCaptionModel, prompt: str) -> None:
+    """Has the decoder read this before every caption. Raises UserError where there is no prefix, or no room."""
+    if prompt:
+        ids = tuple(model.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids)
+        dataclasses.replace(model.config, prompt_ids=ids)  # checks it
+        model.config.prompt_ids = ids  # of the parts' config too, which is the same one
 
 
 def keep_on_gpu(dataset: CaptionDataset, device: torch.device) -> None:
@@ -321,9 +344,10 @@ def keep_on_gpu(dataset: CaptionDataset, device: torch.device) -> None:
 
 def pretrained_parts(config: TrainConfig) -> dict[str, str | None]:
     """The encoder and the decoder to start from, None for fresh ones."""
+    decoder = config.decoder or config.init_decoder
     if config.init == "scratch":
-        return {"encoder": config.init_encoder, "decoder": config.init_decoder}
-    return {"encoder": config.init_encoder or PRETRAINED_ENCODER, "decoder": config.init_decoder or PRETRAINED_DECODER}
+        return {"encoder": config.init_encoder, "decoder": decoder}
+    return {"encoder": config.init_encoder or PRETRAINED_ENCODER, "decoder": decoder or PRETRAINED_DECODER}
 
 
 def choose_tokenizer(
@@ -346,7 +370,9 @@ def plan(job: Job, step: int) -> str:
     config, table, sizes, world = job.config, job.datasets["train"].table, job.model.config, job.world.size
     own = dataclasses.replace(config, model=sizes, batch_size=-(-config.batch_size // world))  # this process's share
     seconds = estimated_seconds(own, len(table) // world, job.tokens, job.device, job.dtype) * (1 - step / job.steps)
-    memory = estimated_memory(own, job.model.num_parameters, job.tokens)
+    learned = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
+    weights = sum(parameter.nbytes for parameter in job.model.parameters()) + 12 * sum(p.numel() for p in learned)
+    memory = estimated_memory(own, weights, job.tokens)
     different = {id(data): data.pixels.kept for data in job.datasets.values()}.values()  # val may serve as test
     kept = sum(pictures.numel() for pictures in different if pictures is not None)
     val, test = len(job.datasets["val"]), len(job.datasets["test"])
@@ -368,4 +394,4 @@ def plan(job: Job, step: int) -> str:
 
 def caption_length(job: Job) -> int:
     """The longest caption to write: as asked for, within the model's positions."""
-    return min(job.config.caption_length, job.model.config.max_length)
+    return min(job.config.caption_length, job.model.config.text_positions)

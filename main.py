@@ -1,4 +1,4 @@
-"""Trains a captioner: python main.py [--preset coco|demo|flickr8k] [any field of TrainConfig as a flag].
+"""Trains a captioner: python main.py [--preset coco|demo|flickr8k|img2gpt] [any field of TrainConfig as a flag].
 
 The command line is the config; --help shows every field with its sentence.
 """

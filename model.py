@@ -1,13 +1,14 @@
-"""The model: a vision transformer (ViT) whose patches a GPT-2 decoder reads through cross-attention.
+"""The model: a vision transformer (ViT) whose patches a GPT-2 decoder reads, through cross-attention or as a prefix.
 
-Bottom up: attention, the encoder, the decoder with its cache, the captioner with its loss, load and save. Imports
+Bottom up: the encoder, the decoder with its cache, the captioner with its loss, load and save. Imports attention,
 config and model_file; generation is reached by a late import. Nothing here trains, decodes pictures or picks a device.
 
 Dimensions: N pictures, K captions of each, T tokens of a caption, S encoder states of a picture (class token +
 patches), H heads, D width, V vocabulary, M real positions (the ones with a target).
 
 References: ViT, Dosovitskiy et al. 2021 (arXiv:2010.11929); GPT-2, Radford et al. 2019; cross-attention as in
-Vaswani et al. 2017 (arXiv:1706.03762), placed where transformers' GPT2Model places it.
+Vaswani et al. 2017 (arXiv:1706.03762), placed where transformers' GPT2Model places it; the prefix as in ClipCap, Mokady
+et al. 2021 (arXiv:2111.09734), fed as transformers' GPT-2 is with inputs_embeds.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
+from attention import attention, attention_behind, choose_attention, split_heads, use_flash_attention  # noqa: F401  # others import them from here
 from config import UserError, ViTGPT2Config
 from model_file import (
     METADATA_KEY,
@@ -45,95 +47,6 @@ from model_file import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-# Attention
-
-_flash_wanted = True
-_flash_3: str | None = None
-_flash: tuple[Callable[..., Tensor] | None, str] | None = None
-
-
-def use_flash_attention(wanted: bool) -> None:
-    """Whether `attention` may call the flash_attn package, which it may until told otherwise; and on a Hopper GPU whether
-    torch's own attention may be FlashAttention-3, where this torch has it."""
-    global _flash_wanted, _flash_3
-    _flash_wanted = wanted
-    if wanted and _flash_3 is None and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
-        try:
-            torch.nn.attention.activate_flash_attention_impl("FA3")
-            _flash_3 = "FlashAttention-3"
-        except Exception as error:  # its kernels are a package of their own
-            _flash_3 = ""
-            print(f"attention   FlashAttention-3 cannot be activated ({type(error).__name__}): going on without")
-
-
-def flash_attn_function() -> tuple[Callable[..., Tensor] | None, str]:
-    """flash_attn's own function and why, or None and why not; looked for once.
-
-    The function itself is imported: other packages also answer to the name flash_attn without having it.
-    """
-    global _flash
-    if _flash is None:  # a plain global, because torch.compile does not see through functools.cache
-        _flash = _find_flash_attn()
-    return _flash
-
-
-def _find_flash_attn() -> tuple[Callable[..., Tensor] | None, str]:
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        return None, "flash_attn needs an Ampere GPU or newer"
-    try:
-        from flash_attn import flash_attn_func
-    except Exception as error:  # a build against another torch fails with anything from ImportError to OSError
-        return None, f"flash_attn cannot be imported ({type(error).__name__})"
-    return flash_attn_func, "flash_attn is installed"
-
-
-def choose_attention(
-    device_type: str, dtype: torch.dtype, head_size: int = 64
-) -> tuple[Callable[..., Tensor] | None, str]:
-    """flash_attn's function where it can serve such tensors, else None for torch's; and the reason in words."""
-    if device_type == "cpu" and dtype == torch.bfloat16:
-        return None, "plain products in bfloat16 (at captions' lengths faster than torch's kernel on a CPU)"
-    function = None
-    if not _flash_wanted:
-        reason = "flash_attn not wanted"
-    elif _flash_3 and device_type == "cuda":
-        reason = f"its kernel is {_flash_3}"
-    elif device_type != "cuda":
-        reason = f"device is {device_type}, flash_attn needs cuda"
-    elif dtype not in (torch.float16, torch.bfloat16):
-        reason = f"{dtype} tensors, flash_attn needs half precision"
-    elif head_size % 8 or head_size > 256:
-        reason = f"heads of {head_size}, flash_attn needs a multiple of 8 up to 256"
-    else:
-        function, reason = flash_attn_function()
-    return function, f"{'flash_attn' if function else 'torch scaled_dot_product_attention'} ({reason})"
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
-    """softmax(query key^T / sqrt(head size)) value, by the fastest kernel at hand.
-
-    query (B, Tq, H, D/H), key and value (B, Tk, H, D/H), one dtype; `causal` needs Tq = Tk.
-    Returns (B, Tq, H, D/H).
-    """
-    function, _ = choose_attention(query.device.type, query.dtype, query.shape[-1])
-    if function is not None:
-        return function(query, key, value, causal=causal)
-    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, T, D/H)
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # At captions' lengths torch's CPU kernel and its backward take 3 to 6 times as long as these products.
-        scores = (query * key.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, H, Tq, Tk)
-        if causal:
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(future, float("-inf"))
-        return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2)
-
-
-def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """(B, T, parts * D) -> `parts` tensors of (B, T, H, D/H)."""
-    return x.unflatten(-1, (parts, heads, -1)).unbind(-3)
 
 
 # The encoder
@@ -205,7 +118,7 @@ class VisionTransformer(nn.Module):
         return self.norm(x)
 
 
-def run_block(block: nn.Module, *inputs: Any, save_memory: bool) -> Tensor:
+def run_block(block: Callable[..., Any], *inputs: Any, save_memory: bool) -> Any:
     """block(*inputs); with save_memory its activations are computed again in the backward pass instead of kept."""
     if save_memory and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
@@ -219,8 +132,8 @@ def run_block(block: nn.Module, *inputs: Any, save_memory: bool) -> Tensor:
 class DecoderCache:
     """What decoding one more token needs of everything before it.
 
-    cross: per layer the picture's keys and values, each (N, S, H, D/H), computed once and shared by a picture's
-    K rows. own: per layer the text's keys and values, (2, N * K, max_length, H, D/H), of which the first `length`
+    cross: per layer the picture's keys and values, for cross-attention or of the prefix, each (N, S, H, D/H), computed
+    once and shared by a picture's K rows. own: per layer the text's keys and values, (2, N * K, max_length, H, D/H), of which the first `length`
     positions are filled; their dtype is the one that attention to them has.
     """
 
@@ -265,8 +178,18 @@ class SelfAttention(nn.Module):
         self.c_attn = nn.Linear(width, 3 * width)
         self.c_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, packing: Packing | None, states: Tensor | None, past: int) -> Tensor:
-        """x (N * K, T, D), or (M, D) with a packing; `past` positions of this layer's cache are filled -> like x."""
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing | None,
+        states: Tensor | None,
+        past: int,
+        before: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """x (N * K, T, D), or (M, D) with a packing; `past` positions of this layer's cache are filled -> like x.
+
+        before: keys and values (N, S, H, D/H) of the prefix that a picture's K rows share.
+        """
         projected = self.c_attn(x)
         query, key, value = split_heads(packing.unpack(projected) if packing else projected, 3, self.num_heads)
         length = query.shape[1]
@@ -277,7 +200,12 @@ class SelfAttention(nn.Module):
                 assert length == 1
                 key, value = states[:, :, : past + 1].unbind()
                 query = query.to(key.dtype)
-        mixed = attention(query, key, value, causal=length > 1).flatten(2).to(projected.dtype)
+        if before is None:
+            mixed = attention(query, key, value, causal=length > 1)
+        else:
+            visible = torch.ones(length, length, dtype=torch.bool, device=x.device).tril() if length > 1 else None
+            mixed = attention_behind(query, key, value, before, visible)
+        mixed = mixed.flatten(2).to(projected.dtype)
         return self.c_proj(packing.pack(mixed) if packing else mixed)
 
 
@@ -312,7 +240,7 @@ class CrossAttention(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """One GPT-2 layer with cross-attention: self-attention, cross-attention, MLP (tanh GELU), each pre-norm."""
+    """One GPT-2 layer: self-attention, cross-attention unless the picture is a prefix, MLP (tanh GELU), each pre-norm."""
 
     def __init__(self, config: ViTGPT2Config) -> None:
         super().__init__()
@@ -320,8 +248,10 @@ class DecoderBlock(nn.Module):
         self.dropout = config.dropout
         self.ln_1 = nn.LayerNorm(width, eps=1e-5)
         self.attn = SelfAttention(width, heads)
-        self.ln_cross_attn = nn.LayerNorm(width, eps=1e-5)
-        self.crossattention = CrossAttention(width, heads)
+        self.prefixed = config.bridge == "prefix"
+        if not self.prefixed:
+            self.ln_cross_attn = nn.LayerNorm(width, eps=1e-5)
+            self.crossattention = CrossAttention(width, heads)
         self.ln_2 = nn.LayerNorm(width, eps=1e-5)
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
@@ -336,15 +266,30 @@ class DecoderBlock(nn.Module):
         past: int = 0,
     ) -> Tensor:
         """x (N * K, T, D), or (M, D) with a packing; the picture's key and value (N, S, H, D/H) -> like x."""
-        x = x + F.dropout(self.attn(self.ln_1(x), packing, states, past), self.dropout, self.training)
-        seen = self.crossattention(self.ln_cross_attn(x), key, value, packing)
-        x = x + F.dropout(seen, self.dropout, self.training)
+        before = (key, value) if self.prefixed else None
+        x = x + F.dropout(self.attn(self.ln_1(x), packing, states, past, before), self.dropout, self.training)
+        if not self.prefixed:
+            seen = self.crossattention(self.ln_cross_attn(x), key, value, packing)
+            x = x + F.dropout(seen, self.dropout, self.training)
+        return self.feed_forward(x)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The last branch: (..., D) -> (..., D)."""
         hidden = F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh")
         return x + F.dropout(self.c_proj(hidden), self.dropout, self.training)
 
+    def read_prefix(self, x: Tensor, last: bool) -> tuple[Tensor, ...]:
+        """The prefix (N, S, D) -> this layer's keys and values of it, (N, S, H, D/H) each, and what the next layer reads,
+        (N, S, D); behind the last layer there is none."""
+        query, key, value = split_heads(self.attn.c_attn(self.ln_1(x)), 3, self.attn.num_heads)
+        if last:
+            return key, value
+        mixed = self.attn.c_proj(attention(query, key, value, causal=True).flatten(2))
+        return key, value, self.feed_forward(x + F.dropout(mixed, self.dropout, self.training))
+
 
 class GPT2Decoder(nn.Module):
-    """GPT-2 with cross-attention in every layer; its head is its token embedding (tied, stored once)."""
+    """GPT-2, with cross-attention in every layer or a prefix; its head is its token embedding (tied, stored once)."""
 
     def __init__(self, config: ViTGPT2Config) -> None:
         super().__init__()
@@ -357,26 +302,41 @@ class GPT2Decoder(nn.Module):
         self.gradient_checkpointing = False
 
     def look(self, encoder_hidden_states: Tensor) -> list[tuple[Tensor, ...]]:
-        """Every layer's keys and values of the pictures: (N, S, D) -> layers x ((N, S, H, D/H), (N, S, H, D/H))."""
-        return [layer.keys_and_values(encoder_hidden_states) for layer in self.cross_attentions()]
+        """Every layer's keys and values of the pictures: (N, S, D) -> layers x ((N, S, H, D/H), (N, S, H, D/H)).
+
+        A prefix is read through the layers for them. No word stands before it, so it is the same for all captions.
+        """
+        if self.config.bridge == "cross_attention":
+            return [layer.keys_and_values(encoder_hidden_states) for layer in self.cross_attentions()]
+        x = encoder_hidden_states + self.wpe.weight[: encoder_hidden_states.shape[1]]
+        read: list[tuple[Tensor, ...]] = []
+        rest = [F.dropout(x, self.config.dropout, self.training)]
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, DecoderBlock)
+            last = index == len(self.blocks) - 1
+            key, value, *rest = run_block(block.read_prefix, *rest, last, save_memory=self.gradient_checkpointing)
+            read.append((key, value))
+        return read
 
     def cross_attentions(self) -> list[CrossAttention]:
-        """Every layer's."""
-        return [block.crossattention for block in self.blocks if isinstance(block, DecoderBlock)]
+        """Every layer's; none of a decoder that reads a prefix."""
+        blocks = [block for block in self.blocks if isinstance(block, DecoderBlock) and not block.prefixed]
+        return [block.crossattention for block in blocks]
 
     def new_cache(self, encoder_hidden_states: Tensor, rows: int, max_length: int) -> DecoderCache:
         """An empty cache for `rows` (= N * K) captions of at most max_length tokens.
 
         In memory heads stand before positions, as products need them: laid out once here, not at every token.
         """
-        cross = [
-            tuple(part.transpose(1, 2).contiguous().transpose(1, 2) for part in layer)
-            for layer in self.look(encoder_hidden_states)
-        ]
-        key = cross[0][0]
+        looked = self.look(encoder_hidden_states)
+        key = looked[0][0]
         heads, size = key.shape[2:]
         # A CPU's attention to few keys is fastest in fp32.
         dtype = torch.float32 if key.device.type == "cpu" else key.dtype
+        seen = key.dtype if self.config.bridge == "cross_attention" else dtype
+        cross = [
+            tuple(part.to(seen).transpose(1, 2).contiguous().transpose(1, 2) for part in layer) for layer in looked
+        ]
         own = [key.new_zeros(2, rows, heads, max_length, size, dtype=dtype).transpose(2, 3) for _ in self.blocks]
         return DecoderCache(cross, own)
 
@@ -391,12 +351,13 @@ class GPT2Decoder(nn.Module):
 
         The cache, if there is one, grows by T.
         """
-        past, length = (cache.length if cache else 0), input_ids.shape[1]
-        if past + length > self.config.max_length:
+        past, length, first = (cache.length if cache else 0), input_ids.shape[1], self.config.prefix_positions
+        if past + length > self.config.text_positions:
+            behind = f" behind a picture's {first}" if first else ""
             raise ValueError(
-                f"a caption of {past + length} tokens does not fit into {self.config.max_length} positions"
+                f"a caption of {past + length} tokens does not fit into {self.config.max_length} positions{behind}"
             )
-        positions = torch.arange(past, past + length, device=input_ids.device).expand_as(input_ids)
+        positions = torch.arange(first + past, first + past + length, device=input_ids.device).expand_as(input_ids)
         if packing:
             input_ids, positions = packing.pack(input_ids), packing.pack(positions)
         x = F.dropout(self.wte(input_ids) + self.wpe(positions), self.config.dropout, self.training)
@@ -427,6 +388,20 @@ def _count_optimizer_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
+class AttentionPooling(nn.Module):
+    """Fewer states for a picture: learned queries, each of which looks at all of them."""
+
+    def __init__(self, width: int, heads: int, length: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.zeros(length, width))
+        self.crossattention = CrossAttention(width, heads)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, P + 1, D) -> (N, length, D)."""
+        queries = self.queries.expand(len(hidden), -1, -1)
+        return self.crossattention(queries, *self.crossattention.keys_and_values(hidden), None)
+
+
 @dataclass
 class CaptionOutput:
     """What a forward pass gives: logits (..., T, V) without labels; the scalar loss, and no logits, with them."""
@@ -447,12 +422,22 @@ class ImageCaptionModel(nn.Module):
         """What packed.py or graphs.py keeps of the weights for generation."""
         self.generating = threading.RLock()
         """Held while that is in use: a web server captions from several threads."""
+        self.adapters: dict[str, Any] | None = None
+        """What adapters.py has put on the model; such a one is saved as these alone, and what is learned in full."""
         self.trained_on = np.empty(0, np.uint64)
         """Keys of the pictures it has learned from (CaptionTable.keys), so that nobody is scored on them unawares."""
         self.encoder = VisionTransformer(self.config)
-        self.decoder = GPT2Decoder(self.config)
-        if self.config.vision_embed_dim != self.config.decoder_embed_dim:
-            self.enc_to_dec_proj = nn.Linear(self.config.vision_embed_dim, self.config.decoder_embed_dim)
+        if self.config.language_model:
+            from language_model import LanguageModel
+
+            self.decoder: Any = LanguageModel(self.config)
+        else:
+            self.decoder = GPT2Decoder(self.config)
+        vision, width, prefix = self.config.vision_embed_dim, self.config.decoder_embed_dim, self.config.prefix_length
+        if prefix:
+            self.pooling = AttentionPooling(vision, self.config.vision_num_heads, prefix)
+        if self.config.bridge == "prefix" or vision != width:
+            self.enc_to_dec_proj = nn.Linear(vision, width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -461,7 +446,8 @@ class ImageCaptionModel(nn.Module):
         The last layer of every residual branch is divided by sqrt(number of branches), as GPT-2 does.
         """
         config = self.config
-        branches = {"encoder": 2 * config.vision_num_layers, "decoder": 3 * config.decoder_num_layers}
+        decoder_branches = 3 if config.bridge == "cross_attention" else 2
+        branches = {"encoder": 2 * config.vision_num_layers, "decoder": decoder_branches * config.decoder_num_layers}
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:  # biases and norms
                 nn.init.constant_(parameter, 1.0 if "norm" in name or "ln_" in name else 0.0)
@@ -493,8 +479,9 @@ class ImageCaptionModel(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers are learned."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """How many numbers the model has; of weights in 4 bits, how many they stand for."""
+        packed = ((parameter, getattr(parameter, "quant_state", None)) for parameter in self.parameters())
+        return sum(math.prod(state.shape) if state else parameter.numel() for parameter, state in packed)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -512,9 +499,15 @@ class ImageCaptionModel(nn.Module):
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = on
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values (N, 3, S, S) -> the states that the decoder looks at, (N, P + 1, decoder width)."""
+        """pixel_values (N, 3, S, S) -> the states that the decoder looks at, (N, P + 1, decoder width), or as many as they
+        are pooled to."""
         hidden = self.encoder(pixel_values)
-        return self.enc_to_dec_proj(hidden) if hasattr(self, "enc_to_dec_proj") else hidden
+        hidden = self.pooling(hidden) if hasattr(self, "pooling") else hidden
+        hidden = self.enc_to_dec_proj(hidden) if hasattr(self, "enc_to_dec_proj") else hidden
+        if not self.config.prompt_ids:
+            return hidden
+        prompt = self.decoder.wte(torch.tensor(self.config.prompt_ids, device=hidden.device)).to(hidden.dtype)
+        return torch.cat([hidden, prompt.expand(len(hidden), -1, -1)], 1)
 
     def forward(
         self,
@@ -573,18 +566,40 @@ class ImageCaptionModel(nn.Module):
 
     # Load and save
 
+    def own_state(self) -> dict[str, Tensor]:
+        """What a file of the model holds: its weights, or of a model with adapters these and what is learned in full."""
+        if self.adapters is None:
+            return self.state_dict()
+        return {
+            name.replace(".default.weight", ""): tensor
+            for name, tensor in self.state_dict().items()
+            if ".lora_" in name or name in self.adapters["whole"]
+        }
+
+    def load_own_state(self, weights: dict[str, Tensor]) -> None:
+        """The inverse of own_state."""
+        if self.adapters is None:
+            self.load_state_dict(weights)
+            return
+        own = self.own_state()
+        check_shapes(Path("adapters"), own, weights)
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
     def save_file(self, path: str | os.PathLike[str]) -> None:
-        """Writes weights, config, preprocessing and tokenizer into one safetensors file, all of it or nothing."""
+        """Writes own_state, config, preprocessing and tokenizer into one safetensors file, all of it or nothing."""
         about: dict[str, Any] = {"config": self.config.to_dict()}
         if self._tokenizer is not None:
             about["tokenizer"] = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        if self.adapters is not None:
+            about["adapters"] = self.adapters
         if len(self.trained_on):
             about["trained_on"] = keys_to_text(self.trained_on)
         # One entry, because safetensors writes several in an order that changes from call to call.
         metadata = {METADATA_KEY: json.dumps(about, sort_keys=True)}
         path = Path(path)
         unfinished = path.with_name(f".{path.name}.unfinished")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.own_state().items()}
         try:
             save_file(weights, unfinished, metadata=metadata)
             os.replace(unfinished, path)
@@ -592,18 +607,25 @@ class ImageCaptionModel(nn.Module):
             unfinished.unlink(missing_ok=True)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Writes a folder with the model as one file, config.json and the tokenizer's files."""
+        """Writes a folder with the model as one file, config.json and the tokenizer's files; beside a model with a prefix
+        and a tokenizer also code, by which transformers loads it."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.save_file(directory / MODEL_FILE)
+        ours = self._tokenizer is not None and self.adapters is None and not self.config.language_model
+        if self.config.bridge == "prefix" and ours:
+            from remote import write_remote_code
+
+            write_remote_code(self, directory)
+            return
         (directory / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(directory)
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str]) -> ImageCaptionModel:
+    def from_pretrained(cls, source: str | os.PathLike[str], base_dir: Path | None = None) -> ImageCaptionModel:
         """The model in a file, in a folder that save_pretrained or transformers wrote, or in a Hub repository of either
-        kind; in eval mode.
+        kind; in eval mode. Adapters are merged into the models they were made for, which are looked for in base_dir first.
 
         Raises UserError where there is no model, or where the file's tensors do not fit its config.
         """
@@ -624,9 +646,14 @@ class ImageCaptionModel(nn.Module):
             trained_on = keys_from_text(about.get("trained_on", ""))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a model of this project ({error}): name another file") from error
-        model = cls(config)
-        check_shapes(path, model.state_dict(), weights)
-        model.load_state_dict(weights)
+        if "adapters" in about:
+            from adapters import adapted_model
+
+            model = adapted_model(path, config, about["adapters"], weights, base_dir)
+        else:
+            model = cls(config)
+            check_shapes(path, model.state_dict(), weights)
+            model.load_state_dict(weights)
         model.trained_on = trained_on
         if "tokenizer" in about:
             model.tokenizer = tokenizer_from_json(json.dumps(about["tokenizer"]), config)

@@ -85,7 +85,12 @@ def config_fields_from_shapes(weights: dict[str, Tensor]) -> dict[str, Any]:
     vision_width, _, patch_size, _ = weights["encoder.patch_embedding.weight"].shape
     vocab_size, width = weights["decoder.wte.weight"].shape
     patches = weights["encoder.position_embeddings"].shape[1] - 1
-    return {
+    bridge: dict[str, Any] = {}
+    if not any("ln_cross_attn" in name for name in weights):
+        bridge["bridge"] = "prefix"
+    if "pooling.queries" in weights:
+        bridge["prefix_length"] = len(weights["pooling.queries"])
+    return bridge | {
         "image_size": patch_size * math.isqrt(patches),
         "patch_size": patch_size,
         "vision_embed_dim": vision_width,
@@ -114,7 +119,7 @@ def tokenizer_from_json(text: str, config: ViTGPT2Config) -> PreTrainedTokenizer
         bos_token=tokenizer.id_to_token(config.start_token_id),
         eos_token=tokenizer.id_to_token(config.end_token_id),
         pad_token=tokenizer.id_to_token(config.pad_token_id),
-        model_max_length=config.max_length,
+        model_max_length=config.text_positions,
     )
 
 

@@ -41,6 +41,8 @@ def save_onnx(model: ImageCaptionModel, directory: str | os.PathLike[str], int8:
 
     Raises UserError where a package is missing, and where the folder must not be written (see convert.new_folder).
     """
+    if model.config.bridge != "cross_attention":
+        raise UserError("ONNX files are made of models with cross-attention: this one reads a prefix")
     needed = ["onnx", "onnxscript", *(["onnxruntime"] if int8 else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UserError(f"ONNX files need {', '.join(missing)}: pip install -r requirements-onnx.txt")

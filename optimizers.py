@@ -20,7 +20,7 @@ from model import ImageCaptionModel
 
 def part_of(name: str) -> str:
     """Where a parameter belongs: encoder, decoder, or new (what joins them, which no pretrained part brings)."""
-    if "crossattention." in name or "ln_cross_attn." in name or name.startswith("enc_to_dec_proj."):
+    if "crossattention." in name or "ln_cross_attn." in name or name.startswith(("enc_to_dec_proj.", "pooling.")):
         return "new"
     return name.split(".")[0]
 
@@ -151,4 +151,6 @@ class Average:
     def update(self, model: ImageCaptionModel, step: int) -> None:
         """Takes the weights after this step in."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        averages, learned = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
+        torch._foreach_lerp_(averages, learned, weight)

@@ -158,6 +158,7 @@ def packed_model(model: ImageCaptionModel, precision: Precision, rows: int) -> I
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 tokens_only = name.startswith("decoder.") and not name.endswith("crossattention.c_attn")
+                tokens_only = tokens_only and model.config.bridge == "cross_attention"  # a prefix meets all layers
                 # Attention to a picture is halved, except for a few queries, which are faster in fp32.
                 halved = name.endswith(("qkv",) if few else ("qkv", "c_attn", "q_attn"))
                 dtype = torch.bfloat16 if halved else torch.float32

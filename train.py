@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from attention import use_flash_attention
 from checkpoint import (
     checkpoints,
     clean,
@@ -42,7 +43,7 @@ from estimates import peak_rate, step_operations
 from evaluate import caption_loader, caption_loss, evaluate_dataset
 from files import put_in_place, write_json
 from job import Job, caption_length, choose_where, find_run, plan, prepare, write_run
-from model import ImageCaptionModel, use_flash_attention
+from model import ImageCaptionModel
 from model_file import MODEL_FILE
 from optimizers import Average, Updater, learning_rate_at, norm_of
 from results import MoreScores, print_metrics
@@ -183,8 +184,8 @@ class Learner:
         if world.main:
             tensors = optimizer_tensors(self.updater.optimizers)
             if self.average:
-                tensors |= {f"weights.{name}": tensor.cpu() for name, tensor in self.model.state_dict().items()}
-            size = sum(tensor.nbytes for tensor in (*tensors.values(), *self.model.state_dict().values()))
+                tensors |= {f"weights.{name}": tensor.cpu() for name, tensor in self.model.own_state().items()}
+            size = sum(tensor.nbytes for tensor in (*tensors.values(), *self.model.own_state().values()))
             scaling = {"scaler": self.scaler.state_dict(), "overflows": self.updater.overflows.item()}
             keep = job.config.keep_checkpoints
             save_checkpoint(
@@ -201,9 +202,9 @@ class Learner:
         if self.job.world.main:  # a process that was killed may not have come to it
             link_all(folder, state["best_checkpoint"])
         if self.average:
-            self.average.model.load_state_dict(weights)
+            self.average.model.load_own_state(weights)
             weights = {name: tensors.pop(f"weights.{name}") for name in weights}
-        self.model.load_state_dict(weights)
+        self.model.load_own_state(weights)
         load_optimizers(tensors, self.updater.optimizers)
         self.updater.overflows.fill_(state["overflows"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -256,6 +257,8 @@ class Meter:
         self.losses = [torch.tensor(loss, dtype=torch.float64) for loss in mine.get("losses", [])]
         self.losses += [torch.zeros(())] * (len(state.get("losses", [])) - len(self.losses))
         self.rewards, self.samples = mine.get("rewards", (0.0, 0))
+        total, self.epoch_steps = mine.get("epoch", (0.0, state.get("epoch", (0.0, 0))[1]))
+        self.epoch_loss = torch.tensor(total, device=job.device)
         self.peak, _ = peak_rate(job.device, job.dtype)
         self.steps: list[tuple[int, Step]] = []
         self.since, self.waiting = time.perf_counter(), 0.0
@@ -264,13 +267,23 @@ class Meter:
     def add(self, step: int, done: Step) -> None:
         """Takes a step in."""
         self.losses.append(done.loss)
+        self.epoch_loss, self.epoch_steps = self.epoch_loss + done.loss, self.epoch_steps + 1
         self.steps.append((step, done))
         self.rewards, self.samples = self.rewards + done.rewards, self.samples + done.pairs
 
     def state(self) -> dict[str, Any]:
         """What is to be saved of steps without a line, over all processes."""
         losses = self.world.sum(*(loss.item() for loss in self.losses))
-        return {"losses": losses, "rewards": self.world.sum(self.rewards, self.samples)}
+        return {"losses": losses, "rewards": self.world.sum(self.rewards, self.samples), "epoch": self.known_epoch()}
+
+    def known_epoch(self) -> tuple[float, int]:
+        """The sum of the epoch's losses, over all processes, and how many there are."""
+        return self.world.sum(self.epoch_loss.item())[0], self.epoch_steps
+
+    def mean_of_epoch(self) -> float | None:
+        """The epoch's mean loss so far, None before its first step."""
+        total, steps = self.known_epoch()
+        return total / steps if steps else None
 
     def line(self, rate: float) -> dict[str, Any]:
         """The log's next line; counting starts anew behind it."""
@@ -354,7 +367,9 @@ def learn(job: Job) -> int | None:
         if step > first_step or (config.init_model and not state):  # where a trained model starts from is of interest
             looking, better = time.perf_counter(), False
             ended = last or step % job.steps_per_epoch == 0
-            score = look(learner, step, ended, log)
+            score = look(learner, step, ended, log, meter.mean_of_epoch() if ended else None)
+            if step % job.steps_per_epoch == 0:
+                meter.epoch_loss, meter.epoch_steps = torch.zeros_like(meter.epoch_loss), 0
             if score is not None:
                 better = not math.isnan(score) and (best is None or score > best)
                 best, waited = (score, 0) if better else (best, waited + 1)
@@ -399,9 +414,9 @@ def learn(job: Job) -> int | None:
     return stop.exit_code
 
 
-def look(learner: Learner, step: int, ended: bool, log: Log | SilentLog) -> float | None:
-    """Sample captions, every eval_interval; and where an epoch has ended the validation loss and CIDEr-D of greedy
-    captions. Returns the score that the best checkpoint has most of, where there is one."""
+def look(learner: Learner, step: int, ended: bool, log: Log | SilentLog, train_loss: float | None) -> float | None:
+    """Sample captions, every eval_interval; and where an epoch has ended its mean loss, the validation loss and CIDEr-D of
+    greedy captions. Returns the score that the best checkpoint has most of, where there is one."""
     job, model, val = learner.job, learner.judged, learner.job.datasets["val"]
     config, world, score = job.config, job.world, None
     if ended:
@@ -409,7 +424,7 @@ def look(learner: Learner, step: int, ended: bool, log: Log | SilentLog) -> floa
         val_loss = caption_loss(
             model, make_dataloader(val, config.batch_size, **own), job.device, job.dtype, world=world
         )
-        values, score = {"val_loss": val_loss}, -val_loss
+        values, score = {"val_loss": val_loss} | ({} if train_loss is None else {"train_loss": train_loss}), -val_loss
         if config.val_pictures:
             some = min(len(val), config.val_pictures)
             loader = make_dataloader(val, config.batch_size, last_step=-(-some // config.batch_size), **own)
@@ -422,7 +437,10 @@ def look(learner: Learner, step: int, ended: bool, log: Log | SilentLog) -> floa
                 unique = len(set(captioned.captions)) / len(captioned.captions)
                 values |= {"val_cider_d": score, "val_unique_captions": unique}
         log.write(step, epoch=step / job.steps_per_epoch, **values)
+        if model.adapters is not None and world.main and step % job.steps_per_epoch == 0:  # a few MB: each is kept
+            model.save_file(job.run / f"{config.preset}_epoch_{step // job.steps_per_epoch}.safetensors")
         said = f", CIDEr-D {score:.3f}" if "val_cider_d" in values else ""
+        said += "" if train_loss is None else f", training loss {train_loss:.3f}"
         tell(world, f"step {step:,}: validation loss {val_loss:.3f}{said}")
     if (step == job.steps or step % config.eval_interval == 0) and world.main:
         samples = sample_captions(job, model)
@@ -458,9 +476,13 @@ def finish(job: Job) -> None:
     """Puts the best model in place, evaluates it on the test pictures, draws the curves and says where everything is."""
     run, config, world, test = job.run, job.config, job.world, job.datasets["test"]
     best = run / "checkpoints" / "best" / "model.safetensors"
-    job.model.load_state_dict(load_file(best))
+    job.model.load_own_state(load_file(best))
     job.model.eval()
     previous = None
+    if config.merge and world.main:
+        whole = ImageCaptionModel.from_pretrained(best, config.base_dir)
+        best = best.with_name("merged.safetensors")
+        whole.save_file(best)
     if world.main:
         put_in_place(best, run / MODEL_FILE)
         previous = put_in_place(best, Path(MODEL_FILE))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import tiny_config
 from safetensors.torch import load_file, save_file
 
+import attention as attention_module
 import model as model_module
 from config import UserError
 from convert import split_off, take, tensor_names
@@ -191,7 +192,7 @@ def flash_calls(monkeypatch):
     package = types.ModuleType("flash_attn")
     package.flash_attn_func = flash_attn_func
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setattr(model_module, "_flash", None)
+    monkeypatch.setattr(attention_module, "_flash", None)
     return calls
 
 
@@ -209,11 +210,11 @@ def test_flash_attention_is_left_alone_where_it_cannot_serve(flash_calls):
     query = torch.randn(1, 4, 2, 8)
     attention(query, query, query, causal=True)  # CPU
     attention(*(query.as_subclass(FakeCuda),) * 3)  # float32
-    model_module.use_flash_attention(False)
+    attention_module.use_flash_attention(False)
     try:
         function, reason = choose_attention("cuda", torch.float16)
     finally:
-        model_module.use_flash_attention(True)
+        attention_module.use_flash_attention(True)
     assert flash_calls == [] and function is None and "not wanted" in reason
     function, reason = choose_attention("cuda", torch.float16, head_size=20)
     assert function is None and "heads of 20" in reason
@@ -222,7 +223,7 @@ def test_flash_attention_is_left_alone_where_it_cannot_serve(flash_calls):
 def test_flash_attention_is_probed_by_importing_the_function(monkeypatch):
     """Another package answers to the name flash_attn without having the function; find_spec alone was fooled by it."""
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
-    monkeypatch.setattr(model_module, "_flash", None)
+    monkeypatch.setattr(attention_module, "_flash", None)
     function, reason = choose_attention("cuda", torch.bfloat16)
     assert function is None and "cannot be imported" in reason
 

@@ -1,0 +1,231 @@
+"""Learning a little of a large pretrained model: LoRA adapters on some layers, whose own weights rest, in 4 bits if wanted.
+
+    python adapters.py img2gpt_epoch_1.safetensors whole.safetensors        merges adapters into the models they name
+
+Imports config, model, convert and optimizers; peft and bitsandbytes (requirements-qlora.txt) by late imports. A file of
+adapters has, for each adapted layer, its two small matrices, and in full what no pretrained model brings: the projection,
+the cross-attention. Its metadata name the pretrained models. Loading such a file merges it, so that whatever captions
+meets plain layers; the layers are rounded to 4 bits first where they were while the adapters learned.
+
+References: LoRA, Hu et al. 2021 (arXiv:2106.09685); QLoRA, Dettmers et al. 2023 (arXiv:2305.14314).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from config import TrainConfig, UserError, ViTGPT2Config
+from convert import initialise
+from model import ImageCaptionModel
+from model_file import check_shapes
+from optimizers import part_of
+from utils import parse_flags, run_script
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as it is imported, it recommends a package of kernels
+INSTALL = "pip install -r requirements-qlora.txt"
+
+
+# On a model that is to learn
+
+
+def adapt(model: ImageCaptionModel, config: TrainConfig, bases: dict[str, str | None], device: torch.device) -> str:
+    """Puts fresh adapters on the model, in place, after which they and what is new are all that learns. Says what it did.
+
+    bases: what the weights came from, by name: an encoder and a decoder, or a whole model. Raises UserError where a
+    package is missing, and where the targets fit no layer, or one that is learned in full.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError(f"adapters need peft ({error}): {INSTALL}") from error
+    whole = [name for name, parameter in model.named_parameters() if part_of(name) == "new" and parameter.requires_grad]
+    key = fingerprint(model)
+    reason = why_not_4_bits(device) if config.qlora else ""
+    if reason and device.type == "cuda":
+        raise UserError(f"qlora needs bitsandbytes ({reason}): {INSTALL}, or use --lora")
+    quantized = config.qlora and not reason
+    if quantized:
+        for name in resting_layers(model):
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            model.set_submodule(name, four_bit_layer(layer, device))
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft asks for it
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a factor like any other
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_targets,
+    )
+    try:
+        inject_adapter_in_model(lora, model)
+    except ValueError as error:
+        raise UserError(f"lora_targets {config.lora_targets!r} fits no linear layer of the model") from error
+    names = {name for name, _ in model.named_parameters()}
+    if lost := sorted(set(whole) - names):
+        raise UserError(f"lora_targets also fits {lost[0]}, which is learned in full: choose others, or --freeze new")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name or name in whole)
+        if ".lora_" in name:
+            parameter.data = (
+                parameter.data.float()
+            )  # over layers in 4 bits peft makes them bf16, too coarse to learn in
+    model.adapters = {
+        "bases": bases,
+        "key": key,
+        "scale": config.lora_alpha / config.lora_rank,
+        "quantized": quantized,
+        "whole": whole,
+    }
+    learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    how = "the layers under them in 4 bits" if quantized else "the weights under them as they are"
+    if reason:
+        how += f" and not in 4 bits ({reason})"
+    return f"LoRA of rank {config.lora_rank}, {how}: {learned:,} of {model.num_parameters:,} numbers learn ({learned / model.num_parameters:.2%})"
+
+
+def resting_layers(model: ImageCaptionModel) -> list[str]:
+    """The linear layers that pretrained blocks consist of, whether or not they get an adapter."""
+    inside = ("encoder.blocks.", "decoder.blocks.", "decoder.body.")
+    layers = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(inside)
+    ]
+    return [name for name in layers if part_of(f"{name}.weight") != "new"]
+
+
+def why_not_4_bits(device: torch.device) -> str:
+    """Why layers cannot be kept in 4 bits there; nothing where they can: one is tried."""
+    try:
+        x = torch.ones(2, 64, device=device, requires_grad=True)
+        four_bit_layer(nn.Linear(64, 64), device)(x).sum().backward()
+    except Exception as error:  # of a build for another card or none: anything from ImportError to RuntimeError
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    return ""
+
+
+def four_bit_layer(layer: nn.Linear, device: torch.device) -> nn.Module:
+    """The layer with its weight in NF4, whose scales are quantized once more; it computes in bf16."""
+    import bitsandbytes
+
+    class FourBitLinear(bitsandbytes.nn.Linear4bit):
+        def train(self, mode: bool = True) -> FourBitLinear:
+            """Nothing: in evaluation a CPU's kernel would lay the weight out anew, with which training cannot go on."""
+            return self
+
+    out, into = layer.weight.shape
+    four = FourBitLinear(into, out, layer.bias is not None, torch.bfloat16, quant_type="nf4", device="meta")
+    weight = layer.weight.detach()
+    four.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=four)
+    four.bias = layer.bias
+    return four.to(device)
+
+
+# From a file
+
+
+def adapted_model(
+    path: Path, config: ViTGPT2Config, about: dict[str, Any], weights: dict[str, Tensor], base_dir: Path | None
+) -> ImageCaptionModel:
+    """The models that a file of adapters (its metadata and tensors) names, with those merged in: plain layers in fp32.
+
+    Raises UserError where they cannot be had, are not those that the adapters learned on, or do not fit.
+    """
+    model = base_model(path, config, about, base_dir)
+    state, scale, whole = model.state_dict(), about["scale"], about["whole"]
+    if about["quantized"]:
+        if reason := why_not_4_bits(torch.device("cpu")):
+            raise UserError(f"{path}: its adapters learned on weights in 4 bits ({reason}): {INSTALL}")
+        for name in resting_layers(model):
+            round_to_4_bits(state[f"{name}.weight"], state.get(f"{name}.bias"))
+    targets = [name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")]
+    expected = {name: state[name] for name in whole}
+    for name in targets:
+        rank = len(weights[f"{name}.lora_A"])
+        out, into = state[f"{name}.weight"].shape
+        expected |= {f"{name}.lora_A": torch.empty(rank, into), f"{name}.lora_B": torch.empty(out, rank)}
+    check_shapes(path, expected, weights)
+    for name in whole:
+        state[name].copy_(weights[name])
+    for name in targets:
+        state[f"{name}.weight"] += scale * weights[f"{name}.lora_B"] @ weights[f"{name}.lora_A"]
+    return model
+
+
+def base_model(path: Path, config: ViTGPT2Config, about: dict[str, Any], base_dir: Path | None) -> ImageCaptionModel:
+    """The pretrained weights, and fresh ones for what is new."""
+    bases = {part: find_base(name, base_dir) for part, name in about["bases"].items() if name}
+    said = " and ".join(bases.values())
+    try:
+        if "model" in bases:
+            base = ImageCaptionModel.from_pretrained(bases["model"], base_dir)
+        else:
+            with contextlib.redirect_stdout(io.StringIO()):  # what initialise takes and leaves was said in training
+                _, base = initialise(config, bases.get("encoder"), bases.get("decoder"))
+    except UserError as error:
+        raise UserError(f"{path}: adapters for {said}: {error}; --base-dir names a folder that has them") from error
+    if fingerprint(base) != about["key"]:
+        raise UserError(
+            f"{path}: its adapters learned on other weights than those of {said}: name theirs by --base-dir"
+        )
+    model = ImageCaptionModel(config)
+    model.load_state_dict(base.state_dict())
+    return model
+
+
+def fingerprint(model: ImageCaptionModel) -> str:
+    """Changes with the pretrained weights, of whose tensors it reads the beginnings."""
+    hashed = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if part_of(name) != "new":
+            hashed.update(f"{name} {tuple(tensor.shape)}".encode())
+            hashed.update(tensor.flatten()[:64].float().cpu().numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def find_base(name: str, base_dir: Path | None) -> str:
+    """The name, or the folder or file of that name, with or without its user, in base_dir."""
+    places = [base_dir / name, base_dir / Path(name).name] if base_dir else []
+    return next((str(place) for place in places if place.exists()), name)
+
+
+def round_to_4_bits(weight: Tensor, bias: Tensor | None) -> None:
+    """What a layer's weight (out, in) and bias become when it is kept in 4 bits, in place."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight.copy_(dequantize_4bit(*quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)))
+    if bias is not None:
+        bias.copy_(bias.bfloat16())  # which it is added in
+
+
+@dataclass(kw_only=True)
+class Merge:
+    """Write one whole model from a file of adapters."""
+
+    adapters: Annotated[str, tyro.conf.Positional]
+    """The file of adapters, or a folder or a Hub name with one."""
+    output: Annotated[Path, tyro.conf.Positional]
+    """The .safetensors file to write."""
+    base_dir: Path | None = None
+    """Folder in which the models it names are looked for first."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+
+def main() -> None:
+    """The command line."""
+    config = parse_flags(Merge, __doc__)
+    ImageCaptionModel.from_pretrained(config.adapters, config.base_dir).save_file(config.output)
+    print(f"written to {config.output}")
+
+
+if __name__ == "__main__":
+    run_script(main)

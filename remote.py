@@ -1,0 +1,131 @@
+"""A model with a prefix as transformers loads it, which has no class for one: code that travels with the weights.
+
+    AutoModel.from_pretrained(folder, trust_remote_code=True).generate(pixel_values, max_new_tokens=32, num_beams=3)
+
+`save_pretrained` calls write_remote_code. It puts what captioning needs of config.py, attention.py, model.py and
+generation.py into one file, because transformers takes a module that such a file imports for a package to be installed,
+and a thin PreTrainedModel behind it. Imports config, convert and model.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+from convert import their_files
+from files import write_json, write_text
+from model import ImageCaptionModel
+from model_file import MODEL_FILE
+
+MODULE = "modeling_img2gpt"
+HERE = Path(__file__).resolve().parent
+SOURCES = {"config": ("UserError", "ViTGPT2Config"), "attention": (), "model": (), "generation": ()}  # (): all of it
+# Files of this project, and layers made for one machine; what is left out is not called behind a PreTrainedModel.
+LEFT_OUT = {"fast_twin", "own_state", "load_own_state", "save_file", "save_pretrained", "from_pretrained"}
+
+THIN = '''
+def fast_twin(model, int8, rows):
+    """The model itself: twins with packed weights and recorded steps are part of the project, not of this file."""
+    if int8:
+        raise UserError("int8 is not to be had here")
+    return model
+
+
+class Img2GPTConfig(PreTrainedConfig):
+    """Holds ViTGPT2Config's fields as `captioner`."""
+
+    model_type = "img2gpt"
+
+    def __init__(self, captioner=None, **kwargs):
+        self.captioner = captioner or {}
+        super().__init__(**kwargs)
+
+
+class Img2GPTModel(PreTrainedModel):
+    """Captions for pictures as the folder's image processor prepares them."""
+
+    config_class, base_model_prefix, main_input_name = Img2GPTConfig, "captioner", "pixel_values"
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.captioner = ImageCaptionModel(ViTGPT2Config.from_dict(config.captioner))
+        self.post_init()
+
+    def _init_weights(self, module):
+        """What no file holds: the colours' mean and spread."""
+        if isinstance(module, VisionTransformer):
+            for buffer, values in ((module.mean, module.config.image_mean), (module.std, module.config.image_std)):
+                buffer.copy_(torch.tensor(values).view(3, 1, 1))
+
+    def forward(self, pixel_values, input_ids, labels=None, lengths=None):
+        """As ImageCaptionModel's: labels align with input_ids, -100 where there is no target."""
+        return self.captioner(pixel_values, input_ids, lengths, labels)
+
+    def generate(self, pixel_values, max_new_tokens=None, min_new_tokens=0, **options):
+        """Token ids (N * num_return_sequences, L); the options of `generate` above."""
+        if self.captioner._tokenizer is None and (isinstance(options.get("prefix"), str) or "bad_words" in options):
+            self.captioner.tokenizer = AutoTokenizer.from_pretrained(self.config.name_or_path)
+        options |= {"max_length": max_new_tokens, "min_length": min_new_tokens}
+        return self.captioner.generate(pixel_values, **options).sequences
+
+
+Img2GPTConfig.register_for_auto_class()
+Img2GPTModel.register_for_auto_class("AutoModel")
+'''
+
+
+def write_remote_code(model: ImageCaptionModel, folder: Path) -> None:
+    """Beside the model's file: the code, config.json, and what prepares pictures and words."""
+    files = their_files(model.config, model.tokenizer)
+    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        write_json(folder / name, files[name])
+    about: dict[str, Any] = {"architectures": ["Img2GPTModel"], "model_type": "img2gpt"}
+    about |= {"auto_map": {"AutoConfig": f"{MODULE}.Img2GPTConfig", "AutoModel": f"{MODULE}.Img2GPTModel"}}
+    about |= {"transformers_weights": MODEL_FILE, "captioner": model.config.to_dict()}
+    about["dtype"] = str(model.decoder.wte.weight.dtype).removeprefix("torch.")
+    write_json(folder / "config.json", about)
+    write_text(folder / f"{MODULE}.py", remote_code())
+
+
+def remote_code() -> str:
+    """The module's text."""
+    own = {path.stem for path in HERE.glob("*.py")}
+    imports: list[ast.Import | ast.ImportFrom] = []
+    bodies: list[str] = []
+    for name, wanted in SOURCES.items():
+        text = (HERE / f"{name}.py").read_text(encoding="utf-8")
+        lines = text.splitlines()
+        dropped: set[int] = set()
+        for node in ast.walk(tree := ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module in own:
+                dropped |= lines_of(node)  # it is all one file
+            elif isinstance(node, ast.FunctionDef) and node.name in LEFT_OUT:
+                dropped |= lines_of(node)
+        for node in tree.body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                if getattr(node, "module", None) not in (*own, "__future__"):
+                    imports.append(node)
+            elif isinstance(node, ast.If) or (isinstance(node, ast.Expr) and node is tree.body[0]):
+                continue  # what only type checkers read, and the docstring
+            elif not wanted or getattr(node, "name", None) in wanted:
+                bodies.append("\n".join(lines[n - 1] for n in sorted(lines_of(node) - dropped)))
+    head = f'"""{MODULE}: generated by this model\'s project, whose remote.py says from what. Do not edit."""'
+    bodies = [*filter(str.strip, bodies), THIN.strip()]
+    body = "\n\n\n".join(bodies)
+    used = {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)}
+    needed = {
+        f"{f'from {node.module} ' if isinstance(node, ast.ImportFrom) else ''}import {ast.unparse(alias)}"
+        for node in imports
+        for alias in node.names
+        if (alias.asname or alias.name) in used
+    }
+    theirs = "from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel"
+    return "\n".join([head, "from __future__ import annotations", *sorted(needed), theirs, "", "", body, ""])
+
+
+def lines_of(node: Any) -> set[int]:
+    """The numbers of a node's lines, its decorators' included."""
+    first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+    return set(range(first, node.end_lineno + 1))

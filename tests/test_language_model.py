@@ -1,0 +1,137 @@
+"""Llama and Qwen behind our prefix: tiny random folders, as transformers writes them, learn and caption like GPT-2."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import tiny_config
+from processes import small_config
+from test_adapters import write_bases
+
+from config import UserError
+from convert import initialise
+from model import ImageCaptionModel
+from model_file import MODEL_FILE
+
+PICTURES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+KINDS = ["llama", "qwen2"]
+
+
+def write_language_model(kind: str, folder, tokenizer) -> str:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    end = tokenizer.eos_token_id
+    about = AutoConfig.for_model(
+        kind,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        tie_word_embeddings=kind == "qwen2",
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(about)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.25)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory, scenes_tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    source = write_language_model(request.param, tmp_path_factory.mktemp(request.param), scenes_tokenizer)
+    _, ours = initialise(tiny_config(bridge="prefix", max_length=64), None, source)
+    with torch.no_grad():
+        ours.enc_to_dec_proj.weight.normal_(std=0.3)
+    ours.config.prompt_ids = (7, 9)
+    return AutoModelForCausalLM.from_pretrained(source).eval(), ours.eval()
+
+
+def embedded(ours, ids, pictures=PICTURES):
+    return torch.cat([ours.encode(pictures), ours.decoder.wte(ids)], 1)
+
+
+@torch.no_grad()
+def test_logits_equal_transformers(pair):
+    """The picture and the prompt go through the layers once; their cache, repeated for five captions, must fit each."""
+    theirs, ours = pair
+    ids = torch.randint(0, 300, (4, 5, 6))
+    reference = theirs(inputs_embeds=embedded(ours, ids.flatten(0, 1), PICTURES.repeat_interleave(5, 0))).logits
+    mine = ours(PICTURES, ids).logits.flatten(0, 1)
+    assert ours.config.prefix_positions == 7 and reference.std() > 0.3
+    assert (mine - reference[:, 7:]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_captions_equal_transformers(pair, num_beams, scenes_tokenizer):
+    theirs, ours = pair
+    end = scenes_tokenizer.eos_token_id
+    found = ours.generate(PICTURES, max_length=8, num_beams=num_beams, return_scores=True)
+    reference = theirs.generate(
+        inputs_embeds=embedded(ours, torch.full((4, 1), end)),
+        attention_mask=torch.ones(4, 8, dtype=torch.long),
+        max_new_tokens=8,
+        num_beams=num_beams,
+        do_sample=False,
+        pad_token_id=end,
+    )
+    assert torch.equal(found.sequences, reference[:, : found.sequences.shape[1]])
+    assert len({tuple(row.tolist()) for row in reference}) > 1 and found.log_probs.max() < 0
+
+
+def test_it_learns_and_is_saved(pair, tmp_path):
+    """Gradients reach the projection through the shared cache; the file has no tensor twice and names no folder."""
+    _, ours = pair
+    optimizer = torch.optim.AdamW(ours.enc_to_dec_proj.parameters(), lr=0.02)
+    ids, losses = torch.randint(0, 300, (4, 3, 6)), []
+    for _ in range(6):
+        loss = ours(PICTURES, ids, torch.tensor([[6, 2, 4]] * 4), ids.roll(-1, -1)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    ours.save_file(tmp_path / "m.safetensors")
+    loaded = ImageCaptionModel.from_pretrained(tmp_path / "m.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded(PICTURES, ids).logits, ours(PICTURES, ids).logits)
+    assert loaded.tokenizer("a red circle").input_ids == ours.tokenizer("a red circle").input_ids
+
+
+def test_cross_attention_is_gpt2s_alone(tmp_path, scenes_tokenizer):
+    source = write_language_model("llama", tmp_path, scenes_tokenizer)
+    with pytest.raises(UserError, match="add --bridge prefix"):
+        initialise(tiny_config(), None, source)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_run(scenes_dir, scenes_tokenizer, tmp_path, monkeypatch, kind):
+    """--decoder with --qlora and --prompt, to the finished file of adapters and back."""
+    pytest.importorskip("peft", reason="needs requirements-qlora.txt")
+    from train import train
+
+    bases = write_bases(tmp_path / "bases", 48, 8, 61, 64)
+    write_language_model(kind, tmp_path / "bases" / kind, scenes_tokenizer)
+    monkeypatch.chdir(tmp_path)
+    names = {"init_encoder": bases["encoder"], "decoder": f"someone/{kind}", "base_dir": tmp_path / "bases"}
+    config = small_config(scenes_dir, bridge="prefix", prefix_length=6, max_length=64, max_steps=4, **names)
+    config = dataclasses.replace(
+        config, tokenizer="auto", qlora=True, prompt="a photo of", val_pictures=2, num_workers=0
+    )
+    assert train(config) == 0
+    model = ImageCaptionModel.from_pretrained(tmp_path / MODEL_FILE, tmp_path / "bases")
+    assert model.config.prompt_ids == tuple(model.tokenizer("a photo of").input_ids) != ()
+    assert model.generate(torch.zeros(1, 3, 48, 48), max_length=5).sequences.shape[0] == 1
