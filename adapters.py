@@ -2,8 +2,8 @@
 
     python adapters.py img2gpt_epoch_1.safetensors whole.safetensors        merges adapters into the models they name
 
-Imports config, model, convert and optimizers; peft and bitsandbytes (requirements-qlora.txt) by late imports. A file of
-adapters has, for each adapted layer, its two small matrices, and in full what no pretrained model brings: the projection,
+Imports config, model, model_file, convert and utils; peft and bitsandbytes (requirements-qlora.txt) by late imports. A file
+of adapters has, for each adapted layer, its two small matrices, and in full what no pretrained model brings: the projection,
 the cross-attention. Its metadata name the pretrained models. Loading such a file merges it, so that whatever captions
 meets plain layers; the layers are rounded to 4 bits first where they were while the adapters learned.
 
@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,10 +26,9 @@ import tyro
 from torch import Tensor, nn
 
 from config import TrainConfig, UserError, ViTGPT2Config
-from convert import initialise
-from model import ImageCaptionModel
-from model_file import check_shapes
-from optimizers import part_of
+from convert import first_line, initialise
+from model import ImageCaptionModel, part_of
+from model_file import MODEL_FILE, check_shapes
 from utils import parse_flags, run_script
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as it is imported, it recommends a package of kernels
@@ -38,24 +38,39 @@ INSTALL = "pip install -r requirements-qlora.txt"
 # On a model that is to learn
 
 
+def check_adapters(config: TrainConfig, device: torch.device) -> None:
+    """Raises UserError where a run with adapters lacks a package, or would end by replacing the model that they are for."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"adapters need peft ({error}): {INSTALL}") from error
+    if config.qlora and device.type == "cuda" and (reason := why_not_4_bits(device)):
+        raise UserError(f"qlora needs bitsandbytes ({reason}): {INSTALL}, or use --lora")
+    base = Path(find_base(config.init_model or "", config.base_dir))
+    if config.init_model and base.resolve() == Path(MODEL_FILE).resolve():
+        raise UserError(
+            f"{base} is where the run will put its adapters, and they are nothing without it: give it another name first"
+        )
+
+
 def adapt(model: ImageCaptionModel, config: TrainConfig, bases: dict[str, str | None], device: torch.device) -> str:
     """Puts fresh adapters on the model, in place, after which they and what is new are all that learns. Says what it did.
 
-    bases: what the weights came from, by name: an encoder and a decoder, or a whole model. Raises UserError where a
-    package is missing, and where the targets fit no layer, or one that is learned in full.
+    bases: what the weights came from, by name: an encoder and a decoder, or a whole model. Parts that config freezes get
+    none. Raises UserError where the targets fit no layer.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UserError(f"adapters need peft ({error}): {INSTALL}") from error
-    whole = [name for name, parameter in model.named_parameters() if part_of(name) == "new" and parameter.requires_grad]
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = resting_layers(model)
+    targets = [n for n in layers if re.fullmatch(config.lora_targets, n) and part_of(n) not in config.freeze]
+    if not targets:
+        raise UserError(f"lora_targets {config.lora_targets!r} fits no pretrained linear layer that is not frozen")
     key = fingerprint(model)
+    whole = {name for name, parameter in model.named_parameters() if part_of(name) == "new" and parameter.requires_grad}
     reason = why_not_4_bits(device) if config.qlora else ""
-    if reason and device.type == "cuda":
-        raise UserError(f"qlora needs bitsandbytes ({reason}): {INSTALL}, or use --lora")
     quantized = config.qlora and not reason
     if quantized:
-        for name in resting_layers(model):
+        for name in layers:
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear)
             model.set_submodule(name, four_bit_layer(layer, device))
@@ -64,42 +79,27 @@ def adapt(model: ImageCaptionModel, config: TrainConfig, bases: dict[str, str | 
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a factor like any other
         lora_dropout=config.lora_dropout,
-        target_modules=config.lora_targets,
+        target_modules=targets,
     )
-    try:
-        inject_adapter_in_model(lora, model)
-    except ValueError as error:
-        raise UserError(f"lora_targets {config.lora_targets!r} fits no linear layer of the model") from error
-    names = {name for name, _ in model.named_parameters()}
-    if lost := sorted(set(whole) - names):
-        raise UserError(f"lora_targets also fits {lost[0]}, which is learned in full: choose others, or --freeze new")
+    inject_adapter_in_model(lora, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or name in whole)
-        if ".lora_" in name:
-            parameter.data = (
-                parameter.data.float()
-            )  # over layers in 4 bits peft makes them bf16, too coarse to learn in
-    model.adapters = {
-        "bases": bases,
-        "key": key,
-        "scale": config.lora_alpha / config.lora_rank,
-        "quantized": quantized,
-        "whole": whole,
-    }
+        if ".lora_" in name:  # over layers in 4 bits peft makes them bf16, too coarse to learn in
+            parameter.data = parameter.data.float()
+    scale = config.lora_alpha / config.lora_rank
+    model.adapters = {"bases": bases, "key": key, "scale": scale, "quantized": quantized}
     learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     how = "the layers under them in 4 bits" if quantized else "the weights under them as they are"
-    if reason:
-        how += f" and not in 4 bits ({reason})"
-    return f"LoRA of rank {config.lora_rank}, {how}: {learned:,} of {model.num_parameters:,} numbers learn ({learned / model.num_parameters:.2%})"
+    how += f" and not in 4 bits ({reason})" if reason else ""
+    share = f"{learned:,} of {model.num_parameters:,} numbers learn ({learned / model.num_parameters:.2%})"
+    return f"LoRA of rank {config.lora_rank}, {how}: {share}"
 
 
 def resting_layers(model: ImageCaptionModel) -> list[str]:
     """The linear layers that pretrained blocks consist of, whether or not they get an adapter."""
     inside = ("encoder.blocks.", "decoder.blocks.", "decoder.body.")
-    layers = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(inside)
-    ]
-    return [name for name in layers if part_of(f"{name}.weight") != "new"]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linear if name.startswith(inside) and part_of(f"{name}.weight") != "new"]
 
 
 def why_not_4_bits(device: torch.device) -> str:
@@ -108,7 +108,7 @@ def why_not_4_bits(device: torch.device) -> str:
         x = torch.ones(2, 64, device=device, requires_grad=True)
         four_bit_layer(nn.Linear(64, 64), device)(x).sum().backward()
     except Exception as error:  # of a build for another card or none: anything from ImportError to RuntimeError
-        return next(iter(str(error).splitlines()), type(error).__name__)
+        return first_line(error)
     return ""
 
 
@@ -139,24 +139,27 @@ def adapted_model(
 
     Raises UserError where they cannot be had, are not those that the adapters learned on, or do not fit.
     """
+    if lacking := {"bases", "key", "scale", "quantized"} - about.keys():
+        raise UserError(f"{path}: not adapters of this project (no {min(lacking)}): name another file")
     model = base_model(path, config, about, base_dir)
-    state, scale, whole = model.state_dict(), about["scale"], about["whole"]
+    state = model.state_dict()
     if about["quantized"]:
         if reason := why_not_4_bits(torch.device("cpu")):
             raise UserError(f"{path}: its adapters learned on weights in 4 bits ({reason}): {INSTALL}")
         for name in resting_layers(model):
             round_to_4_bits(state[f"{name}.weight"], state.get(f"{name}.bias"))
-    targets = [name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")]
-    expected = {name: state[name] for name in whole}
+    new = {name: tensor for name, tensor in state.items() if part_of(name) == "new"}
+    targets = [name for name in resting_layers(model) if f"{name}.lora_A" in weights]
+    expected = dict(new)
     for name in targets:
         rank = len(weights[f"{name}.lora_A"])
         out, into = state[f"{name}.weight"].shape
         expected |= {f"{name}.lora_A": torch.empty(rank, into), f"{name}.lora_B": torch.empty(out, rank)}
     check_shapes(path, expected, weights)
-    for name in whole:
-        state[name].copy_(weights[name])
+    for name, tensor in new.items():
+        tensor.copy_(weights[name])
     for name in targets:
-        state[f"{name}.weight"] += scale * weights[f"{name}.lora_B"] @ weights[f"{name}.lora_A"]
+        state[f"{name}.weight"] += about["scale"] * weights[f"{name}.lora_B"] @ weights[f"{name}.lora_A"]
     return model
 
 
@@ -164,6 +167,11 @@ def base_model(path: Path, config: ViTGPT2Config, about: dict[str, Any], base_di
     """The pretrained weights, and fresh ones for what is new."""
     bases = {part: find_base(name, base_dir) for part, name in about["bases"].items() if name}
     said = " and ".join(bases.values())
+    other_weights = UserError(
+        f"{path}: its adapters learned on other weights than those of {said}: name theirs by --base-dir"
+    )
+    if any(Path(base).resolve() == path.resolve() for base in bases.values()):
+        raise other_weights
     try:
         if "model" in bases:
             base = ImageCaptionModel.from_pretrained(bases["model"], base_dir)
@@ -173,11 +181,10 @@ def base_model(path: Path, config: ViTGPT2Config, about: dict[str, Any], base_di
     except UserError as error:
         raise UserError(f"{path}: adapters for {said}: {error}; --base-dir names a folder that has them") from error
     if fingerprint(base) != about["key"]:
-        raise UserError(
-            f"{path}: its adapters learned on other weights than those of {said}: name theirs by --base-dir"
-        )
+        raise other_weights
     model = ImageCaptionModel(config)
-    model.load_state_dict(base.state_dict())
+    pretrained = {name: tensor for name, tensor in base.state_dict().items() if part_of(name) != "new"}
+    model.load_state_dict(pretrained, strict=False)
     return model
 
 
@@ -185,7 +192,8 @@ def fingerprint(model: ImageCaptionModel) -> str:
     """Changes with the pretrained weights, of whose tensors it reads the beginnings."""
     hashed = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        if part_of(name) != "new":
+        # Positions may be interpolated, to other last bits on another machine.
+        if part_of(name) != "new" and name != "encoder.position_embeddings":
             hashed.update(f"{name} {tuple(tensor.shape)}".encode())
             hashed.update(tensor.flatten()[:64].float().cpu().numpy().tobytes())
     return hashed.hexdigest()[:16]

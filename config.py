@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -124,7 +125,7 @@ class ViTGPT2Config:
 
     @property
     def prefix_positions(self) -> int:
-        """The decoder's positions that the picture takes, the prompt behind it included; none where it is looked at by cross-attention."""
+        """The decoder's positions that the picture takes, with the prompt behind it; none with cross-attention."""
         if self.bridge == "cross_attention":
             return 0
         return (self.prefix_length or self.num_patches + 1) + len(self.prompt_ids)
@@ -213,7 +214,8 @@ class TrainConfig:
     """A GPT-2 to start from, a Hub name or a folder (with init pretrained: gpt2); its tokenizer comes with it."""
     decoder: str | None = None
     """Any causal language model of transformers (Llama, Mistral, Qwen, ...) to write captions, behind a prefix: a Hub name
-    or a folder. With init_encoder or init pretrained; GPT-2 is this project's own."""
+    or a folder. With init_encoder or init pretrained; GPT-2 is this project's own. Its activations are always kept, with
+    gradient_checkpointing too."""
     prompt: str = ""
     """What the decoder reads between picture and caption, such as "a photo of"; needs a prefix."""
     init_model: str | None = None
@@ -264,7 +266,7 @@ class TrainConfig:
     lora_dropout: float = 0.05
     """Dropout of what an adapter reads."""
     lora_targets: str = r"encoder\.blocks\.\d+\.qkv|decoder\.blocks\.\d+\.attn\.c_attn|decoder\.body\..*\.[qkv]_proj"
-    """Which linear layers get one: a regular expression for their whole names."""
+    """Which pretrained linear layers get one: a regular expression for their whole names."""
     base_dir: Path | None = None
     """Folder in which pretrained models are looked for by name before the Hub is asked."""
     merge: bool = False
@@ -338,14 +340,8 @@ class TrainConfig:
                 raise UserError(f"{name} is {value}: it must be at least {lowest}")
         if self.seed >= 1 << 31:
             raise UserError(f"seed is {self.seed}: it must be below 2147483648")
-        for name in (
-            "learning_rate",
-            "gradient_clip",
-            "encoder_learning_rate",
-            "decoder_learning_rate",
-            "layer_decay",
-            "lora_alpha",
-        ):
+        rates = ("learning_rate", "encoder_learning_rate", "decoder_learning_rate")
+        for name in (*rates, "layer_decay", "gradient_clip", "lora_alpha"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be positive")
         if self.layer_decay > 1:
@@ -355,7 +351,7 @@ class TrainConfig:
                 raise UserError("objective scst needs a trained model to improve: name it with --init-model")
             if self.captions_per_image < 2 and self.baseline == "others":
                 raise UserError("baseline others compares a picture's captions: use --captions-per-image 2 or more")
-        started = {"encoder": self.init_encoder, "decoder": self.init_decoder, "new": None}
+        started = {"encoder": self.init_encoder, "decoder": self.init_decoder or self.decoder, "new": None}
         for part in self.freeze:
             if not (self.init_model or started[part] or (self.init == "pretrained" and part != "new")):
                 raise UserError(
@@ -369,6 +365,12 @@ class TrainConfig:
             self.init_model or self.init == "pretrained" or (self.init_encoder and (self.init_decoder or self.decoder))
         ):
             raise UserError("lora and qlora adapt a pretrained model: add --init pretrained, or --init-model")
+        if self.prompt and self.init_model:
+            raise UserError("init_model brings its own prompt: leave prompt out")
+        try:
+            re.compile(self.lora_targets)
+        except re.error as error:
+            raise UserError(f"lora_targets {self.lora_targets!r} is no regular expression: {error}") from error
         if self.merge and not self.adapts:
             raise UserError("merge has no effect without adapters: add --lora or --qlora, or leave it out")
         if self.cache_on_gpu and not self.augmentation.moves_pixels_only:

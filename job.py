@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from adapters import adapt, find_base
+from adapters import adapt, check_adapters, find_base
 from attention import choose_attention
 from cache import key_of
 from checkpoint import checkpoints, in_use
@@ -101,6 +101,7 @@ def write_run(job: Job, finished: bool, **more: Any) -> None:
     hardware = torch.cuda.get_device_name(job.device) if cuda else f"{os.cpu_count()} CPU cores"
     about["hardware"] = f"{f'{job.world.size} x ' if cuda else ''}{hardware}, torch {torch.__version__}"
     about |= {"precision": precision, "tokenizer": job.tokenizer, "data": job.data_key, "config": job.config.to_dict()}
+    about |= {"adapters": job.model.adapters} if job.config.adapts else {}
     write_json(job.run / "run.json", about)
 
 
@@ -200,6 +201,8 @@ def prepare(
     """The run's data, tokenizer and fresh model. `tokenizer_name` is the choice of another process of the run."""
     if config.cache_on_gpu and device.type != "cuda":  # said before gigabytes of pictures are decoded for it
         raise UserError(f"cache_on_gpu on the device {device}: it needs a GPU, leave it out")
+    if config.adapts:  # before anything is downloaded for it
+        check_adapters(config, device)
     began = read_run(run) if going_on(config, run) else {}
     tables = find_tables(config, run)
     keys = {split: table.keys() for split, table in tables.items()}
@@ -219,10 +222,13 @@ def prepare(
     model.set_gradient_checkpointing(config.gradient_checkpointing)
     freeze(model, config.freeze)
     if config.adapts:
-        bases: dict[str, str | None] = {"model": config.init_model}
-        if not config.init_model:
-            bases = pretrained_parts(config)
+        bases: dict[str, str | None] = {"model": config.init_model} if config.init_model else pretrained_parts(config)
         print(f"adapters    {adapt(model, config, bases, device)}")
+        if began.get("adapters", model.adapters) != model.adapters:
+            raise UserError(
+                f"the pretrained models are not those that {run} began on, or not in 4 bits as there: bring those back, or "
+                "start a new run with --resume never"
+            )
     assert sizes.resize_size is not None
     different = {id(table): (split, table) for split, table in reversed(tables.items())}  # val may serve as test
     pixels = 3 * sizes.resize_size**2 * sum(len(table) for _, table in different.values())

@@ -1,6 +1,6 @@
 """Another causal language model of transformers (Llama, Mistral, Qwen, ...) in GPT-2's place, behind a prefix.
 
-Imports config, model and transformers; model.py and convert.py reach it by late imports. It answers to the
+Imports config, convert, model and transformers; model.py and convert.py reach it by late imports. It answers to the
 methods of model.GPT2Decoder, so that forward, loss, beams, sampling and adapters are the same for both; the picture's
 keys and values are computed once here too, and repeated for its rows, because transformers' cache has a row for each.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from config import UserError, ViTGPT2Config
+from convert import first_line
 from model import DecoderCache, Packing
 
 Looked = list[tuple[Tensor, ...]]
@@ -40,8 +41,11 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ViTGPT2Config) -> None:
         super().__init__()
         self.config = config
-        theirs = AutoConfig.for_model(**json.loads(config.language_model or "{}"))
-        self.body: Any = AutoModel.from_config(theirs, dtype=torch.float32)
+        try:
+            theirs = AutoConfig.for_model(**json.loads(config.language_model or "{}"))
+            self.body: Any = AutoModel.from_config(theirs, dtype=torch.float32)
+        except (KeyError, TypeError, ValueError) as error:  # of a newer transformers, or of none
+            raise UserError(f"this transformers has no such language model ({first_line(error)}): update it") from error
         if not theirs.tie_word_embeddings:
             self.lm_head = nn.Linear(config.decoder_embed_dim, config.vocab_size, bias=False)
         self.gradient_checkpointing = False  # which would compute the picture's part again for each layer's cache
@@ -101,25 +105,24 @@ def pretrained_language_model(source: str, config: ViTGPT2Config) -> tuple[ViTGP
             f"{source}: only GPT-2 takes cross-attention, other language models a prefix: add --bridge prefix"
         )
     try:
-        theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
+        about = theirs.config
+        fields: dict[str, Any] = {
+            "language_model": json.dumps(about.to_diff_dict() | {"model_type": about.model_type}, sort_keys=True),
+            "vocab_size": about.vocab_size,
+            "max_length": min(config.max_length, about.max_position_embeddings),
+            "decoder_embed_dim": about.hidden_size,
+            "decoder_num_layers": about.num_hidden_layers,
+            "decoder_num_heads": 1,  # theirs are their own affair
+        }
     except Exception as error:  # the client and the many models raise anything
-        raise UserError(f"{source}: no language model to be had ({str(error).strip().splitlines()[0]})") from error
-    about, end = theirs.config, tokenizer.eos_token_id
+        raise UserError(f"{source}: no language model to be had ({first_line(error)})") from error
+    end, start, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
     if end is None or not tokenizer.is_fast:
         raise UserError(f"{source}: its tokenizer has no end token, or no tokenizer.json")
-    start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    fields: dict[str, Any] = {
-        "language_model": json.dumps(about.to_diff_dict() | {"model_type": about.model_type}, sort_keys=True),
-        "vocab_size": about.vocab_size,
-        "max_length": min(config.max_length, about.max_position_embeddings),
-        "decoder_embed_dim": about.hidden_size,
-        "decoder_num_layers": about.num_hidden_layers,
-        "decoder_num_heads": 1,  # theirs are their own affair
-        "end_token_id": end,
-        "start_token_id": start,
-        "pad_token_id": end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    }
+    fields |= {"end_token_id": end, "start_token_id": end if start is None else start}
+    fields["pad_token_id"] = end if pad is None else pad
     body = {f"decoder.body.{name}": tensor for name, tensor in theirs.base_model.state_dict().items()}
     if not about.tie_word_embeddings:
         body["decoder.lm_head.weight"] = theirs.get_output_embeddings().weight.detach()

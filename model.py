@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
-from attention import attention, attention_behind, choose_attention, split_heads, use_flash_attention  # noqa: F401  # others import them from here
+from attention import attention, attention_behind, split_heads
 from config import UserError, ViTGPT2Config
 from model_file import (
     METADATA_KEY,
@@ -133,8 +133,8 @@ class DecoderCache:
     """What decoding one more token needs of everything before it.
 
     cross: per layer the picture's keys and values, for cross-attention or of the prefix, each (N, S, H, D/H), computed
-    once and shared by a picture's K rows. own: per layer the text's keys and values, (2, N * K, max_length, H, D/H), of which the first `length`
-    positions are filled; their dtype is the one that attention to them has.
+    once and shared by a picture's K rows. own: per layer the text's keys and values, (2, N * K, max_length, H, D/H), of
+    which the first `length` positions are filled; their dtype is the one that attention to them has.
     """
 
     cross: list[tuple[Tensor, ...]]
@@ -388,6 +388,13 @@ def _count_optimizer_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
+def part_of(name: str) -> str:
+    """Where a parameter belongs: encoder, decoder, or new (what joins them, which no pretrained part brings)."""
+    if "crossattention." in name or "ln_cross_attn." in name or name.startswith(("enc_to_dec_proj.", "pooling.")):
+        return "new"
+    return name.split(".")[0]
+
+
 class AttentionPooling(nn.Module):
     """Fewer states for a picture: learned queries, each of which looks at all of them."""
 
@@ -423,7 +430,7 @@ class ImageCaptionModel(nn.Module):
         self.generating = threading.RLock()
         """Held while that is in use: a web server captions from several threads."""
         self.adapters: dict[str, Any] | None = None
-        """What adapters.py has put on the model; such a one is saved as these alone, and what is learned in full."""
+        """What adapters.py has put on the model, for a file that holds those alone (see own_state)."""
         self.trained_on = np.empty(0, np.uint64)
         """Keys of the pictures it has learned from (CaptionTable.keys), so that nobody is scored on them unawares."""
         self.encoder = VisionTransformer(self.config)
@@ -567,13 +574,14 @@ class ImageCaptionModel(nn.Module):
     # Load and save
 
     def own_state(self) -> dict[str, Tensor]:
-        """What a file of the model holds: its weights, or of a model with adapters these and what is learned in full."""
+        """What a file of the model holds: its weights, or of a model with adapters these and what no pretrained part
+        brings."""
         if self.adapters is None:
             return self.state_dict()
         return {
             name.replace(".default.weight", ""): tensor
             for name, tensor in self.state_dict().items()
-            if ".lora_" in name or name in self.adapters["whole"]
+            if ".lora_" in name or part_of(name) == "new"
         }
 
     def load_own_state(self, weights: dict[str, Tensor]) -> None:

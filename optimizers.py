@@ -15,24 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from config import TrainConfig, UserError
-from model import ImageCaptionModel
+from model import ImageCaptionModel, part_of
 
 
-def part_of(name: str) -> str:
-    """Where a parameter belongs: encoder, decoder, or new (what joins them, which no pretrained part brings)."""
-    if "crossattention." in name or "ln_cross_attn." in name or name.startswith(("enc_to_dec_proj.", "pooling.")):
-        return "new"
-    return name.split(".")[0]
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a parameter is in: "encoder.blocks.3.fc1.bias" -> 3; None outside of them."""
+    return next((int(word) for word in name.split(".") if word.isdigit()), None)
 
 
 def depth_below_top(name: str, layers: dict[str, int]) -> int:
     """How many layers lie between a parameter and its part's output: 0 for the last norm, most for embeddings."""
-    part, *rest = name.split(".")
+    part, layer = name.split(".")[0], layer_of(name)
     if part_of(name) == "new":
         return 0
-    if rest[0] == "blocks":
-        return layers[part] - int(rest[1])
-    return 0 if rest[0] in ("norm", "ln_f") else layers[part] + 1
+    if layer is not None:
+        return layers[part] - layer
+    return 0 if name.split(".")[-2] in ("norm", "ln_f", "lm_head") else layers[part] + 1
 
 
 def freeze(model: ImageCaptionModel, parts: tuple[str, ...]) -> None:
@@ -56,7 +54,7 @@ def build_optimizers(model: ImageCaptionModel, config: TrainConfig) -> list[torc
         if parameter.requires_grad:
             share = (rates[part_of(name)] or config.learning_rate) / config.learning_rate
             share *= config.layer_decay ** depth_below_top(name, layers)
-            groups[parameter.ndim == 2 and ".blocks." in name, share].append(parameter)
+            groups[parameter.ndim == 2 and layer_of(name) is not None, share].append(parameter)
     described: dict[bool, list[dict[str, Any]]] = {
         inside: [
             {"params": parameters, "share": share, "weight_decay": config.weight_decay if inside else 0.0}
@@ -145,7 +143,8 @@ class Average:
 
     def __init__(self, model: ImageCaptionModel, decay: float) -> None:
         self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        shared = {id(p): p for p in model.parameters() if not p.requires_grad}  # deepcopy takes these for copied
+        self.model = copy.deepcopy(model, shared).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: ImageCaptionModel, step: int) -> None:

@@ -22,7 +22,7 @@ MODULE = "modeling_img2gpt"
 HERE = Path(__file__).resolve().parent
 SOURCES = {"config": ("UserError", "ViTGPT2Config"), "attention": (), "model": (), "generation": ()}  # (): all of it
 # Files of this project, and layers made for one machine; what is left out is not called behind a PreTrainedModel.
-LEFT_OUT = {"fast_twin", "own_state", "load_own_state", "save_file", "save_pretrained", "from_pretrained"}
+LEFT_OUT = {"fast_twin", "part_of", "own_state", "load_own_state", "save_file", "save_pretrained", "from_pretrained"}
 
 THIN = '''
 def fast_twin(model, int8, rows):

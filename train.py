@@ -257,8 +257,8 @@ class Meter:
         self.losses = [torch.tensor(loss, dtype=torch.float64) for loss in mine.get("losses", [])]
         self.losses += [torch.zeros(())] * (len(state.get("losses", [])) - len(self.losses))
         self.rewards, self.samples = mine.get("rewards", (0.0, 0))
-        total, self.epoch_steps = mine.get("epoch", (0.0, state.get("epoch", (0.0, 0))[1]))
-        self.epoch_loss = torch.tensor(total, device=job.device)
+        total, self.epoch_steps = state.get("epoch", (0.0, 0))
+        self.epoch_loss = torch.tensor(total if job.world.main else 0.0, device=job.device)
         self.peak, _ = peak_rate(job.device, job.dtype)
         self.steps: list[tuple[int, Step]] = []
         self.since, self.waiting = time.perf_counter(), 0.0
@@ -280,9 +280,10 @@ class Meter:
         """The sum of the epoch's losses, over all processes, and how many there are."""
         return self.world.sum(self.epoch_loss.item())[0], self.epoch_steps
 
-    def mean_of_epoch(self) -> float | None:
-        """The epoch's mean loss so far, None before its first step."""
+    def end_epoch(self) -> float | None:
+        """The mean loss of the epoch that ends here, None before the first step; counting starts anew."""
         total, steps = self.known_epoch()
+        self.epoch_loss, self.epoch_steps = torch.zeros_like(self.epoch_loss), 0
         return total / steps if steps else None
 
     def line(self, rate: float) -> dict[str, Any]:
@@ -367,9 +368,7 @@ def learn(job: Job) -> int | None:
         if step > first_step or (config.init_model and not state):  # where a trained model starts from is of interest
             looking, better = time.perf_counter(), False
             ended = last or step % job.steps_per_epoch == 0
-            score = look(learner, step, ended, log, meter.mean_of_epoch() if ended else None)
-            if step % job.steps_per_epoch == 0:
-                meter.epoch_loss, meter.epoch_steps = torch.zeros_like(meter.epoch_loss), 0
+            score = look(learner, step, ended, log, meter.end_epoch() if ended else None)
             if score is not None:
                 better = not math.isnan(score) and (best is None or score > best)
                 best, waited = (score, 0) if better else (best, waited + 1)
@@ -437,8 +436,9 @@ def look(learner: Learner, step: int, ended: bool, log: Log | SilentLog, train_l
                 unique = len(set(captioned.captions)) / len(captioned.captions)
                 values |= {"val_cider_d": score, "val_unique_captions": unique}
         log.write(step, epoch=step / job.steps_per_epoch, **values)
-        if model.adapters is not None and world.main and step % job.steps_per_epoch == 0:  # a few MB: each is kept
-            model.save_file(job.run / f"{config.preset}_epoch_{step // job.steps_per_epoch}.safetensors")
+        epoch, rest = divmod(step, job.steps_per_epoch)
+        if model.adapters is not None and epoch and not rest and world.main:  # a few MB: each is kept
+            model.save_file(job.run / f"{config.preset}_epoch_{epoch}.safetensors")
         said = f", CIDEr-D {score:.3f}" if "val_cider_d" in values else ""
         said += "" if train_loss is None else f", training loss {train_loss:.3f}"
         tell(world, f"step {step:,}: validation loss {val_loss:.3f}{said}")
@@ -476,18 +476,21 @@ def finish(job: Job) -> None:
     """Puts the best model in place, evaluates it on the test pictures, draws the curves and says where everything is."""
     run, config, world, test = job.run, job.config, job.world, job.datasets["test"]
     best = run / "checkpoints" / "best" / "model.safetensors"
-    job.model.load_own_state(load_file(best))
-    job.model.eval()
+    model = job.model
+    if config.merge:
+        model = ImageCaptionModel.from_pretrained(best, config.base_dir).to(job.device)
+    else:
+        model.load_own_state(load_file(best))
+    model.eval()
     previous = None
-    if config.merge and world.main:
-        whole = ImageCaptionModel.from_pretrained(best, config.base_dir)
-        best = best.with_name("merged.safetensors")
-        whole.save_file(best)
     if world.main:
-        put_in_place(best, run / MODEL_FILE)
-        previous = put_in_place(best, Path(MODEL_FILE))
+        if config.merge:
+            model.save_file(run / MODEL_FILE)
+        else:
+            put_in_place(best, run / MODEL_FILE)
+        previous = put_in_place(run / MODEL_FILE, Path(MODEL_FILE))
     captioned, metrics = evaluate_dataset(
-        job.model,
+        model,
         test,
         job.device,
         job.dtype,

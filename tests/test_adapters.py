@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_config
-from processes import small_config
+from processes import ending, fork, forked, losses, small_config
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import adapters
-from adapters import adapt, find_base
+from adapters import adapt, check_adapters, find_base
+from checkpoint import checkpoints
 from config import PRESETS, TrainConfig, UserError
 from convert import initialise
 from dataset import decode, prepare_picture
 from example_usage import caption_image
+from files import file_hash
 from model import ImageCaptionModel
 from model_file import METADATA_KEY, MODEL_FILE
 from optimizers import Average, Updater, freeze
+from train import train
 from utils import read_log
 
 pytest.importorskip("peft", reason="needs requirements-qlora.txt")
@@ -193,16 +199,35 @@ def test_what_cannot_be_is_refused_in_one_line(bases, tmp_path, monkeypatch):
         TrainConfig(lora=True)
     with pytest.raises(UserError, match="merge has no effect"):
         TrainConfig(merge=True)
-    with pytest.raises(UserError, match="fits no linear layer"):
-        adapted(bases, "prefix", settings(lora=True, lora_targets="nothing"))
-    with pytest.raises(UserError, match=r"crossattention.*learned in full"):
-        adapted(bases, "cross_attention", settings(lora=True, lora_targets=r".*c_attn"))
+    with pytest.raises(UserError, match="is no regular expression"):
+        TrainConfig(lora_targets="(")
+    with pytest.raises(UserError, match="brings its own prompt"):
+        TrainConfig(init_model="x", prompt="a photo of")
+    for changes in ({"lora_targets": "nothing"}, {"lora_targets": "encoder.*", "freeze": ("encoder",)}):
+        with pytest.raises(UserError, match="fits no pretrained linear layer"):
+            adapted(bases, "prefix", settings(lora=True, **changes))
     model = adapted(bases, "prefix", settings(lora=True))
     with pytest.raises(UserError, match="int8"):
         model.generate(PICTURES, int8=True)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"requirements-qlora\.txt"):
-        adapted(bases, "prefix", settings(lora=True))
+    with pytest.raises(UserError, match=r"peft.*pip install -r requirements-qlora\.txt"):
+        check_adapters(settings(lora=True), CPU)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"peft.*pip install -r requirements-qlora\.txt"):
+        train(settings(qlora=True, output_dir=tmp_path / "out", dataset="flickr30k"))  # and nothing is downloaded first
+
+
+@KINDS
+def test_targets_and_frozen_parts(bases, kind):
+    """All of them, .*, once meant embeddings, norms and cross-attention too, which learn in full or not at all; and with
+    --freeze encoder its adapters learned all the same."""
+    model = adapted(bases, "cross_attention", settings(lora_targets=".*", freeze=("encoder",), **kind))
+    layers = {name.split(".lora_")[0] for name in model.own_state() if ".lora_" in name}
+    parts = ("attn.c_attn", "attn.c_proj", "c_fc", "c_proj")
+    assert layers == {f"decoder.blocks.{n}.{part}" for n in (0, 1) for part in parts}
+    new = {name for name in model.state_dict() if "cross" in name}
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in learned if ".lora_" not in name} == new
 
 
 def test_without_4_bits_a_cpu_learns_in_ordinary_precision(bases, monkeypatch):
@@ -215,8 +240,6 @@ def test_without_4_bits_a_cpu_learns_in_ordinary_precision(bases, monkeypatch):
 
 def test_bases_are_found_by_name_and_known_again(bases, tmp_path):
     """Adapters on another GPT-2 of the same size would load without a word and write nonsense."""
-    import shutil
-
     model = adapted(bases, "prefix", settings(lora=True))
     model.adapters["bases"] = {"encoder": "someone/vit", "decoder": "gpt2"}
     model.save_file(tmp_path / "a.safetensors")
@@ -226,43 +249,109 @@ def test_bases_are_found_by_name_and_known_again(bases, tmp_path):
         shutil.copytree(bases["encoder" if name == "vit" else "decoder"], tmp_path / "bases" / name)
     assert find_base("someone/vit", tmp_path / "bases") == str(tmp_path / "bases" / "vit")
     ImageCaptionModel.from_pretrained(tmp_path / "a.safetensors", tmp_path / "bases")
-    from safetensors.torch import save_file
-
     path = tmp_path / "bases" / "gpt2" / "model.safetensors"
     save_file({name: 1.1 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match="learned on other weights"):
         ImageCaptionModel.from_pretrained(tmp_path / "a.safetensors", tmp_path / "bases")
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_a_whole_run(scenes_dir, scenes_tokenizer, tmp_path, monkeypatch, merge):
-    """From folders of pretrained parts to a finished model: epochs' files, checkpoints, evaluation, a run that goes on."""
-    from train import train
+# Runs
 
-    size = len(scenes_tokenizer)
-    bases = write_bases(tmp_path / "bases", 48, 8, size, 64)
-    scenes_tokenizer.backend_tokenizer.model.save(str(tmp_path / "bases" / "gpt2"))
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, scenes_tokenizer):
+    """Pretrained parts by name, and the settings of a run of 8 steps, 6 an epoch, on them."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    write_bases(folder, 48, 8, len(scenes_tokenizer), 64)
+    scenes_tokenizer.backend_tokenizer.model.save(str(folder / "gpt2"))
+    return {"init_encoder": "someone/vit", "init_decoder": "someone/gpt2", "base_dir": folder}
+
+
+def run_config(scenes_dir, pretrained, **changes) -> TrainConfig:
+    config = small_config(scenes_dir, bridge="prefix", prefix_length=6, max_length=64, max_steps=8, **pretrained)
+    fields = {"tokenizer": "auto", "qlora": True, "ema": 0.9, "val_pictures": 4, "num_workers": 0}
+    return dataclasses.replace(config, **(fields | changes))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_whole_run(scenes_dir, pretrained, tmp_path, monkeypatch, merge):
+    """From folders of pretrained parts to a finished model: epochs' files, checkpoints, evaluation, a run that goes on."""
     monkeypatch.chdir(tmp_path)
-    names = {"init_encoder": "someone/vit", "init_decoder": "someone/gpt2", "base_dir": tmp_path / "bases"}
-    config = small_config(scenes_dir, bridge="prefix", prefix_length=6, max_length=64, max_steps=8, **names)
-    config = dataclasses.replace(
-        config, tokenizer="auto", qlora=True, ema=0.9, merge=merge, val_pictures=4, num_workers=0
-    )
+    config, bases = run_config(scenes_dir, pretrained, merge=merge), pretrained["base_dir"]
     assert train(config) == 0
     assert (tmp_path / "out" / "demo_epoch_1.safetensors").is_file()
-    whole = ImageCaptionModel.from_pretrained(tmp_path / MODEL_FILE, tmp_path / "bases")
-    small = (tmp_path / MODEL_FILE).stat().st_size < (tmp_path / "bases/gpt2/model.safetensors").stat().st_size
-    assert whole.config.bridge == "prefix" and bases and small == (not merge)
+    whole = ImageCaptionModel.from_pretrained(tmp_path / MODEL_FILE, bases)
+    small = (tmp_path / MODEL_FILE).stat().st_size < (bases / "gpt2/model.safetensors").stat().st_size
+    assert whole.config.bridge == "prefix" and small == (not merge)
     picture = next((scenes_dir / "val2017").iterdir())
     options = {"do_sample": False, "device": "cpu", "max_length": 8}
-    said = caption_image(picture, MODEL_FILE, base_dir=None if merge else tmp_path / "bases", **options)
-    assert (
-        said
-        == decode(
-            whole.tokenizer, whole.generate(prepare_picture(picture, whole.config)[None], max_length=8).sequences
-        )[0]
-    )
+    said = caption_image(picture, MODEL_FILE, base_dir=None if merge else bases, **options)
+    sequences = whole.generate(prepare_picture(picture, whole.config)[None], max_length=8).sequences
+    assert said == decode(whole.tokenizer, sequences)[0]
     lines = read_log(tmp_path / "out" / "metrics.jsonl")
     means = [line["train_loss"] for line in lines if "train_loss" in line]
     assert len(means) == 2 and all(0 < mean < 20 for mean in means)
     assert train(dataclasses.replace(config, resume="out", output_dir=None)) == 0  # it has finished, and says so again
+
+
+@pytest.mark.parametrize("bridge", ["prefix", pytest.param("cross_attention", marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_to_the_same_bits(scenes_dir, pretrained, tmp_path, bridge):
+    """A checkpoint has the adapters alone: the weights under them must come again as they were, rounded alike, and the
+    running average beside the weights that learn."""
+    config = run_config(scenes_dir, pretrained, max_steps=30, checkpoint_interval=2, output_dir=None)
+    if bridge == "cross_attention":
+        sizes = dataclasses.replace(config.model, bridge=bridge, prefix_length=None)
+        config = dataclasses.replace(config, model=sizes)
+    assert config.resume == "auto"
+    forked(config, tmp_path / "whole")
+    process, runs = fork(config, tmp_path / "killed"), tmp_path / "killed/runs"
+    while process.is_alive() and not any(map(checkpoints, runs.glob("*"))):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert not (tmp_path / "killed" / MODEL_FILE).exists()
+    assert "going on at step" in forked(config, tmp_path / "killed")
+    (whole,), (killed,) = (list((tmp_path / name / "runs").iterdir()) for name in ("whole", "killed"))
+    assert ending(killed) == ending(whole)
+    epochs = [f"demo_epoch_{n}.safetensors" for n in range(1, 6)]
+    assert sorted(path.name for path in killed.glob("*_epoch_*")) == epochs
+    assert all(file_hash(killed / name) == file_hash(whole / name) for name in epochs)
+
+
+@KINDS
+def test_two_processes_learn_what_one_does(scenes_dir, pretrained, tmp_path, kind):
+    """Frozen weights have no gradients to exchange, and those in 4 bits are bytes: either once stopped such runs."""
+    config = dataclasses.replace(run_config(scenes_dir, pretrained, max_steps=20, lora_dropout=0.0), **kind)
+    for ranks in (1, 2):
+        said = forked(config, tmp_path / f"{ranks}", ranks)
+        assert said.count("adapters    LoRA") == 1
+    one, two = (tmp_path / f"{ranks}/out" for ranks in (1, 2))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-2 if "qlora" in kind else 1e-4)
+    assert load_file(two / MODEL_FILE).keys() == load_file(one / MODEL_FILE).keys()
+
+
+def test_a_run_does_not_go_on_upon_other_weights(scenes_dir, pretrained, tmp_path):
+    """Whoever updates a pretrained model in place would go on with adapters that learned on another, without a word."""
+    shutil.copytree(pretrained["base_dir"], tmp_path / "bases")
+    config = run_config(scenes_dir, pretrained | {"base_dir": tmp_path / "bases"}, max_steps=2)
+    forked(config, tmp_path)
+    path = tmp_path / "bases/gpt2/model.safetensors"
+    save_file({name: 1.1 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    said = forked(config, tmp_path, code=2)
+    assert "error: the pretrained models are not those that out began on" in said.splitlines()[-1]
+
+
+def test_adapters_for_a_captioner(scenes_dir, tmp_path, monkeypatch):
+    """--init-model with --lora. The finished adapters once took the place of the very model that they are for."""
+    monkeypatch.chdir(tmp_path)
+    assert train(small_config(scenes_dir, max_steps=2, val_pictures=0)) == 0
+    fields = {"max_steps": 4, "val_pictures": 0, "output_dir": Path("adapted"), "lora": True}
+    config = small_config(scenes_dir, init_model=MODEL_FILE, **fields)
+    with pytest.raises(UserError, match="give it another name first"):
+        train(config)
+    Path(MODEL_FILE).rename("base.safetensors")
+    assert train(dataclasses.replace(config, init_model="base.safetensors")) == 0
+    assert ImageCaptionModel.from_pretrained(MODEL_FILE).config.bridge == "cross_attention"
+    Path(MODEL_FILE).replace("base.safetensors")
+    with pytest.raises(UserError, match="learned on other weights than those of base"):
+        ImageCaptionModel.from_pretrained("base.safetensors")

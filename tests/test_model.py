@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import attention as attention_module
 import model as model_module
+from attention import attention, choose_attention
 from config import UserError
 from convert import split_off, take, tensor_names
-from model import ImageCaptionModel, attention, choose_attention
+from model import ImageCaptionModel
 
 
 @pytest.fixture(params=[32, 48], ids=["same-width", "projected"])
