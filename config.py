@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+PRETRAINED = {"encoder": "google/vit-base-patch16-224-in21k", "decoder": "gpt2"}
+"""What --init pretrained starts from, by their names on the Hub."""
+
 
 class UserError(ValueError):
     """Something the user can put right. Its message is one line: what, where, what to do."""

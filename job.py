@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cache import key_of
 from checkpoint import checkpoints, in_use
-from config import TrainConfig, UserError
+from config import PRETRAINED, TrainConfig, UserError
 from convert import initialise
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
 from distributed import World
@@ -39,7 +39,6 @@ from utils import PRECISIONS, available_memory, choose_device, choose_precision
 
 COCO_PICTURES = 118_287
 COCO_DOWNLOAD_GB = 20
-PRETRAINED_ENCODER, PRETRAINED_DECODER = "google/vit-base-patch16-224-in21k", "gpt2"
 TYPICAL_CAPTION = 14  # tokens, for estimates made before the captions are read
 KEPT_SHARE_OF_MEMORY = 0.4  # up to which pictures are kept there
 
@@ -169,8 +168,6 @@ class Job:
     """What the tokenizer was loaded by: see TrainConfig.tokenizer."""
     data_key: str
     """Changes with the pictures and captions."""
-    began: bool
-    """Whether the run has checkpoints to go on from."""
 
     @property
     def pictures_a_step(self) -> int:
@@ -256,7 +253,6 @@ def prepare(
         bad=bad,
         tokenizer=name,
         data_key=data_key,
-        began=bool(began),
     )
 
 
@@ -323,7 +319,10 @@ def pretrained_parts(config: TrainConfig) -> dict[str, str | None]:
     """The encoder and the decoder to start from, None for fresh ones."""
     if config.init == "scratch":
         return {"encoder": config.init_encoder, "decoder": config.init_decoder}
-    return {"encoder": config.init_encoder or PRETRAINED_ENCODER, "decoder": config.init_decoder or PRETRAINED_DECODER}
+    return {
+        "encoder": config.init_encoder or PRETRAINED["encoder"],
+        "decoder": config.init_decoder or PRETRAINED["decoder"],
+    }
 
 
 def choose_tokenizer(
