@@ -179,7 +179,10 @@ def base_model(path: Path, config: ViTGPT2Config, about: dict[str, Any], base_di
             with contextlib.redirect_stdout(io.StringIO()):  # what initialise takes and leaves was said in training
                 _, base = initialise(config, bases.get("encoder"), bases.get("decoder"))
     except UserError as error:
-        raise UserError(f"{path}: adapters for {said}: {error}; --base-dir names a folder that has them") from error
+        raise UserError(
+            f"{path}: adapters for {said}: {error}; --base-dir names a folder that has them, and "
+            "python adapters.py makes one whole model"
+        ) from error
     if fingerprint(base) != about["key"]:
         raise other_weights
     model = ImageCaptionModel(config)

@@ -128,7 +128,6 @@ class Loop:
             bad=BadPictures(folder / "bad.csv", [data.table]),
             tokenizer="train",
             data_key="",
-            began=False,
         )
         learner = Learner(job)
         return lambda batch, step: learner.step(batch, step, RATE).loss
@@ -137,12 +136,7 @@ class Loop:
         self, folder: Path, model_file: Path, data: CaptionDataset, device: torch.device, dtype: torch.dtype
     ) -> Any:
         """An ordinary step with transformers' model, a picture for each caption."""
-        from transformers import VisionEncoderDecoderModel
-
-        model: Any = VisionEncoderDecoderModel.from_pretrained(model_file.parent / "theirs").train()
-        model.to(device)
-        model.config.decoder_start_token_id = data.config.start_token_id
-        model.config.pad_token_id = data.config.pad_token_id
+        model = load_peer(model_file.parent / "theirs", data.config).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -160,6 +154,23 @@ class Loop:
             return loss.detach()
 
         return step
+
+
+def load_peer(folder: Path, sizes: ViTGPT2Config) -> Any:
+    """transformers' model from a folder that save_transformers wrote, ready to be trained on captions with labels."""
+    from transformers import VisionEncoderDecoderModel
+
+    model: Any = VisionEncoderDecoderModel.from_pretrained(folder).train()
+    model.config.decoder_start_token_id, model.config.pad_token_id = sizes.start_token_id, sizes.pad_token_id
+    return model
+
+
+def receive(pipe: Connection, name: str) -> Any:
+    """What a loop's process has sent. Raises UserError where it ended instead."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise UserError(f"{name}: its process ended before it was done") from None
 
 
 def serve(loop: Loop, model_file: Path, steps: int, pipe: Connection) -> None:
@@ -194,8 +205,8 @@ def most_memory(device: str) -> int:
 
 @dataclass(kw_only=True)
 class TrainBenchmark:
-    """A training step, of base size unless told, from the same weights, by our loop and by transformers' model in an ordinary one, in
-    turn. Theirs has as many pairs as ours has pictures, and as many as ours has pairs."""
+    """A training step, of base size unless told, from the same weights, by our loop and by transformers' model in an
+    ordinary one, in turn. Theirs has as many pairs as ours has pictures, and as many as ours has pairs."""
 
     batch_size: int | None = None
     """Pictures in our step (default: 4 on a CPU, 128 on a GPU)."""
@@ -276,12 +287,12 @@ class TrainBenchmark:
             end.close()
             pipes.append(pipe)
             processes.append(process)
-            losses.append(pipe.recv())  # one after the other
+            losses.append(receive(pipe, loop.whose))  # one after the other
         answers: list[list[Any]] = [[] for _ in loops]
         for _ in range(self.rounds):
-            for pipe, answer in zip(pipes, answers, strict=True):
+            for loop, pipe, answer in zip(loops, pipes, answers, strict=True):
                 pipe.send(True)
-                answer.append(pipe.recv())
+                answer.append(receive(pipe, loop.whose))
         for pipe, process in zip(pipes, processes, strict=True):
             pipe.send(False)
             process.join()
@@ -349,12 +360,9 @@ def race(racer: str, config: TrainConfig, seconds: float, folder: Path, pipe: Co
 
 def transformers_step(job: Job, folder: Path) -> tuple[Any, Any]:
     """The same recipe on transformers' model, from the same weights: a step like Learner's, and the model."""
-    from transformers import VisionEncoderDecoderModel
-
-    save_transformers(job.model, folder / "theirs")
-    model: Any = VisionEncoderDecoderModel.from_pretrained(folder / "theirs").train()
     config, sizes = job.config, job.model.config
-    model.config.decoder_start_token_id, model.config.pad_token_id = sizes.start_token_id, sizes.pad_token_id
+    save_transformers(job.model, folder / "theirs")
+    model = load_peer(folder / "theirs", sizes)
     inside = [p for n, p in model.named_parameters() if p.ndim == 2 and re.search(r"\.(layers?|h)\.\d", n)]
     known = {id(p) for p in inside}
     others = [p for p in model.parameters() if id(p) not in known]
@@ -417,10 +425,7 @@ class RaceBenchmark:
                 ready = multiprocessing.connection.wait([pipe for _, pipe in running.values()])
                 for racer in [name for name, (_, pipe) in running.items() if pipe in ready]:
                     process, own_pipe = running.pop(racer)
-                    try:
-                        found[racer] = own_pipe.recv()
-                    except EOFError:
-                        raise UserError(f"{racer}: its process ended before it was done") from None
+                    found[racer] = receive(own_pipe, racer)
                     process.join()
                     said = "{steps:,} steps, {pairs:,} pairs ({epochs:.1f} epochs), validation loss {val_loss:.3f}, BLEU-4 {bleu_4:.4f}, CIDEr-D {cider_d:.4f}, different captions {unique_captions:.1%}"
                     print(f"  {racer:20} {said.format(**found[racer])}", flush=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import UserError, ViTGPT2Config
+from config import PRETRAINED, UserError, ViTGPT2Config
 from dataset import decode
 from evaluate import about_decoding
 from model import ImageCaptionModel
@@ -84,8 +84,7 @@ SETTINGS += [
     "caption_length",
     "seed",
 ]
-PRETRAINED = {"encoder": "google/vit-base-patch16-224-in21k", "decoder": "openai-community/gpt2"}
-ON_THE_HUB = {"gpt2": PRETRAINED["decoder"]}
+ON_THE_HUB = {"gpt2": "openai-community/gpt2"}
 
 
 @dataclass(kw_only=True)

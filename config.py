@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+PRETRAINED = {"encoder": "google/vit-base-patch16-224-in21k", "decoder": "gpt2"}
+"""What --init pretrained starts from, by their names on the Hub."""
+
 
 class UserError(ValueError):
     """Something the user can put right. Its message is one line: what, where, what to do."""
@@ -449,8 +452,6 @@ PRESETS = {
         preset="img2gpt",
         dataset="flickr30k",
         init="pretrained",
-        init_encoder="google/vit-base-patch16-224-in21k",
-        init_decoder="gpt2",
         qlora=True,
         epochs=3,
         batch_size=16,

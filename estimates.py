@@ -55,29 +55,35 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         for card, rate in PEAK_RATES.items():
             if card in name:
                 return rate, f"the {card}'s {rate / 1e12:.0f} TFLOP/s"
-    rate = matmul_rate(device.type, dtype, 4096 if device.type == "cuda" else 1024)
-    return max(rate, 1.0), f"{rate / 1e9:,.0f} GFLOP/s of a matrix product measured here"
+    rate = measured_rate(device, dtype)
+    return rate, f"{rate / 1e9:,.0f} GFLOP/s of a matrix product measured here"
+
+
+def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a matrix product here, measured once a process."""
+    return max(matmul_rate(device.type, dtype, 4096 if device.type == "cuda" else 512), 1.0)
 
 
 def estimated_seconds(
     config: TrainConfig, pictures: int, tokens: float, device: torch.device, dtype: torch.dtype
 ) -> float:
     """Time of the whole run, at 30 % of the rate that a matrix product is measured to have."""
-    rate = 0.3 * matmul_rate(device.type, dtype, 4096 if device.type == "cuda" else 512)
     captions = config.captions_per_image
     passes = config.epochs * (5 if captions == 1 else 1)
     seen = config.max_steps * config.batch_size * config.accumulation_steps if config.max_steps else passes * pictures
-    return seen * step_operations(config.model, captions, tokens) / max(rate, 1.0)
+    return seen * step_operations(config.model, captions, tokens) / (0.3 * measured_rate(device, dtype))
 
 
-def estimated_memory(config: TrainConfig, weights: int, tokens: float) -> float:
-    """Bytes on the device: of weights, gradients and AdamW's moments, and of activations kept for the backward pass."""
+def estimated_memory(config: TrainConfig, weights: int, learned: int, tokens: float) -> float:
+    """Bytes on the device: so many of weights, for so many numbers that are learned the average, gradients and AdamW's
+    moments in fp32, activations kept for the backward pass."""
     m = config.model
     kept = 2 if config.gradient_checkpointing else 34  # numbers a layer keeps for each position and unit of width
     states = (m.num_patches + 1) * m.vision_num_layers * m.vision_embed_dim
     words = config.captions_per_image * tokens * m.decoder_num_layers * m.decoder_embed_dim * 1.3
     head = config.captions_per_image * tokens * m.vocab_size * 3
-    return weights + config.batch_size * (2 * kept * (states + words) + 4 * head)
+    numbers = weights + (16.0 if config.ema else 12.0) * learned
+    return numbers + config.batch_size * (2 * kept * (states + words) + 4 * head)
 
 
 def duration(seconds: float) -> str:

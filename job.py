@@ -25,7 +25,7 @@ from adapters import adapt, check_adapters, find_base
 from attention import choose_attention
 from cache import key_of
 from checkpoint import checkpoints, in_use
-from config import TrainConfig, UserError
+from config import PRETRAINED, TrainConfig, UserError
 from convert import initialise, is_language_model
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
 from distributed import World
@@ -41,7 +41,6 @@ from utils import PRECISIONS, available_memory, choose_device, choose_precision
 
 COCO_PICTURES = 118_287
 COCO_DOWNLOAD_GB = 20
-PRETRAINED_ENCODER, PRETRAINED_DECODER = "google/vit-base-patch16-224-in21k", "gpt2"
 TYPICAL_CAPTION = 14  # tokens, for estimates made before the captions are read
 KEPT_SHARE_OF_MEMORY = 0.4  # up to which pictures are kept there
 
@@ -172,8 +171,6 @@ class Job:
     """What the tokenizer was loaded by: see TrainConfig.tokenizer."""
     data_key: str
     """Changes with the pictures and captions."""
-    began: bool
-    """Whether the run has checkpoints to go on from."""
 
     @property
     def pictures_a_step(self) -> int:
@@ -272,7 +269,6 @@ def prepare(
         bad=bad,
         tokenizer=name,
         data_key=data_key,
-        began=bool(began),
     )
 
 
@@ -353,7 +349,7 @@ def pretrained_parts(config: TrainConfig) -> dict[str, str | None]:
     decoder = config.decoder or config.init_decoder
     if config.init == "scratch":
         return {"encoder": config.init_encoder, "decoder": decoder}
-    return {"encoder": config.init_encoder or PRETRAINED_ENCODER, "decoder": decoder or PRETRAINED_DECODER}
+    return {"encoder": config.init_encoder or PRETRAINED["encoder"], "decoder": decoder or PRETRAINED["decoder"]}
 
 
 def choose_tokenizer(
@@ -376,9 +372,9 @@ def plan(job: Job, step: int) -> str:
     config, table, sizes, world = job.config, job.datasets["train"].table, job.model.config, job.world.size
     own = dataclasses.replace(config, model=sizes, batch_size=-(-config.batch_size // world))  # this process's share
     seconds = estimated_seconds(own, len(table) // world, job.tokens, job.device, job.dtype) * (1 - step / job.steps)
-    learned = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
-    weights = sum(parameter.nbytes for parameter in job.model.parameters()) + 12 * sum(p.numel() for p in learned)
-    memory = estimated_memory(own, weights, job.tokens)
+    weights = sum(parameter.nbytes for parameter in job.model.parameters())
+    learned = sum(parameter.numel() for parameter in job.model.parameters() if parameter.requires_grad)
+    memory = estimated_memory(own, weights, learned, job.tokens)
     different = {id(data): data.pixels.kept for data in job.datasets.values()}.values()  # val may serve as test
     kept = sum(pictures.numel() for pictures in different if pictures is not None)
     val, test = len(job.datasets["val"]), len(job.datasets["test"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def norm_of(tensors: Iterator[Tensor]) -> Tensor:
+def norm_of(tensors: Iterable[Tensor]) -> Tensor:
     """The norm of all of them together, a scalar on their device."""
     return nn.utils.get_total_norm(list(tensors))
 
@@ -98,7 +98,7 @@ class Updater:
     def __init__(self, model: ImageCaptionModel, config: TrainConfig, scaler: torch.amp.GradScaler) -> None:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizers = build_optimizers(model, config)
-        self.scaler, self.clip, self.config = scaler, config.gradient_clip, config
+        self.scaler, self.clip = scaler, config.gradient_clip
         self.broken = torch.zeros((), device=model.device)
         """1 once a loss or a gradient was not finite."""
         self.overflows = torch.zeros((), device=model.device)

@@ -54,6 +54,8 @@ class UploadConfig:
     """user/name; it is made where there is none."""
     model_path: str | None = None
     """The model: a file, a folder or a Hub name (default: the newest file here)."""
+    base_dir: Path | None = None
+    """Folder in which the pretrained models that a file of adapters names are looked for before the Hub is asked."""
     run: Path | None = None
     """Folder of the run that made it, for the model card (default: the one in runs/ that has the same file)."""
     private: bool = False
@@ -124,7 +126,7 @@ def find_model(config: UploadConfig) -> tuple[ImageCaptionModel, Run | None]:
     source = config.model_path or newest_model()
     if config.run and not (config.run / "run.json").is_file():
         raise UserError(f"{config.run}: no run.json there: name the folder of a run")
-    model = ImageCaptionModel.from_pretrained(source)
+    model = ImageCaptionModel.from_pretrained(source, config.base_dir)
     folder = config.run or find_run(Path(source))
     step = re.search(r"step-(\d+)", source)  # of a checkpoint
     return model, read_run(folder, model, int(step[1]) if step else None) if folder else None

@@ -53,9 +53,7 @@ class SelfCritic:
         options: dict[str, Any] = {"max_length": self.max_length}
         model.eval()  # by itself generate keeps nothing for a model in training; here the next step comes at once
         with autocast(device, dtype):
-            drawn = model.generate(
-                pixels, do_sample=True, top_k=0, num_return_sequences=captions, **options
-            ).sequences.clone()
+            drawn = model.generate(pixels, do_sample=True, top_k=0, num_return_sequences=captions, **options).sequences
             if self.config.baseline == "greedy":
                 greedy = model.generate(pixels, **options).sequences
         model.train()
@@ -65,10 +63,8 @@ class SelfCritic:
         else:
             baseline = (rewards.sum(1, keepdims=True) - rewards) / (captions - 1)
         weights = torch.from_numpy(rewards - baseline).float()
-        weights[[place for place, row in enumerate(rows) if row in dict(batch["bad"])]] = (
-            0  # a picture that was not seen
-        )
-        learned = as_captions(drawn.cpu().view(number, captions, -1), model)
+        weights[np.isin(rows, [row for row, _ in batch["bad"]])] = 0  # pictures that were not seen
+        learned = as_captions(drawn.cpu().reshape(number, captions, -1), model)
         learned |= {"weights": weights, "rewards": torch.from_numpy(rewards).float()}
         return batch | {name: value.to(device) for name, value in learned.items()}
 

@@ -301,7 +301,7 @@ class Meter:
             "learning_rate": rate,
             "gradient_norm": done.norm.item() if done.norm.isfinite() else None,
             "parameter_norm": norm_of(p.detach() for p in parameters).item(),
-            "update_norm": norm_of(iter(self.before)).item(),
+            "update_norm": norm_of(self.before).item(),
             "pictures_per_second": pictures / seconds,
             "pairs_per_second": pairs / seconds,
             "mfu": operations / seconds / self.peak / world.size,
@@ -357,9 +357,14 @@ def learn(job: Job) -> int | None:
     job.model.train()
     stop, meter = StopSignal(grace=5.0 if world.size > 1 else 0.0), Meter(learner, state)
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file is not a terminal
-    silent = True if not world.main else None
     bar = tqdm(
-        total=job.steps, initial=step, desc="training", unit="step", smoothing=0.05, mininterval=pause, disable=silent
+        desc="training",
+        total=job.steps,
+        initial=step,
+        unit="step",
+        smoothing=0.05,
+        mininterval=pause,
+        disable=None if world.main else True,
     )
     first_step, started = step, time.perf_counter() - state.get("seconds", 0.0)
     while True:  # one time more than there are steps, so that the last look, save and stop are no special case

@@ -185,7 +185,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def keep_freed_memory() -> None:
     """Lets the process keep the memory that tensors give back, where its allocator is glibc's, which by itself returns
-    large pieces to the system and has them filled with zeros again: a tenth of a training step on a CPU."""
+    large pieces to the system and has them filled with zeros again at every training step."""
     with contextlib.suppress(OSError, AttributeError):
         import ctypes
 

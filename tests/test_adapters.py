@@ -24,9 +24,11 @@ from convert import initialise
 from dataset import decode, prepare_picture
 from example_usage import caption_image
 from files import file_hash
+from job import pretrained_parts
 from model import ImageCaptionModel
 from model_file import METADATA_KEY, MODEL_FILE
 from optimizers import Average, Updater, freeze
+from publish import UploadConfig, publish
 from train import train
 from utils import read_log
 
@@ -190,7 +192,7 @@ def test_the_preset_is_the_recipe():
     """The numbers of the second system; --preset img2gpt alone must mean them."""
     recipe = PRESETS["img2gpt"]
     assert (recipe.dataset, recipe.batch_size, recipe.epochs, recipe.qlora) == ("flickr30k", 16, 3, True)
-    assert (recipe.init_encoder, recipe.init_decoder) == ("google/vit-base-patch16-224-in21k", "gpt2")
+    assert pretrained_parts(recipe) == {"encoder": "google/vit-base-patch16-224-in21k", "decoder": "gpt2"}
     assert recipe.model.bridge == "prefix" and recipe.model.prefix_positions == 197
 
 
@@ -288,6 +290,8 @@ def test_a_whole_run(scenes_dir, pretrained, tmp_path, monkeypatch, merge):
     said = caption_image(picture, MODEL_FILE, base_dir=None if merge else bases, **options)
     sequences = whole.generate(prepare_picture(picture, whole.config)[None], max_length=8).sequences
     assert said == decode(whole.tokenizer, sequences)[0]
+    with pytest.raises(UserError, match="has no prefix"):
+        publish(UploadConfig(repository="user/name", model_path=MODEL_FILE, base_dir=bases, dry_run=True))
     lines = read_log(tmp_path / "out" / "metrics.jsonl")
     means = [line["train_loss"] for line in lines if "train_loss" in line]
     assert len(means) == 2 and all(0 < mean < 20 for mean in means)
@@ -342,7 +346,8 @@ def test_a_run_does_not_go_on_upon_other_weights(scenes_dir, pretrained, tmp_pat
 
 
 def test_adapters_for_a_captioner(scenes_dir, tmp_path, monkeypatch):
-    """--init-model with --lora. The finished adapters once took the place of the very model that they are for."""
+    """--init-model with --lora, published whole. The finished adapters once took the place of the very model that they are
+    for."""
     monkeypatch.chdir(tmp_path)
     assert train(small_config(scenes_dir, max_steps=2, val_pictures=0)) == 0
     fields = {"max_steps": 4, "val_pictures": 0, "output_dir": Path("adapted"), "lora": True}
@@ -352,6 +357,8 @@ def test_adapters_for_a_captioner(scenes_dir, tmp_path, monkeypatch):
     Path(MODEL_FILE).rename("base.safetensors")
     assert train(dataclasses.replace(config, init_model="base.safetensors")) == 0
     assert ImageCaptionModel.from_pretrained(MODEL_FILE).config.bridge == "cross_attention"
+    publish(UploadConfig(repository="user/name", model_path=MODEL_FILE, dry_run=True))
+    assert Path("upload/user/name/model.safetensors").is_file()
     Path(MODEL_FILE).replace("base.safetensors")
     with pytest.raises(UserError, match="learned on other weights than those of base"):
         ImageCaptionModel.from_pretrained("base.safetensors")

@@ -117,14 +117,17 @@ def test_cross_attention_is_gpt2s_alone(tmp_path, scenes_tokenizer):
         initialise(tiny_config(), None, source)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "gpt2"])
 def test_a_whole_run(scenes_dir, scenes_tokenizer, tmp_path, monkeypatch, kind):
-    """--decoder with --qlora and --prompt, to the finished file of adapters and back."""
+    """--decoder with --qlora and --prompt, to the finished file of adapters and back; GPT-2 is this project's own there too."""
     pytest.importorskip("peft", reason="needs requirements-qlora.txt")
     from train import train
 
-    bases = write_bases(tmp_path / "bases", 48, 8, 61, 64)
-    write_language_model(kind, tmp_path / "bases" / kind, scenes_tokenizer)
+    bases = write_bases(tmp_path / "bases", 48, 8, len(scenes_tokenizer), 64)
+    if kind == "gpt2":
+        scenes_tokenizer.backend_tokenizer.model.save(bases["decoder"])
+    else:
+        write_language_model(kind, tmp_path / "bases" / kind, scenes_tokenizer)
     monkeypatch.chdir(tmp_path)
     names = {"init_encoder": bases["encoder"], "decoder": f"someone/{kind}", "base_dir": tmp_path / "bases"}
     config = small_config(scenes_dir, bridge="prefix", prefix_length=6, max_length=64, max_steps=4, **names)
@@ -134,4 +137,5 @@ def test_a_whole_run(scenes_dir, scenes_tokenizer, tmp_path, monkeypatch, kind):
     assert train(config) == 0
     model = ImageCaptionModel.from_pretrained(tmp_path / MODEL_FILE, tmp_path / "bases")
     assert model.config.prompt_ids == tuple(model.tokenizer("a photo of").input_ids) != ()
+    assert (model.config.language_model is None) == (kind == "gpt2")
     assert model.generate(torch.zeros(1, 3, 48, 48), max_length=5).sequences.shape[0] == 1
