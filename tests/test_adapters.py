@@ -127,7 +127,7 @@ def test_only_adapters_and_what_is_new_learn(bases, bridge, kind):
 
 @KINDS
 @BRIDGES
-def test_a_file_of_adapters_loads_as_the_model_that_learned(bases, bridge, kind, tmp_path):
+def test_a_file_of_adapters_loads_as_the_model_that_learned(bases, bridge, kind, tmp_path, monkeypatch):
     """Merged into other weights than those the adapters learned on (unrounded ones, say) a model captions worse unnoticed."""
     model = adapted(bases, bridge, settings(**kind))
     learn(model, settings(**kind))
@@ -144,7 +144,10 @@ def test_a_file_of_adapters_loads_as_the_model_that_learned(bases, bridge, kind,
     assert mine.std() > 0.3
     # Layers in 4 bits compute in bf16.
     assert (mine - theirs).abs().max() < (1e-5 if "lora" in kind else 0.02 * mine.abs().max())
-    loaded.save_file(tmp_path / "whole.safetensors")
+    monkeypatch.setattr(
+        sys, "argv", ["adapters.py", *(str(tmp_path / f"{name}.safetensors") for name in ("a", "whole"))]
+    )
+    adapters.main()
     whole = ImageCaptionModel.from_pretrained(tmp_path / "whole.safetensors")
     with torch.no_grad():
         assert torch.equal(whole(PICTURES, IDS).logits, theirs)
