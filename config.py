@@ -180,9 +180,12 @@ class Augmentation:
         return not (self.random_resized_crop or self.color_jitter or self.rand_augment)
 
 
+# A run. Its fields stand in the groups of `main.py --help`.
+
+
 @dataclass(kw_only=True)
-class TrainConfig:
-    """A run. Every field is a flag of main.py."""
+class Basics:
+    """What is most often set."""
 
     preset: str = "coco"
     """Named recipe that sets the defaults of all other flags: coco, demo, flickr8k or img2gpt."""
@@ -192,10 +195,32 @@ class TrainConfig:
     data_dir: Path | None = None
     """Folder of the data, or the file of captions in it (default: ./coco_data for COCO, Flickr30k from Kaggle; scenes
     are drawn into the output directory)."""
+    output_dir: Path | None = None
+    """Folder for everything the run writes (default: runs/<preset>-<date>-<time>)."""
+    epochs: int = 10
+    """Passes over the training pictures."""
+    batch_size: int = 128
+    """Pictures that go through the model at a time, over all processes."""
+    learning_rate: float = 2e-4
+    """Highest learning rate; it falls to zero along a cosine."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to train."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Of matrix products; auto: fp16 on CUDA, elsewhere bf16 where it is measured to be faster."""
+    resume: str = "auto"
+    """auto: go on with the newest unfinished run of the same settings; never; or the folder of a run."""
+
+
+@dataclass(kw_only=True)
+class Data:
+    """Which pictures and captions, and how they are kept."""
+
     image_column: str | None = None
     """Column of the pictures, where a table's has no usual name."""
     caption_column: str | None = None
     """Column of the captions, where a table's has no usual name."""
+    num_scenes: int = 20000
+    """Pictures to draw for training when the data set is scenes."""
     max_bad_share: float = 0.01
     """Largest share of pictures that may be missing or damaged; they are named in bad_samples.csv and skipped."""
     allow_overlap: bool = False
@@ -205,10 +230,14 @@ class TrainConfig:
     into 40 % of the memory are kept there in any case.)"""
     cache_on_gpu: bool = False
     """Keep the training pictures on the GPU, where they are cropped and mirrored."""
-    output_dir: Path | None = None
-    """Folder for everything the run writes (default: runs/<preset>-<date>-<time>)."""
-    num_scenes: int = 20000
-    """Pictures to draw for training when the data set is scenes."""
+    num_workers: int = 4
+    """Processes that decode and augment pictures, where that is to be done (16 at most, and one a core)."""
+
+
+@dataclass(kw_only=True)
+class Start:
+    """What the model is before its first step."""
+
     init: Literal["scratch", "pretrained"] = "scratch"
     """Start from random weights, or from a pretrained ViT and GPT-2 with fresh cross-attention."""
     init_encoder: str | None = None
@@ -224,15 +253,21 @@ class TrainConfig:
     init_model: str | None = None
     """A captioner of this project or of transformers to go on from, whole: a file, a folder or a Hub name. Its sizes
     and tokenizer take the place of those in the settings."""
+    base_dir: Path | None = None
+    """Folder in which pretrained models are looked for by name before the Hub is asked."""
     tokenizer: str = "auto"
     """gpt2 (from the Hub), a folder with vocab.json and merges.txt, or train: one on the captions. auto: gpt2 where it
     can be had, else train."""
-    epochs: int = 10
-    """Passes over the training pictures."""
+    seed: int = 0
+    """Of the weights, the order, the crops and the drawn scenes."""
+
+
+@dataclass(kw_only=True)
+class Learning:
+    """A step, and how many."""
+
     max_steps: int | None = None
     """Stop the schedule after this many steps, whatever epochs says."""
-    batch_size: int = 128
-    """Pictures that go through the model at a time, over all processes."""
     captions_per_image: int = 5
     """Captions of each picture learned in one step; 1 visits every caption once an epoch instead."""
     accumulation_steps: int = 1
@@ -246,8 +281,6 @@ class TrainConfig:
     greedy caption."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon for the matrices inside the layers with AdamW for the rest."""
-    learning_rate: float = 2e-4
-    """Highest learning rate; it falls to zero along a cosine."""
     encoder_learning_rate: float | None = None
     """The same for the encoder alone (default: learning_rate)."""
     decoder_learning_rate: float | None = None
@@ -256,6 +289,26 @@ class TrainConfig:
     """Factor of the learning rate from a layer to the one below it, in encoder and decoder."""
     freeze: tuple[Literal["encoder", "decoder", "new"], ...] = ()
     """Parts that are left as they are; new is the cross-attention and the projection."""
+    warmup_steps: int = 500
+    """Steps in which the learning rate rises from zero (at most a tenth of the run)."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices; biases, norms and embeddings have none."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradients."""
+    overflow_limit: int = 20
+    """Steps in a row whose fp16 gradients may overflow before the run stops."""
+    ema: float = 0.0
+    """Keep a running average of the weights with this decay, such as 0.999, and evaluate and save that (0: none)."""
+    word_dropout: float = 0.0
+    """Share of the words that the decoder reads as blanks while it learns, so that it must look at the picture."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over the whole vocabulary."""
+
+
+@dataclass(kw_only=True)
+class Adapters:
+    """Learning a little of a large pretrained model."""
+
     lora: bool = False
     """Leave the pretrained weights as they are and learn adapters of low rank on some layers (LoRA, Hu et al. 2021,
     arXiv:2106.09685), and whatever is new in full."""
@@ -270,63 +323,57 @@ class TrainConfig:
     """Dropout of what an adapter reads."""
     lora_targets: str = r"encoder\.blocks\.\d+\.qkv|decoder\.blocks\.\d+\.attn\.c_attn|decoder\.body\..*\.[qkv]_proj"
     """Which pretrained linear layers get one: a regular expression for their whole names."""
-    base_dir: Path | None = None
-    """Folder in which pretrained models are looked for by name before the Hub is asked."""
     merge: bool = False
     """Save the finished model whole, its adapters merged into the pretrained weights, instead of them alone."""
-    warmup_steps: int = 500
-    """Steps in which the learning rate rises from zero (at most a tenth of the run)."""
-    weight_decay: float = 0.01
-    """Weight decay of matrices; biases, norms and embeddings have none."""
-    gradient_clip: float = 1.0
-    """Largest norm of the gradients."""
-    ema: float = 0.0
-    """Keep a running average of the weights with this decay, such as 0.999, and evaluate and save that (0: none)."""
-    overflow_limit: int = 20
-    """Steps in a row whose fp16 gradients may overflow before the run stops."""
-    word_dropout: float = 0.0
-    """Share of the words that the decoder reads as blanks while it learns, so that it must look at the picture."""
-    label_smoothing: float = 0.0
-    """Share of each target that is spread over the whole vocabulary."""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """Where to train."""
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Of matrix products; auto: fp16 on CUDA, elsewhere bf16 where it is measured to be faster."""
+
+
+@dataclass(kw_only=True)
+class Speed:
+    """Time and memory."""
+
     compile: bool = False
     """Compile the model with torch.compile (a run that goes on then agrees only to rounding: other kernels may serve)."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: slower, less memory."""
     flash_attention: bool = True
     """Use the flash_attn package where it is installed and can serve."""
-    num_workers: int = 4
-    """Processes that decode and augment pictures, where that is to be done (16 at most, and one a core)."""
-    seed: int = 0
-    """Of the weights, the order, the crops and the drawn scenes."""
+
+
+@dataclass(kw_only=True)
+class Watching:
+    """What is looked at, kept and told on the way."""
+
     eval_interval: int = 500
     """Steps between sample captions for a fixed set of pictures."""
-    checkpoint_interval: int | None = None
-    """Steps between checkpoints (default: one at every epoch's end)."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints to keep, beside the best one."""
     val_pictures: int = 1000
     """Validation pictures that are captioned at every epoch's end, greedily, for CIDEr-D: by it the best checkpoint is
     chosen (0: none, and the best has the lowest validation loss)."""
     patience: int | None = None
     """Stop after so many epochs without a better one (default: never)."""
+    caption_length: int = 32
+    """Longest caption to write when evaluating, in tokens."""
+    checkpoint_interval: int | None = None
+    """Steps between checkpoints (default: one at every epoch's end)."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep, beside the best one."""
     wandb: Literal["auto", "off", "offline", "online"] = "auto"
     """Weights & Biases. auto: online where a key is there, else off."""
     wandb_project: str = "vit-gpt2-captioning"
     """Its project."""
-    resume: str = "auto"
-    """auto: go on with the newest unfinished run of the same settings; never; or the folder of a run."""
-    caption_length: int = 32
-    """Longest caption to write when evaluating, in tokens."""
     no_upload: bool = False
     """Do not ask at the end, on a terminal, whether to publish the model."""
     yes: bool = False
     """Answer yes to every question, such as the one before a large download."""
     debug: bool = False
     """Show tracebacks of errors."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig(
+    Watching, Speed, Adapters, Learning, Start, Data, Basics
+):  # dataclass takes the last one's fields first
+    """A run. Every field is a flag of main.py."""
+
     augmentation: Augmentation = field(default_factory=Augmentation)
     """What happens to training pictures."""
     model: ViTGPT2Config = field(default_factory=ViTGPT2Config)

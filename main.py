@@ -9,7 +9,7 @@ import argparse
 import copy
 import dataclasses
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from config import PRESETS, TrainConfig, UserError
 from utils import parse_flags, run_script
@@ -35,9 +35,24 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
         model.resize_size = None
     model.end_token_id = model.start_token_id = model.pad_token_id = None
     defaults = dataclasses.replace(defaults, device=DEVICE, model=model)
+    return parse_in_groups(defaults, arguments)
+
+
+def parse_in_groups(defaults: TrainConfig, arguments: list[str] | None) -> TrainConfig:
+    """The defaults with the flags' values; --help shows the flags in the groups that config.py has them in."""
     from tyro.conf import OmitArgPrefixes
 
-    return parse_flags(TrainConfig, __doc__, arguments, default=defaults, config=(OmitArgPrefixes,))
+    groups: dict[str, Any] = {}
+    for kind in reversed(TrainConfig.__bases__):
+        groups[kind.__name__.lower()] = kind(**{f.name: getattr(defaults, f.name) for f in dataclasses.fields(kind)})
+    groups |= {"augmentation": defaults.augmentation, "model": defaults.model}
+    described = [(name, type(own), dataclasses.field()) for name, own in groups.items()]
+    kinds: type[Any] = dataclasses.make_dataclass("Flags", described, kw_only=True)
+    flags = parse_flags(kinds, __doc__, arguments, default=kinds(**groups), config=(OmitArgPrefixes,))
+    values: dict[str, Any] = {}
+    for name, own in vars(flags).items():
+        values |= {name: own} if name in ("augmentation", "model") else vars(own)
+    return TrainConfig(**values)
 
 
 def main() -> int:

@@ -364,51 +364,52 @@ def learn(job: Job) -> int | None:
         unit="step",
         smoothing=0.05,
         mininterval=pause,
-        disable=None if world.main else True,
+        disable=not world.main,
     )
     first_step, started = step, time.perf_counter() - state.get("seconds", 0.0)
-    while True:  # one time more than there are steps, so that the last look, save and stop are no special case
-        stopping = world.sum(stop.received is not None)[0] > 0
-        last = step == job.steps or waited >= patience
-        if step > first_step or (config.init_model and not state):  # where a trained model starts from is of interest
-            looking, better = time.perf_counter(), False
-            ended = last or step % job.steps_per_epoch == 0
-            score = look(learner, step, ended, log, meter.end_epoch() if ended else None)
-            if score is not None:
-                better = not math.isnan(score) and (best is None or score > best)
-                best, waited = (score, 0) if better else (best, waited + 1)
-                last = last or waited >= patience
-            if ended or stopping or step % (config.checkpoint_interval or sys.maxsize) == 0:
-                learner.check(meter.steps)
-                state = {"step": step, "best": best, "waited": waited, **meter.state()}
-                learner.save(state | {"seconds": time.perf_counter() - started}, better)
-            meter.since += time.perf_counter() - looking  # not counted in the speed
-        if last or stopping:
-            break
+    with bar:  # an error's line begins below it
+        while True:  # one time more than there are steps, so that the last look, save and stop are no special case
+            stopping = world.sum(stop.received is not None)[0] > 0
+            last = step == job.steps or waited >= patience
+            # Where a trained model starts from is of interest.
+            if step > first_step or (config.init_model and not state):
+                looking, better = time.perf_counter(), False
+                ended = last or step % job.steps_per_epoch == 0
+                score = look(learner, step, ended, log, meter.end_epoch() if ended else None)
+                if score is not None:
+                    better = not math.isnan(score) and (best is None or score > best)
+                    best, waited = (score, 0) if better else (best, waited + 1)
+                    last = last or waited >= patience
+                if ended or stopping or step % (config.checkpoint_interval or sys.maxsize) == 0:
+                    learner.check(meter.steps)
+                    state = {"step": step, "best": best, "waited": waited, **meter.state()}
+                    learner.save(state | {"seconds": time.perf_counter() - started}, better)
+                meter.since += time.perf_counter() - looking  # not counted in the speed
+            if last or stopping:
+                break
 
-        asked = time.perf_counter()
-        batch = next(batches)
-        meter.waiting += time.perf_counter() - asked
-        if world.sum(len(batch["bad"]))[0]:
-            for bad in world.gather(batch["bad"]):
-                if world.main:
-                    job.bad.add(train_set, bad)
-        logging = (step + 1) % LOG_INTERVAL == 0 or step + 1 == job.steps
-        if logging:
-            meter.before = [parameter.detach().clone() for parameter in learner.updater.parameters]
-        rate = learning_rate_at(step, job.steps, config)
-        done = learner.step(batch, step, rate)
-        step += 1
-        meter.add(step, done)
-        bar.update()
-        if logging or job.device.type == "cpu":  # a GPU would have to be waited for
-            learner.check(meter.steps)
-        if logging:
-            line = meter.line(rate)
-            log.write(step, **line)
-            said = "loss {loss:.3f}, lr {learning_rate:.1e}, {pictures_per_second:.0f} pictures/s, {pairs_per_second:.0f} pairs/s"
-            bar.set_postfix_str(said.format(**line), refresh=False)
-    bar.close()
+            asked = time.perf_counter()
+            batch = next(batches)
+            meter.waiting += time.perf_counter() - asked
+            if world.sum(len(batch["bad"]))[0]:
+                for bad in world.gather(batch["bad"]):
+                    if world.main:
+                        job.bad.add(train_set, bad)
+            logging = (step + 1) % LOG_INTERVAL == 0 or step + 1 == job.steps
+            if logging:
+                meter.before = [parameter.detach().clone() for parameter in learner.updater.parameters]
+            rate = learning_rate_at(step, job.steps, config)
+            done = learner.step(batch, step, rate)
+            step += 1
+            meter.add(step, done)
+            bar.update()
+            if logging or job.device.type == "cpu":  # a GPU would have to be waited for
+                learner.check(meter.steps)
+            if logging:
+                line = meter.line(rate)
+                log.write(step, **line)
+                said = "loss {loss:.3f}, lr {learning_rate:.1e}, {pictures_per_second:.0f} pictures/s, {pairs_per_second:.0f} pairs/s"
+                bar.set_postfix_str(said.format(**line), refresh=False)
     log.close()
     stop.restore()
     if last:

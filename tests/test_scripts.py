@@ -7,6 +7,7 @@ import functools
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -338,7 +339,10 @@ def test_unknown_flags_are_refused(tmp_path):
 
 
 def test_help_shows_every_field_with_its_sentence(tmp_path):
+    """In groups, out of which a config is put together again: a field in none would be neither shown nor read."""
     text = " ".join(script(tmp_path, "main.py", "--help").replace("│", " ").split())
+    groups = re.findall(r"─ (\w+) options ─", text)
+    assert groups == ["basics", "data", "start", "learning", "adapters", "speed", "watching", "augmentation", "model"]
     for config in (TrainConfig, Augmentation, ViTGPT2Config):
         for field in dataclasses.fields(config):
             if field.name not in ("model", "augmentation"):

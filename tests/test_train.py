@@ -324,7 +324,7 @@ def test_a_run_that_left_the_numbers_stops_and_saves_nothing(tmp_path):
     """Weights that were not finite once pushed the good checkpoints out."""
     process = start([*SMALL, "--output-dir", "out", "--learning-rate", "1e30", "--checkpoint-interval", "2"], tmp_path)
     output, _ = process.communicate(timeout=120)
-    (line,) = (line for line in output.splitlines() if line.startswith("error:"))
+    (line,) = (line for line in output.splitlines() if line.startswith("error:"))  # not behind the progress bar
     assert process.returncode == 2
     assert re.search(r"is not finite at step \d+, of the pictures \d+(, \d+){15}; the weights are as they were", line)
     for path in checkpoints(tmp_path / "out"):
