@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from adapters import adapt, check_adapters
 from config import PRESETS, TrainConfig, UserError, ViTGPT2Config
 from convert import load_transformers, save_transformers
 from dataset import CaptionDataset, load_tokenizer, make_dataloader
@@ -51,7 +52,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 class Loop:
     """One way to train: whose loop, how many pictures a step with how many captions each, and in which precision."""
 
-    whose: Literal["ours", "self-critical", "transformers"]
+    whose: Literal["ours", "self-critical", "LoRA", "QLoRA", "transformers"]
     pictures: int
     captions: int
     precision: Precision
@@ -66,10 +67,12 @@ class Loop:
         return self.pictures * self.captions
 
     def operations(self) -> float:
-        """Floating-point operations of a step: transformers encodes a picture again for each of its captions."""
-        if self.whose != "transformers":
-            return self.pictures * step_operations(self.model, self.captions, self.tokens)
-        return self.pairs * step_operations(self.model, 1, self.tokens)
+        """Floating-point operations of a step: transformers encodes a picture again for each of its captions, and weights
+        that rest need no gradients, a third of the work."""
+        if self.whose == "transformers":
+            return self.pairs * step_operations(self.model, 1, self.tokens)
+        rest = 2 / 3 if self.whose in ("LoRA", "QLoRA") else 1
+        return rest * self.pictures * step_operations(self.model, self.captions, self.tokens)
 
     def data(self, folder: Path) -> CaptionDataset:
         """Noise with captions of exactly so many tokens, kept in memory."""
@@ -103,17 +106,26 @@ class Loop:
         self, folder: Path, model_file: Path, data: CaptionDataset, device: torch.device, dtype: torch.dtype
     ) -> Any:
         """The step that train.py makes."""
-        model = ImageCaptionModel.from_pretrained(model_file).to(device).train()
+        model = ImageCaptionModel.from_pretrained(model_file)
         if device.type == "cpu":
             keep_freed_memory()
         else:
             data.keep_on(device)
         config = TrainConfig(
-            batch_size=self.pictures, captions_per_image=self.captions, model=model.config, compile=self.compile
+            batch_size=self.pictures,
+            captions_per_image=self.captions,
+            model=model.config,
+            compile=self.compile,
+            init_model=str(model_file),
+            objective="scst" if self.whose == "self-critical" else "cross_entropy",
+            caption_length=self.tokens,
+            lora=self.whose == "LoRA",
+            qlora=self.whose == "QLoRA",
         )
-        if self.whose == "self-critical":
-            again = {"objective": "scst", "init_model": str(model_file), "caption_length": self.tokens}
-            config = dataclasses.replace(config, **again)  # type: ignore[arg-type]
+        if config.adapts:
+            check_adapters(config, device)
+            print(f"  {self.whose}: {adapt(model, config, {'model': config.init_model}, device)}", flush=True)
+        model.to(device).train()
         job = Job(
             config=config,
             world=ALONE,
@@ -206,7 +218,8 @@ def most_memory(device: str) -> int:
 @dataclass(kw_only=True)
 class TrainBenchmark:
     """A training step, of base size unless told, from the same weights, by our loop and by transformers' model in an
-    ordinary one, in turn. Theirs has as many pairs as ours has pictures, and as many as ours has pairs."""
+    ordinary one, in turn. Theirs has as many pairs as ours has pictures, and as many as ours has pairs; it has no model
+    with a prefix."""
 
     batch_size: int | None = None
     """Pictures in our step (default: 4 on a CPU, 128 on a GPU)."""
@@ -218,6 +231,8 @@ class TrainBenchmark:
     """Of matrix products (default: fp32 and bf16 on a CPU, bf16 on a GPU)."""
     scst: bool = False
     """Also a step of self-critical training, whose samples are as long."""
+    adapters: bool = False
+    """Also a step that learns adapters: LoRA, and QLoRA."""
     compile: bool = False
     """Compile our step."""
     steps: int = 3
@@ -247,7 +262,9 @@ class TrainBenchmark:
         with tempfile.TemporaryDirectory() as folder:
             model_file = Path(folder) / "model.safetensors"
             start.save_file(model_file)
-            save_transformers(start, model_file.parent / "theirs")
+            peer = self.model.bridge == "cross_attention"
+            if peer:
+                save_transformers(start, model_file.parent / "theirs")
             del start
             for precision in self.precisions or (("bf16",) if cuda else ("fp32", "bf16")):
                 settings: dict[str, Any] = {
@@ -259,16 +276,17 @@ class TrainBenchmark:
                 wanted = self.captions or ((5, 1) if cuda else (5,))
                 ours = [Loop("ours", pictures, captions, compile=self.compile, **settings) for captions in wanted]
                 sizes = dict.fromkeys((pictures, *(loop.pairs for loop in ours)))
-                theirs = [Loop("transformers", size, 1, compile=False, **settings) for size in sizes]
-                if self.scst:
-                    ours += [dataclasses.replace(loop, whose="self-critical") for loop in ours if loop.captions > 1]
+                theirs = [Loop("transformers", size, 1, compile=False, **settings) for size in sizes if peer]
+                others: list[Any] = ["self-critical"] * (self.scst and ours[0].captions > 1)
+                others += ["LoRA", "QLoRA"] * self.adapters
+                ours += [dataclasses.replace(ours[0], whose=whose) for whose in others]
                 for found in self.turns([*ours, *theirs], model_file):
                     figures["loops"].append(found)
                     seconds[found["whose"], precision, found["pairs"]] = found["seconds_per_pair"]
         for (whose, own, pairs), spent in seconds.items():
-            if whose == "self-critical":
-                figures["ratios"][f"self-critical, {pairs} pairs {own}"] = ratio = spent / seconds["ours", own, pairs]
-                print(f"self-critical, {pairs} pairs {own}: a picture costs {ratio:.2f} times as much")
+            if whose not in ("ours", "transformers"):
+                figures["ratios"][f"{whose}, {pairs} pairs {own}"] = ratio = spent / seconds["ours", own, pairs]
+                print(f"{whose}, {pairs} pairs {own}: a picture costs {ratio:.2f} times as much as with ours")
             for (other, theirs_own, theirs_pairs), theirs_spent in seconds.items():
                 if (whose, other) == ("ours", "transformers") and theirs_own in (own, "fp32"):
                     name = f"{pairs} pairs {own} against {theirs_pairs} pairs {theirs_own}"

@@ -17,7 +17,7 @@ from config import UserError
 
 def run(*arguments: str, cwd) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "benchmark.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=900)
 
 
 def test_the_data_benchmark(tmp_path):
@@ -95,6 +95,19 @@ def test_the_training_benchmark(tmp_path):
         assert loop["whose"] == "self-critical" or loop["first_loss"] == pytest.approx(5.7, abs=0.3)
     assert "ours, 10 pairs bf16 against 2 pairs fp32: a pair costs 1/" in done.stdout
     assert "self-critical, 10 pairs bf16: a picture costs" in done.stdout
+
+
+def test_the_training_benchmark_of_adapters(tmp_path):
+    """Adapters begin as nothing, so the first loss is the whole model's (of weights in 4 bits, nearly)."""
+    pytest.importorskip("peft", reason="peft is of requirements-qlora.txt")
+    flags = ("--steps", "1", "--rounds", "1", "--batch-size", "2", "--tokens", "5", "--precisions", "bf16")
+    more = ("--adapters", "--model.bridge", "prefix", "--model.prefix-length", "4")
+    done = run("train", *flags, *more, *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    loops = json.loads((tmp_path / "benchmark-train.json").read_text())["loops"]
+    assert [loop["whose"] for loop in loops] == ["ours", "LoRA", "QLoRA"]
+    assert loops[1]["first_loss"] == loops[0]["first_loss"] == pytest.approx(loops[2]["first_loss"], abs=0.05)
+    assert "QLoRA, 10 pairs bf16: a picture costs" in done.stdout and "numbers learn" in done.stdout
 
 
 def test_training_is_what_it_was(tmp_path):
