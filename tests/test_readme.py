@@ -27,6 +27,7 @@ def test_every_flag_and_file_it_names_exists():
             "evaluate.py",
             "check.py",
             "benchmark.py",
+            "benchmark_training.py",
             "convert.py",
             "publish.py",
             "auto_upload.py",
