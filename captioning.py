@@ -209,15 +209,16 @@ def _captioned(
     """Captions of all that are ready, `size` at a time; returns the size that memory sufficed for."""
     while ready:
         names, pixels = zip(*ready[:size], strict=True)
-        captions: list[list[Caption]] | None = None
+        captions: list[list[Caption]] = []
         try:
             captions = caption_batch(model, torch.stack(pixels), **options)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        if captions is None:  # here the error, and what it held, is gone
             if len(names) == 1:
-                raise UserError("not enough memory for a single picture: use fewer --num-beams, or --device cpu")
+                said = next(iter(str(error).splitlines()), type(error).__name__)
+                raise UserError(f"not enough memory for a single picture ({said}): use fewer --num-beams") from error
+        if not captions:  # here the error, and what it held, is gone
             size = len(names) // 2
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -229,10 +230,7 @@ def _captioned(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device's memory, or the machine's, did not suffice."""
-    said = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "DefaultCPUAllocator" in said  # of a CPU's memory torch says it in words only
-        or "out of memory" in said
-    )
+    """Whether an error says that the device's memory, or the machine's, did not suffice: for a CPU only in words, the
+    last of them oneDNN's."""
+    words = ("out of memory", "DefaultCPUAllocator", "could not create a primitive")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)

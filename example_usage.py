@@ -189,24 +189,23 @@ def main() -> int:
     results = caption_pictures(model, wanted, batch_size=size, source=source, **config.decoding())
     captioned = failed = 0
     start = time.monotonic()
-    few = len(wanted) <= (size or 16)
-    bar = tqdm(total=len(names), initial=len(names) - len(wanted), unit=" pictures", disable=few, mininterval=0.5)
-    try:
-        for result in results:
-            bar.update()
-            if result.error:
-                tqdm.write(f"error: {result.error}", file=sys.stderr)
-                failed += 1
-                continue
-            captioned += 1
-            if output:
-                output.add(result.name, result.captions)
-            for caption in result.captions if output is None else ():
-                about = [in_one_line(result.name)] if len(names) > 1 else []
-                score = [f"{caption.score:.4f}"] if caption.score is not None else []
-                tqdm.write("\t".join([*about, caption.text, *score]), file=sys.stdout)
-            if config.heatmap:
-                draw_words(config.heatmap, source(result.name), result.captions[0], model.config)
+    try:  # the bar is for a terminal
+        with tqdm(total=len(names), initial=len(names) - len(wanted), unit=" pictures", disable=None) as bar:
+            for result in results:
+                bar.update()
+                if result.error:
+                    tqdm.write(f"error: {result.error}", file=sys.stderr)
+                    failed += 1
+                    continue
+                captioned += 1
+                if output:
+                    output.add(result.name, result.captions)
+                for caption in result.captions if output is None else ():
+                    about = [in_one_line(result.name)] if len(names) > 1 else []
+                    score = [f"{caption.score:.4f}"] if caption.score is not None else []
+                    tqdm.write("\t".join([*about, caption.text, *score]), file=sys.stdout)
+                if config.heatmap:
+                    draw_words(config.heatmap, source(result.name), result.captions[0], model.config)
     except KeyboardInterrupt:
         if output is None:
             raise
@@ -214,8 +213,6 @@ def main() -> int:
             f"stopped: {captioned:,} more captioned in {output}; the same command goes on from there", file=sys.stderr
         )
         return 130
-    finally:
-        bar.close()
     if output:
         before = f", {len(names) - len(wanted):,} were there" if len(wanted) < len(names) else ""
         rate = captioned / max(time.monotonic() - start, 1e-9)
