@@ -189,8 +189,7 @@ def prepared(
         except UserError as error:
             return name, str(error)
 
-    # Its decoders give up Python's lock, so that threads serve; each has one, or they would fight for the cores.
-    pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))  # decoders give up Python's lock
     waiting: deque[Any] = deque()
     try:
         for name in names:
