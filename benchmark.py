@@ -2,6 +2,7 @@
 
     python benchmark.py data          the loader against the plain transformers path, and how the table grows
     python benchmark.py generate      captions by our decoding and by transformers', from the same weights
+    python benchmark.py folder        captions of a folder, against the model alone and decoding alone
     python benchmark.py train         training steps by our loop and by transformers' model in an ordinary one
     python benchmark.py race          Flickr8k in equal time: five captions a step, one, and transformers
     python benchmark.py golden        the same small run by two commits: is training the same to the bit?
@@ -31,6 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmark_training import GoldenBenchmark, RaceBenchmark, TrainBenchmark
+from captioning import BATCH_SIZES, caption_batch, caption_pictures, picture_names, prepared
 from config import PRESETS, UserError, ViTGPT2Config
 from convert import save_transformers
 from dataset import Batches, CaptionDataset, load_tables, load_tokenizer, make_dataloader
@@ -311,6 +313,61 @@ class GenerateBenchmark:
         return figures
 
 
+@dataclass(kw_only=True)
+class FolderBenchmark:
+    """Captions of a folder's pictures as example_usage.py makes them, where decoding and captioning overlap; against the
+    model alone, on pictures decoded before, and against decoding alone."""
+
+    model: str
+    """The model: a file, a folder or a Hub name."""
+    folder: Path
+    """Folder of pictures."""
+    pictures: int = 256
+    """How many of them to caption: the first ones."""
+    batch_size: int | None = None
+    """Pictures captioned at a time (default: what suits the device)."""
+    num_beams: int = 3
+    """Beams; 1 is greedy."""
+    rounds: int = 3
+    """Times that each is done; the best counts."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run."""
+    precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = "auto"
+    """Of matrix products."""
+    output: Path = Path("benchmark-folder.json")
+    """Where the figures are written to."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+    def run(self) -> dict[str, Any]:
+        """Pictures a second, and the share that the whole has of its slower part."""
+        device, _ = choose_device(self.device)
+        model = ImageCaptionModel.from_pretrained(self.model).to(device)
+        names = picture_names([str(self.folder)])[: self.pictures]
+        size = self.batch_size or BATCH_SIZES[device.type]
+        options: dict[str, Any] = {"num_beams": self.num_beams, "precision": self.precision}
+        pixels = [picture for _, picture in prepared(names, model.config) if isinstance(picture, torch.Tensor)]
+        if not pixels:
+            raise UserError(f"{self.folder}: no picture can be read")
+
+        def model_alone() -> None:
+            for start in range(0, len(pixels), size):
+                caption_batch(model, torch.stack(pixels[start : start + size]), **options)
+
+        work: dict[str, Callable[[], Any]] = {
+            "decoding": lambda: list(prepared(names, model.config)),
+            "model": model_alone,
+            "folder": lambda: list(caption_pictures(model, names, batch_size=size, **options)),
+        }
+        model_alone()  # once, for what is prepared at the first time
+        rates = {name: len(pixels) / seconds for name, seconds in fastest(work, self.rounds).items()}
+        share = rates["folder"] / min(rates["decoding"], rates["model"])
+        for name, rate in rates.items():
+            print(f"{name:12}{rate:10.1f} pictures/s")
+        print(f"the folder runs at {share:.0%} of its slower part ({len(pixels)} pictures, {size} at a time, {device})")
+        return {"folder": rates | {"share": share, "pictures": len(pixels), "batch_size": size, "device": str(device)}}
+
+
 # Metrics
 
 
@@ -433,6 +490,7 @@ def as_sentences(
 COMMANDS = {
     "data": DataBenchmark,
     "generate": GenerateBenchmark,
+    "folder": FolderBenchmark,
     "metrics": MetricsBenchmark,
     "train": TrainBenchmark,
     "race": RaceBenchmark,

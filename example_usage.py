@@ -1,44 +1,44 @@
 """Captions for pictures, from the command line or from Python.
 
     python example_usage.py photo.jpg vit-gpt2-captioning.safetensors
-    python example_usage.py photos/ https://example.org/cat.jpg user/model
-    python example_usage.py                     a drawn scene with the newest local model
+    python example_usage.py photos/ "more/*.png" https://example.org/cat.jpg user/model
+    python example_usage.py photos/ --output captions.csv     run again, it does what is missing
+    find . -name "*.jpg" | python example_usage.py - --output sidecar
+    python example_usage.py                                   a drawn scene with the newest local model
 
     from example_usage import caption_image
     caption_image(image_path="photo.jpg", model_source="vit-gpt2-captioning.safetensors")
 
 The last argument is the model when it ends in .safetensors, is a folder with config.json, or is user/name and no path
-here; without one the newest local model is used. Decodes with 3 beams unless told otherwise; caption_image samples.
+here; without one the newest local model is used. Decodes with 3 beams unless told otherwise; caption_image samples. The
+exit code is 0 when all pictures have been captioned, 1 when some could not be (they are named on standard error), 2 for
+what cannot be begun, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import functools
-import http.client
+import glob
 import sys
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
+from captioning import caption_batch, caption_pictures, is_url, picture_names, picture_source
 from config import UserError
-from dataset import decode, prepare_picture
+from dataset import prepare_picture
+from layouts import PICTURE_SUFFIXES
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
+from outputs import draw_words, open_output
+from pictures import PictureSource, in_one_line
 from scenes import draw, make_scene
-from utils import autocast, choose_device, choose_precision, parse_flags, run_script
-
-PICTURE_SUFFIXES = set(Image.registered_extensions())
-URL_SECONDS = 15
-URL_BYTES = 50 << 20
+from utils import choose_device, parse_flags, run_script
 
 
 def load_model(source: str, device: str, base_dir: Path | None = None) -> ImageCaptionModel:
@@ -53,14 +53,6 @@ def _load_model(source: str, device: str, base_dir: Path | None, written: int) -
     return ImageCaptionModel.from_pretrained(source, base_dir).to(device)
 
 
-def caption_pixels(model: ImageCaptionModel, pixels: Tensor, precision: str = "auto", **options: Any) -> list[str]:
-    """Captions of pictures (N, 3, S, S) as prepare_picture gives them; options go to model.generate."""
-    dtype, _ = choose_precision(precision, model.device)
-    options.setdefault("int8", precision == "int8")
-    with autocast(model.device, dtype):
-        return decode(model.tokenizer, model.generate(pixels.to(model.device), **options).sequences)
-
-
 def caption_image(
     image_path: str | Path,
     model_source: str | Path = MODEL_FILE,
@@ -71,38 +63,24 @@ def caption_image(
     top_k: int = 50,
     top_p: float = 0.95,
     base_dir: Path | None = None,
+    allow_private_urls: bool = False,
     **options: Any,
 ) -> str:
     """One caption for a picture (a path or a URL), by a model (a file, a folder or a Hub name user/repo).
 
     Samples by default; do_sample=False is greedy, or a beam search with num_beams=3. Where there is no GPU the device
-    "cuda" means the best there is. Raises UserError for a picture or a model that cannot be read.
+    "cuda" means the best there is. URLs of private addresses are refused unless allowed. Raises UserError for a picture
+    or a model that cannot be read.
     """
     if device == "cuda" and not torch.cuda.is_available():
         device = "auto"
     model = load_model(str(model_source), str(choose_device(device)[0]), base_dir)
-    pixels = prepare_picture(fetch(str(image_path)), model.config).unsqueeze(0)
+    name = str(image_path)
+    pixels = prepare_picture(picture_source(name, allow_private_urls), model.config, name)
     options |= {"max_length": max_length, "do_sample": do_sample}
     if do_sample:
         options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    return caption_pixels(model, pixels, **options)[0]
-
-
-def fetch(name: str) -> str | bytes:
-    """A URL's bytes, at most 50 MiB; any other name as it is. Raises UserError where the URL gives nothing."""
-    if "://" not in name:
-        return name
-    if not name.startswith(("http://", "https://")):
-        raise UserError(f"{name}: only http and https addresses can be fetched")
-    request = urllib.request.Request(name, headers={"User-Agent": "vit-gpt2-captioning"})
-    try:
-        with urllib.request.urlopen(request, timeout=URL_SECONDS) as response:
-            content: bytes = response.read(URL_BYTES + 1)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"{name}: cannot be fetched ({error})") from error
-    if len(content) > URL_BYTES:
-        raise UserError(f"{name}: larger than {URL_BYTES >> 20} MiB")
-    return content
+    return caption_batch(model, pixels.unsqueeze(0), **options)[0][0].text
 
 
 def is_model(name: str) -> bool:
@@ -110,7 +88,7 @@ def is_model(name: str) -> bool:
     path = Path(name)
     if name.endswith(".safetensors") or (path / "config.json").is_file():
         return True
-    picture = path.exists() or "://" in name or path.suffix.lower() in PICTURE_SUFFIXES
+    picture = path.exists() or is_url(name) or path.suffix.lower() in PICTURE_SUFFIXES or glob.has_magic(name)
     return not picture and name.count("/") == 1 and name[0] not in "./"
 
 
@@ -122,26 +100,24 @@ def newest_model() -> str:
     return str(max(found, key=lambda path: path.stat().st_mtime))
 
 
-def picture_names(names: list[str]) -> Iterator[str]:
-    """The names, with folders replaced by the pictures in them, in order."""
-    for name in names:
-        if not Path(name).is_dir():
-            yield name
-            continue
-        inside = sorted(str(path) for path in Path(name).rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
-        if not inside:
-            raise UserError(f"{name}: no pictures in this folder")
-        yield from inside
-
-
 @dataclass(kw_only=True)
 class CaptionConfig:
-    """Caption pictures: paths, folders or URLs, and the model last."""
+    """Caption pictures: paths, folders, patterns or URLs, and the model last."""
 
     inputs: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
-    """Pictures, folders, URLs; then the model (a .safetensors file, a folder or user/name)."""
-    num_beams: int = 3
-    """Beams; 1 is greedy."""
+    """Pictures, folders (with all below them), patterns such as "*.jpg", URLs, or - for a list of them on standard input;
+    then the model (a .safetensors file, a folder or user/name)."""
+    output: str | None = None
+    """captions.csv or captions.jsonl, a line for each picture, or sidecar, name.txt beside each name.jpg (default: print
+    them). What is there already is not done again."""
+    num_captions: int = 1
+    """Captions of each picture, the best first."""
+    scores: bool = False
+    """Also each caption's confidence: the geometric mean of its words' probabilities, 0 to 1."""
+    heatmap: Path | None = None
+    """Of a single picture, draw where the model looked while it wrote each word."""
+    num_beams: Annotated[int | None, tyro.conf.arg(aliases=["--beams"])] = None
+    """Beams; 1 is greedy (default: 3, or as many as captions; 1 when sampling)."""
     do_sample: bool = False
     """Sample instead of searching with beams."""
     temperature: float = 1.0
@@ -154,56 +130,93 @@ class CaptionConfig:
     """Above 0, longer captions win more often in beam search."""
     max_length: int | None = None
     """Longest caption, in tokens (default: 32, or what the model can hold)."""
-    batch_size: int = 16
-    """Pictures captioned at a time."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Pictures captioned at a time; halved where memory does not suffice."""
     base_dir: Path | None = None
     """Folder in which the pretrained models that a file of adapters names are looked for before the Hub is asked."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to run."""
     precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = "auto"
     """Of matrix products; auto: bf16 where it is measured to be faster. int8: on a CPU, for large models."""
+    allow_private_urls: bool = False
+    """Also fetch from addresses that are not public, such as http://localhost, and through the environment's proxies."""
     debug: bool = False
     """Show tracebacks of errors."""
 
+    def __post_init__(self) -> None:
+        for name in ("num_captions", "num_beams", "max_length", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+
+    def decoding(self) -> dict[str, Any]:
+        """What caption_batch is to do."""
+        beams = self.num_beams or (1 if self.do_sample else max(3, self.num_captions))
+        options: dict[str, Any] = {"num_beams": beams, "max_length": self.max_length}
+        options |= {"num_return_sequences": self.num_captions, "length_penalty": self.length_penalty}
+        if self.do_sample:
+            options |= {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return options | {"precision": self.precision, "scores": self.scores, "attention": self.heatmap is not None}
+
 
 def main() -> int:
-    """The command line. Returns 1 when some of the pictures could not be captioned."""
+    """The command line. Returns 1 when some of the pictures could not be captioned, 130 when it was stopped."""
     config = parse_flags(CaptionConfig, __doc__)
     inputs = list(config.inputs)
-    source = inputs.pop() if inputs and is_model(inputs[-1]) else newest_model()
-    model = load_model(source, str(choose_device(config.device)[0]), config.base_dir)
-    if config.do_sample:
-        options: dict[str, Any] = {"do_sample": True, "temperature": config.temperature}
-        options |= {"top_k": config.top_k, "top_p": config.top_p}
-    else:
-        options = {"num_beams": config.num_beams, "length_penalty": config.length_penalty}
-    options |= {"max_length": config.max_length}
+    model_source = inputs.pop() if inputs and is_model(inputs[-1]) else newest_model()
+    names = picture_names(inputs)
+    scenes: dict[str, PictureSource] = {}
     if not inputs:
         scene, _, rng = make_scene(0, "example", 0)
-        print(f"a drawn scene ({scene.captions(rng)[0]}), captioned by {source}:")
-        print(
-            caption_pixels(model, prepare_picture(draw(scene, rng), model.config)[None], config.precision, **options)[0]
-        )
-        return 0
+        scenes = {f"a drawn scene ({scene.captions(rng)[0]})": draw(scene, rng)}
+        names = list(scenes)
 
-    names = list(picture_names(inputs))
-    failed = 0
-    bar = tqdm(total=len(names), unit="picture", disable=len(names) <= config.batch_size)
-    for start in range(0, len(names), config.batch_size):
-        readable, pixels = [], []
-        for name in names[start : start + config.batch_size]:
-            try:
-                pixels.append(prepare_picture(fetch(name), model.config))
-                readable.append(name)
-            except UserError as error:
-                message = str(error) if name in str(error) else f"{name}: {error}"
-                tqdm.write(f"error: {message}", file=sys.stderr)
-                failed += 1
-        captions = caption_pixels(model, torch.stack(pixels), config.precision, **options) if pixels else []
-        for name, caption in zip(readable, captions, strict=True):
-            tqdm.write(caption if len(names) == 1 else f"{name}\t{caption}", file=sys.stdout)
-        bar.update(len(readable))
-    bar.close()
+    def source(name: str) -> PictureSource:
+        return scenes[name] if scenes else picture_source(name, config.allow_private_urls)
+
+    if config.heatmap and len(names) != 1:
+        raise UserError(f"a heat map is of a single picture, and there are {len(names):,}: name one, or leave it out")
+    output = None
+    if config.output and inputs:
+        names = list(dict.fromkeys(names))
+        output = open_output(config.output, names, config.num_captions, config.scores)
+    wanted = [name for name in names if output is None or name not in output]
+    model = load_model(model_source, str(choose_device(config.device)[0]), config.base_dir)
+    if not inputs:
+        print(f"{names[0]}, captioned by {model_source}:")
+
+    size = None if config.batch_size == "auto" else config.batch_size
+    results = caption_pictures(model, wanted, batch_size=size, source=source, **config.decoding())
+    captioned = failed = 0
+    start = time.monotonic()
+    try:  # the bar is for a terminal
+        with tqdm(total=len(names), initial=len(names) - len(wanted), unit=" pictures", disable=None) as bar:
+            for result in results:
+                bar.update()
+                if result.error:
+                    tqdm.write(f"error: {result.error}", file=sys.stderr)
+                    failed += 1
+                    continue
+                captioned += 1
+                if output:
+                    output.add(result.name, result.captions)
+                for caption in result.captions if output is None else ():
+                    about = [in_one_line(result.name)] if len(names) > 1 else []
+                    score = [f"{caption.score:.4f}"] if caption.score is not None else []
+                    tqdm.write("\t".join([*about, caption.text, *score]), file=sys.stdout)
+                if config.heatmap:
+                    draw_words(config.heatmap, source(result.name), result.captions[0], model.config)
+    except KeyboardInterrupt:
+        if output is None:
+            raise
+        print(
+            f"stopped: {captioned:,} more captioned in {output}; the same command goes on from there", file=sys.stderr
+        )
+        return 130
+    if output:
+        before = f", {len(names) - len(wanted):,} were there" if len(wanted) < len(names) else ""
+        rate = captioned / max(time.monotonic() - start, 1e-9)
+        print(f"{output}: {captioned:,} pictures captioned ({rate:.1f} a second){before}, {failed:,} could not be read")
     return 1 if failed else 0
 
 

@@ -13,6 +13,7 @@ from conftest import ROOT, tiny_config
 import benchmark
 from benchmark_training import golden_run
 from config import UserError
+from model import ImageCaptionModel
 
 
 def run(*arguments: str, cwd) -> subprocess.CompletedProcess:
@@ -43,6 +44,23 @@ def test_the_caption_benchmark(monkeypatch, scenes_tokenizer, capsys):
     for figure in figures:
         assert figure["equal"] and all(figure[name]["ratio"] > 0 for name in ("fp32", "bf16", "int8"))
     assert "captions/s" in capsys.readouterr().out
+
+
+def test_the_folder_benchmark(scenes_dir, scenes_tokenizer, tmp_path, capsys):
+    ids = dict.fromkeys(("start_token_id", "end_token_id", "pad_token_id"), scenes_tokenizer.eos_token_id)
+    model = ImageCaptionModel(tiny_config(vocab_size=len(scenes_tokenizer), **ids))
+    model.tokenizer = scenes_tokenizer
+    model.save_file(tmp_path / "model.safetensors")
+    job = {"model": str(tmp_path / "model.safetensors"), "folder": scenes_dir / "train2017", "device": "cpu"}
+    figures = benchmark.FolderBenchmark(**job, pictures=20, batch_size=8, rounds=1).run()["folder"]
+    assert figures["pictures"] == 20 and figures["share"] == figures["folder"] / min(
+        figures["decoding"], figures["model"]
+    )
+    assert "of its slower part (20 pictures, 8 at a time, cpu)" in capsys.readouterr().out
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/a.png").touch()
+    with pytest.raises(UserError, match="no picture can be read"):
+        benchmark.FolderBenchmark(**job | {"folder": tmp_path / "damaged"}).run()
 
 
 def test_the_metrics_benchmark(tmp_path):

@@ -31,6 +31,7 @@ def test_every_flag_and_file_it_names_exists():
             "convert.py",
             "publish.py",
             "auto_upload.py",
+            "example_usage.py",
         )
     }
     fields = set(re.findall(r"^    (\w+): ", "".join(sources.values()), re.M))

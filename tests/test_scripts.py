@@ -119,9 +119,12 @@ def test_caption_image_takes_paths_and_urls(demo):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/"
-        assert caption_image(address + picture.name, demo / MODEL, do_sample=False, num_beams=3) == greedy
+        allowed = {"do_sample": False, "num_beams": 3, "allow_private_urls": True}
+        assert caption_image(address + picture.name, demo / MODEL, **allowed) == greedy
         with pytest.raises(UserError, match=r"absent\.png"):
-            caption_image(address + "absent.png", demo / MODEL)
+            caption_image(address + "absent.png", demo / MODEL, allow_private_urls=True)
+        with pytest.raises(UserError, match="not public"):
+            caption_image(address + picture.name, demo / MODEL)
         server.shutdown()
     torch.manual_seed(0)
     sampled = caption_image(image_path=str(picture), model_source=str(demo / MODEL), device="cuda", max_length=32,
@@ -140,7 +143,17 @@ def test_what_is_a_model_and_what_a_picture(tmp_path, monkeypatch):
     (tmp_path / "user").mkdir()
     (tmp_path / "user" / "pictures").mkdir()
     models = {"m.safetensors", "here", "someone/model", "someone/model-v1.5"}
-    for name in models | {"folder", "user/pictures", "photo.jpg", "dir/photo.jpg", "http://x/y", "./a/b", "a/b/c"}:
+    for name in models | {
+        "folder",
+        "user/pictures",
+        "photo.jpg",
+        "dir/photo.jpg",
+        "http://x/y",
+        "./a/b",
+        "a/b/c",
+        "dir/*",
+        "-",
+    }:
         assert is_model(name) == (name in models), name
     with pytest.raises(UserError, match="no model here"):
         example_usage.newest_model()

@@ -1,0 +1,235 @@
+"""Names of pictures -> captions: pictures are decoded in threads while the model captions the ones before them.
+
+    for result in caption_pictures(model, picture_names(["photos/"])):
+        print(result.name, result.captions or result.error)
+
+For example_usage.py and app.py. Imports config, dataset, fetch, layouts, model, pictures and utils; writes nothing but
+one line when memory runs out.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from config import UserError, ViTGPT2Config
+from dataset import decode
+from fetch import fetch_picture
+from layouts import PICTURE_SUFFIXES, clean, pictures_below
+from model import ImageCaptionModel
+from pictures import PictureSource, prepare_picture
+from utils import autocast, choose_precision
+
+# Pictures at a time where nothing is said: as many as make the device fast; memory is found out by trying.
+BATCH_SIZES = {"cuda": 256, "mps": 64, "cpu": 32}
+
+
+@dataclass
+class Caption:
+    """A caption, and what was asked for besides."""
+
+    text: str
+    score: float | None = None
+    """The model's confidence: the geometric mean of its tokens' probabilities, 0 to 1, so that captions of different
+    lengths compare."""
+    words: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    """Each word, and how much the model looked at each patch while it wrote it: float (rows, columns), below 1 in all."""
+
+
+@dataclass
+class Result:
+    """What became of a picture: its captions, the best first; or the one-line reason why there is none."""
+
+    name: str
+    captions: list[Caption] = field(default_factory=list)
+    error: str | None = None
+
+
+# Names
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is an address and not a path."""
+    return "://" in name
+
+
+def picture_names(inputs: Iterable[str]) -> list[str]:
+    """The names with folders replaced by the pictures below them and patterns by what they match, in order; for - the
+    names on standard input, one a line. Raises UserError for a folder or a pattern without a picture."""
+    names: list[str] = []
+    for name in inputs:
+        if name == "-":
+            lines = [os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer if line.strip()]
+            if not lines:
+                raise UserError("-: no names on standard input")
+            names += picture_names(line for line in lines if line != "-")
+        elif is_url(name):
+            names.append(name)
+        elif os.path.isdir(name):
+            names += (inside := [str(path) for path, _ in pictures_below(Path(name))])
+            if not inside:
+                raise UserError(f"{name}: no pictures in this folder")
+        elif glob.has_magic(name) and not os.path.lexists(name):
+            matches = sorted(glob.glob(name, recursive=True))
+            names += (inside := [match for match in matches if Path(match).suffix.lower() in PICTURE_SUFFIXES])
+            if not inside:
+                raise UserError(f"{name}: no picture matches this pattern")
+        else:
+            names.append(name)
+    return names
+
+
+def picture_source(name: str, allow_private: bool = False) -> PictureSource:
+    """A URL's content; a path as it is. Raises UserError where the URL gives no picture."""
+    return fetch_picture(name, allow_private=allow_private) if is_url(name) else name
+
+
+# Captions
+
+
+def caption_batch(
+    model: ImageCaptionModel,
+    pixels: Tensor,
+    precision: str = "auto",
+    *,
+    scores: bool = False,
+    attention: bool = False,
+    **decoding: Any,
+) -> list[list[Caption]]:
+    """Captions of pixels (N, 3, S, S) as prepare_picture gives them: N lists of num_return_sequences each, with their
+    scores and where their words looked, if asked for. decoding goes to model.generate."""
+    dtype, _ = choose_precision(precision, model.device)
+    decoding = {"int8": precision == "int8"} | decoding
+    with autocast(model.device, dtype):
+        found = model.generate(pixels.to(model.device), return_scores=scores, return_attention=attention, **decoding)
+    captions = [Caption(clean(text, "caption")) for text in decode(model.tokenizer, found.sequences)]
+    if scores:
+        for caption, score in zip(captions, found.mean_log_probs.exp().tolist(), strict=True):
+            caption.score = score
+    if found.attention is not None:
+        for caption, tokens, looks in zip(captions, found.sequences.cpu(), found.attention.cpu(), strict=True):
+            caption.words = words_seen(model.tokenizer, tokens.tolist(), looks)
+    number = len(captions) // len(pixels)
+    return [captions[start : start + number] for start in range(0, len(captions), number)]
+
+
+def words_seen(
+    tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], looks: Tensor
+) -> list[tuple[str, np.ndarray]]:
+    """Tokens (L) and where each looked (L, P) -> words, each with the mean over its tokens as a square (rows, columns)."""
+    special = set(tokenizer.all_special_ids)
+    words: list[list[int]] = []
+    for place, token in enumerate(tokens):
+        if token in special:
+            break
+        begins = str(tokenizer.convert_ids_to_tokens(token)).startswith("Ġ")  # a space, in byte-level BPE
+        if begins or not words:
+            words.append([])
+        words[-1].append(place)
+    side = round(looks.shape[-1] ** 0.5)
+    texts = [str(tokenizer.decode([tokens[place] for place in word])).strip() for word in words]
+    seen = [looks[word].mean(0).reshape(side, side).numpy() for word in words]
+    return [(text, where) for text, where in zip(texts, seen, strict=True) if text]
+
+
+def caption_pictures(
+    model: ImageCaptionModel,
+    names: Iterable[str],
+    *,
+    batch_size: int | None = None,
+    source: Callable[[str], PictureSource] = picture_source,
+    workers: int | None = None,
+    **options: Any,
+) -> Iterator[Result]:
+    """Captions of pictures as they come, in order but for those that cannot be read, which come as soon as that is known.
+
+    source makes of a name what prepare_picture takes, in a thread. batch_size None takes as many at a time as suit the
+    device; where memory does not suffice for a batch it is halved, and so are all later ones. options go to
+    caption_batch. Raises UserError where not even one picture fits.
+    """
+    size = batch_size or BATCH_SIZES[model.device.type]
+    ready: list[tuple[str, Tensor]] = []
+    for name, picture in prepared(names, model.config, source, 2 * size, workers):
+        if isinstance(picture, str):
+            yield Result(name, error=picture)
+            continue
+        ready.append((name, picture))
+        if len(ready) >= size:
+            size = yield from _captioned(model, ready, size, options)
+            ready = []
+    yield from _captioned(model, ready, size, options)
+
+
+def prepared(
+    names: Iterable[str],
+    config: ViTGPT2Config,
+    source: Callable[[str], PictureSource] = picture_source,
+    ahead: int = 64,
+    workers: int | None = None,
+) -> Iterator[tuple[str, Tensor | str]]:
+    """What the model sees of each picture, in order, or why it cannot be read; up to `ahead` of them are made in advance,
+    in threads (by default one a core, 16 at most)."""
+
+    def prepare(name: str) -> tuple[str, Tensor | str]:
+        try:
+            return name, prepare_picture(source(name), config, name)
+        except UserError as error:
+            return name, str(error)
+
+    pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))  # decoders give up Python's lock
+    waiting: deque[Any] = deque()
+    try:
+        for name in names:
+            waiting.append(pool.submit(prepare, name))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _captioned(
+    model: ImageCaptionModel, ready: list[tuple[str, Tensor]], size: int, options: dict[str, Any]
+) -> Generator[Result, None, int]:
+    """Captions of all that are ready, `size` at a time; returns the size that memory sufficed for."""
+    while ready:
+        names, pixels = zip(*ready[:size], strict=True)
+        captions: list[list[Caption]] = []
+        try:
+            captions = caption_batch(model, torch.stack(pixels), **options)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(names) == 1:
+                said = next(iter(str(error).splitlines()), type(error).__name__)
+                raise UserError(f"not enough memory for a single picture ({said}): use fewer --num-beams") from error
+        if not captions:  # here the error, and what it held, is gone
+            size = len(names) // 2
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            tqdm.write(f"out of memory: going on with {size} pictures at a time", file=sys.stderr)
+            continue
+        yield from map(Result, names, captions)
+        ready = ready[len(names) :]
+    return size
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device's memory, or the machine's, did not suffice: for a CPU only in words, the
+    last of them oneDNN's."""
+    words = ("out of memory", "DefaultCPUAllocator", "could not create a primitive")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
