@@ -189,8 +189,12 @@ def main() -> int:
     results = caption_pictures(model, wanted, batch_size=size, source=source, **config.decoding())
     captioned = failed = 0
     start = time.monotonic()
-    try:  # the bar is for a terminal
-        with tqdm(total=len(names), initial=len(names) - len(wanted), unit=" pictures", disable=None) as bar:
+    already, few = len(names) - len(wanted), len(wanted) <= 16
+    pause = (
+        0.1 if sys.stderr.isatty() else 30
+    )  # seconds between two looks of the bar; a log is not to be filled with them
+    try:
+        with tqdm(total=len(names), initial=already, unit=" pictures", disable=few, mininterval=pause) as bar:
             for result in results:
                 bar.update()
                 if result.error:
@@ -214,7 +218,7 @@ def main() -> int:
         )
         return 130
     if output:
-        before = f", {len(names) - len(wanted):,} were there" if len(wanted) < len(names) else ""
+        before = f", {already:,} were there" if already else ""
         rate = captioned / max(time.monotonic() - start, 1e-9)
         print(f"{output}: {captioned:,} pictures captioned ({rate:.1f} a second){before}, {failed:,} could not be read")
     return 1 if failed else 0
