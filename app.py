@@ -35,7 +35,7 @@ from example_usage import PICTURE_SUFFIXES, load_model, newest_model
 from fetch import fetch_picture
 from generation import Generated
 from model import ImageCaptionModel
-from page import HEAT_SIDE, PAGE, STYLE, WORDS, Caption, Word, card, progress, results, working
+from page import HEADER, HEAT_SIDE, NO_MODEL, PAGE, STYLE, WORDS, Caption, Word, card, progress, results, working
 from utils import StopSignal, autocast, choose_device, choose_precision, parse_flags, run_script
 
 if TYPE_CHECKING:
@@ -162,13 +162,14 @@ class Captioner:
 def decoding_options(
     length: Length, style: Style, captions: int, beams: int = 3, attention: bool = False
 ) -> dict[str, Any]:
-    """What Captioner.submit is to be told. Safe captions are searched with beams (1: the likeliest word every time), a
-    longer or shorter one by length_penalty; others are drawn, and the longest or shortest of three times as many kept."""
+    """What Captioner.submit is to be told. Safe captions are searched with beams (1: the likeliest word every time);
+    longer or shorter ones are the best of more beams by another length_penalty. Others are drawn, and longer or shorter
+    ones are the longest or shortest of three times as many."""
     options: dict[str, Any] = {"return_attention": attention, "keep": captions, "longest_first": None}
     if style == "safe":
         penalty = {"short": 0.0, "normal": 1.0, "long": 2.0}[length]
         return options | {
-            "num_beams": max(beams, captions),
+            "num_beams": max(beams, captions * (1 if length == "normal" else 2)),
             "num_return_sequences": captions,
             "length_penalty": penalty,
             "min_length": 12 if length == "long" else 0,
@@ -251,9 +252,13 @@ def show(captioner: Captioner, sources: Sequence[Source], options: dict[str, Any
     return results(cards, errors)
 
 
-def caption_folder(captioner: Captioner, sources: Sequence[Source], options: dict[str, Any], table: Path) -> Iterator[str]:
+def caption_folder(
+    captioner: Captioner, sources: Sequence[Source], options: dict[str, Any], table: Path
+) -> Iterator[str]:
     """Writes a CSV of file, caption and confidence, and yields how far it is, as HTML."""
-    wanted = [s for s in sources if Path(s.name).suffix.lower() in PICTURE_SUFFIXES and not Path(s.name).name.startswith(".")]
+    wanted = [
+        s for s in sources if Path(s.name).suffix.lower() in PICTURE_SUFFIXES and not Path(s.name).name.startswith(".")
+    ]
     done: list[tuple[str, Caption]] = []
     errors: list[str] = []
     waiting: deque[tuple[str, Future[list[Caption]]]] = deque()
@@ -261,7 +266,7 @@ def caption_folder(captioner: Captioner, sources: Sequence[Source], options: dic
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "caption", "confidence"])
-        for place, source in enumerate([*wanted, None]):
+        for source in [*wanted, None]:
             if source is not None:
                 try:
                     waiting.append((source.name, captioner.submit(str(source.path), source.name, options)))
@@ -276,11 +281,11 @@ def caption_folder(captioner: Captioner, sources: Sequence[Source], options: dic
                     rate = len(done) / (said - started)
                     left = (len(wanted) - len(done) - len(errors)) / rate
                     text = f"{len(done) + len(errors):,} of {len(wanted):,} · {rate:.1f} pictures/s · {left:.0f} s left"
-                    yield progress(len(done) + len(errors), len(wanted), text, done[: -9 : -1], errors)
+                    yield progress(len(done) + len(errors), len(wanted), text, done[:-9:-1], errors)
     rest = len(sources) - len(wanted)
     text = f"{len(done):,} of {len(wanted):,} pictures captioned in {time.monotonic() - started:.1f} s"
     text += f"; {rest} other file{'s' if rest > 1 else ''} left out" if rest else ""
-    yield progress(1, 1, text, done[: -9 : -1], errors)
+    yield progress(1, 1, text, done[:-9:-1], errors)
 
 
 class Training:
@@ -296,7 +301,11 @@ class Training:
         with self.lock:
             if self.running:
                 return
-            pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            pipes: dict[str, Any] = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.STDOUT,
+            }
             self.process = subprocess.Popen(DEMO, text=True, encoding="utf-8", errors="replace", **pipes)
             threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
 
@@ -321,8 +330,10 @@ class Training:
 
 
 def gradio() -> Any:
-    """The library, told not to call home. Raises UserError where it is missing."""
+    """The library, told not to call home, and to count no events. Raises UserError where it is missing."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"  # or it works out percentiles of the last 10,000 at every request
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(sys.maxsize)
     try:
         import gradio
     except ImportError:
@@ -330,24 +341,27 @@ def gradio() -> Any:
     return gradio
 
 
-def build(captioner: Captioner, about: str, most_bytes: int, training: Training) -> gr.Blocks:
-    """The page and its endpoint; `about` is what it says of the model."""
+def build(captioner: Captioner, most_bytes: int, training: Training) -> gr.Blocks:
+    """The page and its endpoint /caption."""
     gr = gradio()
 
-    class Upload(gr.File):  # type: ignore[misc]
-        """Files that were sent here. gradio's own would also fetch addresses, without a limit, and leave empty files."""
+    def upload(**options: Any) -> gr.File:
+        """A place for files. gradio's own would also fetch addresses, without a limit, and leave an empty file for each
+        that is sent. (A subclass would have gradio write an app.pyi beside this file.)"""
+        field = gr.File(**options)
+        move = field.async_move_resource_to_block_cache
 
-        is_template = True
-
-        async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> Any:
-            if "://" in str(url_or_file_path):
+        async def refuse_addresses(path: Any) -> Any:
+            if "://" in str(path):
                 raise gr.Error("an address goes into url, a file into picture", print_exception=False)
-            return await super().async_move_resource_to_block_cache(url_or_file_path)
+            return await move(path)
 
-        def preprocess(self, payload: Any) -> list[Source]:
-            sent = payload if payload is None or self.file_count == "single" else payload.root
-            files = sent if isinstance(sent, list) else [sent] if sent else []
+        def as_sources(sent: Any) -> list[Source]:
+            files = [] if sent is None else [sent] if field.file_count == "single" else sent.root
             return [Source(file.orig_name or Path(file.path).name, path=file.path) for file in files]
+
+        field.async_move_resource_to_block_cache, field.preprocess = refuse_addresses, as_sources
+        return field
 
     def show_files(files: list[Source], length: Length, style: Style, number: int) -> tuple[Any, ...]:
         """Dropped pictures; the place for them is empty again afterwards."""
@@ -396,20 +410,27 @@ def build(captioner: Captioner, about: str, most_bytes: int, training: Training)
 
     ready = captioner.model is not None
     with gr.Blocks(title="Captions for pictures", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.HTML(f'<header class="top"><h1>Captions for pictures</h1>{about}</header>')
-        with gr.Column(visible=not ready) as untrained:
+        gr.HTML(HEADER)
+        with gr.Column(visible=not ready, elem_classes="panel") as untrained:
             gr.HTML(NO_MODEL)
             start = gr.Button("Train the demo", variant="primary")
             trained = gr.HTML()
         with gr.Column(visible=ready) as main:
             with gr.Tabs():
                 with gr.Tab("Pictures"):
-                    files = Upload(label="Drop or paste pictures", file_count="multiple", elem_id="pictures", height=150)
+                    files = upload(
+                        label="Drop or paste pictures", file_count="multiple", elem_id="pictures", height=150
+                    )
                     url = gr.Textbox(
-                        label="Or the address of a picture", placeholder="https://", submit_btn="Caption it", elem_id="address"
+                        label="Or the address of a picture",
+                        placeholder="https://",
+                        submit_btn="Caption it",
+                        elem_id="address",
                     )
                 with gr.Tab("Folder"):
-                    folder = Upload(label="Choose or drop a folder", file_count="directory", elem_id="folder", height=150)
+                    folder = upload(
+                        label="Choose or drop a folder", file_count="directory", elem_id="folder", height=150
+                    )
             with gr.Row(elem_id="settings"):
                 length = gr.Radio(
                     [("Short", "short"), ("Normal", "normal"), ("Long", "long")],
@@ -428,7 +449,7 @@ def build(captioner: Captioner, about: str, most_bytes: int, training: Training)
             shown = gr.HTML(js_on_load=WORDS, elem_id="results")
             table = gr.DownloadButton("Download captions.csv", visible=False)
         sources = gr.State([])
-        picture = Upload(label="picture", file_count="single", visible=False)
+        picture = upload(label="picture", file_count="single", visible=False)
         address = gr.Textbox("", label="url", visible=False)
         captions = gr.Number(1, label="captions", minimum=1, maximum=5, precision=0, visible=False)
         beams = gr.Number(3, label="beams", minimum=1, maximum=10, precision=0, visible=False)
@@ -441,8 +462,8 @@ def build(captioner: Captioner, about: str, most_bytes: int, training: Training)
         files.upload(show_files, [files, *settings], [files, *seen], **page_only)
         url.submit(show_url, [url, *settings], seen, **page_only)
         again.click(show_sources, [sources, *settings], seen, **page_only)
-        folder.upload(show_folder, [folder, length, style], [folder, *seen], **page_only)
-        start.click(train, None, [trained, untrained, main], **page_only)
+        folder.upload(show_folder, [folder, length, style], [folder, *seen], show_progress="hidden", **page_only)
+        start.click(train, None, [trained, untrained, main], show_progress="hidden", **page_only)
         ask.click(
             caption,
             [picture, address, length, style, captions, beams],
@@ -454,6 +475,7 @@ def build(captioner: Captioner, about: str, most_bytes: int, training: Training)
             lambda: (gr.update(visible=captioner.model is None), gr.update(visible=captioner.model is not None)),
             None,
             [untrained, main],
+            show_progress="hidden",
             **page_only,
         )
     return page
@@ -462,7 +484,9 @@ def build(captioner: Captioner, about: str, most_bytes: int, training: Training)
 def launch(page: gr.Blocks, host: str, port: int, most_bytes: int) -> str:
     """Serves the page until page.close() and returns its address. Raises UserError where it cannot listen there."""
     gr = gradio()
-    theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    theme = gr.themes.Base(
+        primary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    )
     theme.set(  # light and dark alike with enough contrast to read
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_300",
@@ -507,18 +531,11 @@ def launch(page: gr.Blocks, host: str, port: int, most_bytes: int) -> str:
     return str(address)
 
 
-NO_MODEL = """
-<p>There is no model here yet. The demo trains one in minutes: it draws scenes of coloured shapes and learns to describe
-them. In a terminal the command is</p><p><code>python main.py --preset demo</code></p><p>and this button runs it.</p>
-"""
-
-
 def main() -> int:
     """The command line: serves until it is stopped."""
     config = parse_flags(AppConfig, __doc__)
     gradio()
     captioner, training = Captioner(config.device, config.precision), Training()
-    about = "<p>Drop pictures and see what the model says of them, and where it looked.</p>"
     source = config.model
     if source is None:
         try:
@@ -529,8 +546,11 @@ def main() -> int:
         captioner.load(source)
         print(f"model       {source}, on {captioner.device} in {str(captioner.dtype)[6:]}")
     stop = StopSignal()
-    page = build(captioner, about, config.max_megabytes << 20, training)
-    print(f"page        {launch(page, config.host, config.port, config.max_megabytes << 20)} (Ctrl-C stops it)", flush=True)
+    page = build(captioner, config.max_megabytes << 20, training)
+    print(
+        f"page        {launch(page, config.host, config.port, config.max_megabytes << 20)} (Ctrl-C stops it)",
+        flush=True,
+    )
     try:
         while stop.received is None:
             time.sleep(0.2)

@@ -43,8 +43,8 @@ def card(name: str, picture: bytes, seen: float, captions: Sequence[Caption]) ->
     source = f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
     rows = "".join(_row(caption, place) for place, caption in enumerate(captions, 1))
     return (
-        f'<article class="card" aria-label="{escape(name)}"><figure><div class="picture">'
-        f'<img src="{source}" alt="{escape(captions[0].text)}">'
+        f'<article class="card" aria-label="{_text(name)}"><figure><div class="picture">'
+        f'<img src="{source}" alt="{_text(captions[0].text)}">'
         f'<canvas aria-hidden="true" style="inset:{(1 - seen) / 2:.2%};width:{seen:.2%};height:{seen:.2%}"></canvas></div>'
         f'<figcaption>{_text(name)}</figcaption></figure><div class="said"><ol>{rows}</ol>'
         '<p class="look" role="status">Point at a word, or press Tab and the arrow keys: the picture shows where the '
@@ -56,7 +56,7 @@ def _row(caption: Caption, place: int) -> str:
     words = " ".join(_word(word, first=number == 0) for number, word in enumerate(caption.words))
     sure = round(100 * caption.confidence)
     return (
-        f'<li><p class="words" role="group" aria-label="Caption {place}: {escape(caption.text)}">{words}</p>'
+        f'<li><p class="words" role="group" aria-label="Caption {place}: {_text(caption.text)}">{words}</p>'
         f'<p class="sure"><span class="bar" aria-hidden="true"><span style="width:{sure}%"></span></span>{sure} % sure</p></li>'
     )
 
@@ -68,7 +68,7 @@ def _word(word: Word, first: bool) -> str:
     said = f"{round(100 * word.probability)} % sure; looked most at the {place}"
     return (
         f'<button type="button" aria-pressed="false" tabindex="{0 if first else -1}" data-heat="{heat}" '
-        f'data-said="{escape(said)}" aria-label="{escape(word.text)}: {escape(said)}">{_text(word.text)}</button>'
+        f'data-said="{_text(said)}" aria-label="{_text(word.text)}: {_text(said)}">{_text(word.text)}</button>'
     )
 
 
@@ -99,7 +99,9 @@ def progress(done: int, total: int, said: str, rows: Sequence[tuple[str, Caption
         f"<tr><td>{_text(name)}</td><td>{_text(caption.text)}</td><td>{round(100 * caption.confidence)} %</td></tr>"
         for name, caption in rows
     )
-    table = f"<table><thead><tr><th>Picture</th><th>Caption</th><th>Sure</th></tr></thead><tbody>{cells}</tbody></table>"
+    table = (
+        f"<table><thead><tr><th>Picture</th><th>Caption</th><th>Sure</th></tr></thead><tbody>{cells}</tbody></table>"
+    )
     return (
         f'<section class="folder"><div class="bar" role="progressbar" aria-label="Pictures done" aria-valuemax="{total}" '
         f'aria-valuenow="{done}"><span style="width:{done / max(1, total):.1%}"></span></div>'
@@ -117,6 +119,15 @@ def _text(text: str) -> str:
     return escape(text).replace("{", "&#123;").replace("$", "&#36;")
 
 
+HEADER = """
+<header class="top"><h1>Captions for pictures</h1>
+<p>Drop pictures and see what the model says of them, and where it looked.</p></header>
+"""
+NO_MODEL = """
+<p>There is no model here yet. The demo trains one in minutes: it draws scenes of coloured shapes and learns to describe
+them. In a terminal the command is</p><p><code>python main.py --preset demo</code></p><p>and this button runs it.</p>
+"""
+
 # Only gradio's own variables for colours, so that dark and light are its theme's.
 STYLE = """
 .gradio-container { max-width: 62rem !important; margin: 0 auto !important; padding: 0 !important }
@@ -127,6 +138,9 @@ header.top { margin: 1rem 0 .25rem }
 header.top h1 { font-size: 1.75rem; font-weight: 650; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em }
 header.top p, .note, .working, figcaption, .sure { color: var(--body-text-color-subdued); margin: 0 }
 .note, figcaption, .sure { font-size: .9rem }
+.panel { padding: 1.25rem; border: 1px solid var(--border-color-primary); border-radius: .75rem;
+  background: var(--block-background-fill) }
+.panel p { margin: 0 0 .6rem }
 footer .divider { display: none }
 .tab-container button { font-size: 1rem }
 .tab-container button.selected { color: var(--body-text-color); font-weight: 600 }
@@ -161,7 +175,8 @@ li:first-child .words { font-size: 1.35rem; line-height: 2rem }
   background: var(--error-background-fill); color: var(--body-text-color); border-radius: .3rem; overflow-wrap: anywhere }
 .folder .bar { width: 100% }
 .folder p { margin: .5rem 0 }
-.folder table { border: 0; width: 100%; border-collapse: collapse; font-size: .95rem; margin: .5rem 0 1rem; table-layout: fixed }
+#results .folder :is(table, thead, tbody, tr) { border: 0 }
+.folder table { width: 100%; border-collapse: collapse; font-size: .95rem; margin: .5rem 0 1rem; table-layout: fixed }
 .folder th, .folder td { text-align: left; vertical-align: top; padding: .35rem .5rem; overflow-wrap: anywhere;
   border: 0; border-bottom: 1px solid var(--border-color-primary) }
 .folder th:first-child { width: 30% }
@@ -177,13 +192,16 @@ li:first-child .words { font-size: 1.35rem; line-height: 2rem }
 # Of the results: the words of a caption are one stop of the Tab key; arrow keys go from word to word. What was clicked
 # stays. New captions are brought into view, and told to screen readers.
 WORDS = """
-const LOW = [8, 10, 30, 204], HIGH = [255, 236, 150, 31];  // colour and opacity where the model did not look, and did
+const LOW = [8, 10, 30, 204], HIGH = [255, 236, 150, 64];  // colour and opacity where the model did not look, and did
 const idle = new WeakMap();
 function show(word) {
   const card = word.closest('.card'), canvas = card.querySelector('canvas'), look = card.querySelector('.look');
   const heat = Uint8Array.from(atob(word.dataset.heat), (c) => c.charCodeAt(0)), side = Math.sqrt(heat.length);
   const picture = new ImageData(side, side);
-  heat.forEach((h, i) => picture.data.set(LOW.map((low, k) => low + (HIGH[k] - low) * h / 255), 4 * i));
+  heat.forEach((h, i) => {  // a blend of the two as they would be seen: over any picture, more heat is more light
+    const high = h / 255 * HIGH[3], low = (1 - h / 255) * LOW[3], opacity = low + high;
+    picture.data.set([0, 1, 2].map((k) => (low * LOW[k] + high * HIGH[k]) / opacity).concat(opacity), 4 * i);
+  });
   canvas.width = canvas.height = side;
   canvas.getContext('2d').putImageData(picture, 0, 0);
   card.querySelectorAll('.words .lit').forEach((other) => other.classList.remove('lit'));
