@@ -471,13 +471,14 @@ def build(captioner: Captioner, most_bytes: int, training: Training) -> gr.Block
             api_name="caption",
             concurrency_limit=None,
         )
-        page.load(
-            lambda: (gr.update(visible=captioner.model is None), gr.update(visible=captioner.model is not None)),
-            None,
-            [untrained, main],
-            show_progress="hidden",
-            **page_only,
-        )
+        if not ready:  # whoever comes after the training is to find it done
+            page.load(
+                lambda: [gr.update(visible=(captioner.model is None) == shown) for shown in (True, False)],
+                None,
+                [untrained, main],
+                show_progress="hidden",
+                **page_only,
+            )
     return page
 
 
