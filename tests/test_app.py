@@ -207,9 +207,7 @@ def test_the_heat_map_shows_where_a_word_looked_in_grey_as_well(open_page, serve
         seen = light * opacity / 255 + below * (1 - opacity / 255)
         assert (np.maximum.accumulate(seen) - seen < 4).all() and seen[-1] > seen[0] + 40
     said = page.locator(".look").inner_text()
-    assert (
-        f"“{truth[0]}”: {round(100 * truth.probability)} % sure; looked most at the {place_of(truth.heat)}." == said
-    )
+    assert f"“{truth[0]}”: {round(100 * truth.probability)} % sure; looked most at the {place_of(truth.heat)}." == said
     assert word.get_attribute("aria-label").endswith(said.split(": ")[1].rstrip("."))
     # The model sees the middle 32 of 40: the map lies over that part and no other.
     outer, inner = picture.bounding_box(), canvas.bounding_box()
