@@ -229,6 +229,8 @@ class TrainBenchmark:
     """Tokens of a caption."""
     precisions: tuple[Precision, ...] = ()
     """Of matrix products (default: fp32 and bf16 on a CPU, bf16 on a GPU)."""
+    transformers: bool = True
+    """Also transformers' steps."""
     scst: bool = False
     """Also a step of self-critical training, whose samples are as long."""
     adapters: bool = False
@@ -262,7 +264,7 @@ class TrainBenchmark:
         with tempfile.TemporaryDirectory() as folder:
             model_file = Path(folder) / "model.safetensors"
             start.save_file(model_file)
-            peer = self.model.bridge == "cross_attention"
+            peer = self.transformers and self.model.bridge == "cross_attention"
             if peer:
                 save_transformers(start, model_file.parent / "theirs")
             del start

@@ -119,7 +119,7 @@ def test_the_training_benchmark_of_adapters(tmp_path):
     """Adapters begin as nothing, so the first loss is the whole model's (of weights in 4 bits, nearly)."""
     pytest.importorskip("peft", reason="peft is of requirements-qlora.txt")
     flags = ("--steps", "1", "--rounds", "1", "--batch-size", "2", "--tokens", "5", "--precisions", "bf16")
-    more = ("--adapters", "--model.bridge", "prefix", "--model.prefix-length", "4")
+    more = ("--no-transformers", "--adapters", "--model.bridge", "prefix", "--model.prefix-length", "4")
     done = run("train", *flags, *more, *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     loops = json.loads((tmp_path / "benchmark-train.json").read_text())["loops"]
