@@ -32,6 +32,7 @@ def test_every_flag_and_file_it_names_exists():
             "publish.py",
             "auto_upload.py",
             "example_usage.py",
+            "app.py",
         )
     }
     fields = set(re.findall(r"^    (\w+): ", "".join(sources.values()), re.M))
@@ -46,7 +47,7 @@ def test_every_flag_and_file_it_names_exists():
 
 def test_every_dependency_has_its_reason():
     requirements = "".join(
-        (ROOT / f"requirements{kind}.txt").read_text() for kind in ("", "-dev", "-data", "-onnx", "-full")
+        (ROOT / f"requirements{kind}.txt").read_text() for kind in ("", "-dev", "-data", "-onnx", "-full", "-app")
     )
     section = TEXT.split("## Dependencies")[1].split("## ")[0]
     for name in re.findall(r"^([\w-]+)>=", requirements, re.M):
