@@ -26,17 +26,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 import pictures
+from captioning import Caption, caption_batch
 from config import UserError
-from dataset import decode, prepare_picture
-from example_usage import PICTURE_SUFFIXES, load_model, newest_model
+from dataset import prepare_picture
+from example_usage import load_model, newest_model
 from fetch import fetch_picture
-from generation import Generated
+from layouts import PICTURE_SUFFIXES
 from model import ImageCaptionModel
-from page import HEADER, HEAT_SIDE, NO_MODEL, PAGE, STYLE, WORDS, Caption, Word, card, progress, results, working
-from utils import StopSignal, autocast, choose_device, choose_precision, parse_flags, run_script
+from page import COLOURS, HEADER, NO_MODEL, PAGE, STYLE, WORDS, card, progress, results, working
+from utils import StopSignal, choose_device, choose_precision, parse_flags, run_script
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -94,9 +94,7 @@ class Captioner:
 
     def __init__(self, device: str, precision: str) -> None:
         self.device = choose_device(device)[0]
-        self.dtype = choose_precision(
-            "fp32" if precision == "auto" and self.device.type == "cuda" else precision, self.device
-        )[0]
+        self.precision = "fp32" if precision == "auto" and self.device.type == "cuda" else precision
         self.model: ImageCaptionModel | None = None
         self.waiting: deque[Request] = deque()
         self.changed = threading.Condition()
@@ -107,7 +105,7 @@ class Captioner:
         self.model = load_model(source, str(self.device))
 
     def submit(self, picture: str | bytes, name: str, options: dict[str, Any]) -> Future[list[Caption]]:
-        """The captions, most confident first, that a picture will have. Raises UserError where it cannot be read."""
+        """The captions, the best first, that a picture will have. Raises UserError where it cannot be read."""
         if self.model is None:
             raise UserError("there is no model here yet: python main.py --preset demo trains one")
         with DECODING:
@@ -134,28 +132,18 @@ class Captioner:
                         request.captions.set_exception(error)
 
     def _caption(self, requests: list[Request]) -> list[list[Caption]]:
-        model, options = self.model, requests[0].options.copy()
-        assert model is not None
+        assert self.model is not None
+        options = requests[0].options.copy()
         keep, longest_first = options.pop("keep"), options.pop("longest_first")
-        pixels = torch.stack([request.pixels for request in requests]).to(model.device)
-        with autocast(model.device, self.dtype):
-            found = model.generate(pixels, return_scores=True, **options)
-        each = options["num_return_sequences"]
-        assert found.lengths is not None
-        lengths, confidences = found.lengths.tolist(), found.mean_log_probs.exp().tolist()
-        answers = []
-        for first in range(0, len(lengths), each):
-            rows = list(range(first, first + each))
-            if longest_first is not None:
-                rows.sort(key=lengths.__getitem__, reverse=longest_first)
-            rows = sorted(rows[:keep], key=confidences.__getitem__, reverse=True) if "do_sample" in options else rows
-            texts = decode(model.tokenizer, found.sequences[rows])
-            answers.append(
-                [
-                    Caption(text, confidences[row], words_of(model, found, row) if found.attention is not None else ())
-                    for row, text in zip(rows, texts, strict=True)
-                ]
-            )
+        pixels = torch.stack([request.pixels for request in requests])
+        answers = caption_batch(self.model, pixels, self.precision, scores=True, **options)
+        if longest_first is not None:
+            for captions in answers:
+                captions.sort(key=lambda caption: len(caption.text), reverse=longest_first)
+        answers = [captions[:keep] for captions in answers]
+        if "do_sample" in options:  # beams come in order
+            for captions in answers:
+                captions.sort(key=lambda caption: caption.score or 0, reverse=True)
         return answers
 
 
@@ -165,7 +153,7 @@ def decoding_options(
     """What Captioner.submit is to be told. Safe captions are searched with beams (1: the likeliest word every time);
     longer or shorter ones are the best of more beams by another length_penalty. Others are drawn, and longer or shorter
     ones are the longest or shortest of three times as many."""
-    options: dict[str, Any] = {"return_attention": attention, "keep": captions, "longest_first": None}
+    options: dict[str, Any] = {"attention": attention, "keep": captions, "longest_first": None}
     if style == "safe":
         penalty = {"short": 0.0, "normal": 1.0, "long": 2.0}[length]
         return options | {
@@ -181,27 +169,6 @@ def decoding_options(
         "num_return_sequences": captions * (1 if length == "normal" else 3),
         **SAMPLED[style],
     }
-
-
-def words_of(model: ImageCaptionModel, found: Generated, row: int) -> tuple[Word, ...]:
-    """The words of a caption with what their tokens have together: the probability, and the mean of where they looked."""
-    assert found.attention is not None and found.token_log_probs is not None and found.lengths is not None
-    tokens = found.sequences[row, : int(found.lengths[row])].tolist()
-    texts = [decode(model.tokenizer, torch.tensor([tokens[: end + 1]]))[0] for end in range(len(tokens))]
-    members: dict[int, list[int]] = {}
-    for at, text in enumerate(texts):
-        if text and tokens[at] != model.config.end_token_id:
-            members.setdefault(len(text.split()) - 1, []).append(at)
-    side = round(found.attention.shape[-1] ** 0.5)
-    words = []
-    for number, places in members.items():
-        looked = found.attention[row, places].mean(0).view(1, 1, side, side).cpu()
-        least, most = looked.median(), looked.max()  # the half of the patches that it looked at least is dark
-        heat = ((looked - least) / (most - least).clamp(min=1e-12)).clamp(0, 1)
-        heat = 255 * interpolate(heat, (HEAT_SIDE, HEAT_SIDE), mode="bicubic")[0, 0].clamp(0, 1)
-        probability = float(found.token_log_probs[row, places].sum().exp())
-        words.append(Word(texts[-1].split()[number], probability, heat.round().to(torch.uint8).numpy()))
-    return tuple(words)
 
 
 # What the page asks for
@@ -248,7 +215,10 @@ def show(captioner: Captioner, sources: Sequence[Source], options: dict[str, Any
         errors.append(f"{MOST_SHOWN} of {len(sources)} pictures are shown: the Folder tab takes any number")
     for name, content, captions in waiting:
         config = captioner.model.config  # type: ignore[union-attr]
-        cards.append(card(name, preview(content), config.image_size / (config.resize_size or 1), captions.result()))
+        try:
+            cards.append(card(name, preview(content), config.image_size / (config.resize_size or 1), captions.result()))
+        except UserError as error:
+            errors.append(str(error))
     return results(cards, errors)
 
 
@@ -275,7 +245,7 @@ def caption_folder(
             while waiting and (source is None or len(waiting) > 2 * MOST_AT_ONCE):
                 name, captions = waiting.popleft()
                 done.append((name, captions.result()[0]))
-                writer.writerow([name, done[-1][1].text, f"{done[-1][1].confidence:.4f}"])
+                writer.writerow([name, done[-1][1].text, f"{done[-1][1].score:.4f}"])
                 if time.monotonic() - said > 0.3:
                     said = time.monotonic()
                     rate = len(done) / (said - started)
@@ -345,7 +315,7 @@ def build(captioner: Captioner, most_bytes: int, training: Training) -> gr.Block
     """The page and its endpoint /caption."""
     gr = gradio()
 
-    def upload(**options: Any) -> gr.File:
+    def upload(**options: Any) -> Any:
         """A place for files. gradio's own would also fetch addresses, without a limit, and leave an empty file for each
         that is sent. (A subclass would have gradio write an app.pyi beside this file.)"""
         field = gr.File(**options)
@@ -395,7 +365,7 @@ def build(captioner: Captioner, most_bytes: int, training: Training) -> gr.Block
             found = captioner.submit(source.read(most_bytes), source.name, options).result()
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
-        return [{"caption": each.text, "confidence": round(each.confidence, 4)} for each in found]
+        return [{"caption": each.text, "confidence": round(each.score or 0, 4)} for each in found]
 
     def train() -> Iterator[tuple[str, Any, Any]]:
         training.start()
@@ -411,7 +381,7 @@ def build(captioner: Captioner, most_bytes: int, training: Training) -> gr.Block
     ready = captioner.model is not None
     with gr.Blocks(title="Captions for pictures", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.HTML(HEADER)
-        with gr.Column(visible=not ready, elem_classes="panel") as untrained:
+        with gr.Column(visible=not ready, elem_id="untrained") as untrained:
             gr.HTML(NO_MODEL)
             start = gr.Button("Train the demo", variant="primary")
             trained = gr.HTML()
@@ -488,27 +458,7 @@ def launch(page: gr.Blocks, host: str, port: int, most_bytes: int) -> str:
     theme = gr.themes.Base(
         primary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"]
     )
-    theme.set(  # light and dark alike with enough contrast to read
-        body_text_color_subdued="*neutral_600",
-        body_text_color_subdued_dark="*neutral_300",
-        block_info_text_color="*neutral_600",
-        block_info_text_color_dark="*neutral_300",
-        block_title_text_color="*neutral_800",
-        block_title_text_color_dark="*neutral_100",
-        block_label_text_color="*neutral_700",
-        block_label_text_color_dark="*neutral_200",
-        input_placeholder_color="*neutral_500",
-        input_placeholder_color_dark="*neutral_400",
-        checkbox_background_color_selected="*primary_700",
-        checkbox_background_color_selected_dark="*primary_600",
-        button_primary_background_fill="*primary_700",
-        button_primary_background_fill_dark="*primary_700",
-        button_primary_background_fill_hover="*primary_800",
-        button_primary_background_fill_hover_dark="*primary_600",
-        button_primary_text_color="white",
-        error_border_color="#b91c1c",
-        error_border_color_dark="#f87171",
-    )
+    theme.set(**COLOURS)
     try:
         _, address, _ = page.launch(
             server_name=host,
@@ -545,7 +495,8 @@ def main() -> int:
             print("no model here: the page offers to train the demo")
     if source is not None:
         captioner.load(source)
-        print(f"model       {source}, on {captioner.device} in {str(captioner.dtype)[6:]}")
+        precision = str(choose_precision(captioner.precision, captioner.device)[0])[6:]
+        print(f"model       {source}, on {captioner.device} in {precision}")
     stop = StopSignal()
     page = build(captioner, config.max_megabytes << 20, training)
     print(

@@ -1,6 +1,6 @@
 """What the web page looks like: its style, its script, and captions as HTML.
 
-app.py serves it. Imports NumPy only, and knows neither gradio nor models. Everything is in the page itself: no font,
+app.py serves it. Imports captioning, for what a caption is; knows neither gradio nor models. Everything is in the page itself: no font,
 script or picture comes from elsewhere. A word's heat map is a small square of bytes beside the word, which the script
 paints over the picture: dark where the model did not look, light where it did, so that it reads without colour too.
 """
@@ -9,33 +9,17 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from html import escape
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn.functional import interpolate
+
+from captioning import Caption
 
 HEAT_SIDE = 24
 """Numbers along each side of a heat map that is sent to the page; the browser smooths between them."""
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word of a caption: how probable it was when it was chosen (0 to 1), and where the model looked."""
-
-    text: str
-    probability: float
-    heat: NDArray[np.uint8] | None = None
-    """(HEAT_SIDE, HEAT_SIDE), 0 where the model looked least and 255 where most."""
-
-
-@dataclass(frozen=True)
-class Caption:
-    """A caption and its confidence: the geometric mean of its tokens' probabilities, the end's among them."""
-
-    text: str
-    confidence: float
-    words: tuple[Word, ...] = ()
 
 
 def card(name: str, picture: bytes, seen: float, captions: Sequence[Caption]) -> str:
@@ -53,23 +37,37 @@ def card(name: str, picture: bytes, seen: float, captions: Sequence[Caption]) ->
 
 
 def _row(caption: Caption, place: int) -> str:
-    words = " ".join(_word(word, first=number == 0) for number, word in enumerate(caption.words))
-    sure = round(100 * caption.confidence)
+    words = " ".join(
+        _word(text, heat_map(seen), first=number == 0) for number, (text, seen) in enumerate(caption.words)
+    )
     return (
         f'<li><p class="words" role="group" aria-label="Caption {place}: {_text(caption.text)}">{words}</p>'
-        f'<p class="sure"><span class="bar" aria-hidden="true"><span style="width:{sure}%"></span></span>{sure} % sure</p></li>'
+        f'<p class="sure"><span class="bar" aria-hidden="true"><span style="width:{percent(caption)}%"></span></span>'
+        f"{percent(caption)} % sure</p></li>"
     )
 
 
-def _word(word: Word, first: bool) -> str:
-    assert word.heat is not None
-    place = place_of(word.heat)
-    heat = base64.b64encode(word.heat.tobytes()).decode()
-    said = f"{round(100 * word.probability)} % sure; looked most at the {place}"
+def _word(text: str, heat: NDArray[np.uint8], first: bool) -> str:
+    said = f"{_text(text)}: looked most at the {place_of(heat)}"
     return (
-        f'<button type="button" aria-pressed="false" tabindex="{0 if first else -1}" data-heat="{heat}" '
-        f'data-said="{_text(said)}" aria-label="{_text(word.text)}: {_text(said)}">{_text(word.text)}</button>'
+        f'<button type="button" aria-pressed="false" tabindex="{0 if first else -1}" aria-label="{said}" '
+        f'data-heat="{base64.b64encode(heat.tobytes()).decode()}">{_text(text)}</button>'
     )
+
+
+def percent(caption: Caption) -> int:
+    """A caption's confidence."""
+    assert caption.score is not None
+    return round(100 * caption.score)
+
+
+def heat_map(seen: NDArray) -> NDArray[np.uint8]:
+    """How much the model looked at each patch (rows, columns) -> (HEAT_SIDE, HEAT_SIDE), 255 where most, and 0 where it
+    looked no more than at the half of the patches that it looked at least."""
+    least, most = np.median(seen), seen.max()
+    heat = torch.from_numpy((seen - least) / max(most - least, 1e-12)).float().clamp(0, 1)
+    heat = interpolate(heat[None, None], (HEAT_SIDE, HEAT_SIDE), mode="bicubic")[0, 0].clamp(0, 1)
+    return (255 * heat).round().to(torch.uint8).numpy()
 
 
 def place_of(heat: NDArray[np.uint8]) -> str:
@@ -96,7 +94,7 @@ def error_lines(errors: Iterable[str]) -> str:
 def progress(done: int, total: int, said: str, rows: Sequence[tuple[str, Caption]], errors: Sequence[str]) -> str:
     """How far a folder is, its newest captions, and the pictures that could not be captioned."""
     cells = "".join(
-        f"<tr><td>{_text(name)}</td><td>{_text(caption.text)}</td><td>{round(100 * caption.confidence)} %</td></tr>"
+        f"<tr><td>{_text(name)}</td><td>{_text(caption.text)}</td><td>{percent(caption)} %</td></tr>"
         for name, caption in rows
     )
     table = (
@@ -128,6 +126,29 @@ NO_MODEL = """
 them. In a terminal the command is</p><p><code>python main.py --preset demo</code></p><p>and this button runs it.</p>
 """
 
+# Names of gradio's theme; light and dark alike have enough contrast to read.
+COLOURS = {
+    "body_text_color_subdued": "*neutral_600",
+    "body_text_color_subdued_dark": "*neutral_300",
+    "block_info_text_color": "*neutral_600",
+    "block_info_text_color_dark": "*neutral_300",
+    "block_title_text_color": "*neutral_800",
+    "block_title_text_color_dark": "*neutral_100",
+    "block_label_text_color": "*neutral_700",
+    "block_label_text_color_dark": "*neutral_200",
+    "input_placeholder_color": "*neutral_500",
+    "input_placeholder_color_dark": "*neutral_400",
+    "checkbox_background_color_selected": "*primary_700",
+    "checkbox_background_color_selected_dark": "*primary_600",
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_dark": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_hover_dark": "*primary_600",
+    "button_primary_text_color": "white",
+    "error_border_color": "#b91c1c",
+    "error_border_color_dark": "#f87171",
+}
+
 # Only gradio's own variables for colours, so that dark and light are its theme's.
 STYLE = """
 .gradio-container { max-width: 62rem !important; margin: 0 auto !important; padding: 0 !important }
@@ -138,9 +159,9 @@ header.top { margin: 1rem 0 .25rem }
 header.top h1 { font-size: 1.75rem; font-weight: 650; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em }
 header.top p, .note, .working, figcaption, .sure { color: var(--body-text-color-subdued); margin: 0 }
 .note, figcaption, .sure { font-size: .9rem }
-.panel { padding: 1.25rem; border: 1px solid var(--border-color-primary); border-radius: .75rem;
+#untrained { padding: 1.25rem; border: 1px solid var(--border-color-primary); border-radius: .75rem;
   background: var(--block-background-fill) }
-.panel p { margin: 0 0 .6rem }
+#untrained p { margin: 0 0 .6rem }
 footer .divider { display: none }
 .tab-container button { font-size: 1rem }
 .tab-container button.selected { color: var(--body-text-color); font-weight: 600 }
@@ -208,7 +229,7 @@ function show(word) {
   word.classList.add('lit');
   canvas.parentElement.classList.add('lit');
   if (!idle.has(card)) idle.set(card, look.textContent);
-  look.textContent = `“${word.textContent}”: ${word.dataset.said}.`;
+  look.textContent = `“${word.textContent}”${word.ariaLabel.slice(word.textContent.length)}.`;
 }
 function rest(card) {  // back to the word that was clicked, or to the bare picture
   const kept = card.querySelector('[aria-pressed=true]');
@@ -254,10 +275,12 @@ watch('value', () => {
 });
 """
 
-# Of the page: what is pasted goes where dropped pictures go, and groups of choices have their names.
+# Of the page: what is pasted goes where dropped pictures go, and groups of choices have names, whenever they appear.
 PAGE = """
-document.querySelectorAll('fieldset').forEach((group) =>
+const name = () => document.querySelectorAll('fieldset:not([aria-label])').forEach((group) =>
   group.setAttribute('aria-label', group.querySelector('[data-testid=block-info]').textContent.trim()));
+new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
+name();
 document.addEventListener('paste', (event) => {
   const input = document.querySelector('#pictures input[type=file]');
   if (!input || !event.clipboardData?.files.length) return;
