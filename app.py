@@ -381,7 +381,7 @@ def build(captioner: Captioner, most_bytes: int, training: Training) -> gr.Block
     ready = captioner.model is not None
     with gr.Blocks(title="Captions for pictures", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.HTML(HEADER)
-        with gr.Column(visible=not ready, elem_classes="panel") as untrained:
+        with gr.Column(visible=not ready, elem_id="untrained") as untrained:
             gr.HTML(NO_MODEL)
             start = gr.Button("Train the demo", variant="primary")
             trained = gr.HTML()

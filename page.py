@@ -159,9 +159,9 @@ header.top { margin: 1rem 0 .25rem }
 header.top h1 { font-size: 1.75rem; font-weight: 650; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em }
 header.top p, .note, .working, figcaption, .sure { color: var(--body-text-color-subdued); margin: 0 }
 .note, figcaption, .sure { font-size: .9rem }
-.panel { padding: 1.25rem; border: 1px solid var(--border-color-primary); border-radius: .75rem;
+#untrained { padding: 1.25rem; border: 1px solid var(--border-color-primary); border-radius: .75rem;
   background: var(--block-background-fill) }
-.panel p { margin: 0 0 .6rem }
+#untrained p { margin: 0 0 .6rem }
 footer .divider { display: none }
 .tab-container button { font-size: 1rem }
 .tab-container button.selected { color: var(--body-text-color); font-weight: 600 }
@@ -211,7 +211,7 @@ li:first-child .words { font-size: 1.35rem; line-height: 2rem }
 """
 
 # Of the results: the words of a caption are one stop of the Tab key; arrow keys go from word to word. What was clicked
-# stays. New captions are brought into view, and told to screen readers, as are the names of the settings.
+# stays. New captions are brought into view, and told to screen readers.
 WORDS = """
 const LOW = [8, 10, 30, 204], HIGH = [255, 236, 150, 64];  // colour and opacity where the model did not look, and did
 const idle = new WeakMap();
@@ -265,8 +265,6 @@ element.addEventListener('keydown', (event) => {
   words[to].tabIndex = 0;
   words[to].focus();
 });
-requestAnimationFrame(() => document.querySelectorAll('fieldset').forEach((group) =>
-  group.setAttribute('aria-label', group.querySelector('[data-testid=block-info]').textContent.trim())));
 const told = document.body.appendChild(document.createElement('p'));
 told.className = 'unseen';
 told.setAttribute('role', 'status');
@@ -277,8 +275,12 @@ watch('value', () => {
 });
 """
 
-# Of the page: what is pasted goes where dropped pictures go.
+# Of the page: what is pasted goes where dropped pictures go, and groups of choices have names, whenever they appear.
 PAGE = """
+const name = () => document.querySelectorAll('fieldset:not([aria-label])').forEach((group) =>
+  group.setAttribute('aria-label', group.querySelector('[data-testid=block-info]').textContent.trim()));
+new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
+name();
 document.addEventListener('paste', (event) => {
   const input = document.querySelector('#pictures input[type=file]');
   if (!input || !event.clipboardData?.files.length) return;
