@@ -51,10 +51,11 @@ def fetch_picture(url: str, *, allow_private: bool = False, seconds: float = SEC
     thread = threading.Thread(target=fetch.run, daemon=True)  # a name's look-up heeds no deadline
     thread.start()
     thread.join(seconds)
+    late = thread.is_alive()  # what it says once it is stopped is not the reason
     fetch.stop()
     error = fetch.error if fetch.content is None else None
-    if fetch.content is None and not isinstance(error, UserError):
-        late = error is None or time.monotonic() >= fetch.deadline
+    if fetch.content is None and (late or not isinstance(error, UserError)):
+        late = late or error is None or time.monotonic() >= fetch.deadline
         why = f"it took longer than {seconds:g} s" if late else _why(error)
         error = UserError(f"cannot be fetched ({why})")
     if error is not None:

@@ -88,7 +88,7 @@ def test_the_metrics_benchmark_names_a_batch_that_is_too_large(tmp_path):
 def test_unknown_benchmarks_get_one_line(tmp_path):
     done = run("nothing", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.strip() == (
-        "error: usage: python benchmark.py data|generate|metrics|train|race|golden (--help after it shows the flags)"
+        "error: usage: python benchmark.py data|generate|folder|metrics|train|race|golden (--help after it shows the flags)"
     )
 
 
