@@ -67,7 +67,7 @@ def watch(config: AutoConfig, run: Path) -> int:
             try:
                 for path in stage.waiting():
                     revision, number = config.revision or path.stem, path.stat().st_ino
-                    job = dataclasses.replace(plain, model_path=str(path), run=run, revision=revision)
+                    job = dataclasses.replace(plain, model_path=str(path), run=run, revision=revision, space=False)
                     publish(job, f"Checkpoint at {path.stem}")
                     stage.done(path, number)
                     wait = LOOK_EVERY

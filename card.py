@@ -12,11 +12,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from config import PRETRAINED, UserError, ViTGPT2Config
 from dataset import decode
-from evaluate import about_decoding
 from model import ImageCaptionModel
 from pictures import prepare_picture
 from report import METRICS
@@ -129,10 +128,11 @@ class Run:
 
     @property
     def base_models(self) -> list[str]:
-        """The pretrained parts that it started from."""
-        pretrained = PRETRAINED if self.config.get("init") == "pretrained" else {}
-        parts = [self.config.get(f"init_{part}") or pretrained.get(part) for part in PRETRAINED]
-        return [ON_THE_HUB.get(name, Path(name).name if local(name) else name) for name in parts if name]
+        """The pretrained parts, or the whole model, that it started from."""
+        config, pretrained = self.config, PRETRAINED if self.config.get("init") == "pretrained" else {}
+        parts = [config.get("init_model"), config.get("init_encoder") or pretrained.get("encoder")]
+        parts += [config.get("decoder") or config.get("init_decoder") or pretrained.get("decoder")]
+        return hub_names(parts)
 
     @property
     def seconds(self) -> float:
@@ -144,13 +144,14 @@ class Run:
         return total
 
 
-def read_run(folder: Path, model: ImageCaptionModel, step: int | None = None) -> Run:
-    """A run's folder, its log up to this step. Raises UserError where its files cannot be read."""
+def read_run(folder: Path, weights_sha256: str, step: int | None = None) -> Run:
+    """A run's folder, its log up to this step, for a file with these weights. Raises UserError where its files cannot be
+    read."""
     try:
         about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         path = folder / "metrics.json"
         metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        same = metrics.get("weights_sha256") == about_decoding(model, {})["weights_sha256"]
+        same = metrics.get("weights_sha256") == weights_sha256
         path = folder / "captions.json"
         known = json.loads(path.read_text(encoding="utf-8")) if same and path.is_file() else []
         captions = [str(entry["caption"]) for entry in known]
@@ -172,6 +173,16 @@ def local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or Path(name).exists()
 
 
+def bases_of(adapters: dict[str, Any]) -> list[str]:
+    """The models that adapters are for."""
+    return hub_names(adapters["bases"].get(part) for part in ("model", *PRETRAINED))
+
+
+def hub_names(names: Iterable[str | None]) -> list[str]:
+    """Names of weights, as the Hub has them; of a folder here the last part."""
+    return [ON_THE_HUB.get(name, Path(name).name if local(name) else name) for name in names if name]
+
+
 def scrubbed(values: Any) -> Any:
     """JSON values without what is only this machine's: of a path its last part, where a run writes nothing at all."""
     if isinstance(values, dict):
@@ -185,6 +196,17 @@ def scrubbed(values: Any) -> Any:
 
 # The card
 
+Layout = Literal["transformers", "remote code", "adapters", "project"]
+
+
+def layout_of(config: ViTGPT2Config, adapters: dict[str, Any] | None) -> Layout:
+    """How a model is published: so that transformers loads it, alone or by code that comes with it, or this project only."""
+    if adapters:
+        return "adapters"
+    if config.bridge == "cross_attention":
+        return "transformers"
+    return "project" if config.language_model else "remote code"
+
 
 def write_card(
     folder: Path,
@@ -194,9 +216,13 @@ def write_card(
     license: str = "apache-2.0",
     language: str | None = None,
     benchmark: str | None = None,
+    adapters: dict[str, Any] | None = None,
+    space: bool = False,
 ) -> None:
     """Writes README.md into a folder that is otherwise finished, and .eval_results for a benchmark.
 
+    adapters: what their file says of them, where it is adapters that are published; the model has them merged in.
+    space: whether a Space of the same name shows the model.
     The metadata has the evaluation results as a model-index, which holds for any data set. The newer form,
     .eval_results, is for benchmarks that are registered on the Hub, so somebody has to name one.
     """
@@ -204,7 +230,8 @@ def write_card(
 
     metrics = run.metrics if run else {}
     language = language or (run.data.language if run else "") or None
-    base_models = run.base_models if run else []
+    base_models = bases_of(adapters) if adapters else run.base_models if run else []
+    layout = layout_of(model.config, adapters)
     data_set = run.config.get("dataset", "") if run else ""
     on_hub = [data_set] if "/" in data_set else None
     browser = (folder / "onnx").is_dir()
@@ -227,10 +254,11 @@ def write_card(
     about = ModelCardData(
         license=license,
         language=language,
-        library_name="transformers",
+        library_name="transformers" if layout in ("transformers", "remote code") else None,
         pipeline_tag="image-to-text",
         tags=["image-captioning", "vit", "gpt2", *(["onnx", "transformers.js"] if browser else [])],
         base_model=[name for name in base_models if "/" in name] or None,
+        base_model_relation="adapter" if adapters else None,
         datasets=on_hub,
         metrics=sorted({kind for name, kind in HUB_METRICS.items() if name in metrics and kind in ("bleu", "rouge")})
         or None,
@@ -246,16 +274,18 @@ def write_card(
     )
     if not results:
         about.pop("model_name")
+    if not adapters:
+        about.pop("base_model_relation")
     sections = {
-        "": opening(model.config, run, caption),
-        "Use it": usage(repository, model, browser),
+        "": opening(model.config, run, caption, repository if space else None),
+        "Use it": usage(repository, model, layout, adapters, browser),
         "Results": numbers(run) if metrics and run else "",
         "Samples": samples(run, folder) if run else "",
-        "The model": architecture(model, base_models),
+        "The model": architecture(model, base_models, layout),
         "Training": training(run, model) if run else "",
         "Limitations and biases": limitations(model, run),
         "Licence": rights(license, base_models, run),
-        "Citation": citation(repository),
+        "Citation": citation(repository, model.config, adapters),
     }
     title = repository.split("/")[1]
     body = [f"# {title}"]
@@ -296,19 +326,78 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def opening(config: ViTGPT2Config, run: Run | None, caption: str) -> str:
+def opening(config: ViTGPT2Config, run: Run | None, caption: str, space: str | None) -> str:
     """What it is, and an example."""
     data = f", trained on {escape(run.data.name)}" if run else ""
+    writer = f"a {decoder_name(config)}"
+    writer += " with cross-attention writes" if config.bridge == "cross_attention" else " reads its patches and writes"
     return (
-        f"Writes captions for pictures: a vision transformer looks at {config.image_size} x {config.image_size} pixels, a "
-        f"GPT-2 with cross-attention writes{data}.\n\n"
+        f"Writes captions for pictures: a vision transformer looks at {config.image_size} x {config.image_size} pixels, "
+        f"{writer}{data}.\n\n"
         f"![drawn shapes](example.png)\n\nIts caption of this drawing: {escape(caption) or '(nothing)'}"
+        + (f"\n\nTry it on your own pictures: [the Space]({HUB}/spaces/{space})." if space else "")
     )
 
 
-def usage(repository: str, model: ImageCaptionModel, browser: bool) -> str:
-    """How to load it, three ways."""
-    in_browser = (
+def decoder_name(config: ViTGPT2Config) -> str:
+    """What kind of language model it is."""
+    return json.loads(config.language_model)["model_type"] if config.language_model else "GPT-2"
+
+
+def usage(
+    repository: str, model: ImageCaptionModel, layout: Layout, adapters: dict[str, Any] | None, browser: bool
+) -> str:
+    """How to load it: up to three ways."""
+    ways = []
+    if layout == "transformers":
+        how = by_transformers(repository, "AutoModelForImageTextToText", "", "")
+        ways.append(f"With transformers, and no code from here:\n\n{how}")
+    if layout == "remote code":
+        longest = min(32, model.config.text_positions)
+        trust = ", trust_remote_code=True"
+        how = by_transformers(repository, "AutoModel", trust, f", max_new_tokens={longest}, num_beams=3")
+        ways.append(f"With transformers, by the code that is here:\n\n{how}")
+    if adapters:
+        bases = " and ".join(map(escape, bases_of(adapters)))
+        ways.append(
+            f"These are adapters (LoRA), and what joins picture and text; the rest is {bases}, which the project loads and "
+            f"merges them into{', rounded to 4 bits as in training (`pip install bitsandbytes`)' if adapters['quantized'] else ''}."
+        )
+    ways.append(
+        f"""With the project that it was trained by, or with the Python files of this repository (`hf download {repository}`), to go
+on training (`run.json`, where there is one, has the settings):
+
+```python
+from model import ImageCaptionModel
+
+model = ImageCaptionModel.from_pretrained("{repository}")
+sequences = model.generate(pixel_values, num_beams=3).sequences  # model.tokenizer decodes them
+```"""
+    )
+    if layout == "transformers":
+        ways.append(f"In a browser or in Node:\n\n{in_browser(repository, model, browser)}")
+    return "\n\n".join(ways)
+
+
+def by_transformers(repository: str, loader: str, loading: str, options: str) -> str:
+    """Python that captions a picture: by which class, and what its loading and its generate are told besides."""
+    return f"""```python
+from PIL import Image
+from transformers import AutoImageProcessor, {loader}, AutoTokenizer
+
+name = "{repository}"
+model = {loader}.from_pretrained(name{loading})
+processor = AutoImageProcessor.from_pretrained(name)
+tokenizer = AutoTokenizer.from_pretrained(name{loading})
+pixel_values = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt").pixel_values
+tokens = model.generate(pixel_values{options})
+print(tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip())
+```"""
+
+
+def in_browser(repository: str, model: ImageCaptionModel, browser: bool) -> str:
+    """JavaScript that captions a picture, or how to get the files for it."""
+    return (
         f"""```js
 import {{ pipeline }} from '@huggingface/transformers';
 
@@ -322,34 +411,6 @@ const [{{ generated_text }}] = await captioner('photo.jpg', {{ max_new_tokens: {
 python convert.py onnx {repository} captioner-onnx --int8
 ```"""
     )
-    return f"""With transformers, and no code from here:
-
-```python
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
-
-name = "{repository}"
-model = AutoModelForImageTextToText.from_pretrained(name)
-processor = AutoImageProcessor.from_pretrained(name)
-tokenizer = AutoTokenizer.from_pretrained(name)
-pixel_values = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt").pixel_values
-tokens = model.generate(pixel_values)
-print(tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip())
-```
-
-With the project that it was trained by, or with the Python files of this repository (`hf download {repository}`), to go
-on training (`run.json`, where there is one, has the settings):
-
-```python
-from model import ImageCaptionModel
-
-model = ImageCaptionModel.from_pretrained("{repository}")
-sequences = model.generate(pixel_values, num_beams=3).sequences  # model.tokenizer decodes them
-```
-
-In a browser or in Node:
-
-{in_browser}"""
 
 
 def numbers(run: Run) -> str:
@@ -388,9 +449,17 @@ def samples(run: Run, folder: Path) -> str:
     )
 
 
-def architecture(model: ImageCaptionModel, base_models: list[str]) -> str:
+def architecture(model: ImageCaptionModel, base_models: list[str], layout: Layout) -> str:
     """Sizes."""
     c = model.config
+    how = "with cross-attention in every layer" if c.bridge == "cross_attention" else "after a prefix of the picture"
+    heads = "" if c.language_model else f"{c.decoder_num_heads} heads, "  # theirs are their own affair
+    layouts = {
+        "transformers": "transformers' `VisionEncoderDecoderModel`",
+        "remote code": "one safetensors file, and the code by which transformers loads it",
+        "adapters": "adapters, in one safetensors file of the project's own",
+        "project": "one safetensors file of the project's own",
+    }
     rows = [
         ("parameters", f"{model.num_parameters:,}"),
         (
@@ -400,12 +469,12 @@ def architecture(model: ImageCaptionModel, base_models: list[str]) -> str:
         ),
         (
             "decoder",
-            f"GPT-2 with cross-attention in every layer, {c.decoder_num_layers} layers, width {c.decoder_embed_dim}, "
-            f"{c.decoder_num_heads} heads, {c.max_length} positions",
+            f"{decoder_name(c)} {how}, {c.decoder_num_layers} layers, width {c.decoder_embed_dim}, "
+            f"{heads}{c.max_length} positions",
         ),
         ("vocabulary", f"{c.vocab_size:,} (byte-level BPE)"),
         ("base models", ", ".join(map(escape, base_models))),
-        ("layout", "transformers' `VisionEncoderDecoderModel`"),
+        ("layout", layouts[layout]),
     ]
     return table(("", ""), [row for row in rows if row[1]])
 
@@ -450,13 +519,20 @@ def rights(license: str, base_models: list[str], run: Run | None) -> str:
     return f"{license} for the weights, [Apache 2.0](https://www.apache.org/licenses/LICENSE-2.0) for the Python files.{also}"
 
 
-def citation(repository: str) -> str:
+def citation(repository: str, config: ViTGPT2Config, adapters: dict[str, Any] | None) -> str:
     """How to cite it, and what it is made of."""
     owner, name = repository.split("/")
     key = re.sub(r"\W", "", name) or "model"
+    made_of = ["the encoder is that of [Dosovitskiy et al. 2020](https://arxiv.org/abs/2010.11929)"]
+    if not config.language_model:
+        made_of.append('the decoder that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"')
+    if adapters:
+        made_of.append("the adapters are those of [Hu et al. 2021](https://arxiv.org/abs/2106.09685)")
+        if adapters["quantized"]:
+            made_of.append("over weights in 4 bits, [Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)")
+    said = ", ".join(made_of)
     return f"""```bibtex
 @misc{{{key}, author = {{{owner}}}, title = {{{name}}}, howpublished = {{\\url{{{HUB}/{repository}}}}}}}
 ```
 
-The encoder is that of [Dosovitskiy et al. 2020](https://arxiv.org/abs/2010.11929), the decoder that of Radford et al. 2019,
-"Language Models are Unsupervised Multitask Learners"."""
+{said[0].upper()}{said[1:]}."""

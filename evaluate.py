@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from distributed import ALONE, World
 from files import writable_directory, write_json
 from metrics import CiderD
 from model import ImageCaptionModel
+from model_file import weights_hash
 from results import Captioned, MoreScores, about_results, compare, print_metrics, read_results, write_evaluation
 from table import CaptionTable
 from utils import autocast, choose_device, choose_precision, parse_flags, run_script
@@ -249,14 +249,11 @@ def evaluate_dataset(
 
 def about_decoding(model: ImageCaptionModel, decoding: dict[str, Any]) -> dict[str, str]:
     """Which weights wrote captions, and how."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
     options = {"max_length": min(32, model.config.text_positions)} | default_decoding(decoding)
     if options.get("do_sample"):
         options["seed"] = SEED
     said = ", ".join(f"{name} {value}" for name, value in options.items() if value is not False)
-    return {"weights_sha256": digest.hexdigest(), "decoding": said}
+    return {"weights_sha256": weights_hash(model.own_state()), "decoding": said}
 
 
 def pictures_seen(trained_on: np.ndarray, table: CaptionTable) -> list[int]:

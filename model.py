@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from attention import attention, attention_behind, split_heads
-from config import UserError, ViTGPT2Config
+from config import ViTGPT2Config
 from model_file import (
     METADATA_KEY,
     MODEL_FILE,
@@ -42,6 +41,8 @@ from model_file import (
     gpt2_tokenizer,
     keys_from_text,
     keys_to_text,
+    not_ours,
+    read_model_file,
     tokenizer_from_json,
 )
 
@@ -642,18 +643,12 @@ class ImageCaptionModel(nn.Module):
             from convert import load_transformers
 
             return load_transformers(source)
+        about, weights = read_model_file(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a safetensors file that can be read ({error}): name another model") from error
-        try:
-            about = json.loads(metadata.get(METADATA_KEY, "{}"))
             config = ViTGPT2Config.from_dict(about.get("config") or config_fields_from_shapes(weights))
             trained_on = keys_from_text(about.get("trained_on", ""))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: not a model of this project ({error}): name another file") from error
+            raise not_ours(path, error) from error
         if "adapters" in about:
             from adapters import adapted_model
 

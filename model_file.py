@@ -6,6 +6,8 @@ Imports config; the Hub's client and transformers by late imports. model.py and 
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import math
 import os
 from pathlib import Path
@@ -56,6 +58,36 @@ def find_model_file(source: str | os.PathLike[str]) -> Path:
         except Exception as error:  # the client raises a dozen kinds, for absent, private and unreachable repositories
             reason = reason or str(error).strip().split("\n")[0]
     raise UserError(f"{name}: no such path, and not to be had from the Hugging Face Hub: {reason}")
+
+
+def read_model_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the header of a file of ours says (nothing, for other files of weights), and its tensors. Raises UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+            about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a safetensors file that can be read ({error}): name another model") from error
+    except ValueError as error:
+        raise not_ours(path, error) from error
+    if not isinstance(about, dict):
+        raise not_ours(path, "a header without names")
+    return about, weights
+
+
+def not_ours(path: Path, reason: object) -> UserError:
+    """What to raise for a file whose header is none of this project's."""
+    return UserError(f"{path}: not a model of this project ({reason}): name another file")
+
+
+def weights_hash(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors by name, as fp32."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_shapes(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:

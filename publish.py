@@ -1,6 +1,7 @@
-"""Publishing: a model becomes a folder that transformers loads by itself, and the folder a repository of the Hub.
+"""Publishing: a model becomes a folder that others load, and the folder a repository of the Hub; also a Space, to try it in.
 
-Imports config, model, convert and card; onnx_export and the Hub's client, which does all of the talking, by late imports.
+Imports config, model, convert, remote, card and space; onnx_export and the Hub's client, which does all of the talking, by
+late imports.
 Two scripts call it, upload_to_hf.py and auto_upload.py; offer_upload is for the end of a training run. A token is found by
 the client (HF_TOKEN, or what `hf auth login` saved) and never seen here.
 """
@@ -15,29 +16,35 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from card import Run, read_run, scrubbed, write_card
+from card import Run, layout_of, local, read_run, scrubbed, write_card
 from config import UserError
 from convert import MARKER, WRITTEN, first_line, new_folder, save_transformers
 from files import file_hash, write_json
 from model import ImageCaptionModel
-from model_file import MODEL_FILE
+from model_file import MODEL_FILE, find_model_file, read_model_file, weights_hash
+from remote import MODULE
 from scenes import draw, make_scene
+from space import SPACE_FILES, write_space
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 T = TypeVar("T")
+Kind = Literal["model", "space"]
 HERE = Path(__file__).resolve().parent
 CODE = ("config", "model", "generation", "convert")  # with what they import: to load the model and to train it further
+SPACE_CODE = ("app",)
 PICTURE, SAMPLES = "example.png", "samples.png"
 BESIDE = ["README.md", "run.json", "metrics.json", PICTURE, SAMPLES, "onnx", ".eval_results"]
+OURS = [*WRITTEN, MODEL_FILE, f"{MODULE}.py", *BESIDE]  # of any model, and the code
 PASSING = {408, 429, 500, 502, 503, 504}  # statuses of a Hub that may be well again in a moment
 PATIENCE = 10.0  # seconds in which a request is tried again; the client's own retries of some requests go on for longer
 
@@ -66,8 +73,10 @@ class UploadConfig:
     """Open a pull request instead of changing the repository."""
     onnx: bool = False
     """Add ONNX files for browsers (requirements-onnx.txt)."""
+    space: bool = False
+    """Also make a Gradio Space of the same name: the web page, with this model, for anybody to try."""
     dry_run: bool = False
-    """Write the folder upload/user/name and stop: nothing is sent."""
+    """Write the folder upload/user/name (and upload/spaces/user/name) and stop: nothing is sent."""
     force: bool = False
     """Upload into a repository with files that were not written here; the same names are replaced."""
     license: str = "apache-2.0"
@@ -92,44 +101,78 @@ class UploadConfig:
             raise UserError(f"repository {self.repository!r} needs two parts: user/name")
         if self.pr and self.revision:
             raise UserError("pr and revision exclude each other: a pull request is opened against main")
+        if self.space and (self.pr or self.revision):
+            raise UserError("space shows the model at the repository's main branch: leave out revision and pr")
         if self.benchmark and (self.benchmark.count(":") != 2 or self.benchmark.split(":")[0].count("/") != 1):
             raise UserError(f"benchmark {self.benchmark!r}: it must be user/dataset:task:metric")
 
 
 def publish(config: UploadConfig, message: str = "Upload the model") -> str:
     """Writes the folder and uploads it; prints and returns where it is. Raises UserError, HubAwayError if it may pass."""
+    kinds: list[Kind] = ["model", "space"] if config.space else ["model"]
     if config.dry_run:
-        directory = Path("upload") / config.repository
-        write_folder(directory, config, *find_model(config))
-        print(f"written to {directory}; nothing was sent")
-        return str(directory)
+        subject = find_subject(config)
+        folders = [Path("upload", *(["spaces"] if kind == "space" else []), config.repository) for kind in kinds]
+        for kind, folder in zip(kinds, folders, strict=True):
+            write_folder(folder, config, subject, kind)
+        print(f"written to {' and '.join(map(str, folders))}; nothing was sent")
+        return str(folders[0])
     api = logged_in()
-    model, run = find_model(config)
-    before = patiently(config.repository, lambda: make_ready(api, config))
+    subject = find_subject(config)
+    before = {kind: patiently(config.repository, partial(make_ready, api, config, kind)) for kind in kinds}
+    # A request for a pull request whose answer is lost must not open a second one.
+    again = once if config.pr else patiently
+    places = []
     with tempfile.TemporaryDirectory(prefix="upload-") as temporary:
-        folder = Path(temporary) / "model"
-        write_folder(folder, config, model, run)
-        # A request for a pull request whose answer is lost must not open a second one.
-        again = once if config.pr else patiently
-        after, where = again(config.repository, lambda: send(api, config, folder, message))
-    print(f"{where}: nothing had changed" if after == before else f"uploaded to {where}")
-    return where
+        for kind in kinds:
+            folder = Path(temporary) / kind
+            write_folder(folder, config, subject, kind)
+            after, where = again(config.repository, partial(send, api, config, folder, message, kind))
+            print(f"{where}: nothing had changed" if after == before[kind] else f"uploaded to {where}")
+            places.append(where)
+    return places[0]
 
 
 # What there is to publish
 
 
-def find_model(config: UploadConfig) -> tuple[ImageCaptionModel, Run | None]:
-    """The model and the run that made it, where that is known."""
+@dataclass(kw_only=True)
+class Subject:
+    """A model that is to be published, with what is known of it."""
+
+    model: ImageCaptionModel
+    """Whole: adapters are merged into what they were made for."""
+    run: Run | None
+    """The run that made it."""
+    file: Path
+    """Where it was loaded from."""
+    adapters: dict[str, Any] | None
+    """What a file of adapters says of them; it is they that are published, then."""
+
+
+def find_subject(config: UploadConfig) -> Subject:
+    """The model, and the run that made it where that is known. Raises UserError, also for what would be of no use to others."""
     from example_usage import newest_model
 
     source = config.model_path or newest_model()
     if config.run and not (config.run / "run.json").is_file():
         raise UserError(f"{config.run}: no run.json there: name the folder of a run")
+    file = find_model_file(source)
     model = ImageCaptionModel.from_pretrained(source, config.base_dir)
+    about, weights = read_model_file(file) if file.suffix == ".safetensors" else ({}, model.own_state())
+    adapters = about.get("adapters")
+    whole = f"make one whole model (python adapters.py {source} whole.safetensors) and publish that"
+    for base in filter(None, adapters["bases"].values()) if adapters else ():
+        if local(base):
+            raise UserError(f"{source}: adapters for {base}, which nobody else has: {whole}")
+    if config.onnx and layout_of(model.config, adapters) != "transformers":
+        raise UserError(
+            f"{source}: only whole models with cross-attention have ONNX files: leave out --onnx, or {whole}"
+        )
     folder = config.run or find_run(Path(source))
     step = re.search(r"step-(\d+)", source)  # of a checkpoint
-    return model, read_run(folder, model, int(step[1]) if step else None) if folder else None
+    run = read_run(folder, weights_hash(weights), int(step[1]) if step else None) if folder else None
+    return Subject(model=model, run=run, file=file, adapters=adapters)
 
 
 def find_run(path: Path) -> Path | None:
@@ -145,10 +188,10 @@ def find_run(path: Path) -> Path | None:
     return same[0] if same and (same[0] / "run.json").is_file() else None
 
 
-def code_files() -> list[Path]:
-    """The modules named in CODE and those that they import."""
+def code_files(names: Sequence[str]) -> list[Path]:
+    """These modules of the project and those that they import."""
     found: dict[str, Path] = {}
-    todo = list(CODE)
+    todo = list(names)
     while todo:
         name = todo.pop()
         path = HERE / f"{name}.py"
@@ -163,11 +206,29 @@ def code_files() -> list[Path]:
     return sorted(found.values())
 
 
-def write_folder(directory: Path, config: UploadConfig, model: ImageCaptionModel, run: Run | None) -> None:
+def write_folder(directory: Path, config: UploadConfig, subject: Subject, kind: Kind = "model") -> None:
     """Everything that is uploaded. Equal models give equal folders: no dates, no paths of this machine."""
-    code = code_files()
-    with new_folder(directory, [*WRITTEN, *BESIDE, *(path.name for path in code)]) as folder:
-        save_transformers(model, folder)
+    if kind == "space":
+        code = code_files(SPACE_CODE)
+        with new_folder(directory, [MARKER, "README.md", *SPACE_FILES, *(path.name for path in code)]) as folder:
+            write_space(folder, config.repository, config.license, subject.adapters)
+            write_json(folder / MARKER, {})
+            for path in code:
+                shutil.copyfile(path, folder / path.name)
+        return
+    code, model, run = code_files(CODE), subject.model, subject.run
+    model.tokenizer = model.tokenizer  # GPT-2's, where none came with the weights
+    with new_folder(directory, [*OURS, *(path.name for path in code)]) as folder:
+        layout = layout_of(model.config, subject.adapters)
+        if layout == "transformers":
+            save_transformers(model, folder)
+        elif layout == "adapters":
+            shutil.copyfile(subject.file, folder / MODEL_FILE)
+            write_json(folder / "config.json", model.config.to_dict())
+        else:
+            model.save_pretrained(folder)
+        if layout != "transformers":
+            write_json(folder / MARKER, {})
         for path in code:
             shutil.copyfile(path, folder / path.name)
         scene, _, rng = make_scene(0, "example", 0)
@@ -184,7 +245,17 @@ def write_folder(directory: Path, config: UploadConfig, model: ImageCaptionModel
                 write_json(folder / "metrics.json", scrubbed(run.metrics))
             if run.samples and (run.drawn or config.sample_pictures):
                 shutil.copyfile(run.samples, folder / SAMPLES)
-        write_card(folder, model, run, config.repository, config.license, config.language, config.benchmark)
+        write_card(
+            folder,
+            model,
+            run,
+            config.repository,
+            license=config.license,
+            language=config.language,
+            benchmark=config.benchmark,
+            adapters=subject.adapters,
+            space=config.space,
+        )
 
 
 # The Hub
@@ -202,19 +273,21 @@ def logged_in() -> HfApi:
     return HfApi(library_name="vit-gpt2-captioning")
 
 
-def make_ready(api: HfApi, config: UploadConfig) -> str | None:
-    """Makes the repository and the branch where they are missing; returns the commit that the upload will follow.
+def make_ready(api: HfApi, config: UploadConfig, kind: Kind) -> str | None:
+    """Makes the repository (a model's or a Space's) and the branch where they are missing; returns the commit that the upload will follow.
 
     Raises UserError for a repository that the upload would spoil.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     name = config.repository
+    look = api.space_info if kind == "space" else api.model_info
     try:
-        info = api.model_info(name)
+        info = look(name)
     except RepositoryNotFoundError:
-        api.create_repo(name, private=config.private or None, exist_ok=True)
-        info = api.model_info(name)
+        sdk = "gradio" if kind == "space" else None
+        api.create_repo(name, repo_type=kind, space_sdk=sdk, private=config.private or None, exist_ok=True)
+        info = look(name)
     if config.private and not info.private:
         raise UserError(f"{name} exists and everybody can see it: make it private in its settings, or name another")
     inside = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
@@ -225,27 +298,30 @@ def make_ready(api: HfApi, config: UploadConfig) -> str | None:
         )
     if config.revision and not config.revision.startswith("refs/"):
         api.create_branch(name, branch=config.revision, exist_ok=True)
-    return api.model_info(name, revision=config.revision).sha if config.revision else info.sha
+    return look(name, revision=config.revision).sha if config.revision else info.sha
 
 
-def send(api: HfApi, config: UploadConfig, folder: Path, message: str) -> tuple[str, str]:
+def send(api: HfApi, config: UploadConfig, folder: Path, message: str, kind: Kind) -> tuple[str, str]:
     """Uploads the folder in one commit; what an earlier upload left and this one lacks is deleted with it.
 
     Returns the commit and its address. The client sends only what the Hub does not have.
     """
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, SpaceCard
 
-    ModelCard.load(folder / "README.md").validate()  # before gigabytes go out for it
+    card = {"model": ModelCard, "space": SpaceCard}[kind]
+    card.load(folder / "README.md").validate()  # before gigabytes go out for it
     commit = api.upload_folder(
         repo_id=config.repository,
+        repo_type=kind,
         folder_path=folder,
         revision=config.revision,
         create_pr=config.pr,
         commit_message=message,
-        delete_patterns=[f"{name}/*" if name in ("onnx", ".eval_results") else name for name in BESIDE],
+        delete_patterns=[f"{name}/*" if name in ("onnx", ".eval_results") else name for name in OURS],
     )
     branch = f"/tree/{config.revision}" if config.revision else ""
-    return commit.oid, commit.pr_url or f"{api.endpoint}/{config.repository}{branch}"
+    where = f"{api.endpoint}/{'spaces/' if kind == 'space' else ''}{config.repository}{branch}"
+    return commit.oid, commit.pr_url or where
 
 
 def patiently(name: str, action: Callable[[], T]) -> T:

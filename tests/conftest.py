@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from pathlib import Path
 
@@ -67,6 +68,36 @@ def scenes_table(scenes_dir):
 @pytest.fixture(scope="session")
 def scenes_tokenizer(scenes_table):
     return train_tokenizer(scenes_table.captions().to_pylist(), 400)
+
+
+def write_bases(folder, image_size=16, patch_size=8, vocab_size=61, positions=32) -> dict[str, str]:
+    """A tiny random ViT and GPT-2 as transformers writes them."""
+    from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    vit = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        image_size=image_size,
+        patch_size=patch_size,
+    )
+    end = vocab_size - 1
+    gpt2 = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=positions, vocab_size=vocab_size)
+    gpt2.bos_token_id = gpt2.eos_token_id = end
+    for name, model in (("vit", ViTModel(vit)), ("gpt2", GPT2LMHeadModel(gpt2))):
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "ln" not in key and "norm" not in key:
+                    parameter.normal_(std=0.15)
+        model.save_pretrained(folder / name)
+    return {"encoder": str(folder / "vit"), "decoder": str(folder / "gpt2")}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def needs_shared(name: str) -> Path:

@@ -181,7 +181,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     raise RefusedError(401, text)
                 for method, pattern, handle in ROUTES:
                     if self.command in method and (found := re.fullmatch(pattern, path)):
-                        return handle(self, token, body, **found.groupdict())
+                        asked = found.groupdict()
+                        if asked.pop("space", None):
+                            asked["name"] = f"spaces/{asked['name']}"  # as they are kept here
+                        return handle(self, token, body, **asked)
             raise RefusedError(404, f"nobody answers {line}")
         except RefusedError as error:
             headers = {"X-Error-Message": error.message} | ({"X-Error-Code": error.code} if error.code else {})
@@ -214,13 +217,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Raises unless this token may write there."""
         if token is None:
             raise RefusedError(401, "Invalid username or password.")
-        if self.server.tokens[token] != name.split("/")[0]:
+        if self.server.tokens[token] != owner(name):
             raise RefusedError(403, "You don't have the rights")
 
     def repository(self, token: str | None, name: str) -> Repository:
         """The repository, for whoever may see it."""
         found = self.server.repositories.get(name)
-        if found is None or (found.private and (token is None or self.server.tokens[token] != name.split("/")[0])):
+        if found is None or (found.private and (token is None or self.server.tokens[token] != owner(name))):
             raise RefusedError(404 if token else 401, "Repository not found", "RepoNotFound")
         return found
 
@@ -236,6 +239,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def create(self, token: str | None, body: bytes) -> None:
         asked = json.loads(body)
         name = f"{asked.get('organization') or self.server.tokens.get(token)}/{asked['name']}"
+        if asked.get("type") == "space":
+            if asked.get("sdk") != "gradio":
+                raise RefusedError(400, "a Space needs an sdk")
+            name = f"spaces/{name}"
         self.writer(token, name)
         where = {"url": f"{self.server.url}/{name}"}
         if name in self.server.repositories:
@@ -245,8 +252,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reply(200, where)
 
     def validate(self, token: str | None, body: bytes) -> None:
-        content = json.loads(body)["content"]
-        errors = [{"message": message} for message in card_errors(content)]
+        asked = json.loads(body)
+        check = {"model": card_errors, "space": space_errors}[asked["repoType"]]
+        errors = [{"message": message} for message in check(asked["content"])]
         if self.headers.get("Accept") == "text/plain":
             return self.reply(400 if errors else 200, "\n".join(error["message"] for error in errors).encode())
         self.reply(400 if errors else 200, {"errors": errors, "warnings": []})
@@ -355,7 +363,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 NAME, REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>refs/pr/\d+|[^/]+)"
-MODELS = f"/api/models/{NAME}"
+SPACE = "(?P<space>spaces/)?"
+MODELS = f"/api/(models|(?P<space>spaces))/{NAME}"
 ROUTES = [
     ("POST", r"/api/repos/create", Handler.create),
     ("POST", r"/api/validate-yaml", Handler.validate),
@@ -365,11 +374,16 @@ ROUTES = [
     ("POST", f"{MODELS}/preupload/{REVISION}", Handler.preupload),
     ("POST", f"{MODELS}/commit/{REVISION}", Handler.commit),
     ("POST", f"{MODELS}/branch/{REVISION}", Handler.branch),
-    ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Handler.batch),
+    ("POST", rf"/{SPACE}{NAME}\.git/info/lfs/objects/batch", Handler.batch),
     ("PUT", r"/lfs/(?P<number>\w+)", Handler.keep),
-    ("POST", f"/verify/{NAME}", Handler.verify),
-    (("GET", "HEAD"), f"/{NAME}/resolve/{REVISION}/(?P<path>.+)", Handler.file),
+    ("POST", f"/verify/{SPACE}{NAME}", Handler.verify),
+    (("GET", "HEAD"), f"/{SPACE}{NAME}/resolve/{REVISION}/(?P<path>.+)", Handler.file),
 ]
+
+
+def owner(name: str) -> str:
+    """Whose it is."""
+    return name.removeprefix("spaces/").split("/")[0]
 
 
 def git_hash(content: bytes) -> str:
@@ -377,15 +391,42 @@ def git_hash(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def card_errors(content: str) -> list[str]:
-    """What the Hub would not take in a model card's metadata, after its documentation."""
+def metadata(content: str) -> dict[str, Any]:
+    """The head of a README. Raises ValueError."""
     found = re.match(r"---\n(.*?)\n---", content, re.S)
     if not found:
-        return ["no metadata"]
+        raise ValueError("no metadata")
     try:
-        about = yaml.safe_load(found[1])
+        return yaml.safe_load(found[1])
     except yaml.YAMLError as error:
-        return [f"no YAML: {error}"]
+        raise ValueError(f"no YAML: {error}") from error
+
+
+def space_errors(content: str) -> list[str]:
+    """What the Hub would not take in a Space's configuration, after its documentation."""
+    try:
+        about = metadata(content)
+    except ValueError as error:
+        return [str(error)]
+    colours = "red|yellow|green|blue|indigo|purple|pink|gray"
+    patterns = {
+        "sdk": "gradio",
+        "sdk_version": r"\d+\.\d+\.\d+",
+        "python_version": r"3\.\d+",
+        "app_file": r"[\w/]+\.py",
+    }
+    patterns |= {"colorFrom": colours, "colorTo": colours, "short_description": ".{1,60}", "license": r"[a-z0-9.-]+"}
+    return [
+        f'"{n}" must be a known one' for n, wanted in patterns.items() if not re.fullmatch(wanted, str(about.get(n)))
+    ]
+
+
+def card_errors(content: str) -> list[str]:
+    """What the Hub would not take in a model card's metadata, after its documentation."""
+    try:
+        about = metadata(content)
+    except ValueError as error:
+        return [str(error)]
     errors = []
     texts = {
         "license": r"[a-z0-9.-]+",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, write_bases
 from processes import ending, fork, forked, losses, small_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -39,31 +39,6 @@ IDS = torch.randint(0, 61, (4, 2, 7), generator=torch.Generator().manual_seed(2)
 FOUR_BITS = pytest.param({"qlora": True}, marks=pytest.mark.skipif(bool(adapters.why_not_4_bits(CPU)), reason="no NF4"))
 KINDS = pytest.mark.parametrize("kind", [{"lora": True}, FOUR_BITS], ids=["lora", "qlora"])
 BRIDGES = pytest.mark.parametrize("bridge", ["prefix", "cross_attention"])
-
-
-def write_bases(folder, image_size=16, patch_size=8, vocab_size=61, positions=32) -> dict[str, str]:
-    """A tiny random ViT and GPT-2 as transformers writes them."""
-    from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
-
-    torch.manual_seed(0)
-    vit = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        image_size=image_size,
-        patch_size=patch_size,
-    )
-    end = vocab_size - 1
-    gpt2 = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=positions, vocab_size=vocab_size)
-    gpt2.bos_token_id = gpt2.eos_token_id = end
-    for name, model in (("vit", ViTModel(vit)), ("gpt2", GPT2LMHeadModel(gpt2))):
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "ln" not in key and "norm" not in key:
-                    parameter.normal_(std=0.15)
-        model.save_pretrained(folder / name)
-    return {"encoder": str(folder / "vit"), "decoder": str(folder / "gpt2")}
 
 
 @pytest.fixture(scope="module")
@@ -293,8 +268,9 @@ def test_a_whole_run(scenes_dir, pretrained, tmp_path, monkeypatch, merge):
     said = caption_image(picture, MODEL_FILE, base_dir=None if merge else bases, **options)
     sequences = whole.generate(prepare_picture(picture, whole.config)[None], max_length=8).sequences
     assert said == decode(whole.tokenizer, sequences)[0]
-    with pytest.raises(UserError, match="has no prefix"):
-        publish(UploadConfig(repository="user/name", model_path=MODEL_FILE, base_dir=bases, dry_run=True))
+    publish(UploadConfig(repository="user/name", model_path=MODEL_FILE, base_dir=bases, run=Path("out"), dry_run=True))
+    card = (tmp_path / "upload/user/name/README.md").read_text()
+    assert ("merges them" in card) != merge and "- someone/vit\n- someone/gpt2\n" in card and "| CIDEr-D |" in card
     lines = read_log(tmp_path / "out" / "metrics.jsonl")
     means = [line["train_loss"] for line in lines if "train_loss" in line]
     assert len(means) == 2 and all(0 < mean < 20 for mean in means)

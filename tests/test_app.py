@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +21,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, needs_shared, tiny_config
+from conftest import ROOT, free_port, needs_shared, tiny_config
 from PIL import Image
 from processes import flags, small_config
 
@@ -75,11 +74,6 @@ def pictures(tmp_path_factory, scenes_table) -> list[str]:
     for row, path in enumerate(paths):
         Image.open(scenes_table.picture(row)).save(path, quality=95)
     return paths
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def connect(address: str) -> Client:

@@ -17,7 +17,8 @@ from card import Run, read_run, scrubbed, write_card
 from config import PRESETS, UserError
 from evaluate import about_decoding
 from model import ImageCaptionModel
-from publish import UploadConfig, find_run, write_folder
+from model_file import weights_hash
+from publish import Subject, UploadConfig, find_run, write_folder
 
 METRICS = {"bleu_4": 0.28764321, "cider_d": 0.9, "bleu_4_low": 0.27, "bleu_4_high": 0.3, "pictures": 12, "split": "val"}
 METRICS |= {"decoding": "num_beams 3", "unique_captions": 12, "data": "scenes"}
@@ -60,6 +61,10 @@ def make_run(folder: Path, model: ImageCaptionModel, metrics: dict, **settings) 
     return folder
 
 
+def of_run(folder: Path, model: ImageCaptionModel, step: int | None = None) -> Run:
+    return read_run(folder, weights_hash(model.own_state()), step)
+
+
 def written(folder: Path, model: ImageCaptionModel, run: Run | None, **options) -> ModelCard:
     write_card(folder, model, run, "ann/shapes", **options)
     return ModelCard.load(folder / "README.md")
@@ -75,7 +80,7 @@ def validate(tmp_path, monkeypatch):
 
 
 def test_all_that_is_known(folder, model, validate):
-    run = read_run(make_run(folder / "run", model, METRICS), model)
+    run = of_run(make_run(folder / "run", model, METRICS), model)
     found = written(folder, model, run)
     validate(found)
     about = found.data
@@ -109,7 +114,7 @@ def test_what_is_not_known_is_not_there(folder, model, validate):
 
 
 def test_metadata_survives_the_hubs_own_classes(folder, model):
-    run = read_run(make_run(folder / "run", model, METRICS, init="pretrained"), model)
+    run = of_run(make_run(folder / "run", model, METRICS, init="pretrained"), model)
     found = written(folder, model, run)
     again = ModelCardData(**found.data.to_dict())
     assert again.to_dict() == found.data.to_dict() and again.eval_results == found.data.eval_results
@@ -127,17 +132,18 @@ def test_a_spoiled_card_is_refused(folder, model, validate):
 
 def test_metrics_of_other_weights_are_left_out(folder, model):
     path = make_run(folder / "run", model, METRICS | {"weights_sha256": "0" * 64})
-    run = read_run(path, model)
+    run = of_run(path, model)
     assert not run.metrics and not run.captions and run.samples is None
     assert "0.2876" not in str(written(folder, model, run))
 
 
 def test_photographs_are_not_shown_unless_asked(tmp_path, model):
     path = make_run(tmp_path / "run", model, METRICS, dataset="flickr8k", data_dir="/home/ann/flickr8k")
-    run = read_run(path, model)
+    run = of_run(path, model)
+    subject = Subject(model=model, run=run, file=Path(), adapters=None)
     for asked in (False, True):
         folder = tmp_path / str(asked)
-        write_folder(folder, UploadConfig(repository="ann/dogs", sample_pictures=asked), model, run)
+        write_folder(folder, UploadConfig(repository="ann/dogs", sample_pictures=asked), subject)
         text = (folder / "README.md").read_text()
         assert (folder / "samples.png").exists() == ("samples.png" in text) == asked
         assert ("- caption &lt;b&gt;0&lt;/b&gt;" in text) != asked
@@ -148,14 +154,12 @@ def test_photographs_are_not_shown_unless_asked(tmp_path, model):
 
 
 def test_a_checkpoints_card_ends_at_its_step(folder, model):
-    found = written(
-        folder, model, read_run(make_run(folder / "run", model, {"weights_sha256": "other"}), model, step=10)
-    )
+    found = written(folder, model, of_run(make_run(folder / "run", model, {"weights_sha256": "other"}), model, step=10))
     assert "| steps | 10 so far |" in found.text and "0.2 minutes" in found.text
 
 
 def test_a_benchmark_gets_the_newer_form(folder, model):
-    run = read_run(make_run(folder / "run", model, METRICS), model)
+    run = of_run(make_run(folder / "run", model, METRICS), model)
     written(folder, model, run, benchmark="bob/captions:test:cider_d")
     import yaml
 
@@ -167,10 +171,10 @@ def test_a_benchmark_gets_the_newer_form(folder, model):
 
 
 def test_data_sets_of_the_hub_and_ones_own(folder, model):
-    run = read_run(make_run(folder / "a", model, METRICS, dataset="bob/birds"), model)
+    run = of_run(make_run(folder / "a", model, METRICS, dataset="bob/birds"), model)
     found = written(folder, model, run)
     assert found.data.datasets == ["bob/birds"] and not found.data.language
-    run = read_run(
+    run = of_run(
         make_run(folder / "b", model, METRICS, dataset="csv", data_dir="pets", init_encoder="/x/my-vit"), model
     )
     found = written(folder, model, run, language="de")
@@ -196,7 +200,7 @@ def test_a_run_is_found_by_the_same_file(folder, model, monkeypatch):
     )
     (run / "run.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        read_run(run, model)
+        of_run(run, model)
     model.decoder.ln_f.bias.data += 1
     model.save_file(folder / "copy.safetensors")
     assert find_run(Path("copy.safetensors")) is None

@@ -6,9 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, write_bases
 from processes import small_config
-from test_adapters import write_bases
 
 from config import UserError
 from convert import initialise

@@ -17,16 +17,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_config
+from conftest import ROOT, free_port, tiny_config, write_bases
 from hub import Hub, running_hub
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, SpaceCard, constants
 from PIL import Image
 
+import adapters
 import publish
 import upload_to_hf
 from auto_upload import AutoConfig
+from card import HUB
 from checkpoint import save_checkpoint
 from config import UserError
+from example_usage import caption_image
 from model import ImageCaptionModel
 from pictures import prepare_picture
 from publish import UploadConfig
@@ -112,10 +115,10 @@ def local(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def tiny(folder: Path, scenes_tokenizer, seed: int = 0) -> Path:
+def tiny(folder: Path, scenes_tokenizer, seed: int = 0, **fields) -> Path:
     """A random model's file."""
     torch.manual_seed(seed)
-    model = ImageCaptionModel(tiny_config(vocab_size=len(scenes_tokenizer)))
+    model = ImageCaptionModel(tiny_config(vocab_size=len(scenes_tokenizer), **fields))
     model.tokenizer = scenes_tokenizer
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -162,19 +165,139 @@ def test_uploading_again_sends_nothing(home, published):
     assert len(published.repositories["ann/tiny"].commits) == commits
 
 
-def test_a_stranger_loads_it_with_transformers_alone(home, published, tmp_path):
+def as_a_stranger(hub: Hub, cwd: Path, name: str, model: ImageCaptionModel) -> None:
     """The card's own lines in a clean process give the tokens that the model gave before it was published."""
-    readme = published.get(remote(published)["README.md"]).decode()
+    readme = hub.get(remote(hub, name)["README.md"]).decode()
     code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "AutoImageProcessor" in block)
     picture = Image.effect_noise((16, 16), 90).convert("RGB")
-    picture.save(tmp_path / "photo.jpg", "PNG")  # of the model's size: what a resize rounds would tip close choices
-    model = ImageCaptionModel.from_pretrained(home / MODEL)
-    sequence = model.generate(prepare_picture(tmp_path / "photo.jpg", model.config)[None], num_beams=3).sequences[0]
+    picture.save(cwd / "photo.jpg", "PNG")  # of the model's size: what a resize rounds would tip close choices
+    sequence = model.generate(prepare_picture(cwd / "photo.jpg", model.config)[None], num_beams=3).sequences[0]
     code += "\nimport sys\nassert not [m for m in ('config', 'convert', 'model') if m in sys.modules]\nprint(tokens.tolist())"
-    shown = script(published, tmp_path, "-I", "-c", code, token=None).splitlines()
-    theirs = [token for token in json.loads(shown[-1])[0][1:] if token != model.config.end_token_id]
+    text, tokens = script(hub, cwd, "-I", "-c", code, token=None).removesuffix("\n").rsplit("\n", 1)
+    first = 1 if model.config.bridge == "cross_attention" else 0  # transformers' own repeats the start token
+    theirs = [token for token in json.loads(tokens)[0][first:] if token != model.config.end_token_id]
     assert theirs == [token for token in sequence.tolist() if token != model.config.end_token_id]
-    assert len(theirs) > 2 and shown[0] == model.tokenizer.decode(sequence, skip_special_tokens=True).strip()
+    assert len(theirs) > 2 and text == model.tokenizer.decode(sequence, skip_special_tokens=True).strip()
+
+
+def test_a_stranger_loads_it_with_transformers_alone(home, published, tmp_path):
+    as_a_stranger(published, tmp_path, "ann/tiny", ImageCaptionModel.from_pretrained(home / MODEL))
+
+
+def test_a_model_with_a_prefix_brings_its_code(hub, cwd, tmp_path, scenes_tokenizer):
+    """It was refused once. The card's lines have transformers run the code of the repository, which is whole by itself."""
+    model = ImageCaptionModel.from_pretrained(tiny(cwd, scenes_tokenizer, bridge="prefix"))
+    script(hub, cwd, "upload_to_hf.py", "ann/prefix")
+    assert {MODEL, "config.json", "modeling_img2gpt.py", "preprocessor_config.json"} <= set(remote(hub, "ann/prefix"))
+    as_a_stranger(hub, tmp_path, "ann/prefix", model)
+    assert "nothing had changed" in script(hub, cwd, "upload_to_hf.py", "ann/prefix")
+    error = script(hub, cwd, "upload_to_hf.py", "ann/prefix", "--onnx", code=2)
+    assert "leave out --onnx" in error and error.count("\n") == 1
+    tiny(cwd, scenes_tokenizer)  # another kind of model in its place leaves nothing of the first
+    script(hub, cwd, "upload_to_hf.py", "ann/prefix")
+    assert not {MODEL, "modeling_img2gpt.py"} & set(remote(hub, "ann/prefix"))
+
+
+def test_adapters_are_published_as_adapters(hub, scenes_dir, tmp_path, scenes_tokenizer):
+    """Trained on models of the Hub, uploaded without them, and merged into them again by whoever loads them."""
+    pytest.importorskip("peft", reason="needs requirements-qlora.txt")
+    bases = write_bases(tmp_path / "bases", vocab_size=len(scenes_tokenizer), positions=64)
+    scenes_tokenizer.backend_tokenizer.model.save(bases["decoder"])
+    for name, folder in bases.items():
+        hub.add(f"bob/{name}", {path.name: path.read_bytes() for path in Path(folder).iterdir()})
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    arguments = ["--preset", "img2gpt", "--dataset", "coco", "--data-dir", scenes_dir, "--max-steps", "4", "--lora"]
+    arguments += ["--init-encoder", "bob/encoder", "--init-decoder", "bob/decoder", "--image-size", "16"]
+    arguments += ["--output-dir", "runs/small", "--precision", "fp32", "--wandb", "off"]
+    script(hub, cwd, "main.py", *arguments)
+    script(hub, cwd, "upload_to_hf.py", "ann/adapters")
+    found = remote(hub, "ann/adapters")
+    assert {MODEL, "adapters.py", "metrics.json"} <= set(found) and "model.safetensors" not in found
+    assert found[MODEL] == hashlib.sha256((cwd / MODEL).read_bytes()).hexdigest()
+    card = ModelCard(hub.get(found["README.md"]).decode())
+    assert card.data.base_model == ["bob/encoder", "bob/decoder"] and card.data.base_model_relation == "adapter"
+    assert "AutoModel" not in card.text and "| CIDEr-D |" in card.text and not card.data.library_name
+    code = "import sys; sys.path.insert(0, '.')\n"
+    code += "import torch; from model import ImageCaptionModel; model = ImageCaptionModel.from_pretrained({!r})\n"
+    code += "print(model.generate(torch.zeros(1, 3, 16, 16), num_beams=3).sequences.tolist())"
+    for path, number in found.items():
+        (tmp_path / path).write_bytes(hub.get(number))
+    shown = script(hub, tmp_path, "-I", "-c", code.format("ann/adapters"), token=None)
+    assert shown == script(hub, cwd, "-I", "-c", code.replace("'.'", repr(str(ROOT))).format(MODEL), token=None)
+    error = script(hub, cwd, "upload_to_hf.py", "ann/adapters", "--onnx", code=2)
+    assert "python adapters.py" in error and error.count("\n") == 1
+
+
+def test_adapters_for_what_nobody_else_has_are_not_published(hub, upload, cwd):
+    """A stranger could do nothing with them."""
+    about = {"bases": {"model": "./mine.safetensors"}, "key": "", "scale": 1.0, "quantized": False}
+    model = ImageCaptionModel.from_pretrained(cwd / MODEL)
+    model.save_file(cwd / "mine.safetensors")
+    about["key"] = adapters.fingerprint(model)
+    model.adapters = about
+    model.save_file(cwd / MODEL)
+    with pytest.raises(UserError, match=r"nobody else has: make one whole model \(python adapters.py"):
+        upload("ann/adapters")
+    assert not hub.repositories
+
+
+def test_another_language_model_goes_as_it_is(hub, cwd, upload, scenes_tokenizer):
+    """transformers has no place for it: one file, which this project loads."""
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    about = LlamaConfig(vocab_size=len(scenes_tokenizer), max_position_embeddings=64, **sizes)
+    text = json.dumps(about.to_diff_dict() | {"model_type": "llama", "vocab_size": len(scenes_tokenizer)})
+    ids = dict.fromkeys(("start_token_id", "end_token_id", "pad_token_id"), scenes_tokenizer.eos_token_id)
+    tiny(cwd, scenes_tokenizer, bridge="prefix", language_model=text, **ids)
+    upload("ann/llama")
+    assert MODEL in remote(hub, "ann/llama") and "model.safetensors" not in remote(hub, "ann/llama")
+    card = ModelCard(hub.get(remote(hub, "ann/llama")["README.md"]).decode())
+    assert "llama after a prefix" in card.text and "AutoModel" not in card.text and not card.data.library_name
+    Image.effect_noise((16, 16), 90).convert("RGB").save(cwd / "photo.png")
+    one, other = (
+        script(hub, cwd, "example_usage.py", "photo.png", s, "--num-captions", "4") for s in (MODEL, "ann/llama")
+    )
+    assert one == other and len(one) > 8
+
+
+def test_a_space_shows_the_model(hub, cwd, tmp_path):
+    """Its files alone, started as the Hub starts them, serve the page with the model of the Hub."""
+    gradio_client = pytest.importorskip("gradio_client", reason="needs requirements-app.txt")
+    said = script(hub, cwd, "upload_to_hf.py", "ann/model", "--space")
+    assert f"uploaded to {hub.url}/ann/model\n" in said and f"uploaded to {hub.url}/spaces/ann/model\n" in said
+    assert f"{HUB}/spaces/ann/model" in hub.get(remote(hub, "ann/model")["README.md"]).decode()
+    files = remote(hub, "spaces/ann/model")
+    about = SpaceCard(hub.get(files["README.md"]).decode()).data
+    assert (about.sdk, about.app_file, about.models) == ("gradio", "serve.py", ["ann/model"])
+    assert "model.safetensors" not in files and "train.py" not in files
+    assert script(hub, cwd, "upload_to_hf.py", "ann/model", "--space").count("nothing had changed") == 2
+
+    space, port = tmp_path / "space", free_port()
+    space.mkdir()
+    for path, number in files.items():
+        (space / path).write_bytes(hub.get(number))
+    start_it = (space / "serve.py").read_text().replace('"0.0.0.0"', f'"127.0.0.1", "--port", "{port}"')
+    (space / "serve.py").write_text(start_it)
+    Image.effect_noise((16, 16), 90).convert("RGB").save(space / "photo.png")
+    serving = start(hub, space, space / "serve.py", token=None)
+    assert serving.stdout.readline().startswith("model") and serving.stdout.readline().startswith("page")
+    client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
+    (answer,) = client.predict(picture=gradio_client.handle_file(space / "photo.png"), api_name="/caption")
+    assert answer["caption"] == caption_image(
+        space / "photo.png", cwd / MODEL, max_length=24, do_sample=False, num_beams=3
+    )
+
+
+def test_a_space_of_another_make_is_left_alone(hub, cwd):
+    """And then the model is not uploaded either."""
+    hub.add("spaces/ann/model", {"app.py": b"mine"})
+    error = script(hub, cwd, "upload_to_hf.py", "ann/model", "--space", code=2)
+    assert "not written here (app.py)" in error and set(remote(hub, "spaces/ann/model")) == {"app.py"}
+    assert not remote(hub, "ann/model")
+    script(hub, cwd, "upload_to_hf.py", "ann/model", "--space", "--dry-run", token=None)
+    assert {"serve.py", "app.py", "requirements.txt"} <= set(local(cwd / "upload/spaces/ann/model"))
 
 
 def test_the_published_code_loads_it_too(home, published, tmp_path):
