@@ -21,7 +21,7 @@ Precision = Literal["fp32", "bf16", "int8"]
 ROWS = 8
 """What oneDNN is told to expect: the layout it chooses for so many also serves thousands, but that for one does not."""
 FEW = 4
-"""Rows, up to which rounding them costs more time than it saves."""
+"""Rows, up to which rounding them costs more time than it saves, at least on the smaller layers."""
 
 
 class PackedLinear(nn.Module):
@@ -51,7 +51,7 @@ class Int8Linear(nn.Module):
         rounded = (weight / scales.unsqueeze(1)).round().to(torch.int8)
         self.weight = torch.ops.onednn.qlinear_prepack(rounded, [ROWS, weight.shape[1]])
         self.scales, self.zeros = scales, torch.zeros(len(scales), dtype=torch.int32)
-        self.bias = torch.zeros(len(scales)) if bias is None else bias.detach().float()
+        self.bias = None if bias is None else bias.detach().float()
         self.one, self.middle = torch.tensor(1.0), torch.tensor(128)
         self.most, self.half_up = torch.tensor(127.0), torch.tensor(128.5)
 
@@ -76,6 +76,8 @@ class Int8Linear(nn.Module):
             [],
             "",
         )
+        if self.bias is None:
+            return out.mul_(largest / 127).to(self.dtype)
         return torch.addcmul(self.bias, out, largest, value=1 / 127).to(self.dtype)
 
 
@@ -142,17 +144,18 @@ def packed_model(model: ImageCaptionModel, precision: Precision, rows: int) -> I
     """A twin of the model for generating `rows` captions at a time on a CPU, or the model itself where that cannot be had.
 
     It is kept until the weights change (by anything but their .data, of which torch keeps no count: then set model.packed
-    to None), and takes as much memory again as they do in its precision; in int8 twice that, where both a few and many
-    captions are made.
+    to None), and takes as much memory again as they do in its precision; in int8 as much for one caption, for a few and for
+    many, where all of these are made.
     """
     if model.device.type != "cpu" or model.decoder.wte.weight.dtype != torch.float32 or not available(precision):
         return model
     few = precision == "int8" and rows <= FEW
+    kind = min(rows, 2) if few else 0  # one row, a few, or many
     key = (precision, model.version())
     if model.packed is None or model.packed[0] != key:
         model.packed = (key, {})  # before the new one is made: there may be no room for both
     twins = model.packed[1]
-    if few not in twins:
+    if kind not in twins:
         # deepcopy takes what the memo has for a module in its place: packed layers, and the tensors that are shared.
         memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         for name, module in model.named_modules():
@@ -162,11 +165,13 @@ def packed_model(model: ImageCaptionModel, precision: Precision, rows: int) -> I
                 # Attention to a picture is halved, except for a few queries, which are faster in fp32.
                 halved = name.endswith(("qkv",) if few else ("qkv", "c_attn", "q_attn"))
                 dtype = torch.bfloat16 if halved else torch.float32
-                memo[id(module)] = pack(module.weight, module.bias, precision, few and tokens_only, dtype)
+                # Two rows, of a layer with more outputs than inputs, cost less to round than what the faster kernel saves.
+                unrounded = few and tokens_only and (rows == 1 or module.out_features <= module.in_features)
+                memo[id(module)] = pack(module.weight, module.bias, precision, unrounded, dtype)
         twin = copy.copy(model)
         twin._modules = {name: copy.deepcopy(module, memo) for name, module in model._modules.items()}
         twin.__class__, twin.decoder.__class__ = PackedModel, PackedDecoder
         # Not as for a few rows: on so large a layer what the rounding costs does not show, what the faster kernel saves does.
         twin.decoder.packed_head = pack(model.decoder.wte.weight, None, precision)
-        twins[few] = twin
-    return twins[few]
+        twins[kind] = twin
+    return twins[kind]
