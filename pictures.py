@@ -63,7 +63,11 @@ def load_picture(source: PictureSource, size: int, name: str | None = None, resa
         name = "picture" if isinstance(source, bytes | Image.Image) else str(source)
     try:
         pixels = torch.from_numpy(decode(source, size)).permute(2, 0, 1)  # channels last: the fast kernel
-        return interpolate(pixels.unsqueeze(0), (size, size), mode=resample, antialias=True)[0].contiguous()
+        # A copy by torch, which it also makes to resize to the same size, would start threads: while they wait for more
+        # work, they keep the model's from their cores.
+        if pixels.shape[1:] != (size, size):
+            pixels = interpolate(pixels.unsqueeze(0), (size, size), mode=resample, antialias=True)[0]
+        return torch.from_numpy(np.ascontiguousarray(pixels.numpy()))
     except FileNotFoundError:
         raise UserError(in_one_line(f"{name}: no such file")) from None
     except Exception as error:  # Pillow raises a dozen kinds for damaged files, SyntaxError among them

@@ -631,3 +631,31 @@ def test_damaged_pictures():
 @pytest.mark.slow
 def test_many_damaged_pictures():
     check_damaged(20000)
+
+
+THREADS = """
+import os, sys, threading
+from config import ViTGPT2Config
+from pictures import prepare_picture
+
+def prepare():
+    before = len(os.listdir("/proc/self/task"))
+    for size in map(int, sys.argv[2:]):
+        prepare_picture(sys.argv[1], ViTGPT2Config(image_size=size, patch_size=16))
+    print(len(os.listdir("/proc/self/task")) - before)
+
+thread = threading.Thread(target=prepare)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+def test_a_picture_is_prepared_in_one_thread(tmp_path):
+    """torch's copies of pictures started a second one, which waits for work by spinning: folders were captioned at 59 % of
+    the model's speed. Also where the picture has the model's size, as then a resize was a copy."""
+    Image.effect_noise((256, 256), 50).convert("RGB").save(tmp_path / "photo.jpg")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    command = [sys.executable, "-c", THREADS, tmp_path / "photo.jpg", "256", "224", "512"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "0\n", done.stdout + done.stderr
