@@ -1,7 +1,7 @@
 """The model card of a published model, written from what is known: its config, its run, what was measured.
 
-Imports config, evaluate, results and report (what a metric is called); the Hub's client by late imports. Never guesses: what no
-file says is not in the card.
+Imports config, dataset, model, pictures, results, report (what a metric is called) and utils; the Hub's client by late
+imports. Never guesses: what no file says is not in the card.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ SETTINGS = [
     "learning_rate",
 ]
 SETTINGS += [
+    "objective",
+    "prompt",
     "warmup_steps",
     "weight_decay",
     "gradient_clip",
@@ -83,6 +85,7 @@ SETTINGS += [
     "caption_length",
     "seed",
 ]
+OF_ADAPTERS = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets"]
 ON_THE_HUB = {"gpt2": "openai-community/gpt2"}
 
 
@@ -170,7 +173,9 @@ def read_run(folder: Path, weights_sha256: str, step: int | None = None) -> Run:
 
 def local(name: str) -> bool:
     """Whether a name of weights is a folder here, and nothing that the Hub knows."""
-    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or Path(name).exists()
+    path = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith(".safetensors")
+    unowned = "/" not in name and not re.match(r"(distil)?gpt2", name)  # the Hub has few names without an owner
+    return path or unowned or Path(name).exists()
 
 
 def bases_of(adapters: dict[str, Any]) -> list[str]:
@@ -256,7 +261,12 @@ def write_card(
         language=language,
         library_name="transformers" if layout in ("transformers", "remote code") else None,
         pipeline_tag="image-to-text",
-        tags=["image-captioning", "vit", "gpt2", *(["onnx", "transformers.js"] if browser else [])],
+        tags=[
+            "image-captioning",
+            "vit",
+            decoder_name(model.config).lower().replace("-", ""),
+            *(["onnx", "transformers.js"] if browser else []),
+        ],
         base_model=[name for name in base_models if "/" in name] or None,
         base_model_relation="adapter" if adapters else None,
         datasets=on_hub,
@@ -274,15 +284,13 @@ def write_card(
     )
     if not results:
         about.pop("model_name")
-    if not adapters:
-        about.pop("base_model_relation")
     sections = {
         "": opening(model.config, run, caption, repository if space else None),
         "Use it": usage(repository, model, layout, adapters, browser),
         "Results": numbers(run) if metrics and run else "",
         "Samples": samples(run, folder) if run else "",
         "The model": architecture(model, base_models, layout),
-        "Training": training(run, model) if run else "",
+        "Training": training(run, model, OF_ADAPTERS if adapters else []) if run else "",
         "Limitations and biases": limitations(model, run),
         "Licence": rights(license, base_models, run),
         "Citation": citation(repository, model.config, adapters),
@@ -472,14 +480,14 @@ def architecture(model: ImageCaptionModel, base_models: list[str], layout: Layou
             f"{decoder_name(c)} {how}, {c.decoder_num_layers} layers, width {c.decoder_embed_dim}, "
             f"{heads}{c.max_length} positions",
         ),
-        ("vocabulary", f"{c.vocab_size:,} (byte-level BPE)"),
+        ("vocabulary", f"{c.vocab_size:,}" + ("" if c.language_model else " (byte-level BPE)")),
         ("base models", ", ".join(map(escape, base_models))),
         ("layout", layouts[layout]),
     ]
     return table(("", ""), [row for row in rows if row[1]])
 
 
-def training(run: Run, model: ImageCaptionModel) -> str:
+def training(run: Run, model: ImageCaptionModel, more: list[str]) -> str:
     """Data, settings, hardware and time, as far as the run has written them down."""
     steps = max((line["step"] for line in run.history), default=0)
     seen = len(model.trained_on)
@@ -491,10 +499,10 @@ def training(run: Run, model: ImageCaptionModel) -> str:
             rows.append((name, escape(str(run.about[name]))))
     if seconds := run.about.get("seconds") or run.seconds:
         rows.append(("time in training", f"{seconds / 60:.1f} minutes"))
-    settings = {name: run.config.get(name) for name in SETTINGS}
+    settings = {name: run.config.get(name) for name in [*SETTINGS, *more]}
     if settings["max_steps"]:
         del settings["epochs"]
-    rows += [(name.replace("_", " "), str(value)) for name, value in settings.items() if value is not None]
+    rows += [(name.replace("_", " "), str(value)) for name, value in settings.items() if value not in (None, "")]
     return table(("", ""), rows)
 
 
@@ -514,7 +522,7 @@ def limitations(model: ImageCaptionModel, run: Run | None) -> str:
 
 def rights(license: str, base_models: list[str], run: Run | None) -> str:
     """Whose terms hold."""
-    others = [*base_models, *([run.data.name] if run and not run.drawn else [])]
+    others = [*(name for name in base_models if "/" in name), *([run.data.name] if run and not run.drawn else [])]
     also = f" The terms of {', '.join(map(escape, others))} hold besides." if others else ""
     return f"{license} for the weights, [Apache 2.0](https://www.apache.org/licenses/LICENSE-2.0) for the Python files.{also}"
 

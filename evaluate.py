@@ -247,13 +247,18 @@ def evaluate_dataset(
     return captioned, metrics
 
 
+def weights_sha256(model: ImageCaptionModel) -> str:
+    """Of the weights in the model's file: of adapters these alone, also where they have been merged."""
+    return model.merged["sha256"] if model.merged else weights_hash(model.own_state())
+
+
 def about_decoding(model: ImageCaptionModel, decoding: dict[str, Any]) -> dict[str, str]:
     """Which weights wrote captions, and how."""
     options = {"max_length": min(32, model.config.text_positions)} | default_decoding(decoding)
     if options.get("do_sample"):
         options["seed"] = SEED
     said = ", ".join(f"{name} {value}" for name, value in options.items() if value is not False)
-    return {"weights_sha256": weights_hash(model.own_state()), "decoding": said}
+    return {"weights_sha256": weights_sha256(model), "decoding": said}
 
 
 def pictures_seen(trained_on: np.ndarray, table: CaptionTable) -> list[int]:

@@ -285,6 +285,7 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
     torch.manual_seed(config.seed)
     if config.init_model:
         whole = ImageCaptionModel.from_pretrained(find_base(config.init_model, config.base_dir), config.base_dir)
+        whole.merged = None  # they will not stay what they are
         # Not what the model is, but how it is trained.
         trained = {f: getattr(config.model, f) for f in ("dropout", "vision_dropout", "vision_drop_path")}
         model = ImageCaptionModel(dataclasses.replace(whole.config, **trained))

@@ -44,6 +44,7 @@ from model_file import (
     not_ours,
     read_model_file,
     tokenizer_from_json,
+    weights_hash,
 )
 
 if TYPE_CHECKING:
@@ -432,6 +433,8 @@ class ImageCaptionModel(nn.Module):
         """Held while that is in use: a web server captions from several threads."""
         self.adapters: dict[str, Any] | None = None
         """What adapters.py has put on the model, for a file that holds those alone (see own_state)."""
+        self.merged: dict[str, Any] | None = None
+        """Of a model that was loaded from a file of adapters: what the file says of them, and their sha256."""
         self.trained_on = np.empty(0, np.uint64)
         """Keys of the pictures it has learned from (CaptionTable.keys), so that nobody is scored on them unawares."""
         self.encoder = VisionTransformer(self.config)
@@ -653,6 +656,7 @@ class ImageCaptionModel(nn.Module):
             from adapters import adapted_model
 
             model = adapted_model(path, config, about["adapters"], weights, base_dir)
+            model.merged = about["adapters"] | {"sha256": weights_hash(weights)}
         else:
             model = cls(config)
             check_shapes(path, model.state_dict(), weights)

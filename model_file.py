@@ -73,7 +73,7 @@ def read_model_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except ValueError as error:
         raise not_ours(path, error) from error
     if not isinstance(about, dict):
-        raise not_ours(path, "a header without names")
+        raise not_ours(path, "its metadata is no JSON object")
     return about, weights
 
 

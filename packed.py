@@ -144,8 +144,8 @@ def packed_model(model: ImageCaptionModel, precision: Precision, rows: int) -> I
     """A twin of the model for generating `rows` captions at a time on a CPU, or the model itself where that cannot be had.
 
     It is kept until the weights change (by anything but their .data, of which torch keeps no count: then set model.packed
-    to None), and takes as much memory again as they do in its precision; in int8 as much for one caption, for a few and for
-    many, where all of these are made.
+    to None), and takes as much memory again as they do in its precision; in int8 the decoder's layers once more where
+    both a few captions and many are made.
     """
     if model.device.type != "cpu" or model.decoder.wte.weight.dtype != torch.float32 or not available(precision):
         return model
@@ -153,8 +153,8 @@ def packed_model(model: ImageCaptionModel, precision: Precision, rows: int) -> I
     kind = min(rows, 2) if few else 0  # one row, a few, or many
     key = (precision, model.version())
     if model.packed is None or model.packed[0] != key:
-        model.packed = (key, {})  # before the new one is made: there may be no room for both
-    twins = model.packed[1]
+        model.packed = (key, {}, {})  # before the new one is made: there may be no room for both
+    _, twins, layers = model.packed
     if kind not in twins:
         # deepcopy takes what the memo has for a module in its place: packed layers, and the tensors that are shared.
         memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -165,13 +165,18 @@ def packed_model(model: ImageCaptionModel, precision: Precision, rows: int) -> I
                 # Attention to a picture is halved, except for a few queries, which are faster in fp32.
                 halved = name.endswith(("qkv",) if few else ("qkv", "c_attn", "q_attn"))
                 dtype = torch.bfloat16 if halved else torch.float32
-                # Two rows, of a layer with more outputs than inputs, cost less to round than what the faster kernel saves.
+                # From two rows on, rounding costs a layer with more outputs than inputs less than the faster kernel saves.
                 unrounded = few and tokens_only and (rows == 1 or module.out_features <= module.in_features)
-                memo[id(module)] = pack(module.weight, module.bias, precision, unrounded, dtype)
+                layer = (name, unrounded, dtype)  # which twins may share
+                if layer not in layers:
+                    layers[layer] = pack(module.weight, module.bias, precision, unrounded, dtype)
+                memo[id(module)] = layers[layer]
         twin = copy.copy(model)
         twin._modules = {name: copy.deepcopy(module, memo) for name, module in model._modules.items()}
         twin.__class__, twin.decoder.__class__ = PackedModel, PackedDecoder
         # Not as for a few rows: on so large a layer what the rounding costs does not show, what the faster kernel saves does.
-        twin.decoder.packed_head = pack(model.decoder.wte.weight, None, precision)
+        if "head" not in layers:
+            layers["head"] = pack(model.decoder.wte.weight, None, precision)
+        twin.decoder.packed_head = layers["head"]
         twins[kind] = twin
     return twins[kind]

@@ -63,8 +63,8 @@ def load_picture(source: PictureSource, size: int, name: str | None = None, resa
         name = "picture" if isinstance(source, bytes | Image.Image) else str(source)
     try:
         pixels = torch.from_numpy(decode(source, size)).permute(2, 0, 1)  # channels last: the fast kernel
-        # A copy by torch, which it also makes to resize to the same size, would start threads: while they wait for more
-        # work, they keep the model's from their cores.
+        # Not torch's contiguous(), and not its resize to the same size, which copies too: that copy starts threads, which
+        # wait for more work by spinning, on the model's cores.
         if pixels.shape[1:] != (size, size):
             pixels = interpolate(pixels.unsqueeze(0), (size, size), mode=resample, antialias=True)[0]
         return torch.from_numpy(np.ascontiguousarray(pixels.numpy()))

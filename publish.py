@@ -1,7 +1,7 @@
 """Publishing: a model becomes a folder that others load, and the folder a repository of the Hub; also a Space, to try it in.
 
-Imports config, model, convert, remote, card and space; onnx_export and the Hub's client, which does all of the talking, by
-late imports.
+Imports config, model, model_file, convert, remote, scenes, card, space and files; onnx_export and the Hub's client, which
+does all of the talking, by late imports.
 Two scripts call it, upload_to_hf.py and auto_upload.py; offer_upload is for the end of a training run. A token is found by
 the client (HF_TOKEN, or what `hf auth login` saved) and never seen here.
 """
@@ -27,12 +27,13 @@ import tyro
 from card import Run, layout_of, local, read_run, scrubbed, write_card
 from config import UserError
 from convert import MARKER, WRITTEN, first_line, new_folder, save_transformers
+from evaluate import weights_sha256
 from files import file_hash, write_json
 from model import ImageCaptionModel
-from model_file import MODEL_FILE, find_model_file, read_model_file, weights_hash
+from model_file import MODEL_FILE, find_model_file
 from remote import MODULE
 from scenes import draw, make_scene
-from space import SPACE_FILES, write_space
+from space import SPACE_FILES, gradio_version, write_space
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -44,7 +45,7 @@ CODE = ("config", "model", "generation", "convert")  # with what they import: to
 SPACE_CODE = ("app",)
 PICTURE, SAMPLES = "example.png", "samples.png"
 BESIDE = ["README.md", "run.json", "metrics.json", PICTURE, SAMPLES, "onnx", ".eval_results"]
-OURS = [*WRITTEN, MODEL_FILE, f"{MODULE}.py", *BESIDE]  # of any model, and the code
+OURS = [*WRITTEN, MODEL_FILE, f"{MODULE}.py", *BESIDE]  # of models of any kind
 PASSING = {408, 429, 500, 502, 503, 504}  # statuses of a Hub that may be well again in a moment
 PATIENCE = 10.0  # seconds in which a request is tried again; the client's own retries of some requests go on for longer
 
@@ -103,6 +104,8 @@ class UploadConfig:
             raise UserError("pr and revision exclude each other: a pull request is opened against main")
         if self.space and (self.pr or self.revision):
             raise UserError("space shows the model at the repository's main branch: leave out revision and pr")
+        if self.space:
+            gradio_version()  # before anything is sent
         if self.benchmark and (self.benchmark.count(":") != 2 or self.benchmark.split(":")[0].count("/") != 1):
             raise UserError(f"benchmark {self.benchmark!r}: it must be user/dataset:task:metric")
 
@@ -114,7 +117,7 @@ def publish(config: UploadConfig, message: str = "Upload the model") -> str:
         subject = find_subject(config)
         folders = [Path("upload", *(["spaces"] if kind == "space" else []), config.repository) for kind in kinds]
         for kind, folder in zip(kinds, folders, strict=True):
-            write_folder(folder, config, subject, kind)
+            WRITERS[kind](folder, config, subject)
         print(f"written to {' and '.join(map(str, folders))}; nothing was sent")
         return str(folders[0])
     api = logged_in()
@@ -125,8 +128,9 @@ def publish(config: UploadConfig, message: str = "Upload the model") -> str:
     places = []
     with tempfile.TemporaryDirectory(prefix="upload-") as temporary:
         for kind in kinds:
+            WRITERS[kind](Path(temporary) / kind, config, subject)
+        for kind in kinds:
             folder = Path(temporary) / kind
-            write_folder(folder, config, subject, kind)
             after, where = again(config.repository, partial(send, api, config, folder, message, kind))
             print(f"{where}: nothing had changed" if after == before[kind] else f"uploaded to {where}")
             places.append(where)
@@ -146,8 +150,11 @@ class Subject:
     """The run that made it."""
     file: Path
     """Where it was loaded from."""
-    adapters: dict[str, Any] | None
-    """What a file of adapters says of them; it is they that are published, then."""
+
+    @property
+    def adapters(self) -> dict[str, Any] | None:
+        """What is known of adapters where the file has those; it is they that are published, then."""
+        return self.model.merged
 
 
 def find_subject(config: UploadConfig) -> Subject:
@@ -159,20 +166,18 @@ def find_subject(config: UploadConfig) -> Subject:
         raise UserError(f"{config.run}: no run.json there: name the folder of a run")
     file = find_model_file(source)
     model = ImageCaptionModel.from_pretrained(source, config.base_dir)
-    about, weights = read_model_file(file) if file.suffix == ".safetensors" else ({}, model.own_state())
-    adapters = about.get("adapters")
-    whole = f"make one whole model (python adapters.py {source} whole.safetensors) and publish that"
-    for base in filter(None, adapters["bases"].values()) if adapters else ():
+    bases = filter(None, model.merged["bases"].values()) if model.merged else ()
+    for base in bases:
         if local(base):
+            where = f" --base-dir {config.base_dir}" if config.base_dir else ""
+            whole = f"make one whole model (python adapters.py {source} whole.safetensors{where}) and publish that"
             raise UserError(f"{source}: adapters for {base}, which nobody else has: {whole}")
-    if config.onnx and layout_of(model.config, adapters) != "transformers":
-        raise UserError(
-            f"{source}: only whole models with cross-attention have ONNX files: leave out --onnx, or {whole}"
-        )
+    if config.onnx and layout_of(model.config, model.merged) != "transformers":
+        raise UserError(f"{source}: only whole models with cross-attention have ONNX files: leave out --onnx")
     folder = config.run or find_run(Path(source))
     step = re.search(r"step-(\d+)", source)  # of a checkpoint
-    run = read_run(folder, weights_hash(weights), int(step[1]) if step else None) if folder else None
-    return Subject(model=model, run=run, file=file, adapters=adapters)
+    run = read_run(folder, weights_sha256(model), int(step[1]) if step else None) if folder else None
+    return Subject(model=model, run=run, file=file)
 
 
 def find_run(path: Path) -> Path | None:
@@ -206,16 +211,18 @@ def code_files(names: Sequence[str]) -> list[Path]:
     return sorted(found.values())
 
 
-def write_folder(directory: Path, config: UploadConfig, subject: Subject, kind: Kind = "model") -> None:
-    """Everything that is uploaded. Equal models give equal folders: no dates, no paths of this machine."""
-    if kind == "space":
-        code = code_files(SPACE_CODE)
-        with new_folder(directory, [MARKER, "README.md", *SPACE_FILES, *(path.name for path in code)]) as folder:
-            write_space(folder, config.repository, config.license, subject.adapters)
-            write_json(folder / MARKER, {})
-            for path in code:
-                shutil.copyfile(path, folder / path.name)
-        return
+def write_space_folder(directory: Path, config: UploadConfig, subject: Subject) -> None:
+    """Everything that is uploaded to a Space."""
+    code = code_files(SPACE_CODE)
+    with new_folder(directory, [MARKER, "README.md", *SPACE_FILES, *(path.name for path in code)]) as folder:
+        write_space(folder, config.repository, subject.adapters)
+        write_json(folder / MARKER, {})
+        for path in code:
+            shutil.copyfile(path, folder / path.name)
+
+
+def write_model_folder(directory: Path, config: UploadConfig, subject: Subject) -> None:
+    """Everything that is uploaded of a model. Equal models give equal folders: no dates, no paths of this machine."""
     code, model, run = code_files(CODE), subject.model, subject.run
     model.tokenizer = model.tokenizer  # GPT-2's, where none came with the weights
     with new_folder(directory, [*OURS, *(path.name for path in code)]) as folder:
@@ -258,6 +265,9 @@ def write_folder(directory: Path, config: UploadConfig, subject: Subject, kind: 
         )
 
 
+WRITERS = {"model": write_model_folder, "space": write_space_folder}
+
+
 # The Hub
 
 
@@ -281,6 +291,7 @@ def make_ready(api: HfApi, config: UploadConfig, kind: Kind) -> str | None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     name = config.repository
+    what = f"the Space {name}" if kind == "space" else name
     look = api.space_info if kind == "space" else api.model_info
     try:
         info = look(name)
@@ -289,12 +300,14 @@ def make_ready(api: HfApi, config: UploadConfig, kind: Kind) -> str | None:
         api.create_repo(name, repo_type=kind, space_sdk=sdk, private=config.private or None, exist_ok=True)
         info = look(name)
     if config.private and not info.private:
-        raise UserError(f"{name} exists and everybody can see it: make it private in its settings, or name another")
-    inside = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
+        raise UserError(f"{what} exists and everybody can see it: make it private in its settings, or name another")
+    made_by_the_hub = {".gitattributes", *(["README.md"] if kind == "space" else [])}
+    inside = {file.rfilename for file in info.siblings or []} - made_by_the_hub
     if inside and MARKER not in inside and not (config.pr or config.force):
         some = ", ".join(sorted(inside)[:3])
         raise UserError(
-            f"{name} holds files that were not written here ({some}): name another, or add --force (or --pr)"
+            f"{what} holds files that were not written here ({some}): name another, or add --force"
+            f"{'' if config.space else ' (or --pr)'}"
         )
     if config.revision and not config.revision.startswith("refs/"):
         api.create_branch(name, branch=config.revision, exist_ok=True)

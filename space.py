@@ -1,6 +1,7 @@
 """A Space of the Hugging Face Hub: the web page of app.py with a published model, for anybody to try.
 
-Imports config and files. publish.py calls it, puts the project's code beside what it writes, and uploads the folder.
+Imports config and files. publish.py calls it, puts the project's code beside what it writes, and uploads the folder. The
+Space's log is where its errors are read, so it starts as the scripts do.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ START = "serve.py"
 SPACE_FILES = [START, "requirements.txt"]  # beside its README.md and the code
 
 
-def write_space(folder: Path, repository: str, license: str, adapters: dict[str, Any] | None) -> None:
-    """README.md, whose head is the Space's configuration, what starts the page, and its packages.
-
-    Raises UserError where gradio is missing, whose version here is the one that the Space will have.
-    """
-    from huggingface_hub import SpaceCardData
-
+def gradio_version() -> str:
+    """The version here, which is the one that the Space will have. Raises UserError where there is none."""
     try:
-        version = importlib.metadata.version("gradio")
+        return importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError:
         raise UserError("a Space is made with gradio: pip install -r requirements-app.txt") from None
+
+
+def write_space(folder: Path, repository: str, adapters: dict[str, Any] | None) -> None:
+    """README.md, whose head is the Space's configuration, what starts the page, and its packages. Raises UserError."""
+    from huggingface_hub import SpaceCardData
+
     title = repository.split("/")[1]
     about = SpaceCardData(
         title=title,
@@ -36,18 +38,20 @@ def write_space(folder: Path, repository: str, license: str, adapters: dict[str,
         colorFrom="green",
         colorTo="gray",
         sdk="gradio",
-        sdk_version=version,
+        sdk_version=gradio_version(),
         python_version=".".join(platform.python_version_tuple()[:2]),
         app_file=START,
         models=[repository],
-        license=license,
+        license="apache-2.0",  # of the code, which is all that is there
         short_description="Captions for pictures",
     )
     text = f"Drop a picture on this page and read what [{repository}](https://huggingface.co/{repository}) says of it. Where "
     text += "that model is private, the Space needs a secret HF_TOKEN (Settings) that may read it."
     write_text(folder / "README.md", f"---\n{about.to_yaml()}\n---\n\n# {title}\n\n{text}\n")
-    start = f'"""The web page, with the model {repository}."""\n\nimport sys\n\nfrom app import main\n\n'
-    start += f'sys.argv[1:] = ["--model", "{repository}", "--host", "0.0.0.0"]\nsys.exit(main())\n'
+    start = f'"""The web page, with the model {repository}."""\n\nimport sys\n\nfrom app import main\nfrom utils import run_script\n\n'
+    start += f'sys.argv[1:] = ["--model", "{repository}", "--host", "0.0.0.0"]\nrun_script(main)\n'
     write_text(folder / START, start)
     needed = ["requirements.txt", *(["requirements-qlora.txt"] if adapters and adapters["quantized"] else [])]
-    write_text(folder / "requirements.txt", "".join((HERE / name).read_text(encoding="utf-8") for name in needed))
+    lines = [line for name in needed for line in (HERE / name).read_text(encoding="utf-8").splitlines()]
+    packages = [line for line in lines if not line.startswith(("#", "wandb"))]  # a Space does not train
+    write_text(folder / "requirements.txt", "\n".join(packages) + "\n")

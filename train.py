@@ -485,6 +485,7 @@ def finish(job: Job) -> None:
     model = job.model
     if config.merge:
         model = ImageCaptionModel.from_pretrained(best, config.base_dir).to(job.device)
+        model.merged = None  # from here on it is one model
     else:
         model.load_own_state(load_file(best))
     model.eval()

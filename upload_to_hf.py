@@ -1,4 +1,4 @@
-"""Publishes a model on the Hugging Face Hub, with its card, for anybody to load with transformers alone.
+"""Publishes a model on the Hugging Face Hub, with its card, for anybody to load: most with transformers alone.
 
     hf auth login
     python upload_to_hf.py user/name --model-path vit-gpt2-captioning.safetensors

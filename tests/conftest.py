@@ -26,6 +26,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 
+# The files that take longest begin, so that no core is left with one of them at the end.
+LONGEST = ["test_upload.py", "test_scripts.py", "test_app.py", "test_readme.py", "test_train.py", "test_adapters.py"]
+LONGEST += ["test_evaluate.py", "test_distributed.py", "test_benchmark.py", "test_checkpoint.py", "test_captioning.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def tiny_config(**changes) -> ViTGPT2Config:
     fields = dict(
         image_size=16,

@@ -248,7 +248,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name in self.server.repositories:
             return self.reply(409, where | {"error": "You already created this model repo"})
         private = asked.get("private") is True or asked.get("visibility") == "private"
-        self.server.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private)
+        files = {".gitattributes": b"*.safetensors filter=lfs\n"}
+        if name.startswith("spaces/"):  # a new one has a card already
+            files["README.md"] = b"---\nsdk: gradio\n---\n"
+        self.server.add(name, files, private)
         self.reply(200, where)
 
     def validate(self, token: str | None, body: bytes) -> None:

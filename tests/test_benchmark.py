@@ -99,6 +99,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_the_training_benchmark(tmp_path):
     """Both loops begin at the same loss: they learn the same pairs from the same weights."""
     done = run(
@@ -115,6 +116,7 @@ def test_the_training_benchmark(tmp_path):
     assert "self-critical, 10 pairs bf16: a picture costs" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_training_benchmark_of_adapters(tmp_path):
     """Adapters begin as nothing, so the first loss is the whole model's (of weights in 4 bits, nearly)."""
     pytest.importorskip("peft", reason="peft is of requirements-qlora.txt")

@@ -18,7 +18,7 @@ from config import PRESETS, UserError
 from evaluate import about_decoding
 from model import ImageCaptionModel
 from model_file import weights_hash
-from publish import Subject, UploadConfig, find_run, write_folder
+from publish import Subject, UploadConfig, find_run, write_model_folder
 
 METRICS = {"bleu_4": 0.28764321, "cider_d": 0.9, "bleu_4_low": 0.27, "bleu_4_high": 0.3, "pictures": 12, "split": "val"}
 METRICS |= {"decoding": "num_beams 3", "unique_captions": 12, "data": "scenes"}
@@ -140,10 +140,10 @@ def test_metrics_of_other_weights_are_left_out(folder, model):
 def test_photographs_are_not_shown_unless_asked(tmp_path, model):
     path = make_run(tmp_path / "run", model, METRICS, dataset="flickr8k", data_dir="/home/ann/flickr8k")
     run = of_run(path, model)
-    subject = Subject(model=model, run=run, file=Path(), adapters=None)
+    subject = Subject(model=model, run=run, file=Path())
     for asked in (False, True):
         folder = tmp_path / str(asked)
-        write_folder(folder, UploadConfig(repository="ann/dogs", sample_pictures=asked), subject)
+        write_model_folder(folder, UploadConfig(repository="ann/dogs", sample_pictures=asked), subject)
         text = (folder / "README.md").read_text()
         assert (folder / "samples.png").exists() == ("samples.png" in text) == asked
         assert ("- caption &lt;b&gt;0&lt;/b&gt;" in text) != asked
@@ -208,3 +208,14 @@ def test_a_run_is_found_by_the_same_file(folder, model, monkeypatch):
 
 def test_text_of_anybody_is_only_shown():
     assert card.escape("a | b\n<script> *x* [y](z) # `c`") == "a \\| b &lt;script&gt; \\*x\\* \\[y\\](z) \\# \\`c\\`"
+
+
+def test_names_that_only_this_machine_knows(tmp_path, monkeypatch):
+    """Adapters for them would be of use to nobody, and a base model by such a name is another one on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ann").mkdir()
+    (tmp_path / "ann/vit").mkdir()
+    for name in ("./vit", "/models/vit", "~/vit", "a/b/c", "vit", "model.safetensors", "runs/x.safetensors", "ann/vit"):
+        assert card.local(name), name
+    for name in ("gpt2", "gpt2-medium", "distilgpt2", "google/vit-base-patch16-224-in21k", "bob/vit"):
+        assert not card.local(name), name

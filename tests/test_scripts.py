@@ -178,6 +178,7 @@ def test_evaluate_script(demo, tmp_path):
     assert json.loads((tmp_path / "evaluation/metrics.json").read_text())["cider_d"] == pytest.approx(0.5998, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_flickr8k_preset_cut_short(tmp_path):
     folder = needs_shared("flickr8k")
     model = ["--vision-num-layers", "1", "--decoder-num-layers", "1", "--image-size", "32", "--resize-size", "36"]
