@@ -277,7 +277,8 @@ def test_a_whole_run(scenes_dir, pretrained, tmp_path, monkeypatch, merge):
     assert train(dataclasses.replace(config, resume="out", output_dir=None)) == 0  # it has finished, and says so again
 
 
-@pytest.mark.parametrize("bridge", ["prefix", pytest.param("cross_attention", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@BRIDGES
 def test_a_killed_run_goes_on_to_the_same_bits(scenes_dir, pretrained, tmp_path, bridge):
     """A checkpoint has the adapters alone: the weights under them must come again as they were, rounded alike, and the
     running average beside the weights that learn."""

@@ -517,20 +517,3 @@ def test_names(tmp_path, monkeypatch):
     assert picture_names(["b", "a[1].png", "absent.png"]) == [*below, "a[1].png", "absent.png"]
     assert picture_names(["a*.png", "**/*.png"]) == ["a1.png", "a[1].png", "a1.png", "a[1].png", "b/2.png", "c.png"]
     assert picture_names(["-"]) == [*below, "c.png", "http://x/y", "\udcff.png"]
-
-
-def test_the_commands_of_the_readme(model, tmp_path):
-    """Those of its section on captioning, as they stand there, with the newest model in the folder."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Caption pictures")[1].split("\n## ")[0]
-    commands = [line.split("  #")[0] for line in section.split("```")[1].strip().splitlines()]
-    assert len(commands) >= 4
-    for seed, name in enumerate(["photo.jpg", "photos/a.jpg", "photos/b.jpg", "more/c.png", "more/d.png"]):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.open(io.BytesIO(picture(seed))).save(tmp_path / name)
-    model.save_file(tmp_path / "vit-gpt2-captioning.safetensors")
-    for command in commands:
-        runnable = command.replace("python example_usage.py", f"{sys.executable} {ROOT / 'example_usage.py'}")
-        done = subprocess.run(["bash", "-c", runnable], cwd=tmp_path, text=True, capture_output=True, timeout=300)
-        assert done.returncode == 0 and done.stdout, done.stderr
-    assert len((tmp_path / "captions.csv").read_text().splitlines()) == 5 and (tmp_path / "words.png").stat().st_size
-    assert all((tmp_path / f"photos/{name}.txt").read_text().strip() for name in "ab")

@@ -21,7 +21,9 @@ from model import ImageCaptionModel
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SHELL = [block for language, block in re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.S | re.M) if not language]
 LINES = [line.split("  #")[0].strip() for block in SHELL for line in block.splitlines()]
-COMMANDS = [line for line in LINES if line.startswith("python ")] + re.findall(r"`(python [^`]+)`", TEXT)
+COMMANDS = [line for line in LINES if line.startswith("python ") or "| python " in line] + re.findall(
+    r"`(python [^`]+)`", TEXT
+)
 
 
 def test_every_flag_and_file_it_names_exists():
@@ -103,8 +105,8 @@ def user(tmp_path_factory, scenes_dir) -> Path:
     for name in ("photos", "more", "my_photos", "flickr8k/Images"):
         (folder / name).mkdir(parents=True)
     shutil.copy(pictures[0], folder / "photo.jpg")
-    for name in ("photos", "more"):
-        shutil.copy(pictures[1], folder / name / "one.png")
+    shutil.copy(pictures[1], folder / "photos/one.jpg")
+    shutil.copy(pictures[1], folder / "more/one.png")
     captions = ["image,caption"]
     for number, picture in enumerate(pictures[:60]):
         shutil.copy(picture, folder / f"my_photos/{number}.jpg")

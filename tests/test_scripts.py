@@ -279,6 +279,7 @@ def test_pictures_trained_on_are_not_scored(demo, tmp_path):
     evaluate.check_overlap(known, train, allowed=True)
 
 
+@pytest.mark.slow
 def test_a_run_from_the_cache_is_the_same_run(tmp_path, scenes_dir):
     """Pixels kept on disk are the ones that are decoded on the way: the models are equal to the bit."""
     arguments = [

@@ -244,6 +244,7 @@ def test_adapters_for_what_nobody_else_has_are_not_published(hub, upload, cwd):
     assert not hub.repositories
 
 
+@pytest.mark.slow
 def test_another_language_model_goes_as_it_is(hub, cwd, upload, scenes_tokenizer):
     """transformers has no place for it: one file, which this project loads."""
     from transformers import LlamaConfig
