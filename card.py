@@ -172,7 +172,7 @@ def read_run(folder: Path, weights_sha256: str, step: int | None = None) -> Run:
 
 
 def local(name: str) -> bool:
-    """Whether a name of weights is a folder here, and nothing that the Hub knows."""
+    """Whether a name of weights is a path, here or where they were trained, and nothing that the Hub knows."""
     path = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith(".safetensors")
     unowned = "/" not in name and not re.match(r"(distil)?gpt2", name)  # the Hub has few names without an owner
     return path or unowned or Path(name).exists()
@@ -204,13 +204,14 @@ def scrubbed(values: Any) -> Any:
 Layout = Literal["transformers", "remote code", "adapters", "project"]
 
 
-def layout_of(config: ViTGPT2Config, adapters: dict[str, Any] | None) -> Layout:
-    """How a model is published: so that transformers loads it, alone or by code that comes with it, or this project only."""
-    if adapters:
+def layout_of(model: ImageCaptionModel) -> Layout:
+    """How a model is published: so that transformers loads it, alone or by code that comes with it, or this project only;
+    one that adapters were merged into, as those."""
+    if model.merged:
         return "adapters"
-    if config.bridge == "cross_attention":
+    if model.config.bridge == "cross_attention":
         return "transformers"
-    return "project" if config.language_model else "remote code"
+    return "project" if model.config.language_model else "remote code"
 
 
 def write_card(
@@ -221,12 +222,10 @@ def write_card(
     license: str = "apache-2.0",
     language: str | None = None,
     benchmark: str | None = None,
-    adapters: dict[str, Any] | None = None,
     space: bool = False,
 ) -> None:
     """Writes README.md into a folder that is otherwise finished, and .eval_results for a benchmark.
 
-    adapters: what their file says of them, where it is adapters that are published; the model has them merged in.
     space: whether a Space of the same name shows the model.
     The metadata has the evaluation results as a model-index, which holds for any data set. The newer form,
     .eval_results, is for benchmarks that are registered on the Hub, so somebody has to name one.
@@ -235,8 +234,7 @@ def write_card(
 
     metrics = run.metrics if run else {}
     language = language or (run.data.language if run else "") or None
-    base_models = bases_of(adapters) if adapters else run.base_models if run else []
-    layout = layout_of(model.config, adapters)
+    base_models = bases_of(model.merged) if model.merged else run.base_models if run else []
     data_set = run.config.get("dataset", "") if run else ""
     on_hub = [data_set] if "/" in data_set else None
     browser = (folder / "onnx").is_dir()
@@ -259,7 +257,7 @@ def write_card(
     about = ModelCardData(
         license=license,
         language=language,
-        library_name="transformers" if layout in ("transformers", "remote code") else None,
+        library_name="transformers" if layout_of(model) in ("transformers", "remote code") else None,
         pipeline_tag="image-to-text",
         tags=[
             "image-captioning",
@@ -268,7 +266,7 @@ def write_card(
             *(["onnx", "transformers.js"] if browser else []),
         ],
         base_model=[name for name in base_models if "/" in name] or None,
-        base_model_relation="adapter" if adapters else None,
+        base_model_relation="adapter" if model.merged else None,
         datasets=on_hub,
         metrics=sorted({kind for name, kind in HUB_METRICS.items() if name in metrics and kind in ("bleu", "rouge")})
         or None,
@@ -286,14 +284,14 @@ def write_card(
         about.pop("model_name")
     sections = {
         "": opening(model.config, run, caption, repository if space else None),
-        "Use it": usage(repository, model, layout, adapters, browser),
+        "Use it": usage(repository, model, browser),
         "Results": numbers(run) if metrics and run else "",
         "Samples": samples(run, folder) if run else "",
-        "The model": architecture(model, base_models, layout),
-        "Training": training(run, model, OF_ADAPTERS if adapters else []) if run else "",
+        "The model": architecture(model, base_models),
+        "Training": training(run, model) if run else "",
         "Limitations and biases": limitations(model, run),
         "Licence": rights(license, base_models, run),
-        "Citation": citation(repository, model.config, adapters),
+        "Citation": citation(repository, model),
     }
     title = repository.split("/")[1]
     body = [f"# {title}"]
@@ -352,11 +350,9 @@ def decoder_name(config: ViTGPT2Config) -> str:
     return json.loads(config.language_model)["model_type"] if config.language_model else "GPT-2"
 
 
-def usage(
-    repository: str, model: ImageCaptionModel, layout: Layout, adapters: dict[str, Any] | None, browser: bool
-) -> str:
+def usage(repository: str, model: ImageCaptionModel, browser: bool) -> str:
     """How to load it: up to three ways."""
-    ways = []
+    ways, layout = [], layout_of(model)
     if layout == "transformers":
         how = by_transformers(repository, "AutoModelForImageTextToText", "", "")
         ways.append(f"With transformers, and no code from here:\n\n{how}")
@@ -365,11 +361,12 @@ def usage(
         trust = ", trust_remote_code=True"
         how = by_transformers(repository, "AutoModel", trust, f", max_new_tokens={longest}, num_beams=3")
         ways.append(f"With transformers, by the code that is here:\n\n{how}")
-    if adapters:
-        bases = " and ".join(map(escape, bases_of(adapters)))
+    if model.merged:
+        bases = " and ".join(map(escape, bases_of(model.merged)))
+        rounded = ", rounded to 4 bits as in training (`pip install bitsandbytes`)"
         ways.append(
             f"These are adapters (LoRA), and what joins picture and text; the rest is {bases}, which the project loads and "
-            f"merges them into{', rounded to 4 bits as in training (`pip install bitsandbytes`)' if adapters['quantized'] else ''}."
+            f"merges them into{rounded if model.merged['quantized'] else ''}."
         )
     ways.append(
         f"""With the project that it was trained by, or with the Python files of this repository (`hf download {repository}`), to go
@@ -457,7 +454,7 @@ def samples(run: Run, folder: Path) -> str:
     )
 
 
-def architecture(model: ImageCaptionModel, base_models: list[str], layout: Layout) -> str:
+def architecture(model: ImageCaptionModel, base_models: list[str]) -> str:
     """Sizes."""
     c = model.config
     how = "with cross-attention in every layer" if c.bridge == "cross_attention" else "after a prefix of the picture"
@@ -482,12 +479,12 @@ def architecture(model: ImageCaptionModel, base_models: list[str], layout: Layou
         ),
         ("vocabulary", f"{c.vocab_size:,}" + ("" if c.language_model else " (byte-level BPE)")),
         ("base models", ", ".join(map(escape, base_models))),
-        ("layout", layouts[layout]),
+        ("layout", layouts[layout_of(model)]),
     ]
     return table(("", ""), [row for row in rows if row[1]])
 
 
-def training(run: Run, model: ImageCaptionModel, more: list[str]) -> str:
+def training(run: Run, model: ImageCaptionModel) -> str:
     """Data, settings, hardware and time, as far as the run has written them down."""
     steps = max((line["step"] for line in run.history), default=0)
     seen = len(model.trained_on)
@@ -499,7 +496,7 @@ def training(run: Run, model: ImageCaptionModel, more: list[str]) -> str:
             rows.append((name, escape(str(run.about[name]))))
     if seconds := run.about.get("seconds") or run.seconds:
         rows.append(("time in training", f"{seconds / 60:.1f} minutes"))
-    settings = {name: run.config.get(name) for name in [*SETTINGS, *more]}
+    settings = {name: run.config.get(name) for name in [*SETTINGS, *(OF_ADAPTERS if model.merged else [])]}
     if settings["max_steps"]:
         del settings["epochs"]
     rows += [(name.replace("_", " "), str(value)) for name, value in settings.items() if value not in (None, "")]
@@ -527,16 +524,16 @@ def rights(license: str, base_models: list[str], run: Run | None) -> str:
     return f"{license} for the weights, [Apache 2.0](https://www.apache.org/licenses/LICENSE-2.0) for the Python files.{also}"
 
 
-def citation(repository: str, config: ViTGPT2Config, adapters: dict[str, Any] | None) -> str:
+def citation(repository: str, model: ImageCaptionModel) -> str:
     """How to cite it, and what it is made of."""
     owner, name = repository.split("/")
     key = re.sub(r"\W", "", name) or "model"
     made_of = ["the encoder is that of [Dosovitskiy et al. 2020](https://arxiv.org/abs/2010.11929)"]
-    if not config.language_model:
+    if not model.config.language_model:
         made_of.append('the decoder that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"')
-    if adapters:
+    if model.merged:
         made_of.append("the adapters are those of [Hu et al. 2021](https://arxiv.org/abs/2106.09685)")
-        if adapters["quantized"]:
+        if model.merged["quantized"]:
             made_of.append("over weights in 4 bits, [Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)")
     said = ", ".join(made_of)
     return f"""```bibtex

@@ -434,7 +434,7 @@ class ImageCaptionModel(nn.Module):
         self.adapters: dict[str, Any] | None = None
         """What adapters.py has put on the model, for a file that holds those alone (see own_state)."""
         self.merged: dict[str, Any] | None = None
-        """Of a model that was loaded from a file of adapters: what the file says of them, and their sha256."""
+        """Of a model that was loaded from a file of adapters: what it says of them, its path and their sha256."""
         self.trained_on = np.empty(0, np.uint64)
         """Keys of the pictures it has learned from (CaptionTable.keys), so that nobody is scored on them unawares."""
         self.encoder = VisionTransformer(self.config)
@@ -656,7 +656,7 @@ class ImageCaptionModel(nn.Module):
             from adapters import adapted_model
 
             model = adapted_model(path, config, about["adapters"], weights, base_dir)
-            model.merged = about["adapters"] | {"sha256": weights_hash(weights)}
+            model.merged = about["adapters"] | {"file": path, "sha256": weights_hash(weights)}
         else:
             model = cls(config)
             check_shapes(path, model.state_dict(), weights)

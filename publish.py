@@ -1,6 +1,6 @@
 """Publishing: a model becomes a folder that others load, and the folder a repository of the Hub; also a Space, to try it in.
 
-Imports config, model, model_file, convert, remote, scenes, card, space and files; onnx_export and the Hub's client, which
+Imports config, model, model_file, convert, evaluate, remote, scenes, card, space and files; onnx_export and the Hub's client, which
 does all of the talking, by late imports.
 Two scripts call it, upload_to_hf.py and auto_upload.py; offer_upload is for the end of a training run. A token is found by
 the client (HF_TOKEN, or what `hf auth login` saved) and never seen here.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
@@ -30,7 +30,7 @@ from convert import MARKER, WRITTEN, first_line, new_folder, save_transformers
 from evaluate import weights_sha256
 from files import file_hash, write_json
 from model import ImageCaptionModel
-from model_file import MODEL_FILE, find_model_file
+from model_file import MODEL_FILE
 from remote import MODULE
 from scenes import draw, make_scene
 from space import SPACE_FILES, gradio_version, write_space
@@ -114,21 +114,22 @@ def publish(config: UploadConfig, message: str = "Upload the model") -> str:
     """Writes the folder and uploads it; prints and returns where it is. Raises UserError, HubAwayError if it may pass."""
     kinds: list[Kind] = ["model", "space"] if config.space else ["model"]
     if config.dry_run:
-        subject = find_subject(config)
+        model, run = find_model(config)
         folders = [Path("upload", *(["spaces"] if kind == "space" else []), config.repository) for kind in kinds]
         for kind, folder in zip(kinds, folders, strict=True):
-            WRITERS[kind](folder, config, subject)
+            WRITERS[kind](folder, config, model, run)
         print(f"written to {' and '.join(map(str, folders))}; nothing was sent")
         return str(folders[0])
     api = logged_in()
-    subject = find_subject(config)
+    model, run = find_model(config)
     before = {kind: patiently(config.repository, partial(make_ready, api, config, kind)) for kind in kinds}
     # A request for a pull request whose answer is lost must not open a second one.
     again = once if config.pr else patiently
     places = []
     with tempfile.TemporaryDirectory(prefix="upload-") as temporary:
         for kind in kinds:
-            WRITERS[kind](Path(temporary) / kind, config, subject)
+            WRITERS[kind](Path(temporary) / kind, config, model, run)
+            patiently(config.repository, partial(check_card, Path(temporary) / kind, kind))  # before gigabytes go out
         for kind in kinds:
             folder = Path(temporary) / kind
             after, where = again(config.repository, partial(send, api, config, folder, message, kind))
@@ -140,31 +141,13 @@ def publish(config: UploadConfig, message: str = "Upload the model") -> str:
 # What there is to publish
 
 
-@dataclass(kw_only=True)
-class Subject:
-    """A model that is to be published, with what is known of it."""
-
-    model: ImageCaptionModel
-    """Whole: adapters are merged into what they were made for."""
-    run: Run | None
-    """The run that made it."""
-    file: Path
-    """Where it was loaded from."""
-
-    @property
-    def adapters(self) -> dict[str, Any] | None:
-        """What is known of adapters where the file has those; it is they that are published, then."""
-        return self.model.merged
-
-
-def find_subject(config: UploadConfig) -> Subject:
-    """The model, and the run that made it where that is known. Raises UserError, also for what would be of no use to others."""
+def find_model(config: UploadConfig) -> tuple[ImageCaptionModel, Run | None]:
+    """The model, and the run that made it where that is known. Raises UserError, also for what is of no use to others."""
     from example_usage import newest_model
 
     source = config.model_path or newest_model()
     if config.run and not (config.run / "run.json").is_file():
         raise UserError(f"{config.run}: no run.json there: name the folder of a run")
-    file = find_model_file(source)
     model = ImageCaptionModel.from_pretrained(source, config.base_dir)
     bases = filter(None, model.merged["bases"].values()) if model.merged else ()
     for base in bases:
@@ -172,12 +155,11 @@ def find_subject(config: UploadConfig) -> Subject:
             where = f" --base-dir {config.base_dir}" if config.base_dir else ""
             whole = f"make one whole model (python adapters.py {source} whole.safetensors{where}) and publish that"
             raise UserError(f"{source}: adapters for {base}, which nobody else has: {whole}")
-    if config.onnx and layout_of(model.config, model.merged) != "transformers":
+    if config.onnx and layout_of(model) != "transformers":
         raise UserError(f"{source}: only whole models with cross-attention have ONNX files: leave out --onnx")
     folder = config.run or find_run(Path(source))
     step = re.search(r"step-(\d+)", source)  # of a checkpoint
-    run = read_run(folder, weights_sha256(model), int(step[1]) if step else None) if folder else None
-    return Subject(model=model, run=run, file=file)
+    return model, read_run(folder, weights_sha256(model), int(step[1]) if step else None) if folder else None
 
 
 def find_run(path: Path) -> Path | None:
@@ -211,26 +193,25 @@ def code_files(names: Sequence[str]) -> list[Path]:
     return sorted(found.values())
 
 
-def write_space_folder(directory: Path, config: UploadConfig, subject: Subject) -> None:
+def write_space_folder(directory: Path, config: UploadConfig, model: ImageCaptionModel, run: Run | None) -> None:
     """Everything that is uploaded to a Space."""
     code = code_files(SPACE_CODE)
     with new_folder(directory, [MARKER, "README.md", *SPACE_FILES, *(path.name for path in code)]) as folder:
-        write_space(folder, config.repository, subject.adapters)
+        write_space(folder, config.repository, model.merged)
         write_json(folder / MARKER, {})
         for path in code:
             shutil.copyfile(path, folder / path.name)
 
 
-def write_model_folder(directory: Path, config: UploadConfig, subject: Subject) -> None:
+def write_model_folder(directory: Path, config: UploadConfig, model: ImageCaptionModel, run: Run | None) -> None:
     """Everything that is uploaded of a model. Equal models give equal folders: no dates, no paths of this machine."""
-    code, model, run = code_files(CODE), subject.model, subject.run
+    code, layout = code_files(CODE), layout_of(model)
     model.tokenizer = model.tokenizer  # GPT-2's, where none came with the weights
     with new_folder(directory, [*OURS, *(path.name for path in code)]) as folder:
-        layout = layout_of(model.config, subject.adapters)
         if layout == "transformers":
             save_transformers(model, folder)
-        elif layout == "adapters":
-            shutil.copyfile(subject.file, folder / MODEL_FILE)
+        elif model.merged:
+            shutil.copyfile(model.merged["file"], folder / MODEL_FILE)
             write_json(folder / "config.json", model.config.to_dict())
         else:
             model.save_pretrained(folder)
@@ -260,7 +241,6 @@ def write_model_folder(directory: Path, config: UploadConfig, subject: Subject) 
             license=config.license,
             language=config.language,
             benchmark=config.benchmark,
-            adapters=subject.adapters,
             space=config.space,
         )
 
@@ -284,7 +264,8 @@ def logged_in() -> HfApi:
 
 
 def make_ready(api: HfApi, config: UploadConfig, kind: Kind) -> str | None:
-    """Makes the repository (a model's or a Space's) and the branch where they are missing; returns the commit that the upload will follow.
+    """Makes the repository, a model's or a Space's, and the branch where they are missing; returns the commit that the
+    upload will follow.
 
     Raises UserError for a repository that the upload would spoil.
     """
@@ -314,15 +295,18 @@ def make_ready(api: HfApi, config: UploadConfig, kind: Kind) -> str | None:
     return look(name, revision=config.revision).sha if config.revision else info.sha
 
 
+def check_card(folder: Path, kind: Kind) -> None:
+    """Has the Hub look at the card. Raises ValueError for one that it refuses."""
+    from huggingface_hub import ModelCard, SpaceCard
+
+    {"model": ModelCard, "space": SpaceCard}[kind].load(folder / "README.md").validate()
+
+
 def send(api: HfApi, config: UploadConfig, folder: Path, message: str, kind: Kind) -> tuple[str, str]:
     """Uploads the folder in one commit; what an earlier upload left and this one lacks is deleted with it.
 
     Returns the commit and its address. The client sends only what the Hub does not have.
     """
-    from huggingface_hub import ModelCard, SpaceCard
-
-    card = {"model": ModelCard, "space": SpaceCard}[kind]
-    card.load(folder / "README.md").validate()  # before gigabytes go out for it
     commit = api.upload_folder(
         repo_id=config.repository,
         repo_type=kind,

@@ -48,7 +48,8 @@ def write_space(folder: Path, repository: str, adapters: dict[str, Any] | None) 
     text = f"Drop a picture on this page and read what [{repository}](https://huggingface.co/{repository}) says of it. Where "
     text += "that model is private, the Space needs a secret HF_TOKEN (Settings) that may read it."
     write_text(folder / "README.md", f"---\n{about.to_yaml()}\n---\n\n# {title}\n\n{text}\n")
-    start = f'"""The web page, with the model {repository}."""\n\nimport sys\n\nfrom app import main\nfrom utils import run_script\n\n'
+    start = f'"""The web page, with the model {repository}."""\n\nimport sys\n\n'
+    start += "from app import main\nfrom utils import run_script\n\n"
     start += f'sys.argv[1:] = ["--model", "{repository}", "--host", "0.0.0.0"]\nrun_script(main)\n'
     write_text(folder / START, start)
     needed = ["requirements.txt", *(["requirements-qlora.txt"] if adapters and adapters["quantized"] else [])]

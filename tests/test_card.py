@@ -18,7 +18,7 @@ from config import PRESETS, UserError
 from evaluate import about_decoding
 from model import ImageCaptionModel
 from model_file import weights_hash
-from publish import Subject, UploadConfig, find_run, write_model_folder
+from publish import UploadConfig, find_run, write_model_folder
 
 METRICS = {"bleu_4": 0.28764321, "cider_d": 0.9, "bleu_4_low": 0.27, "bleu_4_high": 0.3, "pictures": 12, "split": "val"}
 METRICS |= {"decoding": "num_beams 3", "unique_captions": 12, "data": "scenes"}
@@ -140,10 +140,9 @@ def test_metrics_of_other_weights_are_left_out(folder, model):
 def test_photographs_are_not_shown_unless_asked(tmp_path, model):
     path = make_run(tmp_path / "run", model, METRICS, dataset="flickr8k", data_dir="/home/ann/flickr8k")
     run = of_run(path, model)
-    subject = Subject(model=model, run=run, file=Path())
     for asked in (False, True):
         folder = tmp_path / str(asked)
-        write_model_folder(folder, UploadConfig(repository="ann/dogs", sample_pictures=asked), subject)
+        write_model_folder(folder, UploadConfig(repository="ann/dogs", sample_pictures=asked), model, run)
         text = (folder / "README.md").read_text()
         assert (folder / "samples.png").exists() == ("samples.png" in text) == asked
         assert ("- caption &lt;b&gt;0&lt;/b&gt;" in text) != asked
