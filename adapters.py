@@ -2,10 +2,10 @@
 
     python adapters.py img2gpt_epoch_1.safetensors whole.safetensors        merges adapters into the models they name
 
-Imports config, model, model_file, convert and utils; peft and bitsandbytes (requirements-qlora.txt) by late imports. A file
-of adapters has, for each adapted layer, its two small matrices, and in full what no pretrained model brings: the projection,
-the cross-attention. Its metadata name the pretrained models. Loading such a file merges it, so that whatever captions
-meets plain layers; the layers are rounded to 4 bits first where they were while the adapters learned.
+Imports config, model, model_file, convert, pretrained and utils; peft and bitsandbytes (requirements-qlora.txt) by late
+imports. A file of adapters has, for each adapted layer, its two small matrices, and in full what no pretrained model brings:
+the projection, the cross-attention. Its metadata name the pretrained models. Loading such a file merges it, so that
+whatever captions meets plain layers; the layers are rounded to 4 bits first where they were while the adapters learned.
 
 References: LoRA, Hu et al. 2021 (arXiv:2106.09685); QLoRA, Dettmers et al. 2023 (arXiv:2305.14314).
 """
@@ -26,9 +26,10 @@ import tyro
 from torch import Tensor, nn
 
 from config import TrainConfig, UserError, ViTGPT2Config
-from convert import first_line, initialise
+from convert import first_line
 from model import ImageCaptionModel, part_of
 from model_file import MODEL_FILE, check_shapes
+from pretrained import initialise
 from utils import parse_flags, run_script
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as it is imported, it recommends a package of kernels

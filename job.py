@@ -26,7 +26,6 @@ from attention import choose_attention
 from cache import key_of
 from checkpoint import checkpoints, in_use
 from config import PRETRAINED, TrainConfig, UserError
-from convert import initialise, is_language_model
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
 from distributed import World
 from download import download_coco_dataset, download_flickr30k
@@ -35,6 +34,7 @@ from evaluate import BadPictures, check_overlap
 from files import writable_directory, write_json
 from model import ImageCaptionModel
 from optimizers import freeze
+from pretrained import initialise, is_language_model
 from scenes import draw_scenes
 from table import CaptionTable
 from utils import PRECISIONS, available_memory, choose_device, choose_precision

@@ -1,6 +1,6 @@
 """Another causal language model of transformers (Llama, Mistral, Qwen, ...) in GPT-2's place, behind a prefix.
 
-Imports config, convert, model and transformers; model.py and convert.py reach it by late imports. It answers to the
+Imports config, convert, model and transformers; model.py and pretrained.py reach it by late imports. It answers to the
 methods of model.GPT2Decoder, so that forward, loss, beams, sampling and adapters are the same for both; the picture's
 keys and values are computed once here too, and repeated for its rows, because transformers' cache has a row for each.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,8 @@ ROWS = 8
 """What oneDNN is told to expect: the layout it chooses for so many also serves thousands, but that for one does not."""
 FEW = 4
 """Rows, up to which rounding them costs more time than it saves, at least on the smaller layers."""
+LEAST_GELU = -0.1701
+"""Below what any GELU, exact or by tanh, gives."""
 
 
 class PackedLinear(nn.Module):
@@ -42,29 +45,40 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """The same with 8-bit weights, a scale for each output, and each row of x rounded to 8 bits by its largest number."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        """`dtype` is the result's."""
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, least: float | None = None) -> None:
+        """`dtype` is the result's. With `least`, which no x is below, the 8 bits are for what is above it: finer, behind a
+        GELU, than for both signs alike."""
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.least = dtype, least
         weight = weight.detach().float()
         scales = weight.abs().amax(1).clamp(min=1e-12) / 127
         rounded = (weight / scales.unsqueeze(1)).round().to(torch.int8)
         self.weight = torch.ops.onednn.qlinear_prepack(rounded, [ROWS, weight.shape[1]])
         self.scales, self.zeros = scales, torch.zeros(len(scales), dtype=torch.int32)
         self.bias = None if bias is None else bias.detach().float()
-        self.one, self.middle = torch.tensor(1.0), torch.tensor(128)
-        self.most, self.half_up = torch.tensor(127.0), torch.tensor(128.5)
+        self.one, self.middle = torch.tensor(1.0), torch.tensor(128.5)
+        if least is not None:  # the 8 bits leave out what a row of `least` would give
+            lowest = least * scales * rounded.sum(1)
+            self.bias = lowest if self.bias is None else self.bias + lowest
+        self.zero = torch.tensor(128 if least is None else 0)  # what 0, or `least`, becomes
+        self.steps = torch.tensor(127.0 if least is None else 255.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         x = x.float()
-        largest = x.abs().amax(-1, keepdim=True)  # of a row of zeros 0: whatever its integers are, it scales them to 0
-        # 128 is zero. By way of int16, because torch's cast from float to uint8 goes number by number.
-        eights = torch.addcmul(self.half_up, x, self.most / largest).to(torch.int16).to(torch.uint8)
+        if self.least is None:  # -span to span become 1 to 255
+            span = x.abs().amax(-1, keepdim=True)  # of a row of zeros 0: whatever its integers are, it scales them to 0
+            scale, offset = self.steps / span, self.middle
+        else:  # least to the largest become 0 to 255
+            span = x.amax(-1, keepdim=True) - self.least
+            scale = self.steps / span
+            offset = 0.5 - self.least * scale
+        # By way of int16, because torch's cast from float to uint8 goes number by number.
+        eights = torch.addcmul(offset, x, scale).to(torch.int16).to(torch.uint8)
         out = torch.ops.onednn.qlinear_pointwise(
             eights,
             self.one,
-            self.middle,
+            self.zero,
             self.weight,
             self.scales,
             self.zeros,
@@ -77,8 +91,8 @@ class Int8Linear(nn.Module):
             "",
         )
         if self.bias is None:
-            return out.mul_(largest / 127).to(self.dtype)
-        return torch.addcmul(self.bias, out, largest, value=1 / 127).to(self.dtype)
+            return out.mul_(span / self.steps).to(self.dtype)
+        return torch.addcmul(self.bias, out, span / self.steps).to(self.dtype)
 
 
 class Int8Weight(nn.Module):
@@ -130,13 +144,19 @@ def available(precision: Precision) -> bool:
 
 
 def pack(
-    weight: Tensor, bias: Tensor | None, precision: Precision, few: bool = False, dtype: torch.dtype = torch.float32
+    weight: Tensor,
+    bias: Tensor | None,
+    precision: Precision,
+    few: bool = False,
+    dtype: torch.dtype = torch.float32,
+    least: float | None = None,
 ) -> nn.Module:
-    """One layer; `few` where it will meet at most FEW rows at a time, and `dtype` is an int8 layer's result's."""
+    """One layer; `few` where it will meet at most FEW rows at a time. An int8 layer gives `dtype`, and meets no number below
+    `least`."""
     if precision == "int8":
         # The kernel for a few rows reads 16 numbers at a time, behind the end of a row too.
         few = few and weight.shape[1] % 16 == 0
-        return Int8Weight(weight, bias, dtype) if few else Int8Linear(weight, bias, dtype)
+        return Int8Weight(weight, bias, dtype) if few else Int8Linear(weight, bias, dtype, least)
     return PackedLinear(weight, bias, torch.float32 if precision == "fp32" else torch.bfloat16)
 
 
@@ -169,7 +189,8 @@ def packed_model(model: ImageCaptionModel, precision: Precision, rows: int) -> I
                 unrounded = few and tokens_only and (rows == 1 or module.out_features <= module.in_features)
                 layer = (name, unrounded, dtype)  # which twins may share
                 if layer not in layers:
-                    layers[layer] = pack(module.weight, module.bias, precision, unrounded, dtype)
+                    least = LEAST_GELU if re.search(r"\.(fc2|\d+\.c_proj)$", name) else None
+                    layers[layer] = pack(module.weight, module.bias, precision, unrounded, dtype, least)
                 memo[id(module)] = layers[layer]
         twin = copy.copy(model)
         twin._modules = {name: copy.deepcopy(module, memo) for name, module in model._modules.items()}

@@ -20,7 +20,6 @@ import adapters
 from adapters import adapt, check_adapters, find_base
 from checkpoint import checkpoints
 from config import PRESETS, TrainConfig, UserError
-from convert import initialise
 from dataset import decode, prepare_picture
 from example_usage import caption_image
 from files import file_hash
@@ -28,6 +27,7 @@ from job import pretrained_parts
 from model import ImageCaptionModel
 from model_file import METADATA_KEY, MODEL_FILE
 from optimizers import Average, Updater, freeze
+from pretrained import initialise
 from publish import UploadConfig, publish
 from train import train
 from utils import read_log

@@ -10,9 +10,9 @@ from conftest import tiny_config, write_bases
 from processes import small_config
 
 from config import UserError
-from convert import initialise
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
+from pretrained import initialise
 
 PICTURES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 KINDS = ["llama", "qwen2"]

@@ -85,7 +85,7 @@ ELSEWHERE = {
     "python main.py --preset img2gpt": "Flickr30k, pretrained models: test_adapters.py",
     "python main.py --precision bf16 --compile": "COCO",
     "python main.py --dataset karpathy": "COCO",
-    "python main.py --data-dir my_photos --init pretrained": "pretrained models: test_convert.py",
+    "python main.py --data-dir my_photos --init pretrained": "pretrained models: test_pretrained.py",
     "python evaluate.py vit-gpt2-captioning.safetensors --dataset karpathy": "COCO",
     "python convert.py from-transformers nlpconnect": "the Hub",
     "python upload_to_hf.py": "the Hub: test_upload.py",
