@@ -56,7 +56,7 @@ class Int8Linear(nn.Module):
         self.weight = torch.ops.onednn.qlinear_prepack(rounded, [ROWS, weight.shape[1]])
         self.scales, self.zeros = scales, torch.zeros(len(scales), dtype=torch.int32)
         self.bias = None if bias is None else bias.detach().float()
-        self.one, self.middle = torch.tensor(1.0), torch.tensor(128.5)
+        self.one, self.half = torch.tensor(1.0), torch.tensor(0.5)
         if least is not None:  # the 8 bits leave out what a row of `least` would give
             lowest = least * scales * rounded.sum(1)
             self.bias = lowest if self.bias is None else self.bias + lowest
@@ -68,13 +68,13 @@ class Int8Linear(nn.Module):
         x = x.float()
         if self.least is None:  # -span to span become 1 to 255
             span = x.abs().amax(-1, keepdim=True)  # of a row of zeros 0: whatever its integers are, it scales them to 0
-            scale, offset = self.steps / span, self.middle
+            scale, offset = self.steps / span, 128.5
         else:  # least to the largest become 0 to 255
             span = x.amax(-1, keepdim=True) - self.least
             scale = self.steps / span
-            offset = 0.5 - self.least * scale
+            offset = torch.add(self.half, scale, alpha=-self.least)
         # By way of int16, because torch's cast from float to uint8 goes number by number.
-        eights = torch.addcmul(offset, x, scale).to(torch.int16).to(torch.uint8)
+        eights = (x * scale).add_(offset).to(torch.int16).to(torch.uint8)
         out = torch.ops.onednn.qlinear_pointwise(
             eights,
             self.one,
@@ -92,7 +92,7 @@ class Int8Linear(nn.Module):
         )
         if self.bias is None:
             return out.mul_(span / self.steps).to(self.dtype)
-        return torch.addcmul(self.bias, out, span / self.steps).to(self.dtype)
+        return torch.addcmul(self.bias, out, span / self.steps, out=out).to(self.dtype)
 
 
 class Int8Weight(nn.Module):
