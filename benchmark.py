@@ -1,8 +1,9 @@
-"""Speed, side by side with transformers and pycocoevalcap, on the machine at hand.
+"""Speed, and what it costs, side by side with transformers and pycocoevalcap, on the machine at hand.
 
     python benchmark.py data          the loader against the plain transformers path, and how the table grows
     python benchmark.py generate      captions by our decoding and by transformers', from the same weights
     python benchmark.py folder        captions of a folder, against the model alone and decoding alone
+    python benchmark.py precision     what fewer bits cost: CIDEr-D of a model in each precision
     python benchmark.py train         training steps by our loop and by transformers' model in an ordinary one
     python benchmark.py race          Flickr8k in equal time: five captions a step, one, and transformers
     python benchmark.py golden        the same small run by two commits: is training the same to the bit?
@@ -35,7 +36,8 @@ from benchmark_training import GoldenBenchmark, RaceBenchmark, TrainBenchmark
 from captioning import BATCH_SIZES, caption_batch, caption_pictures, picture_names, prepared
 from config import PRESETS, UserError, ViTGPT2Config
 from convert import save_transformers
-from dataset import Batches, CaptionDataset, load_tables, load_tokenizer, make_dataloader
+from dataset import Batches, CaptionDataset, load_table, load_tables, load_tokenizer, make_dataloader
+from evaluate import caption_loader
 from files import write_json
 from metrics import CiderD, score_captions
 from model import ImageCaptionModel
@@ -368,6 +370,66 @@ class FolderBenchmark:
         return {"folder": rates | {"share": share, "pictures": len(pixels), "batch_size": size, "device": str(device)}}
 
 
+@dataclass(kw_only=True)
+class PrecisionBenchmark:
+    """CIDEr-D of one model in each precision. Any rounding turns near ties the other way, which moves the number of a single
+    search by a percent up or down; so the cost is a mean over several numbers of beams, with the interval that other
+    pictures would give."""
+
+    model: str
+    """The model: a file, a folder or a Hub name."""
+    data_dir: Path
+    """Pictures with captions, in any layout that training reads."""
+    dataset: str = "auto"
+    """Its layout; auto recognises it."""
+    splits: tuple[str, ...] = ("val", "test")
+    """The parts to caption."""
+    num_beams: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Beams; 1 is greedy."""
+    batch_size: int = 64
+    """Pictures captioned at a time."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to run."""
+    output: Path = Path("benchmark-precision.json")
+    """Where the figures are written to."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+    def run(self) -> dict[str, Any]:
+        """CIDEr-D by beams and precision, and how much less than fp32 each has, as a share of fp32's."""
+        device, _ = choose_device(self.device)
+        model = ImageCaptionModel.from_pretrained(self.model).to(device)
+        kinds: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+        precisions = [kind for kind in kinds if available(kind)] if device.type == "cpu" else kinds[:2]
+        tables = [load_table(self.dataset, self.data_dir, split) for split in self.splits]
+        loaders = [
+            make_dataloader(CaptionDataset(table, model.tokenizer, model.config), self.batch_size) for table in tables
+        ]
+        scores: dict[str, list[np.ndarray]] = {name: [] for name in precisions}  # for each number of beams (pictures,)
+        print(f"{'beams':>5} " + "".join(f"{name:>9}" for name in precisions))
+        for beams in self.num_beams:
+            for name in precisions:
+                dtype = torch.bfloat16 if name == "bf16" else torch.float32
+                options: dict[str, Any] = {"num_beams": beams, "int8": name == "int8"}
+                captioned = [caption_loader(model, each, model.tokenizer, device, dtype, **options) for each in loaders]
+                each = [own.statistics.per_picture()["cider_d"] for own in captioned]
+                scores[name].append(np.concatenate(each))
+            print(f"{beams:5} " + "".join(f"{scores[name][-1].mean():9.4f}" for name in precisions), flush=True)
+        figures: dict[str, Any] = {"beams": self.num_beams, "pictures": len(scores["fp32"][0])}
+        figures |= {name: [float(each.mean()) for each in scores[name]] for name in precisions}
+        plain = np.mean(scores["fp32"], 0)
+        drawn = np.random.default_rng(0).integers(len(plain), size=(1000, len(plain)))
+        for name in precisions[1:]:
+            cost = plain - np.mean(scores[name], 0)
+            low, high = np.percentile(cost[drawn].mean(1) / plain[drawn].mean(1), (2.5, 97.5))
+            figures[f"{name}_cost"] = {
+                "share": float(cost.mean() / plain.mean()),
+                "interval": (float(low), float(high)),
+            }
+            print(f"{name} costs {cost.mean() / plain.mean():.2%} of CIDEr-D (95 % interval {low:.2%} to {high:.2%})")
+        return {"precision": figures}
+
+
 # Metrics
 
 
@@ -491,6 +553,7 @@ COMMANDS = {
     "data": DataBenchmark,
     "generate": GenerateBenchmark,
     "folder": FolderBenchmark,
+    "precision": PrecisionBenchmark,
     "metrics": MetricsBenchmark,
     "train": TrainBenchmark,
     "race": RaceBenchmark,

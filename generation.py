@@ -19,7 +19,7 @@ from torch import Tensor
 from config import UserError
 
 if TYPE_CHECKING:
-    from model import CrossAttention, DecoderCache, GPT2Decoder, ImageCaptionModel
+    from model import CrossAttention, GPT2Decoder, ImageCaptionModel
 
 NEVER = -1e9  # a score no caption has; finite, so that it can be added to and compared
 Logits = Callable[[Tensor, Tensor], Tensor]
@@ -187,12 +187,6 @@ def fast_twin(model: ImageCaptionModel, int8: bool, rows: int) -> ImageCaptionMo
     return twin
 
 
-def next_logits(decoder: GPT2Decoder, tokens: Tensor, cache: DecoderCache) -> Tensor:
-    """float32 logits (rows, V) of what follows the cache and these tokens (rows, T)."""
-    hidden = decoder(tokens, cache.cross, cache=cache)
-    return decoder.head(hidden[:, -1]).float()
-
-
 def token_by_token(
     decoder: GPT2Decoder,
     hidden: Tensor,
@@ -212,7 +206,7 @@ def token_by_token(
     tokens = written[:, : len(start)]
     finished = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
     for place in range(len(start), written.shape[1]):
-        logits = choose_from(next_logits(decoder, tokens, cache), written[:, :place])
+        logits = choose_from(decoder.next_logits(tokens, cache), written[:, :place])
         if do_sample:
             chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
         else:
@@ -336,7 +330,7 @@ def beam_search(
 
     for length in range(1, max_length + 1):  # of a caption that ends with this step's token
         place = first + length - 1
-        log_probs = next_logits(decoder, tokens, cache).log_softmax(-1)
+        log_probs = decoder.next_logits(tokens, cache).log_softmax(-1)
         log_probs = choose_from(log_probs, running[:, :, :place].flatten(0, 1))
         vocab_size = log_probs.shape[-1]
         total = (log_probs.view(pictures, num_beams, vocab_size) + running_scores.unsqueeze(-1)).flatten(1)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import attention_behind, split_heads
-from model import DecoderBlock, DecoderCache, GPT2Decoder, ImageCaptionModel, Packing
+from attention import attention_behind
+from model import DecoderBlock, DecoderCache, GPT2Decoder, ImageCaptionModel
 
 
 @dataclass
@@ -27,8 +27,8 @@ class StaticCache(DecoderCache):
     """int64 (rows, 1): the tokens to read."""
     place: Tensor = field(kw_only=True)
     """int64 (1,): the position they stand at."""
-    states: Tensor | None = None
-    """(rows, 1, D): what the step gives."""
+    logits: Tensor | None = None
+    """float32 (rows, V): what the step gives."""
     graph: torch.cuda.CUDAGraph | None = None
     """The recorded step; on a CPU there is none."""
 
@@ -41,6 +41,7 @@ class StaticDecoder(GPT2Decoder):
     def new_cache(self, encoder_hidden_states: Tensor, rows: int, max_length: int) -> StaticCache:
         """The kept cache, filled anew, where the shapes are the same; otherwise another one, its step recorded."""
         cross = self.look(encoder_hidden_states)
+        max_length = -(-max_length // 8) * 8  # attention copies masks that are not a multiple of 8 long
         kept = self.kept
         if kept and kept.own[0].shape[1:3] == (rows, max_length) and kept.cross[0][0].shape == cross[0][0].shape:
             for old, new in zip(kept.cross, cross, strict=True):
@@ -70,48 +71,50 @@ class StaticDecoder(GPT2Decoder):
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's threads may go on meanwhile
-            cache.states = self.step(cache)
+            cache.logits = self.step(cache)
         cache.graph = graph
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        cross: list[tuple[Tensor, ...]],
-        packing: Packing | None = None,
-        cache: DecoderCache | None = None,
-    ) -> Tensor:
-        """As the original; the states of single tokens are valid until the next call."""
-        if not isinstance(cache, StaticCache) or input_ids.shape[1] > 1:
-            return super().forward(input_ids, cross, packing, cache)
-        cache.tokens.copy_(input_ids)
+    def next_logits(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
+        """As the original; of single tokens they are valid until the next call."""
+        if not isinstance(cache, StaticCache) or tokens.shape[1] > 1:
+            return super().next_logits(tokens, cache)
+        cache.tokens.copy_(tokens)
         cache.place.fill_(cache.length)
         if cache.graph is None:
-            cache.states = self.step(cache)
+            cache.logits = self.step(cache)
         else:
             cache.graph.replay()
         cache.length += 1
-        assert cache.states is not None
-        return cache.states
+        assert cache.logits is not None
+        return cache.logits
 
     def step(self, cache: StaticCache) -> Tensor:
-        """The cache's tokens (rows, 1) at its place -> (rows, 1, D), in the same shapes at every place."""
+        """The cache's tokens (rows, 1) at its place -> float32 logits (rows, V), in the same shapes at every place.
+
+        At a few rows its time is the number of its kernels, so nothing that all layers share is made in each.
+        """
         x = self.wte(cache.tokens) + self.wpe(cache.place + self.config.prefix_positions)
         written = torch.arange(cache.own[0].shape[2], device=x.device) <= cache.place  # (L,)
+        mask = torch.zeros_like(written, dtype=cache.own[0].dtype).masked_fill(~written, float("-inf"))
         for block, (key, value), states in zip(self.blocks, cache.cross, cache.own, strict=True):
             assert isinstance(block, DecoderBlock)
-            query, *new = split_heads(block.attn.c_attn(block.ln_1(x)), 3, block.attn.num_heads)
-            states.index_copy_(2, cache.place, torch.stack(new).to(states.dtype))
+            projected = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3, block.attn.num_heads, -1))
+            query, new = (
+                projected[:, :, 0],
+                projected[:, :, 1:].movedim(2, 0),
+            )  # (rows, 1, H, D/H), (2, rows, 1, H, D/H)
+            states.index_copy_(2, cache.place, new.to(states.dtype))
             if block.prefixed:
                 mixed = attention_behind(query, states[0], states[1], (key, value), written[None])
                 x = x + block.attn.c_proj(mixed.flatten(2).to(x.dtype))
             else:
                 keys, values = states.transpose(2, 3).unbind()  # (rows, H, L, D/H)
                 query = query.transpose(1, 2).to(keys.dtype)
-                mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=written[None, None, None])
+                mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask[None, None, None])
                 x = x + block.attn.c_proj(mixed.transpose(1, 2).flatten(2).to(x.dtype))
                 x = x + block.crossattention(block.ln_cross_attn(x), key, value, None)
             x = block.feed_forward(x)
-        return self.ln_f(x)
+        return self.head(self.ln_f(x)[:, 0]).float()
 
 
 def graphed_model(model: ImageCaptionModel, dtype: torch.dtype) -> ImageCaptionModel:

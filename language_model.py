@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from config import UserError, ViTGPT2Config
 from convert import first_line
-from model import DecoderCache, Packing
+from model import DecoderCache, GPT2Decoder, Packing
 
 Looked = list[tuple[Tensor, ...]]
 
@@ -86,6 +86,8 @@ class LanguageModel(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)."""
         return self.lm_head(hidden) if hasattr(self, "lm_head") else F.linear(hidden, self.wte.weight)
+
+    next_logits = GPT2Decoder.next_logits
 
 
 def repeated(cross: Looked, rows: int) -> DynamicCache:

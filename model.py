@@ -374,6 +374,10 @@ class GPT2Decoder(nn.Module):
         """(..., D) -> logits (..., V)."""
         return F.linear(hidden, self.wte.weight)
 
+    def next_logits(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
+        """float32 logits (rows, V) of what follows the cache and these tokens (rows, T)."""
+        return self.head(self(tokens, cache.cross, cache=cache)[:, -1]).float()
+
 
 # The captioner
 

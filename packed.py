@@ -56,23 +56,25 @@ class Int8Linear(nn.Module):
         self.weight = torch.ops.onednn.qlinear_prepack(rounded, [ROWS, weight.shape[1]])
         self.scales, self.zeros = scales, torch.zeros(len(scales), dtype=torch.int32)
         self.bias = None if bias is None else bias.detach().float()
-        self.one, self.half = torch.tensor(1.0), torch.tensor(0.5)
         if least is not None:  # the 8 bits leave out what a row of `least` would give
             lowest = least * scales * rounded.sum(1)
             self.bias = lowest if self.bias is None else self.bias + lowest
-        self.zero = torch.tensor(128 if least is None else 0)  # what 0, or `least`, becomes
-        self.steps = torch.tensor(127.0 if least is None else 255.0)
+        zero, steps = (
+            (128, 127.0) if least is None else (0, 255.0)
+        )  # what 0, or `least`, becomes, and how much is above
+        self.one, self.zero = torch.tensor(1.0), torch.tensor(zero)
+        self.half_up, self.steps = torch.tensor(zero + 0.5), torch.tensor(steps)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         x = x.float()
         if self.least is None:  # -span to span become 1 to 255
             span = x.abs().amax(-1, keepdim=True)  # of a row of zeros 0: whatever its integers are, it scales them to 0
-            scale, offset = self.steps / span, 128.5
+            scale, offset = self.steps / span, self.half_up
         else:  # least to the largest become 0 to 255
             span = x.amax(-1, keepdim=True) - self.least
             scale = self.steps / span
-            offset = torch.add(self.half, scale, alpha=-self.least)
+            offset = torch.add(self.half_up, scale, alpha=-self.least)
         # By way of int16, because torch's cast from float to uint8 goes number by number.
         eights = (x * scale).add_(offset).to(torch.int16).to(torch.uint8)
         out = torch.ops.onednn.qlinear_pointwise(

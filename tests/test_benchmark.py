@@ -7,11 +7,14 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, tiny_config
 
 import benchmark
 from benchmark_training import golden_run
+from captioning import caption_pictures
 from config import UserError
 from model import ImageCaptionModel
 
@@ -63,6 +66,41 @@ def test_the_folder_benchmark(scenes_dir, scenes_tokenizer, tmp_path, capsys):
         benchmark.FolderBenchmark(**job | {"folder": tmp_path / "damaged"}).run()
 
 
+def test_the_precision_benchmark(scenes_dir, scenes_tokenizer, tmp_path, capsys):
+    """The references are what the model says in fp32 and greedily, so that there it has nearly every point."""
+    ids = dict.fromkeys(("start_token_id", "end_token_id", "pad_token_id"), scenes_tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=len(scenes_tokenizer), vision_embed_dim=64, decoder_embed_dim=64, **ids)
+    model = ImageCaptionModel(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.tokenizer = scenes_tokenizer
+    model.save_file(tmp_path / "model.safetensors")
+    pictures = sorted((scenes_dir / "val2017").iterdir())
+    said = caption_pictures(model, map(str, pictures), precision="fp32", num_beams=1)
+    images = [
+        {
+            "filename": path.name,
+            "split": "val" if number % 2 else "test",
+            "sentences": [{"raw": result.captions[0].text}],
+        }
+        for number, (path, result) in enumerate(zip(pictures, said, strict=True))
+    ]
+    for path in pictures:
+        shutil.copy(path, tmp_path / path.name)
+    (tmp_path / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
+    job = {"model": str(tmp_path / "model.safetensors"), "data_dir": tmp_path, "device": "cpu"}
+    figures = benchmark.PrecisionBenchmark(**job, num_beams=(1, 3)).run()["precision"]
+    assert figures["pictures"] == 12
+    assert figures["fp32"][0] > 8 > figures["fp32"][1]  # 10, but for captions of fewer than four words
+    out = capsys.readouterr().out
+    for name in ("bf16", "int8"):
+        share, (low, high) = figures[f"{name}_cost"]["share"], figures[f"{name}_cost"]["interval"]
+        assert share == pytest.approx(1 - np.mean(figures[name]) / np.mean(figures["fp32"]))
+        assert low <= share <= high and f"{name} costs {share:.2%} of CIDEr-D" in out
+
+
 def test_the_metrics_benchmark(tmp_path):
     pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is of requirements-full.txt")
     sizes = ("--pictures", "40", "--rewarded", "6", "--samples", "4", "--rounds", "1")
@@ -88,7 +126,7 @@ def test_the_metrics_benchmark_names_a_batch_that_is_too_large(tmp_path):
 def test_unknown_benchmarks_get_one_line(tmp_path):
     done = run("nothing", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.strip() == (
-        "error: usage: python benchmark.py data|generate|folder|metrics|train|race|golden (--help after it shows the flags)"
+        "error: usage: python benchmark.py data|generate|folder|precision|metrics|train|race|golden (--help after it shows the flags)"
     )
 
 

@@ -53,10 +53,11 @@ def test_a_failed_recording_is_not_kept(tiny_model, static, monkeypatch):
 
 
 def test_other_shapes_get_another_cache(tiny_model, static):
-    for pictures, length in ((PICTURES, 5), (PICTURES[:2], 5), (PICTURES[:2], 9)):
+    """Lengths are rounded up to a multiple of 8, as attention would copy another mask in every layer."""
+    for pictures, length in ((PICTURES, 5), (PICTURES[:2], 7), (PICTURES[:2], 9)):
         rows = tiny_model.generate(pictures, max_length=length).sequences
         kept = tiny_model.packed[1].decoder.kept
-        assert kept.own[0].shape[1] == len(pictures) == len(rows) and kept.own[0].shape[2] == 1 + length
+        assert kept.own[0].shape[1] == len(pictures) == len(rows) and kept.own[0].shape[2] == (8 if length < 8 else 16)
 
 
 def test_half_precision_leaves_the_model_alone(tiny_model):
