@@ -37,13 +37,13 @@ from captioning import BATCH_SIZES, caption_batch, caption_pictures, picture_nam
 from config import PRESETS, UserError, ViTGPT2Config
 from convert import save_transformers
 from dataset import Batches, CaptionDataset, load_table, load_tables, load_tokenizer, make_dataloader
-from evaluate import caption_loader
+from evaluate import caption_loader, check_overlap
 from files import write_json
-from metrics import CiderD, score_captions
+from metrics import CiderD, interval_of, resampled_sums, score_captions
 from model import ImageCaptionModel
 from packed import Precision, available
 from table import CaptionTable, make_table
-from utils import choose_device, parse_flags, run_script
+from utils import PRECISIONS, choose_device, parse_flags, run_script
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -66,6 +66,12 @@ def fastest(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
 
 
 # The loader
+
+
+def packed_precisions() -> list[str]:
+    """What this CPU captions in: fp32 always, if need be by torch's plain layers."""
+    halves: tuple[Precision, ...] = ("bf16", "int8")
+    return ["fp32", *(name for name in halves if available(name))]
 
 
 def photographs(folder: Path, number: int) -> list[Path]:
@@ -299,8 +305,7 @@ class GenerateBenchmark:
                 options = {"min_length": self.length, "max_length": self.length, "num_beams": beams}
                 return model.generate(pixels, int8=precision == "int8", **options).sequences
 
-        kinds: tuple[Precision, ...] = ("fp32", "bf16", "int8")
-        precisions = ["fp32", *(kind for kind in kinds[1:] if available(kind))] if cpu else ["bf16"]
+        precisions = packed_precisions() if cpu else ["bf16"]
         equal = torch.equal(peer()[:, 1:], ours(precisions[0]))
         print(f"{pictures} pictures, {beams} beams, {self.length} tokens ({precisions[0]} tokens equal: {equal})")
         figures: dict[str, Any] = {"pictures": pictures, "beams": beams, "equal": equal}
@@ -388,6 +393,8 @@ class PrecisionBenchmark:
     """Beams; 1 is greedy."""
     batch_size: int = 64
     """Pictures captioned at a time."""
+    allow_overlap: bool = False
+    """Caption pictures that the model was trained on too: what rounding costs there is of use, the scores are not."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to run."""
     output: Path = Path("benchmark-precision.json")
@@ -395,38 +402,44 @@ class PrecisionBenchmark:
     debug: bool = False
     """Show tracebacks of errors."""
 
+    def __post_init__(self) -> None:
+        if not self.splits or not self.num_beams or min(self.batch_size, *self.num_beams) < 1:
+            raise UserError("splits and num_beams need an entry each, and num_beams and batch_size must be at least 1")
+
     def run(self) -> dict[str, Any]:
         """CIDEr-D by beams and precision, and how much less than fp32 each has, as a share of fp32's."""
         device, _ = choose_device(self.device)
         model = ImageCaptionModel.from_pretrained(self.model).to(device)
-        kinds: tuple[Precision, ...] = ("fp32", "bf16", "int8")
-        precisions = [kind for kind in kinds if available(kind)] if device.type == "cpu" else kinds[:2]
-        tables = [load_table(self.dataset, self.data_dir, split) for split in self.splits]
-        loaders = [
-            make_dataloader(CaptionDataset(table, model.tokenizer, model.config), self.batch_size) for table in tables
-        ]
+        precisions = packed_precisions() if device.type == "cpu" else ["fp32", "fp16", "bf16"]
+        # By the part that each is: val serves as test where a data set has none.
+        tables = {table.split: table for table in (load_table(self.dataset, self.data_dir, s) for s in self.splits)}
+        loaders = []
+        for table in tables.values():
+            check_overlap(model.trained_on, table, self.allow_overlap)
+            loaders.append(make_dataloader(CaptionDataset(table, model.tokenizer, model.config), self.batch_size))
         scores: dict[str, list[np.ndarray]] = {name: [] for name in precisions}  # for each number of beams (pictures,)
         print(f"{'beams':>5} " + "".join(f"{name:>9}" for name in precisions))
         for beams in self.num_beams:
             for name in precisions:
-                dtype = torch.bfloat16 if name == "bf16" else torch.float32
-                options: dict[str, Any] = {"num_beams": beams, "int8": name == "int8"}
-                captioned = [caption_loader(model, each, model.tokenizer, device, dtype, **options) for each in loaders]
-                each = [own.statistics.per_picture()["cider_d"] for own in captioned]
-                scores[name].append(np.concatenate(each))
+                dtype = PRECISIONS.get(name, torch.float32)
+                options: dict[str, Any] = {"progress": False, "num_beams": beams, "int8": name == "int8"}
+                captioned = [
+                    caption_loader(model, loader, model.tokenizer, device, dtype, **options)
+                    for loader in tqdm(loaders, f"{beams} beams, {name}", leave=False)
+                ]
+                scores[name].append(np.concatenate([own.statistics.per_picture()["cider_d"] for own in captioned]))
             print(f"{beams:5} " + "".join(f"{scores[name][-1].mean():9.4f}" for name in precisions), flush=True)
         figures: dict[str, Any] = {"beams": self.num_beams, "pictures": len(scores["fp32"][0])}
         figures |= {name: [float(each.mean()) for each in scores[name]] for name in precisions}
         plain = np.mean(scores["fp32"], 0)
-        drawn = np.random.default_rng(0).integers(len(plain), size=(1000, len(plain)))
+        if not plain.any():
+            raise UserError(f"{self.model}: no caption has a word of its references, so there is nothing to lose")
         for name in precisions[1:]:
             cost = plain - np.mean(scores[name], 0)
-            low, high = np.percentile(cost[drawn].mean(1) / plain[drawn].mean(1), (2.5, 97.5))
-            figures[f"{name}_cost"] = {
-                "share": float(cost.mean() / plain.mean()),
-                "interval": (float(low), float(high)),
-            }
-            print(f"{name} costs {cost.mean() / plain.mean():.2%} of CIDEr-D (95 % interval {low:.2%} to {high:.2%})")
+            drawn = resampled_sums(np.stack([cost, plain], 1), 1000, seed=0)
+            share, (low, high) = float(cost.sum() / plain.sum()), interval_of(drawn[:, 0] / drawn[:, 1])
+            figures[f"{name}_cost"] = {"share": share, "interval": (low, high)}
+            print(f"{name} costs {share:.2%} of CIDEr-D (95 % interval {low:.2%} to {high:.2%})")
         return {"precision": figures}
 
 

@@ -4,8 +4,8 @@
     python convert.py from-transformers user/captioner vit-gpt2-captioning.safetensors
     python convert.py onnx vit-gpt2-captioning.safetensors my-captioner-onnx
 
-Imports config, model and utils; the Hub's client and onnx_export, which does the third, by late imports. Goes by the names
-that transformers writes to disk and loads everything or nothing: every tensor's name and shape is checked, and what this
+Imports config, files, model, model_file and utils; the Hub's client and onnx_export, which does the third, by late imports.
+Goes by the names that transformers writes to disk and loads everything or nothing: every tensor's name and shape is checked, and what this
 model cannot represent is an error. Never trains, and unpickles nothing unasked.
 """
 

@@ -1,8 +1,8 @@
 """Decoding on a GPU: the model in half precision, and the work of one token recorded once as a CUDA graph and replayed.
 
-Imports model. For a few captions a token is some hundreds of kernels, each done before Python can start the next one; a
-graph starts them all at once. It needs shapes and addresses that never change, so the cache has its full length from
-the first token on, a mask hides what is not written yet, and later pictures are copied over earlier ones.
+Imports attention and model. For a few captions a token is some hundreds of kernels, each done before Python can start the
+next one; a graph starts them all at once. It needs shapes and addresses that never change, so the cache has its full length
+from the first token on, a mask hides what is not written yet, and later pictures are copied over earlier ones.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class StaticDecoder(GPT2Decoder):
     def step(self, cache: StaticCache) -> Tensor:
         """The cache's tokens (rows, 1) at its place -> float32 logits (rows, V), in the same shapes at every place.
 
-        At a few rows its time is the number of its kernels, so nothing that all layers share is made in each.
+        At a few rows its time is the number of its kernels, so the mask is made once for all layers.
         """
         x = self.wte(cache.tokens) + self.wpe(cache.place + self.config.prefix_positions)
         written = torch.arange(cache.own[0].shape[2], device=x.device) <= cache.place  # (L,)

@@ -326,13 +326,13 @@ class Statistics:
 
     def intervals(self, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
         """Of each metric what bootstrap says."""
-        drawn = self._metrics(_resampled_sums(self.table, resamples, seed), self.number)
-        return {name: _interval(values) for name, values in drawn.items()}
+        drawn = self._metrics(resampled_sums(self.table, resamples, seed), self.number)
+        return {name: interval_of(values) for name, values in drawn.items()}
 
     def differences(self, other: Statistics, resamples: int = 1000, seed: int = 0) -> dict[str, Difference]:
         """How much better other captions of the same pictures are, as paired_bootstrap says."""
         # Side by side, so that both meet the same sets.
-        sums = _resampled_sums(np.concatenate([self.table, other.table], axis=1), resamples, seed)
+        sums = resampled_sums(np.concatenate([self.table, other.table], axis=1), resamples, seed)
         drawn_own, drawn_other = (self._metrics(half, self.number) for half in np.split(sums, 2, axis=1))
         scores, other_scores = self.scores(), other.scores()
         differences = {}
@@ -340,7 +340,7 @@ class Statistics:
             drawn = drawn_other[name] - drawn_own[name]
             wrong = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
             p_value = min(1.0, 2 * (1 + wrong) / (1 + resamples))
-            differences[name] = Difference(other_scores[name] - scores[name], _interval(drawn), p_value)
+            differences[name] = Difference(other_scores[name] - scores[name], interval_of(drawn), p_value)
         return differences
 
     @staticmethod
@@ -391,7 +391,7 @@ def paired_bootstrap(
     return Statistics(a, references).differences(Statistics(b, references), resamples, seed)
 
 
-def _resampled_sums(table: Floats, resamples: int, seed: int) -> Floats:
+def resampled_sums(table: Floats, resamples: int, seed: int) -> Floats:
     """(resamples, K) sums of N rows of the table (N, K), drawn with replacement."""
     if resamples < 1:
         raise UserError(f"resamples is {resamples}: it must be positive")
@@ -406,7 +406,8 @@ def _resampled_sums(table: Floats, resamples: int, seed: int) -> Floats:
     return np.concatenate(sums)
 
 
-def _interval(values: Floats) -> tuple[float, float]:
+def interval_of(values: Floats) -> tuple[float, float]:
+    """What 95 % of the values (n,) lie in."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 

@@ -4,7 +4,7 @@
 
 `save_pretrained` calls write_remote_code. It puts what captioning needs of config.py, attention.py, model.py and
 generation.py into one file, because transformers takes a module that such a file imports for a package to be installed,
-and a thin PreTrainedModel behind it. Imports config, convert and model.
+and a thin PreTrainedModel behind it. Imports convert, files, model and model_file.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_config
 
 from graphs import StaticCache, graphed_model
-from model import ImageCaptionModel
+from model import GPT2Decoder, ImageCaptionModel
 
 PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -69,6 +69,18 @@ def test_half_precision_leaves_the_model_alone(tiny_model):
         tiny_model.decoder.ln_f.bias += 1
     assert graphed_model(tiny_model, torch.bfloat16) is twin, "recorded steps stay good for weights that have changed"
     assert torch.equal(twin.decoder.ln_f.bias, tiny_model.decoder.ln_f.bias.bfloat16())
+
+
+def test_a_step_in_half_precision(tiny_model):
+    """What a GPU does: on a CPU the text's keys and values are fp32 unless they are made to be halves."""
+    decoder = graphed_model(tiny_model, torch.bfloat16).decoder
+    states = torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    with torch.no_grad():
+        cache, plain = decoder.new_cache(states, 6, 9), GPT2Decoder.new_cache(decoder, states, 6, 9)
+        cache.own = [own.bfloat16() for own in cache.own]
+        for tokens in torch.randint(0, 30, (6, 9), generator=torch.Generator().manual_seed(3)).split(1, 1):
+            found, expected = decoder.next_logits(tokens, cache), GPT2Decoder.next_logits(decoder, tokens, plain)
+            assert found.dtype == torch.float32 and (found - expected).abs().max() < 0.03 * expected.abs().max()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

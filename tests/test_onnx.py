@@ -19,7 +19,7 @@ from PIL import Image
 from config import UserError
 from convert import save_transformers
 from dataset import decode, prepare_picture
-from model import DecoderCache, ImageCaptionModel
+from model import DecoderCache, GPT2Decoder, ImageCaptionModel
 from onnx_export import save_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -57,6 +57,8 @@ class Session(torch.nn.Module):
         logits, *present = self.decoder.run(None, feeds)
         cache.own = [torch.from_numpy(part) for part in present]
         return torch.from_numpy(logits)
+
+    next_logits = GPT2Decoder.next_logits
 
     def head(self, logits: torch.Tensor) -> torch.Tensor:
         return logits

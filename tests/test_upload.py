@@ -271,6 +271,10 @@ def test_a_space_shows_the_model(hub, cwd, tmp_path):
     """Its files alone, started as the Hub starts them, serve the page with the model of the Hub."""
     gradio_client = pytest.importorskip("gradio_client", reason="needs requirements-app.txt")
     said = script(hub, cwd, "upload_to_hf.py", "ann/model", "--space")
+    checked, sent = (
+        [n for n, line in enumerate(hub.lines()) if name in line] for name in ("POST /api/validate-yaml", "/commit/")
+    )
+    assert len(sent) == 2 and checked[1] < sent[0], "a Space whose card is refused must not leave a model behind"
     assert f"uploaded to {hub.url}/ann/model\n" in said and f"uploaded to {hub.url}/spaces/ann/model\n" in said
     assert f"{HUB}/spaces/ann/model" in hub.get(remote(hub, "ann/model")["README.md"]).decode()
     files = remote(hub, "spaces/ann/model")
