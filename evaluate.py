@@ -215,7 +215,7 @@ def evaluate_dataset(
     bad.add_known(dataset)
     if not captioned.captions:
         raise UserError(f"{table.root}: no picture of the {table.split} part can be read")
-    rows = captioned.rows
+    rows, computed = captioned.rows, str(dtype).removeprefix("torch.")
     metrics = write_evaluation(
         directory,
         f"{table.split} pictures of {table.root.name}",
@@ -231,7 +231,7 @@ def evaluate_dataset(
             "data": table.root.name,
             "split": table.split,
             **about_decoding(model, decoding),
-            "precision": str(dtype).removeprefix("torch."),
+            "precision": f"int8, the loss in {computed}" if decoding.get("int8") else computed,
         },
         more,
         lambda i: table.picture(rows[i]),

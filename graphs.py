@@ -99,11 +99,8 @@ class StaticDecoder(GPT2Decoder):
         for block, (key, value), states in zip(self.blocks, cache.cross, cache.own, strict=True):
             assert isinstance(block, DecoderBlock)
             projected = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3, block.attn.num_heads, -1))
-            query, new = (
-                projected[:, :, 0],
-                projected[:, :, 1:].movedim(2, 0),
-            )  # (rows, 1, H, D/H), (2, rows, 1, H, D/H)
-            states.index_copy_(2, cache.place, new.to(states.dtype))
+            query, new = projected[:, :, 0], projected[:, :, 1:]
+            states.index_copy_(2, cache.place, new.movedim(2, 0).to(states.dtype))
             if block.prefixed:
                 mixed = attention_behind(query, states[0], states[1], (key, value), written[None])
                 x = x + block.attn.c_proj(mixed.flatten(2).to(x.dtype))

@@ -59,9 +59,8 @@ class Int8Linear(nn.Module):
         if least is not None:  # the 8 bits leave out what a row of `least` would give
             lowest = least * scales * rounded.sum(1)
             self.bias = lowest if self.bias is None else self.bias + lowest
-        zero, steps = (
-            (128, 127.0) if least is None else (0, 255.0)
-        )  # what 0, or `least`, becomes, and how much is above
+        # What 0, or `least`, becomes, and how many numbers are above it.
+        zero, steps = (128, 127.0) if least is None else (0, 255.0)
         self.one, self.zero = torch.tensor(1.0), torch.tensor(zero)
         self.half_up, self.steps = torch.tensor(zero + 0.5), torch.tensor(steps)
 

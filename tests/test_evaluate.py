@@ -26,6 +26,7 @@ from evaluate import (
 )
 from metrics import CiderD, novelty, score_captions, self_cider
 from model import ImageCaptionModel
+from packed import available
 from results import read_results, warnings_about
 from sources import load_table
 
@@ -235,8 +236,10 @@ def test_a_model_on_a_data_set(model_and_loader, tmp_path):
     assert "were trained on" in page and "data:image/jpeg;base64," in page and metrics["weights_sha256"] in page
     with torch.no_grad():
         model.decoder.ln_f.bias += 1
-    again = evaluate_dataset(model, loader.dataset, CPU, torch.float32, tmp_path, max_length=6)[1]
+    int8 = available("int8")
+    again = evaluate_dataset(model, loader.dataset, CPU, torch.float32, tmp_path, max_length=6, int8=int8)[1]
     assert again["weights_sha256"] != metrics["weights_sha256"]
+    assert again["precision"] == ("int8, the loss in float32" if int8 else "float32")
 
 
 def test_n_grams_are_counted_once(model_and_loader, tmp_path, monkeypatch):
