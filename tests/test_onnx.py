@@ -168,12 +168,12 @@ def test_a_missing_package_is_one_line(exported, tmp_path):
 
 
 def test_only_folders_of_our_own_are_replaced(exported, tmp_path):
-    _, model = exported
+    folder, model = exported
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="holds other files"):
         save_onnx(model, tmp_path / "theirs")
-    save_onnx(model, tmp_path / "ours")
+    shutil.copytree(folder, tmp_path / "ours")
     save_onnx(model, tmp_path / "ours")
     assert (tmp_path / "ours" / "onnx" / "encoder_model.onnx").exists()
 

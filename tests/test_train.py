@@ -215,10 +215,10 @@ def whole_run(tmp_path_factory) -> Path:
     return directory / "out"
 
 
-TERMINATED = pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)
+SLOW = [pytest.param(*stop, marks=pytest.mark.slow) for stop in ((signal.SIGTERM, 143), (signal.SIGKILL, -9))]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), TERMINATED, (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), *SLOW])
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, whole_run, number, code):
     arguments = [*SMALL, "--output-dir", "out", "--data-dir", "scenes"]
     # The data folder is no part of what is learned here, but it is of the settings: both calls name it.
