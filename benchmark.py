@@ -65,13 +65,13 @@ def fastest(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
     return seconds
 
 
-# The loader
-
-
 def packed_precisions() -> list[str]:
     """What this CPU captions in: fp32 always, if need be by torch's plain layers."""
     halves: tuple[Precision, ...] = ("bf16", "int8")
     return ["fp32", *(name for name in halves if available(name))]
+
+
+# The loader
 
 
 def photographs(folder: Path, number: int) -> list[Path]:

@@ -3,8 +3,8 @@
 
 A picture is encoded once; its beams or samples are rows that share its keys and values. Options mean what they mean in
 transformers' `generate`, except that max_length and min_length count new tokens (its max_new_tokens and
-min_new_tokens), the end token included. Imports config; packed and graphs by late imports. Never decodes
-pictures, never prints.
+min_new_tokens), the end token included. Imports config; packed and graphs by late imports. Never decodes pictures, never
+prints.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class StaticDecoder(GPT2Decoder):
             kept.length = 0
             return kept
         self.kept = None  # before the new one is made: there may be no room for both
-        cache, device = super().new_cache(encoder_hidden_states, rows, max_length), encoder_hidden_states.device
+        cache, device = self.cache_of(cross, rows, max_length), encoder_hidden_states.device
         tokens, place = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((rows, 1), (1,)))
         fresh = StaticCache(cache.cross, cache.own, tokens=tokens, place=place)
         if device.type == "cuda":

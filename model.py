@@ -326,11 +326,14 @@ class GPT2Decoder(nn.Module):
         return [block.crossattention for block in blocks]
 
     def new_cache(self, encoder_hidden_states: Tensor, rows: int, max_length: int) -> DecoderCache:
-        """An empty cache for `rows` (= N * K) captions of at most max_length tokens.
+        """An empty cache for `rows` (= N * K) captions of at most max_length tokens."""
+        return self.cache_of(self.look(encoder_hidden_states), rows, max_length)
+
+    def cache_of(self, looked: list[tuple[Tensor, ...]], rows: int, max_length: int) -> DecoderCache:
+        """The same for pictures that have been looked at.
 
         In memory heads stand before positions, as products need them: laid out once here, not at every token.
         """
-        looked = self.look(encoder_hidden_states)
         key = looked[0][0]
         heads, size = key.shape[2:]
         # A CPU's attention to few keys is fastest in fp32.

@@ -52,14 +52,19 @@ def tiny_config(**changes) -> ViTGPT2Config:
     return ViTGPT2Config(**(fields | changes))
 
 
+def random_model(config: ViTGPT2Config, std: float = 0.3) -> ImageCaptionModel:
+    """The same one every time, its weights spread wide enough that attention is far from uniform."""
+    torch.manual_seed(0)
+    model = ImageCaptionModel(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=std)
+    return model.eval()
+
+
 @pytest.fixture
 def tiny_model() -> ImageCaptionModel:
-    torch.manual_seed(0)
-    model = ImageCaptionModel(tiny_config())
-    for parameter in model.parameters():  # spread wide enough that attention is far from uniform
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+    return random_model(tiny_config())
 
 
 @pytest.fixture(scope="session")

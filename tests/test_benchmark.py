@@ -9,8 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, tiny_config
+from conftest import ROOT, random_model, tiny_config
 
 import benchmark
 from benchmark_training import golden_run
@@ -70,12 +69,8 @@ def test_the_folder_benchmark(scenes_dir, scenes_tokenizer, tmp_path, capsys):
 def test_the_precision_benchmark(scenes_dir, scenes_tokenizer, tmp_path, capsys):
     """The references are what the model says in fp32 and greedily, so that there it has nearly every point."""
     ids = dict.fromkeys(("start_token_id", "end_token_id", "pad_token_id"), scenes_tokenizer.eos_token_id)
-    torch.manual_seed(0)
     config = tiny_config(vocab_size=len(scenes_tokenizer), vision_embed_dim=64, decoder_embed_dim=64, **ids)
-    model = ImageCaptionModel(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
+    model = random_model(config)
     model.tokenizer = scenes_tokenizer
     model.save_file(tmp_path / "model.safetensors")
     pictures = sorted((scenes_dir / "val2017").iterdir())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import random_model, tiny_config
 
 from graphs import StaticCache, graphed_model
-from model import GPT2Decoder, ImageCaptionModel
+from model import GPT2Decoder
 
 PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -86,11 +86,7 @@ def test_a_step_in_half_precision(tiny_model):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_gpu_graphs_give_the_same_tokens(num_beams):
-    torch.manual_seed(0)
-    model = ImageCaptionModel(tiny_config(decoder_embed_dim=64)).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
+    model = random_model(tiny_config(decoder_embed_dim=64), std=0.2)
     options = dict(max_length=12, num_beams=num_beams)
     expected = [model.generate(part, **options).sequences for part in PICTURES.split(3)]
     model.cuda()

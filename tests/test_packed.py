@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import random_model, tiny_config
 
 import packed
 from model import ImageCaptionModel
@@ -17,12 +17,7 @@ PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture
 def model() -> ImageCaptionModel:
-    torch.manual_seed(0)
-    model = ImageCaptionModel(tiny_config(decoder_embed_dim=64, vocab_size=96)).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    return model
+    return random_model(tiny_config(decoder_embed_dim=64, vocab_size=96), std=0.15)
 
 
 def states(model: ImageCaptionModel, precision, rows=6) -> tuple[torch.Tensor, torch.Tensor]:

@@ -160,7 +160,11 @@ def test_every_other_command_runs(user, command):
     command = re.sub(r"python (\w+\.py)", rf"{sys.executable} {ROOT}/\1", command)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     done = subprocess.run(["bash", "-c", command], cwd=user, env=environment, text=True, capture_output=True)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and done.stdout, done.stdout[-1000:] + done.stderr[-2000:]
+    if wanted := re.search(r"--(?:output|heatmap) (\S+)", command):
+        written = user / ("photos/one.txt" if wanted[1] == "sidecar" else wanted[1])
+        assert written.read_bytes().strip()
+        assert written.suffix != ".csv" or len(written.read_text().splitlines()) == 3  # a header and two pictures
 
 
 @pytest.mark.slow
