@@ -36,10 +36,10 @@ from evaluate import BadPictures, caption_loader, caption_loss
 from files import file_hash
 from job import Job, prepare
 from model import ImageCaptionModel
-from optimizers import learning_rate_at
+from optimizers import Muon, learning_rate_at, product_dtype
 from table import make_table
 from train import Learner, blank_words
-from utils import PRECISIONS, autocast, choose_device, keep_freed_memory, read_log
+from utils import PRECISIONS, autocast, choose_device, choose_precision, keep_freed_memory, read_log
 
 RATE = 1e-5
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -387,7 +387,7 @@ def transformers_step(job: Job, folder: Path) -> tuple[Any, Any]:
     known = {id(p) for p in inside}
     others = [p for p in model.parameters() if id(p) not in known]
     optimizers = [
-        torch.optim.Muon(inside, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        Muon(inside, config.learning_rate, config.weight_decay, product_dtype(job.device, job.dtype)),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 
@@ -427,14 +427,16 @@ class RaceBenchmark:
         """Each racer's steps, pairs seen and scores."""
         context, found, waiting = multiprocessing.get_context("spawn"), {}, dict(RACERS)
         running: dict[str, tuple[Any, Connection]] = {}
-        print(f"{self.core_minutes:g} minutes of a core each")
+        chosen, reason = choose_precision("auto", torch.device("cpu"))
+        precision = next(name for name, dtype in PRECISIONS.items() if dtype == chosen)
+        print(f"{self.core_minutes:g} minutes of a core each, in {precision} ({reason})")
         with tempfile.TemporaryDirectory() as folder:
             while waiting or running:
                 while waiting and len(running) < self.at_a_time:
                     racer, captions = next(iter(waiting.items()))
                     del waiting[racer]
                     config = dataclasses.replace(
-                        PRESETS["flickr8k"], data_dir=self.data_dir, captions_per_image=captions, precision="bf16"
+                        PRESETS["flickr8k"], data_dir=self.data_dir, captions_per_image=captions, precision=precision
                     )
                     (own := Path(folder) / str(len(waiting))).mkdir()
                     pipe, end = context.Pipe()
@@ -462,9 +464,13 @@ GOLDEN = [
 """The flags of a small run that has been the same in all versions."""
 
 
-def golden_run(code: Path, directory: Path) -> tuple[list[float], str]:
+OPTIMIZERS = ("adamw", "muon")
+
+
+def golden_run(code: Path, directory: Path, optimizer: str) -> tuple[list[float], str]:
     """The losses that the golden run of a checkout logs, every ten steps, and the SHA-256 of its model."""
-    command = [sys.executable, str(code / "main.py"), *GOLDEN, "--output-dir", "golden"]
+    flags = [*GOLDEN, "--optimizer", optimizer, "--output-dir", "golden"]
+    command = [sys.executable, str(code / "main.py"), *flags, "--resume", "never"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # sums do not depend on how many cores
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -487,10 +493,10 @@ class GoldenBenchmark:
     """Show tracebacks of errors."""
 
     def run(self) -> dict[str, Any]:
-        """The losses of both. Raises UserError where they differ."""
-        here = Path(__file__).resolve().parent
+        """The losses of both, by optimizer. Raises UserError where they differ."""
+        here, different, found = Path(__file__).resolve().parent, [], {}
         with tempfile.TemporaryDirectory() as folder:
-            found = []
+            versions = []
             for name, commit in (("before", self.before), ("after", self.after)):
                 code, run = here, Path(folder) / name
                 run.mkdir()
@@ -501,12 +507,16 @@ class GoldenBenchmark:
                     if archive.returncode:
                         raise UserError(f"{commit}: {archive.stderr.decode().strip().splitlines()[-1]}")
                     subprocess.run(["tar", "-x"], cwd=code, input=archive.stdout, check=True)
-                found.append(golden_run(code, run))
-        (before, before_hash), (after, after_hash) = found
-        print(f"{'step':>5} {self.before:>24} {self.after or 'these files':>24}")
-        for number, (a, b) in enumerate(zip(before, after, strict=True), start=1):
-            print(f"{10 * number:5} {a.hex():>24} {b.hex():>24}{'' if a == b else '   differs'}")
-        if (before, before_hash) != (after, after_hash):
-            raise UserError("training is not the same to the bit")
-        print(f"the same to the bit, weights {after_hash[:16]}...")
-        return {"losses": [loss.hex() for loss in after], "sha256": after_hash}
+                versions.append((code, run))
+            for optimizer in OPTIMIZERS:
+                (before, before_hash), (after, after_hash) = (golden_run(*each, optimizer) for each in versions)
+                print(f"{optimizer:>5} {self.before:>24} {self.after or 'these files':>24}")
+                for number, (a, b) in enumerate(zip(before, after, strict=True), start=1):
+                    print(f"{10 * number:5} {a.hex():>24} {b.hex():>24}{'' if a == b else '   differs'}")
+                if same := (before, before_hash) == (after, after_hash):
+                    print(f"the same to the bit, weights {after_hash[:16]}...")
+                different += [] if same else [optimizer]
+                found[optimizer] = {"losses": [loss.hex() for loss in after], "sha256": after_hash}
+        if different:
+            raise UserError(f"training by {' and '.join(different)} is not the same to the bit")
+        return found

@@ -116,7 +116,7 @@ class Learner:
     def __init__(self, job: Job) -> None:
         self.job, self.model, config = job, job.model, job.config
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.dtype == torch.float16)
-        self.updater = Updater(job.model, config, self.scaler)
+        self.updater = Updater(job.model, config, self.scaler, job.dtype)
         self.average = Average(job.model, config.ema) if config.ema else None
         self.critic = None
         if config.objective == "scst":
