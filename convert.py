@@ -33,7 +33,7 @@ from config import UserError, ViTGPT2Config
 from files import write_json
 from model import ImageCaptionModel
 from model_file import METADATA_KEY, check_shapes, gpt2_tokenizer, keys_from_text, keys_to_text, tokenizer_from_json
-from utils import parse_flags, run_script
+from utils import hub_folder, parse_flags, run_script
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -318,13 +318,7 @@ def find_folder(source: Source, wanted: list[str]) -> Path:
         raise UserError(
             f"{name}: no such folder: name one that transformers wrote, or user/name on the Hugging Face Hub"
         )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # the client raises a dozen kinds, for absent, private and unreachable repositories
-        reason = first_line(error)
-        raise UserError(f"{name}: no such folder, and not to be had from the Hugging Face Hub: {reason}") from error
+    return hub_folder(name, wanted)
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

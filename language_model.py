@@ -8,6 +8,7 @@ keys and values are computed once here too, and repeated for its rows, because t
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from config import UserError, ViTGPT2Config
-from convert import first_line
+from convert import find_folder, first_line
 from model import DecoderCache, GPT2Decoder, Packing
 
+FILES = ["*.json", "model*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
 Looked = list[tuple[Tensor, ...]]
 
 
@@ -46,6 +48,10 @@ class LanguageModel(nn.Module):
             self.body: Any = AutoModel.from_config(theirs, dtype=torch.float32)
         except (KeyError, TypeError, ValueError) as error:  # of a newer transformers, or of none
             raise UserError(f"this transformers has no such language model ({first_line(error)}): update it") from error
+        # Since transformers 5.24 "cache", before "past_key_values".
+        self.cache_name = next(
+            n for n in ("cache", "past_key_values") if n in inspect.signature(self.body.forward).parameters
+        )
         if not theirs.tie_word_embeddings:
             self.lm_head = nn.Linear(config.decoder_embed_dim, config.vocab_size, bias=False)
         self.gradient_checkpointing = False  # which would compute the picture's part again for each layer's cache
@@ -58,7 +64,7 @@ class LanguageModel(nn.Module):
     def look(self, encoder_hidden_states: Tensor) -> Looked:
         """The prefix (N, S, D) -> layers x (keys, values), each (N, heads, S, head size)."""
         past: Any = DynamicCache()
-        self.body(inputs_embeds=encoder_hidden_states, past_key_values=past, use_cache=True)
+        self.body(inputs_embeds=encoder_hidden_states, use_cache=True, **{self.cache_name: past})
         return [(layer.keys, layer.values) for layer in past.layers]
 
     def cross_attentions(self) -> list[nn.Module]:
@@ -78,7 +84,7 @@ class LanguageModel(nn.Module):
         if length > self.config.text_positions:
             raise ValueError(f"a caption of {length} tokens does not fit into {self.config.text_positions} positions")
         past = cache.past if cache else repeated(cross, len(input_ids))
-        x = self.body(inputs_embeds=self.wte(input_ids), past_key_values=past, use_cache=True).last_hidden_state
+        x = self.body(inputs_embeds=self.wte(input_ids), use_cache=True, **{self.cache_name: past}).last_hidden_state
         if cache:
             cache.length = length
         return packing.pack(x) if packing else x
@@ -106,9 +112,10 @@ def pretrained_language_model(source: str, config: ViTGPT2Config) -> tuple[ViTGP
         raise UserError(
             f"{source}: only GPT-2 takes cross-attention, other language models a prefix: add --bridge prefix"
         )
+    folder = find_folder(source, FILES)
     try:
-        theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         about = theirs.config
         fields: dict[str, Any] = {
             "language_model": json.dumps(about.to_diff_dict() | {"model_type": about.model_type}, sort_keys=True),

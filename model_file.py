@@ -1,6 +1,6 @@
 """What a model's file holds besides weights, and where files are found: keys of pictures, shapes, tokenizers.
 
-Imports config; the Hub's client and transformers by late imports. model.py and convert.py load and save through it.
+Imports config and utils; transformers by late imports. model.py and convert.py load and save through it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import numpy as np
 from torch import Tensor
 
 from config import UserError, ViTGPT2Config
+from utils import hub_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MODEL_FILE = "vit-gpt2-captioning.safetensors"
 METADATA_KEY = "vit_gpt2_captioning"
+GPT2_TOKENIZER = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"]
 MOST_KEYS = 4_000_000  # of the pictures trained on: 43 MB of the 100 that a file's header may have; of more, a sample
 
 
@@ -49,15 +51,11 @@ def find_model_file(source: str | os.PathLike[str]) -> Path:
     name = str(source)
     if path.suffix == ".safetensors" or name.count("/") != 1 or name.startswith((".", "/")):
         raise UserError(f"{name}: no such model file or folder: train one (python main.py) or name one")
-    from huggingface_hub import hf_hub_download
-
-    reason = ""
+    folder = hub_folder(name, [MODEL_FILE, "config.json"])
     for wanted in (MODEL_FILE, "config.json"):
-        try:
-            return Path(hf_hub_download(name, wanted))
-        except Exception as error:  # the client raises a dozen kinds, for absent, private and unreachable repositories
-            reason = reason or str(error).strip().split("\n")[0]
-    raise UserError(f"{name}: no such path, and not to be had from the Hugging Face Hub: {reason}")
+        if (folder / wanted).is_file():
+            return folder / wanted
+    raise UserError(f"{name}: holds no {MODEL_FILE} and no config.json: name a repository with a model")
 
 
 def read_model_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -163,7 +161,8 @@ def gpt2_tokenizer(source: str = "gpt2") -> PreTrainedTokenizerFast:
     from transformers import GPT2Tokenizer
 
     try:
-        tokenizer = GPT2Tokenizer.from_pretrained(source)
+        folder = source if Path(source).is_dir() else hub_folder(source, GPT2_TOKENIZER)
+        tokenizer = GPT2Tokenizer.from_pretrained(folder)
         if len(tokenizer) < 257:  # a folder without the files gives an empty one
             raise ValueError("no vocab.json and merges.txt there")
         return tokenizer

@@ -35,6 +35,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from config import UserError
 from metrics import tokenize
 from pictures import PictureSource, decode, in_one_line, reason
+from utils import hub_folder
 
 SECONDS = 1800.0
 """Longest that one Java program may run unless told otherwise, in seconds; SPICE, which parses every caption, needs the most."""
@@ -592,6 +593,8 @@ class _Clip:
         from transformers import CLIPModel, CLIPProcessor
 
         try:  # nothing but safetensors: a pickle can run code
+            if not Path(name).is_dir():
+                name = hub_folder(str(name), ["*.json", "model*.safetensors", "merges.txt"])
             loaded: Any = CLIPModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
             self.model, missing = loaded[0].float().to(device).eval(), sorted(loaded[1]["missing_keys"])
             if missing:  # transformers would go on with random weights

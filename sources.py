@@ -35,6 +35,7 @@ from layouts import (
     split_word,
 )
 from table import SPLITS, CaptionTable, Row
+from utils import ask_hub
 
 VERSION = 1  # of the tables kept on disk: one more when a reader or the columns change
 USUAL = Columns()
@@ -209,16 +210,20 @@ def _read_hub(source: str, columns: Columns) -> dict[str, CaptionTable]:
         raise UserError(
             f"{source} is read with Hugging Face's datasets: pip install -r requirements-data.txt"
         ) from None
+    refusal = None
     try:
         if any((Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json")):
             found = datasets.load_from_disk(source)
         elif source.endswith(".parquet"):
             found = datasets.load_dataset("parquet", data_files=source)
         else:
+            refusal = ask_hub(source, "dataset")
+            # Without a network what an earlier run has fetched, at once: the library's retries take minutes.
+            datasets.config.HF_HUB_OFFLINE = refusal is not None
             found = datasets.load_dataset(source)
     except Exception as error:  # the library raises dozens of kinds
         raise UserError(
-            f"{source}: the data set cannot be loaded ({reason(error)[:200]}): check its name and the network"
+            f"{source}: the data set cannot be loaded ({reason(refusal or error)[:200]}): check its name and the network"
         ) from None
     parts = found if isinstance(found, dict) else {"train": found}
     features = next(iter(parts.values())).features

@@ -27,6 +27,7 @@ from files import write_text
 T = TypeVar("T")
 # The last is what Slurm can be told to send before a job's time ends; Windows has none.
 STOP_SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+HUB_SECONDS = 10.0  # that the Hub has to answer in
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Scripts
@@ -114,27 +115,33 @@ def exit_code_of(number: int) -> int:
 
 @functools.cache
 def matmul_rate(device_type: str, dtype: torch.dtype, size: int = 512) -> float:
-    """Floating-point operations a second of a matrix product, measured in some milliseconds; 0 where it fails."""
+    """Floating-point operations a second of a matrix product; 0 where it fails.
 
-    def settle() -> None:
-        if device_type != "cpu":
-            getattr(torch, device_type).synchronize()
-
+    A product of 128 x 128 comes first: where that alone takes milliseconds (bf16 on a CPU that emulates it), its rate is
+    the answer, and nothing larger is tried.
+    """
     try:
-        a = torch.randn(size, size, device=device_type).to(dtype)
-        for _ in range(2):
-            a @ a
-        settle()
-        best = float("inf")
-        for _ in range(20):  # the best of many: others use the machine too
-            start = time.perf_counter()
-            for _ in range(2):
-                a @ a
-            settle()
-            best = min(best, (time.perf_counter() - start) / 2)
+        if (small := timed_product(device_type, dtype, 128)) > 2e-3:
+            return 2 * 128**3 / small
+        return 2 * size**3 / timed_product(device_type, dtype, size)
     except (RuntimeError, TypeError):  # a device that does not have the dtype
         return 0.0
-    return 2 * size**3 / best
+
+
+def timed_product(device_type: str, dtype: torch.dtype, size: int) -> float:
+    """Seconds of a matrix product: the best of many, as others use the machine too, or of what 50 ms allow."""
+
+    def multiply() -> float:
+        start = time.perf_counter()
+        for _ in range(2):
+            a @ a
+        if device_type != "cpu":
+            getattr(torch, device_type).synchronize()
+        return (time.perf_counter() - start) / 2
+
+    a = torch.randn(size, size, device=device_type).to(dtype)
+    first = multiply()  # starts threads and loads kernels
+    return min((multiply() for _ in range(min(20, int(0.025 / first)))), default=first)
 
 
 def choose_device(wanted: str) -> tuple[torch.device, str]:
@@ -169,6 +176,8 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, st
         return PRECISIONS[wanted], "asked for"
     if device.type == "cuda":
         return torch.float16, "the default on CUDA (bf16 by --precision bf16)"
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return torch.float32, "this CPU has no fast bf16: it stops at AVX2"
     single, half = (matmul_rate(device.type, dtype) for dtype in (torch.float32, torch.bfloat16))
     reason = f"measured: bf16 {half / 1e9:.0f}, fp32 {single / 1e9:.0f} GFLOP/s"
     return (torch.bfloat16 if half > 1.2 * single else torch.float32), reason
@@ -178,6 +187,35 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Mixed precision with this dtype; nothing for float32."""
     half = dtype != torch.float32
     return torch.autocast(device.type, dtype if half else torch.bfloat16, enabled=half)
+
+
+# The Hugging Face Hub
+
+
+def ask_hub(name: str, kind: str = "model") -> Exception | None:
+    """None where the Hub has this repository and lets it be read; otherwise what it or the network says.
+
+    One request, without the client's retries: those take minutes on a machine that has no network."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
+    except Exception as error:  # the client raises a dozen kinds, for absent, private and unreachable repositories
+        return error
+    return None
+
+
+def hub_folder(name: str, wanted: list[str]) -> Path:
+    """The folder in the client's cache with the wanted files (patterns) of a repository user/name, fetched where the Hub
+    can be reached. Raises UserError, in one line, where they are neither here nor to be had."""
+    from huggingface_hub import snapshot_download
+
+    refusal = ask_hub(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=refusal is not None))
+    except Exception as error:
+        why = next(iter(str(refusal or error).strip().splitlines()), type(refusal or error).__name__)
+        raise UserError(f"{name}: no such path here, and not to be had from the Hugging Face Hub: {why}") from error
 
 
 # Memory

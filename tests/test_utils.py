@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import signal
+import socket
 
 import pytest
 import torch
+from PIL import Image
 
 import utils
 from config import UserError
@@ -18,6 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("half", "expected"), [(300.0, torch.bfloat16), (110.0, torch.float32), (0.0, torch.float32)])
 def test_precision_on_a_cpu_follows_the_measurement(monkeypatch, half, expected):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(utils, "matmul_rate", lambda device, dtype: half * 1e9 if dtype == torch.bfloat16 else 100e9)
     dtype, reason = choose_precision("auto", CPU)
     assert dtype == expected and f"bf16 {half:.0f}, fp32 100 GFLOP/s" in reason
@@ -36,6 +41,57 @@ def test_the_rate_is_measured():
     rate = utils.matmul_rate("cpu", torch.float32, 256)
     assert 1e8 < rate < 1e14
     assert utils.matmul_rate("cpu", torch.float32, 256) == rate  # once a process
+
+
+def test_a_slow_precision_is_found_out_by_a_small_product(monkeypatch):
+    """Every process that captions spent 6 seconds on multiplying large matrices in a bf16 that the CPU emulates."""
+    products = []
+
+    def product(device: str, dtype: torch.dtype, size: int) -> float:
+        products.append(size)
+        return 2 * size**3 / 1e9  # seconds at 1 GFLOP/s
+
+    monkeypatch.setattr(utils, "timed_product", product)
+    assert utils.matmul_rate.__wrapped__("cpu", torch.bfloat16) == pytest.approx(1e9) and products == [128]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert choose_precision("auto", CPU) == (torch.float32, "this CPU has no fast bf16: it stops at AVX2")
+    assert products == [128]
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
+    """GPT-2's tokenizer was asked for file by file with five retries each: four minutes without a network, and then
+    vocab.json was said to be missing. So was everything else that goes by a name of the Hub."""
+    from huggingface_hub import constants
+
+    from convert import find_folder
+    from model_file import find_model_file, gpt2_tokenizer
+    from scorers import clip_scores
+    from sources import load_tables
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for name, value in {"ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_OFFLINE": False}.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(utils, "HUB_SECONDS", 0.2)
+        silent.setblocking(False)
+        picture = Image.new("RGB", (16, 16))
+        for ask in (
+            gpt2_tokenizer,
+            lambda: find_model_file("ann/model"),
+            lambda: find_folder("ann/model", ["config.json"]),
+            lambda: load_tables("ann/pictures", "."),
+            lambda: clip_scores(["a cat"], [picture], None, "ann/clip"),
+        ):
+            with pytest.raises(UserError, match="timed out") as raised:
+                ask()
+            assert "\n" not in str(raised.value)
+            asked = []
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    with silent.accept()[0] as connection:
+                        asked.append(connection.recv(100).split()[1])
+            of_names = [path for path in asked if re.match(rb"/api/(models|datasets)/", path)]
+            assert len(of_names) == 1 and len(asked) <= 2, asked  # the client itself may say once who is asking
 
 
 def test_fp16_is_the_default_on_cuda_and_refused_on_a_cpu():
