@@ -337,7 +337,8 @@ def beam_search(
         total = (log_probs.view(pictures, num_beams, vocab_size) + running_scores.unsqueeze(-1)).flatten(1)
         if do_sample:
             best = torch.multinomial(total.softmax(-1), 2 * num_beams, generator=generator)
-            scores = total.gather(1, best)
+            scores, order = total.gather(1, best).sort(descending=True)  # as transformers does since 5.24
+            best = best.gather(1, order)
         else:
             scores, best = total.topk(2 * num_beams)  # (N, 2 * num_beams)
         beams, next_tokens = best // vocab_size, best % vocab_size
