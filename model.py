@@ -203,7 +203,7 @@ class SelfAttention(nn.Module):
                 key, value = states[:, :, : past + 1].unbind()
                 query = query.to(key.dtype)
         if before is None:
-            mixed = attention(query, key, value, causal=length > 1)
+            mixed = attention(query, key, value, causal=not past)  # length > 1 would be a symbol to a compiler
         else:
             visible = torch.ones(length, length, dtype=torch.bool, device=x.device).tril() if length > 1 else None
             mixed = attention_behind(query, key, value, before, visible)
