@@ -9,6 +9,8 @@ the client (HF_TOKEN, or what `hf auth login` saved) and never seen here.
 from __future__ import annotations
 
 import ast
+import contextlib
+import glob
 import json
 import os
 import re
@@ -16,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +47,17 @@ CODE = ("config", "model", "generation", "convert")  # with what they import: to
 SPACE_CODE = ("app",)
 PICTURE, SAMPLES = "example.png", "samples.png"
 BESIDE = ["README.md", "run.json", "metrics.json", PICTURE, SAMPLES, "onnx", ".eval_results"]
+MANIFEST = "published_files.json"  # names of all files of an upload, which the next one may delete
 OURS = [*WRITTEN, MODEL_FILE, f"{MODULE}.py", *BESIDE]  # of models of any kind
+# Uploads from before there was a manifest held some of these modules.
+OLDER_MODULES = (
+    "adapters app attention auto_upload benchmark benchmark_training cache captioning card check checkpoint config "
+    "convert dataset distributed download estimates evaluate example_usage fetch files generation graphs job "
+    "language_model layouts main metrics model model_file ngrams onnx_export optimizers outputs packed page pictures "
+    "pixels pretrained ptb publish remote report results scenes scorers scst sources space table tracking train "
+    "upload_to_hf utils"
+)
+OLDER_FILES = [f"{name}.py" for name in OLDER_MODULES.split()]
 PASSING = {408, 429, 500, 502, 503, 504}  # statuses of a Hub that may be well again in a moment
 PATIENCE = 10.0  # seconds in which a request is tried again; the client's own retries of some requests go on for longer
 
@@ -193,21 +205,40 @@ def code_files(names: Sequence[str]) -> list[Path]:
     return sorted(found.values())
 
 
-def write_space_folder(directory: Path, config: UploadConfig, model: ImageCaptionModel, run: Run | None) -> None:
-    """Everything that is uploaded to a Space."""
-    code = code_files(SPACE_CODE)
-    with new_folder(directory, [MARKER, "README.md", *SPACE_FILES, *(path.name for path in code)]) as folder:
-        write_space(folder, config.repository, model.merged)
-        write_json(folder / MARKER, {})
+@contextlib.contextmanager
+def repository_folder(directory: Path, names: Sequence[str], modules: Sequence[str]) -> Iterator[Path]:
+    """A folder to fill with these names; the modules and what they import, and the manifest, come into it as well."""
+    code = code_files(modules)
+    earlier = [Path(name).parts[0] for name in files_of(directory)] or OLDER_FILES
+    with new_folder(directory, [*names, MANIFEST, *(path.name for path in code), *earlier]) as folder:
         for path in code:
             shutil.copyfile(path, folder / path.name)
+        yield folder
+        files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        write_json(folder / MANIFEST, sorted(files))
+
+
+def files_of(folder: Path) -> list[str]:
+    """What an earlier upload wrote into a folder, by its manifest; nothing where there is none that can be read."""
+    try:
+        names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def write_space_folder(directory: Path, config: UploadConfig, model: ImageCaptionModel, run: Run | None) -> None:
+    """Everything that is uploaded to a Space."""
+    with repository_folder(directory, [MARKER, "README.md", *SPACE_FILES], SPACE_CODE) as folder:
+        write_space(folder, config.repository, model.merged)
+        write_json(folder / MARKER, {})
 
 
 def write_model_folder(directory: Path, config: UploadConfig, model: ImageCaptionModel, run: Run | None) -> None:
     """Everything that is uploaded of a model. Equal models give equal folders: no dates, no paths of this machine."""
-    code, layout = code_files(CODE), layout_of(model)
+    layout = layout_of(model)
     model.tokenizer = model.tokenizer  # GPT-2's, where none came with the weights
-    with new_folder(directory, [*OURS, *(path.name for path in code)]) as folder:
+    with repository_folder(directory, OURS, CODE) as folder:
         if layout == "transformers":
             save_transformers(model, folder)
         elif model.merged:
@@ -217,8 +248,6 @@ def write_model_folder(directory: Path, config: UploadConfig, model: ImageCaptio
             model.save_pretrained(folder)
         if layout != "transformers":
             write_json(folder / MARKER, {})
-        for path in code:
-            shutil.copyfile(path, folder / path.name)
         scene, _, rng = make_scene(0, "example", 0)
         draw(scene, rng).save(folder / PICTURE)  # ours, so that anybody may redistribute it
         if config.onnx:
@@ -303,7 +332,7 @@ def check_card(folder: Path, kind: Kind) -> None:
 
 
 def send(api: HfApi, config: UploadConfig, folder: Path, message: str, kind: Kind) -> tuple[str, str]:
-    """Uploads the folder in one commit; what an earlier upload left and this one lacks is deleted with it.
+    """Uploads the folder in one commit; what an earlier upload wrote and this one lacks is deleted with it.
 
     Returns the commit and its address. The client sends only what the Hub does not have.
     """
@@ -314,11 +343,25 @@ def send(api: HfApi, config: UploadConfig, folder: Path, message: str, kind: Kin
         revision=config.revision,
         create_pr=config.pr,
         commit_message=message,
-        delete_patterns=[f"{name}/*" if name in ("onnx", ".eval_results") else name for name in OURS],
+        delete_patterns=written_before(api, config, kind),
     )
     branch = f"/tree/{config.revision}" if config.revision else ""
     where = f"{api.endpoint}/{'spaces/' if kind == 'space' else ''}{config.repository}{branch}"
     return commit.oid, commit.pr_url or where
+
+
+def written_before(api: HfApi, config: UploadConfig, kind: Kind) -> list[str]:
+    """Patterns of what earlier uploads wrote into the repository: all that its manifest names, and what a model has
+    beside its code. None of a repository that was not written here."""
+    name, revision = config.repository, config.revision
+    files = {file.rfilename for file in api.repo_info(name, repo_type=kind, revision=revision).siblings or []}
+    if MARKER not in files:
+        return []
+    earlier = OLDER_FILES
+    if MANIFEST in files:
+        earlier = files_of(Path(api.hf_hub_download(name, MANIFEST, repo_type=kind, revision=revision)).parent)
+    beside = [f"{name}/*" if name in ("onnx", ".eval_results") else name for name in OURS]
+    return [*map(glob.escape, earlier), *beside]
 
 
 def patiently(name: str, action: Callable[[], T]) -> T:

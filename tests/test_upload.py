@@ -394,6 +394,36 @@ def test_what_an_older_upload_left_goes(hub, cwd, upload, scenes_tokenizer):
     assert b"## Training" not in hub.get(made.tree()["README.md"])
 
 
+def test_a_module_that_a_later_version_drops_goes(hub, upload):
+    """It stayed for ever, and a stale captioning.py beside a folder captioning/ would be the one that is imported. What a
+    person has added stays; of an upload before there was a manifest the project's own old modules go."""
+    upload("ann/model")
+    made = hub.repositories["ann/model"]
+    old, own = (
+        hub.put(b"# old"),
+        {"my.py": hub.put(b"# mine"), "data/x.parquet": hub.put(b"PAR1"), "a[1].py": hub.put(b"1")},
+    )
+    tree = dict(made.tree())
+    names = json.loads(hub.get(tree.pop(publish.MANIFEST)))
+    assert sorted(tree.keys() - {".gitattributes"} | {publish.MANIFEST}) == sorted([*names, publish.MANIFEST])
+    made.commit("main", tree | own | {"captioning.py": old}, "as an older version left it")
+    upload("ann/model")
+    assert "captioning.py" not in made.tree() and own.keys() <= made.tree().keys()
+    newer = hub.put(json.dumps([*names, "wing/room.py", "a[1].py", 7]).encode())
+    gone = {"wing/room.py": old, "wing/own.py": old, publish.MANIFEST: newer}
+    made.commit("main", made.tree() | gone, "as a newer version left it")
+    upload("ann/model")
+    assert own.keys() - {"a[1].py"} | {"wing/own.py", "model.py"} <= made.tree().keys()
+    assert not {"wing/room.py", "a[1].py"} & made.tree().keys()
+
+
+def test_what_others_wrote_stays_when_forced(hub, upload):
+    """--force deleted a stranger's onnx/ folder."""
+    made = hub.add("ann/model", {"onnx/model.onnx": b"x", "captioning.py": b"y"})
+    upload("ann/model", force=True)
+    assert {"onnx/model.onnx", "captioning.py", "model.py"} <= set(made.tree())
+
+
 def test_a_card_that_the_hub_refuses_stops_before_the_weights(hub, upload):
     with pytest.raises(UserError, match='"license" must be'):
         upload("ann/model", license="MY OWN")
