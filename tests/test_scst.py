@@ -96,7 +96,8 @@ def test_a_picture_that_cannot_be_read_teaches_nothing(small):
 
 
 def test_learning_from_rewards_raises_them(small):
-    """From random captions up, on eight pictures, by nothing but their rewards."""
+    """From random captions up, on eight pictures, by nothing but their rewards. By how much depends on how the machine
+    rounds (a half, it once had to be); that they rise does not."""
     model, batch, _, critic = small
     fields = ("pixel_values", "input_ids", "lengths", "labels", "positions")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -114,7 +115,8 @@ def test_learning_from_rewards_raises_them(small):
         optimizer.step()
         optimizer.zero_grad()
         rewards.append(drawn["rewards"].mean().item())
-    assert np.mean(rewards[-10:]) > 1.5 * np.mean(rewards[:10])
+    first, last = np.array(rewards[:20]), np.array(rewards[-20:])
+    assert last.mean() - first.mean() > 3 * np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / 20)  # standard errors
 
 
 def test_what_cannot_be_improved_is_refused():
