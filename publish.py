@@ -211,9 +211,9 @@ def repository_folder(directory: Path, names: Sequence[str], modules: Sequence[s
     code = code_files(modules)
     earlier = [Path(name).parts[0] for name in files_of(directory)] or OLDER_FILES
     with new_folder(directory, [*names, MANIFEST, *(path.name for path in code), *earlier]) as folder:
+        yield folder
         for path in code:
             shutil.copyfile(path, folder / path.name)
-        yield folder
         files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         write_json(folder / MANIFEST, sorted(files))
 

@@ -334,7 +334,14 @@ def test_the_token_is_nowhere(home, published):
 @pytest.fixture
 def upload(hub, cwd, monkeypatch, capsys):
     """Publishes by the real client in this process; returns what it printed."""
-    for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+    settings = {
+        "ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(cwd / "home"),
+    }
+    settings["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("HF_TOKEN", CANARY)
     monkeypatch.chdir(cwd)
