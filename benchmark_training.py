@@ -428,7 +428,7 @@ class RaceBenchmark:
         context, found, waiting = multiprocessing.get_context("spawn"), {}, dict(RACERS)
         running: dict[str, tuple[Any, Connection]] = {}
         chosen, reason = choose_precision("auto", torch.device("cpu"))
-        precision = next(name for name, dtype in PRECISIONS.items() if dtype == chosen)
+        precision: Any = next(name for name, dtype in PRECISIONS.items() if dtype == chosen)
         print(f"{self.core_minutes:g} minutes of a core each, in {precision} ({reason})")
         with tempfile.TemporaryDirectory() as folder:
             while waiting or running:

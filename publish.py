@@ -354,7 +354,8 @@ def written_before(api: HfApi, config: UploadConfig, kind: Kind) -> list[str]:
     """Patterns of what earlier uploads wrote into the repository: all that its manifest names, and what a model has
     beside its code. None of a repository that was not written here."""
     name, revision = config.repository, config.revision
-    files = {file.rfilename for file in api.repo_info(name, repo_type=kind, revision=revision).siblings or []}
+    look = api.space_info if kind == "space" else api.model_info
+    files = {file.rfilename for file in look(name, revision=revision).siblings or []}
     if MARKER not in files:
         return []
     earlier = OLDER_FILES
