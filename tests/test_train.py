@@ -149,7 +149,7 @@ def test_after_a_step_that_is_not_finite_nothing_changes(kind):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) and updater.broken == 1
 
 
-SHAPES = list(enumerate([(8, 24), (8, 24), (24, 8), (8, 8)]))
+SHAPES = list(enumerate([(8, 24), (8, 24), (24, 8), (4, 24)]))  # no square: of a singular one bf16 leaves nothing
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (32, 128), (128, 32)])
