@@ -36,7 +36,7 @@ from fetch import fetch_picture
 from layouts import PICTURE_SUFFIXES
 from model import ImageCaptionModel
 from page import COLOURS, HEADER, NO_MODEL, PAGE, STYLE, WORDS, card, progress, results, working
-from utils import StopSignal, choose_device, choose_precision, parse_flags, run_script
+from utils import ROOT, StopSignal, choose_device, choose_precision, parse_flags, run_script
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 MOST_AT_ONCE = 16  # pictures that are captioned together
 MOST_SHOWN = 24  # pictures at a time in the page, each with its heat maps; folders have no limit
 PREVIEW = 720  # pixels of the longer side of a picture in the page
-DEMO = [sys.executable, str(Path(__file__).with_name("main.py")), "--preset", "demo", "--no-upload"]
+DEMO = [sys.executable, str(ROOT / "main.py"), "--preset", "demo", "--no-upload"]
 DECODING = threading.Semaphore(4)  # pictures decoded at a time: a large one takes a quarter of a GiB
 
 Length = Literal["short", "normal", "long"]

@@ -43,7 +43,7 @@ from metrics import CiderD, interval_of, resampled_sums, score_captions
 from model import ImageCaptionModel
 from packed import Precision, available
 from table import CaptionTable, make_table
-from utils import PRECISIONS, choose_device, parse_flags, run_script
+from utils import PRECISIONS, ROOT, choose_device, parse_flags, run_script
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -239,7 +239,7 @@ class DataBenchmark:
     def load_elsewhere(self, folder: Path) -> dict[str, float]:
         """Loads a table in a process of its own, and reads all of it in four more that it forks."""
         command = [sys.executable, "-c", TABLE_PROBE, str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             raise UserError(f"loading the table of {folder.name} captions failed: {done.stderr.strip()[-200:]}")
         return json.loads(done.stdout)  # type: ignore[no-any-return]

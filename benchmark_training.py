@@ -39,7 +39,7 @@ from model import ImageCaptionModel
 from optimizers import Muon, learning_rate_at, product_dtype
 from table import make_table
 from train import Learner, blank_words
-from utils import PRECISIONS, autocast, choose_device, choose_precision, keep_freed_memory, read_log
+from utils import PRECISIONS, ROOT, autocast, choose_device, choose_precision, keep_freed_memory, read_log
 
 RATE = 1e-5
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -494,16 +494,16 @@ class GoldenBenchmark:
 
     def run(self) -> dict[str, Any]:
         """The losses of both, by optimizer. Raises UserError where they differ."""
-        here, different, found = Path(__file__).resolve().parent, [], {}
+        different, found = [], {}
         with tempfile.TemporaryDirectory() as folder:
             versions = []
             for name, commit in (("before", self.before), ("after", self.after)):
-                code, run = here, Path(folder) / name
+                code, run = ROOT, Path(folder) / name
                 run.mkdir()
                 if commit is not None:
                     code = run / "code"
                     code.mkdir()
-                    archive = subprocess.run(["git", "archive", commit], cwd=here, capture_output=True)
+                    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True)
                     if archive.returncode:
                         raise UserError(f"{commit}: {archive.stderr.decode().strip().splitlines()[-1]}")
                     subprocess.run(["tar", "-x"], cwd=code, input=archive.stdout, check=True)

@@ -36,13 +36,13 @@ from model_file import MODEL_FILE
 from remote import MODULE
 from scenes import draw, make_scene
 from space import SPACE_FILES, gradio_version, write_space
+from utils import ROOT, module_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 T = TypeVar("T")
 Kind = Literal["model", "space"]
-HERE = Path(__file__).resolve().parent
 CODE = ("config", "model", "generation", "convert")  # with what they import: to load the model and to train it further
 SPACE_CODE = ("app",)
 PICTURE, SAMPLES = "example.png", "samples.png"
@@ -187,33 +187,37 @@ def find_run(path: Path) -> Path | None:
     return same[0] if same and (same[0] / "run.json").is_file() else None
 
 
-def code_files(names: Sequence[str]) -> list[Path]:
-    """These modules of the project and those that they import."""
-    found: dict[str, Path] = {}
+def code_files(names: Sequence[str]) -> list[str]:
+    """The files of these modules and of those that they import, below the repository, folders' own included."""
+    found: set[str] = set()
     todo = list(names)
     while todo:
         name = todo.pop()
-        path = HERE / f"{name}.py"
-        if name in found or not path.is_file():
+        file = module_file(name)
+        file = file if file.is_file() else file.with_suffix("") / "__init__.py"
+        path = file.relative_to(ROOT).as_posix()
+        if path in found or not file.is_file():
             continue
-        found[name] = path
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        found.add(path)
+        todo += [name.rpartition(".")[0]] if "." in name else []
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 todo += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
-                todo.append(node.module)
-    return sorted(found.values())
+                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return sorted(found)
 
 
 @contextlib.contextmanager
 def repository_folder(directory: Path, names: Sequence[str], modules: Sequence[str]) -> Iterator[Path]:
     """A folder to fill with these names; the modules and what they import, and the manifest, come into it as well."""
     code = code_files(modules)
-    earlier = [Path(name).parts[0] for name in files_of(directory)] or OLDER_FILES
-    with new_folder(directory, [*names, MANIFEST, *(path.name for path in code), *earlier]) as folder:
+    earlier = files_of(directory) or OLDER_FILES
+    with new_folder(directory, [*names, MANIFEST, *(Path(name).parts[0] for name in (*code, *earlier))]) as folder:
         yield folder
-        for path in code:
-            shutil.copyfile(path, folder / path.name)
+        for name in code:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
         files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         write_json(folder / MANIFEST, sorted(files))
 

@@ -4,7 +4,7 @@
 
 `save_pretrained` calls write_remote_code. It puts what captioning needs of config.py, attention.py, model.py and
 generation.py into one file, because transformers takes a module that such a file imports for a package to be installed,
-and a thin PreTrainedModel behind it. Imports convert, files, model and model_file.
+and a thin PreTrainedModel behind it. Imports convert, files, model, model_file and utils.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from convert import their_files
 from files import write_json, write_text
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
+from utils import module_file
 
 MODULE = "modeling_img2gpt"
-HERE = Path(__file__).resolve().parent
 SOURCES = {"config": ("UserError", "ViTGPT2Config"), "attention": (), "model": (), "generation": ()}  # (): all of it
 # Files of this project, and layers made for one machine; what is left out is not called behind a PreTrainedModel.
 LEFT_OUT = {"fast_twin", "part_of", "own_state", "load_own_state", "save_file", "save_pretrained", "from_pretrained"}
@@ -91,21 +91,20 @@ def write_remote_code(model: ImageCaptionModel, folder: Path) -> None:
 
 def remote_code() -> str:
     """The module's text."""
-    own = {path.stem for path in HERE.glob("*.py")}
     imports: list[ast.Import | ast.ImportFrom] = []
     bodies: list[str] = []
     for name, wanted in SOURCES.items():
-        text = (HERE / f"{name}.py").read_text(encoding="utf-8")
+        text = module_file(name).read_text(encoding="utf-8")
         lines = text.splitlines()
         dropped: set[int] = set()
         for node in ast.walk(tree := ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and node.module in own:
+            if isinstance(node, ast.ImportFrom) and is_ours(node.module):
                 dropped |= lines_of(node)  # it is all one file
             elif isinstance(node, ast.FunctionDef) and node.name in LEFT_OUT:
                 dropped |= lines_of(node)
         for node in tree.body:
             if isinstance(node, ast.Import | ast.ImportFrom):
-                if getattr(node, "module", None) not in (*own, "__future__"):
+                if getattr(node, "module", None) != "__future__" and not is_ours(getattr(node, "module", None)):
                     imports.append(node)
             elif isinstance(node, ast.If) or (isinstance(node, ast.Expr) and node is tree.body[0]):
                 continue  # what only type checkers read, and the docstring
@@ -123,6 +122,11 @@ def remote_code() -> str:
     }
     theirs = "from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel"
     return "\n".join([head, "from __future__ import annotations", *sorted(needed), theirs, "", "", body, ""])
+
+
+def is_ours(module: str | None) -> bool:
+    """Whether a module is one of this project."""
+    return module is not None and module_file(module).is_file()
 
 
 def lines_of(node: Any) -> set[int]:

@@ -1,6 +1,6 @@
 """A Space of the Hugging Face Hub: the web page of app.py with a published model, for anybody to try.
 
-Imports config and files. publish.py calls it, puts the project's code beside what it writes, and uploads the folder. The
+Imports config, files and utils. publish.py calls it, puts the project's code beside what it writes, and uploads the folder. The
 Space's log is where its errors are read, so it starts as the scripts do.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from config import UserError
 from files import write_text
+from utils import ROOT
 
-HERE = Path(__file__).resolve().parent
 START = "serve.py"
 SPACE_FILES = [START, "requirements.txt"]  # beside its README.md and the code
 
@@ -53,6 +53,6 @@ def write_space(folder: Path, repository: str, adapters: dict[str, Any] | None) 
     start += f'sys.argv[1:] = ["--model", "{repository}", "--host", "0.0.0.0"]\nrun_script(main)\n'
     write_text(folder / START, start)
     needed = ["requirements.txt", *(["requirements-qlora.txt"] if adapters and adapters["quantized"] else [])]
-    lines = [line for name in needed for line in (HERE / name).read_text(encoding="utf-8").splitlines()]
+    lines = [line for name in needed for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
     packages = [line for line in lines if not line.startswith(("#", "wandb"))]  # a Space does not train
     write_text(folder / "requirements.txt", "\n".join(packages) + "\n")

@@ -25,10 +25,17 @@ from config import UserError
 from files import write_text
 
 T = TypeVar("T")
+ROOT = Path(__file__).resolve().parent  # of this repository
 # The last is what Slurm can be told to send before a job's time ends; Windows has none.
 STOP_SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 HUB_SECONDS = 10.0  # that the Hub has to answer in
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def module_file(name: str) -> Path:
+    """The file of a module of this project, such as "data.table"; it is not there for anybody else's."""
+    return ROOT.joinpath(*name.split(".")).with_suffix(".py")
+
 
 # Scripts
 

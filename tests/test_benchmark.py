@@ -191,8 +191,7 @@ def test_two_versions_are_compared_to_the_bit(tmp_path):
     """The tool that says whether a refactor changed training: it must see one that did, and pass one that did not."""
     repository = tmp_path / "repository"
     repository.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, repository)
+    shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "tests", "runs"), dirs_exist_ok=True)
     git = ["git", "-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "before"]):
         subprocess.run([*git, *command], cwd=repository, check=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import corpus_bleu  # type: ignore[import-untyped]
@@ -31,7 +32,7 @@ from metrics import (
     tokenize,
 )
 
-COCO_EVAL = Path(__file__).parents[1] / "../shared/data/coco_eval"
+COCO_EVAL = SHARED / "coco_eval"
 NAMES = ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d"]
 
 # Few words, so that random captions share n-grams.

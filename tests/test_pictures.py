@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, SHARED
 from PIL import Image
 
 import pictures
 from config import UserError, ViTGPT2Config
 from pictures import FORMATS, MAX_PIXELS, load_picture, prepare_picture
 
-ROOT = Path(__file__).resolve().parents[1]
-CATS = ROOT.parent / "shared" / "data" / "cats" / "000000039769.png"
+CATS = SHARED / "cats" / "000000039769.png"
 S = 32
 ACROSS, DOWN = np.meshgrid(np.linspace(0, 1, S), np.linspace(0, 1, S))
 SMOOTH = np.stack([ACROSS * 255, DOWN * 255, (1 - ACROSS) * 200], 2).round().astype(np.uint8)  # (S, S, 3)
