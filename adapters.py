@@ -1,8 +1,6 @@
 """Learning a little of a large pretrained model: LoRA adapters on some layers, whose own weights rest, in 4 bits if wanted.
 
-    python adapters.py img2gpt_epoch_1.safetensors whole.safetensors        merges adapters into the models they name
-
-Imports config, model, model_file, convert, pretrained and utils; peft and bitsandbytes (requirements-qlora.txt) by late
+Imports config, model, model_file, convert and pretrained; peft and bitsandbytes (requirements-qlora.txt) by late
 imports. A file of adapters has, for each adapted layer, its two small matrices, and in full what no pretrained model brings:
 the projection, the cross-attention. Its metadata name the pretrained models. Loading such a file merges it, so that
 whatever captions meets plain layers; the layers are rounded to 4 bits first where they were while the adapters learned.
@@ -17,12 +15,10 @@ import hashlib
 import io
 import logging
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from config import TrainConfig, UserError, ViTGPT2Config
@@ -30,7 +26,6 @@ from convert import first_line
 from model import ImageCaptionModel, part_of
 from model_file import MODEL_FILE, check_shapes
 from pretrained import initialise
-from utils import parse_flags, run_script
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as it is imported, it recommends a package of kernels
 INSTALL = "pip install -r requirements-qlora.txt"
@@ -182,7 +177,7 @@ def base_model(path: Path, config: ViTGPT2Config, about: dict[str, Any], base_di
     except UserError as error:
         raise UserError(
             f"{path}: adapters for {said}: {error}; --base-dir names a folder that has them, and "
-            "python adapters.py makes one whole model"
+            "python convert.py merge makes one whole model"
         ) from error
     if fingerprint(base) != about["key"]:
         raise other_weights
@@ -216,28 +211,3 @@ def round_to_4_bits(weight: Tensor, bias: Tensor | None) -> None:
     weight.copy_(dequantize_4bit(*quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)))
     if bias is not None:
         bias.copy_(bias.bfloat16())  # which it is added in
-
-
-@dataclass(kw_only=True)
-class Merge:
-    """Write one whole model from a file of adapters."""
-
-    adapters: Annotated[str, tyro.conf.Positional]
-    """The file of adapters, or a folder or a Hub name with one."""
-    output: Annotated[Path, tyro.conf.Positional]
-    """The .safetensors file to write."""
-    base_dir: Path | None = None
-    """Folder in which the models it names are looked for first."""
-    debug: bool = False
-    """Show tracebacks of errors."""
-
-
-def main() -> None:
-    """The command line."""
-    config = parse_flags(Merge, __doc__)
-    ImageCaptionModel.from_pretrained(config.adapters, config.base_dir).save_file(config.output)
-    print(f"written to {config.output}")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -3,6 +3,7 @@
     python convert.py to-transformers vit-gpt2-captioning.safetensors my-captioner
     python convert.py from-transformers user/captioner vit-gpt2-captioning.safetensors
     python convert.py onnx vit-gpt2-captioning.safetensors my-captioner-onnx
+    python convert.py merge img2gpt_epoch_1.safetensors whole.safetensors     adapters into the models they name
 
 Imports config, files, model, model_file and utils; the Hub's client and onnx_export, which does the third, by late imports.
 Goes by the names that transformers writes to disk and loads everything or nothing: every tensor's name and shape is checked, and what this
@@ -584,9 +585,28 @@ class Onnx:
         return self.directory
 
 
+@dataclass(kw_only=True)
+class Merge:
+    """Write one whole model from a file of adapters."""
+
+    adapters: Annotated[str, tyro.conf.Positional]
+    """The file of adapters, or a folder or a Hub name with one."""
+    output: Annotated[Path, tyro.conf.Positional]
+    """The .safetensors file to write."""
+    base_dir: Path | None = None
+    """Folder in which the models it names are looked for first."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+    def run(self) -> Path:
+        """Merges; returns what was written."""
+        ImageCaptionModel.from_pretrained(self.adapters, self.base_dir).save_file(self.output)
+        return self.output
+
+
 def main() -> None:
     """The command line."""
-    commands: Any = ToTransformers | FromTransformers | Onnx
+    commands: Any = ToTransformers | FromTransformers | Onnx | Merge
     print(f"written to {parse_flags(commands, __doc__).run()}")
 
 

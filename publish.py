@@ -165,7 +165,7 @@ def find_model(config: UploadConfig) -> tuple[ImageCaptionModel, Run | None]:
     for base in bases:
         if local(base):
             where = f" --base-dir {config.base_dir}" if config.base_dir else ""
-            whole = f"make one whole model (python adapters.py {source} whole.safetensors{where}) and publish that"
+            whole = f"make one whole model (python convert.py merge {source} whole.safetensors{where}) and publish that"
             raise UserError(f"{source}: adapters for {base}, which nobody else has: {whole}")
     if config.onnx and layout_of(model) != "transformers":
         raise UserError(f"{source}: only whole models with cross-attention have ONNX files: leave out --onnx")

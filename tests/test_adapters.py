@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapters
+import convert
 from adapters import adapt, check_adapters, find_base
 from checkpoint import checkpoints
 from config import PRESETS, TrainConfig, UserError
@@ -120,9 +121,9 @@ def test_a_file_of_adapters_loads_as_the_model_that_learned(bases, bridge, kind,
     # Layers in 4 bits compute in bf16.
     assert (mine - theirs).abs().max() < (1e-5 if "lora" in kind else 0.02 * mine.abs().max())
     monkeypatch.setattr(
-        sys, "argv", ["adapters.py", *(str(tmp_path / f"{name}.safetensors") for name in ("a", "whole"))]
+        sys, "argv", ["convert.py", "merge", *(str(tmp_path / f"{name}.safetensors") for name in ("a", "whole"))]
     )
-    adapters.main()
+    convert.main()
     whole = ImageCaptionModel.from_pretrained(tmp_path / "whole.safetensors")
     with torch.no_grad():
         assert torch.equal(whole(PICTURES, IDS).logits, theirs)

@@ -135,7 +135,11 @@ def user(tmp_path_factory, scenes_dir) -> Path:
     return folder
 
 
-NAMED = {"python main.py", "python adapters.py", "python dataset.py check"}  # in a sentence, with nothing behind it
+NAMED = {
+    "python main.py",
+    "python convert.py merge",
+    "python dataset.py check",
+}  # in a sentence, with nothing behind it
 
 
 def runs_here(command: str) -> bool:

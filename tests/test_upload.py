@@ -240,7 +240,7 @@ def test_adapters_for_what_nobody_else_has_are_not_published(hub, upload, cwd):
     about["key"] = adapters.fingerprint(model)
     model.adapters = about
     model.save_file(cwd / MODEL)
-    with pytest.raises(UserError, match=r"nobody else has: make one whole model \(python adapters.py"):
+    with pytest.raises(UserError, match=r"nobody else has: make one whole model \(python convert.py merge"):
         upload("ann/adapters")
     assert not hub.repositories
 
