@@ -84,21 +84,21 @@ def scenes_tokenizer(scenes_table):
     return train_tokenizer(scenes_table.captions().to_pylist(), 400)
 
 
-def write_bases(folder, image_size=16, patch_size=8, vocab_size=61, positions=32) -> dict[str, str]:
+def write_bases(folder, image_size=16, patch_size=8, vocab_size=61, positions=32, width=32, layers=2) -> dict[str, str]:
     """A tiny random ViT and GPT-2 as transformers writes them."""
     from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
 
     torch.manual_seed(0)
     vit = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
+        hidden_size=width,
+        num_hidden_layers=layers,
         num_attention_heads=2,
-        intermediate_size=128,
+        intermediate_size=4 * width,
         image_size=image_size,
         patch_size=patch_size,
     )
     end = vocab_size - 1
-    gpt2 = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=positions, vocab_size=vocab_size)
+    gpt2 = GPT2Config(n_embd=width, n_layer=layers, n_head=2, n_positions=positions, vocab_size=vocab_size)
     gpt2.bos_token_id = gpt2.eos_token_id = end
     for name, model in (("vit", ViTModel(vit)), ("gpt2", GPT2LMHeadModel(gpt2))):
         with torch.no_grad():
