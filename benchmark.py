@@ -6,7 +6,7 @@
     python benchmark.py precision     what fewer bits cost: CIDEr-D of a model in each precision
     python benchmark.py train         training steps by our loop and by transformers' model in an ordinary one
     python benchmark.py race          Flickr8k in equal time: five captions a step, one, and transformers
-    python benchmark.py golden        the same small run by two commits: is training the same to the bit?
+    python benchmark.py golden        the same small run by two commits: is all that it leaves the same?
     python benchmark.py metrics       BLEU, ROUGE-L, CIDEr-D and rewards by our arrays and by pycocoevalcap
 
 Prints its figures and writes them as JSON. Peers run in turn in one process, so that ratios mean something where

@@ -1,4 +1,4 @@
-"""The training part of benchmark.py: speed beside a transformers loop, and whether a change leaves training as it was.
+"""The training part of benchmark.py: speed beside a transformers loop, and whether a change leaves everything as it was.
 
 Imports what train.py does. Every loop has a process of its own, and they take turns.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -33,10 +34,12 @@ from dataset import CaptionDataset, load_tokenizer, make_dataloader
 from distributed import ALONE
 from estimates import peak_rate, step_operations
 from evaluate import BadPictures, caption_loader, caption_loss
-from files import file_hash
+from files import file_hash, write_json
 from job import Job, prepare
 from model import ImageCaptionModel
+from model_file import MODEL_FILE
 from optimizers import Muon, learning_rate_at, product_dtype
+from publish import MANIFEST
 from table import make_table
 from train import Learner, blank_words
 from utils import PRECISIONS, ROOT, autocast, choose_device, choose_precision, keep_freed_memory, read_log
@@ -454,7 +457,7 @@ class RaceBenchmark:
         return {"core_minutes": self.core_minutes, "race": found}
 
 
-# Whether a change leaves training as it was
+# Whether a change leaves everything as it was
 
 GOLDEN = [
     *("--preset", "demo", "--num-scenes", "640", "--batch-size", "32", "--max-steps", "100", "--precision", "fp32"),
@@ -465,36 +468,63 @@ GOLDEN = [
 
 
 OPTIMIZERS = ("adamw", "muon")
+EXACT = ("--device", "cpu", "--precision", "fp32")
+
+
+def golden_script(code: Path, directory: Path, *arguments: str) -> None:
+    """Runs a checkout's script in a directory. Raises UserError where it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # sums do not depend on how many cores
+    command = [sys.executable, str(code / arguments[0]), *arguments[1:]]
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()[-1]
+        raise UserError(f"the golden run of {code} failed in {arguments[0]}: {said}")
 
 
 def golden_run(code: Path, directory: Path, optimizer: str) -> tuple[list[float], str]:
     """The losses that the golden run of a checkout logs, every ten steps, and the SHA-256 of its model."""
-    flags = [*GOLDEN, "--optimizer", optimizer, "--output-dir", "golden"]
-    command = [sys.executable, str(code / "main.py"), *flags, "--resume", "never"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # sums do not depend on how many cores
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"the golden run of {code} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+    flags = [*GOLDEN, "--optimizer", optimizer, "--output-dir", "golden", "--resume", "never"]
+    golden_script(code, directory, "main.py", *flags)
     losses = [line["loss"] for line in read_log(directory / "golden" / "metrics.jsonl") if "loss" in line]
-    return losses, file_hash(directory / "vit-gpt2-captioning.safetensors")
+    return losses, file_hash(directory / MODEL_FILE)
+
+
+def golden_files(code: Path, directory: Path) -> dict[str, str]:
+    """What the golden run and its model leave, by name, as SHA-256: captions by three beams, greedy ones and drawn ones,
+    metrics, and what is published of them beside the code."""
+    greedy = ("--num-beams", "1", "--scores", "--output", "greedy.jsonl")
+    golden_script(code, directory, "example_usage.py", "golden/scenes/val2017", MODEL_FILE, *greedy, *EXACT)
+    drawn = ("--do-sample", "--output-dir", "sampled")
+    golden_script(code, directory, "evaluate.py", MODEL_FILE, "--data-dir", "golden/scenes", *drawn, *EXACT)
+    about = directory / "golden" / "run.json"
+    write_json(about, json.loads(about.read_text(encoding="utf-8")) | {"seconds": 60})  # never the same
+    upload = ("user/name", "--dry-run", "--model-path", MODEL_FILE, "--run", "golden")
+    golden_script(code, directory, "upload_to_hf.py", *upload)
+    files = [directory / "greedy.jsonl"]
+    files += [directory / run / f"{name}.json" for run in ("golden", "sampled") for name in ("captions", "metrics")]
+    published = sorted(path for path in (directory / "upload").rglob("*") if path.is_file())
+    files += [path for path in published if path.suffix != ".py" and path.name != MANIFEST]
+    return {path.relative_to(directory).as_posix(): file_hash(path) for path in files}
 
 
 @dataclass(kw_only=True)
 class GoldenBenchmark:
-    """The same small run by two versions of the code on this machine: a change that is none must give the same bits."""
+    """The same small run by two versions of the code on this machine: a change that is none must give the same bits, of
+    the training, and of the captions, metrics and published files that follow from it."""
 
     before: str = "HEAD"
     """A commit."""
     after: str | None = None
     """Another one (default: the files as they are)."""
     output: Path = Path("benchmark-golden.json")
-    """Where the losses are written to."""
+    """Where the losses and hashes are written to."""
     debug: bool = False
     """Show tracebacks of errors."""
 
     def run(self) -> dict[str, Any]:
-        """The losses of both, by optimizer. Raises UserError where they differ."""
-        different, found = [], {}
+        """The losses of both, by optimizer, and hashes of files. Raises UserError where they differ."""
+        different: list[str] = []
+        found: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as folder:
             versions = []
             for name, commit in (("before", self.before), ("after", self.after)):
@@ -514,9 +544,15 @@ class GoldenBenchmark:
                 for number, (a, b) in enumerate(zip(before, after, strict=True), start=1):
                     print(f"{10 * number:5} {a.hex():>24} {b.hex():>24}{'' if a == b else '   differs'}")
                 if same := (before, before_hash) == (after, after_hash):
-                    print(f"the same to the bit, weights {after_hash[:16]}...")
-                different += [] if same else [optimizer]
+                    print(f"the same to the bit, weights {after_hash[:16]}...", flush=True)
+                different += [] if same else [f"training by {optimizer}"]
                 found[optimizer] = {"losses": [loss.hex() for loss in after], "sha256": after_hash}
+            old, new = (golden_files(*each) for each in versions)
+            for name in old | new:
+                same = old.get(name) == new.get(name)
+                print(f"{'the same' if same else 'differs':8}  {name}")
+                different += [] if same else [name]
+            found["files"] = new
         if different:
-            raise UserError(f"training by {' and '.join(different)} is not the same to the bit")
+            raise UserError(f"not the same to the bit: {', '.join(different)}")
         return found

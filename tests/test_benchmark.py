@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -188,7 +189,8 @@ def test_training_is_what_it_was(tmp_path):
 
 @pytest.mark.slow
 def test_two_versions_are_compared_to_the_bit(tmp_path):
-    """The tool that says whether a refactor changed training: it must see one that did, and pass one that did not."""
+    """The tool that says whether a refactor changed training, captions or what is published: it must see one that did, and
+    pass one that did not."""
     repository = tmp_path / "repository"
     repository.mkdir()
     shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "tests", "runs"), dirs_exist_ok=True)
@@ -197,8 +199,16 @@ def test_two_versions_are_compared_to_the_bit(tmp_path):
         subprocess.run([*git, *command], cwd=repository, check=True)
     command = [sys.executable, "benchmark.py", "golden"]
     done = subprocess.run(command, cwd=repository, text=True, capture_output=True)
-    assert done.returncode == 0 and "the same to the bit" in done.stdout, done.stderr
+    assert done.returncode == 0 and done.stdout.count("the same to the bit") == 2, done.stderr
+    assert "differs" not in done.stdout
+    files = set(re.findall(r"the same  (\S+)", done.stdout))
+    assert {f"{run}/{name}.json" for run in ("golden", "sampled") for name in ("captions", "metrics")} < files
+    assert {"greedy.jsonl", *(f"upload/user/name/{name}" for name in ("README.md", "model.safetensors"))} < files
+    assert not any(name.endswith(".py") for name in files)
     path = repository / "optimizers.py"
     path.write_text(path.read_text().replace("(0.9, 0.95)", "(0.9, 0.951)"))
     done = subprocess.run(command, cwd=repository, text=True, capture_output=True)
-    assert done.returncode == 2 and "differs" in done.stdout and "not the same to the bit" in done.stderr
+    assert done.returncode == 2 and "   differs\n" in done.stdout and "not the same to the bit" in done.stderr
+    different = set(re.findall(r"differs   (\S+)", done.stdout))
+    assert {"greedy.jsonl", "golden/metrics.json", "upload/user/name/model.safetensors"} < different
+    assert "upload/user/name/config.json" not in different
