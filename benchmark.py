@@ -39,9 +39,9 @@ from convert import save_transformers
 from dataset import Batches, CaptionDataset, load_table, load_tables, load_tokenizer, make_dataloader
 from evaluate import caption_loader, check_overlap
 from files import write_json
-from metrics import CiderD, interval_of, resampled_sums, score_captions
 from model import ImageCaptionModel
 from packed import Precision, available
+from scoring.metrics import CiderD, interval_of, resampled_sums, score_captions
 from table import CaptionTable, make_table
 from utils import PRECISIONS, ROOT, choose_device, parse_flags, run_script
 

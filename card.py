@@ -18,8 +18,8 @@ from config import PRETRAINED, UserError, ViTGPT2Config
 from dataset import decode
 from model import ImageCaptionModel
 from pictures import prepare_picture
-from report import METRICS
-from results import warnings_about
+from scoring.report import METRICS
+from scoring.results import warnings_about
 from utils import read_log
 
 HUB = "https://huggingface.co"

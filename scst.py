@@ -17,8 +17,8 @@ from torch import Tensor
 
 from config import TrainConfig
 from dataset import IGNORE, decode, rounded_up
-from metrics import CiderD, tokenize
 from model import ImageCaptionModel
+from scoring.metrics import CiderD, tokenize
 from table import CaptionTable
 from utils import autocast
 

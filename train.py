@@ -46,8 +46,8 @@ from job import Job, caption_length, choose_where, find_run, plan, prepare, writ
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
 from optimizers import Average, Updater, learning_rate_at, norm_of
-from results import MoreScores, print_metrics
 from scenes import mark, scene_from_dict, score_scenes
+from scoring.results import MoreScores, print_metrics
 from scst import SelfCritic
 from tracking import Log, SilentLog, draw_curves
 from utils import StopSignal, autocast, keep_freed_memory

@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import ROOT, needs_shared, tiny_config
 
-import metrics as metrics_module
 import model_file
 from config import UserError
 from dataset import CaptionDataset, make_dataloader
@@ -27,10 +26,11 @@ from evaluate import (
     evaluate_dataset,
     main,
 )
-from metrics import CiderD, novelty, score_captions, self_cider
 from model import ImageCaptionModel
 from packed import available
-from results import read_results, warnings_about
+from scoring import metrics as metrics_module
+from scoring.metrics import CiderD, novelty, score_captions, self_cider
+from scoring.results import read_results, warnings_about
 from sources import load_table
 
 bleu_counts = metrics_module._bleu_counts

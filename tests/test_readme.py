@@ -50,7 +50,7 @@ def test_every_flag_and_file_it_names_exists():
     for flag in set(re.findall(r"(?<=[\s`])--([a-z][a-z0-9-]*[a-z0-9])", TEXT)):
         name = flag.replace("-", "_")
         assert name in fields or name.removeprefix("no_") in fields, flag
-    for name in set(re.findall(r"`(\w+\.(?:py|md))`", TEXT)) | set(re.findall(r"python (\w+\.py)", TEXT)):
+    for name in set(re.findall(r"`([\w/]+\.(?:py|md))`", TEXT)) | set(re.findall(r"python (\w+\.py)", TEXT)):
         assert (ROOT / name).is_file(), name
 
 

@@ -11,8 +11,8 @@ from conftest import tiny_config
 
 from config import PRESETS, UserError
 from dataset import CaptionDataset, collate, to_device
-from metrics import tokenize
 from model import ImageCaptionModel
+from scoring.metrics import tokenize
 from scst import END, SelfCritic, as_captions
 
 CPU, FP32 = torch.device("cpu"), torch.float32

@@ -65,7 +65,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
 
     from convert import find_folder
     from model_file import find_model_file, gpt2_tokenizer
-    from scorers import clip_scores
+    from scoring.scorers import clip_scores
     from sources import load_tables
 
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from files import write_text
-from metrics import tokenize
 from pictures import decode_pillow
+from scoring.metrics import tokenize
 
 SHOWN = 12
 """Captions in each of the three groups."""

@@ -19,10 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
-import scorers
 from config import UserError
-from metrics import score_captions, tokenize
-from scorers import chair, clip_scores, java_scores, java_tokenize, objects_in
+from scoring import scorers
+from scoring.metrics import score_captions, tokenize
+from scoring.scorers import chair, clip_scores, java_scores, java_tokenize, objects_in
 
 PACKAGE = importlib.util.find_spec("pycocoevalcap")
 needs_java = pytest.mark.skipif(

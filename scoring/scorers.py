@@ -33,8 +33,8 @@ from torch.nn.functional import normalize
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from config import UserError
-from metrics import tokenize
 from pictures import PictureSource, decode, in_one_line, reason
+from scoring.metrics import tokenize
 from utils import hub_folder
 
 SECONDS = 1800.0

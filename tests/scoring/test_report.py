@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metrics import score_captions
-from report import METRICS, SHOWN, Report, write_report
+from scoring.metrics import score_captions
+from scoring.report import METRICS, SHOWN, Report, write_report
 
 EVIL = "<script>alert('x')</script> & \"</title></style><img src=http://example.org/x.png onerror=alert(1)>"
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nltk.translate.bleu_score import corpus_bleu  # type: ignore[import-untyped]
 
 from config import UserError
-from metrics import (
+from scoring.metrics import (
     CiderD,
     Scores,
     bleu,

@@ -19,10 +19,10 @@ from PIL import Image
 
 from config import UserError
 from files import file_hash, write_json
-from metrics import CiderD, Scores, Statistics, diversity, novelty, self_cider, tokenize
 from pictures import PictureSource, in_one_line
 from pictures import decode as decode_picture
-from report import THUMBNAIL, Report, write_report
+from scoring.metrics import CiderD, Scores, Statistics, diversity, novelty, self_cider, tokenize
+from scoring.report import THUMBNAIL, Report, write_report
 from utils import read_log
 
 ENDS = ("low", "high")  # of a 95 % interval
@@ -78,7 +78,7 @@ class MoreScores:
         picture: Callable[[int], PictureSource] | None,
     ) -> tuple[dict[str, float], dict[str, Sequence[float]], list[str]]:
         """The numbers, those of each picture, and a line for each metric that was left out."""
-        from scorers import chair, clip_scores, java_scores
+        from scoring.scorers import chair, clip_scores, java_scores
 
         corpus: dict[str, float] = {}
         each: dict[str, Sequence[float]] = {}

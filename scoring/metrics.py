@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config import UserError
-from ngrams import MAX_N, Counts, Floats, Integers, References, Table, Vocabulary, sum_by
-from ptb import tokenize as tokenize
+from scoring.ngrams import MAX_N, Counts, Floats, Integers, References, Table, Vocabulary, sum_by
+from scoring.tokens import tokenize as tokenize
 
 Caption: TypeAlias = str | Sequence[str]
 

@@ -1,0 +1,1 @@
+"""Scoring: captions beside their references, as the COCO evaluation counts."""
