@@ -27,13 +27,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import pictures
 from captioning import Caption, caption_batch
 from config import UserError
+from data import pictures
+from data.fetch import fetch_picture
+from data.layouts import PICTURE_SUFFIXES
 from dataset import prepare_picture
 from example_usage import load_model, newest_model
-from fetch import fetch_picture
-from layouts import PICTURE_SUFFIXES
 from model import ImageCaptionModel
 from page import COLOURS, HEADER, NO_MODEL, PAGE, STYLE, WORDS, card, progress, results, working
 from utils import ROOT, StopSignal, choose_device, choose_precision, parse_flags, run_script

@@ -36,13 +36,13 @@ from benchmark_training import GoldenBenchmark, RaceBenchmark, TrainBenchmark
 from captioning import BATCH_SIZES, caption_batch, caption_pictures, picture_names, prepared
 from config import PRESETS, UserError, ViTGPT2Config
 from convert import save_transformers
+from data.table import CaptionTable, make_table
 from dataset import Batches, CaptionDataset, load_table, load_tables, load_tokenizer, make_dataloader
 from evaluate import caption_loader, check_overlap
 from files import write_json
 from model import ImageCaptionModel
 from packed import Precision, available
 from scoring.metrics import CiderD, interval_of, resampled_sums, score_captions
-from table import CaptionTable, make_table
 from utils import PRECISIONS, ROOT, choose_device, parse_flags, run_script
 
 
@@ -91,7 +91,7 @@ def photographs(folder: Path, number: int) -> list[Path]:
 # Run in a process without torch, so that what it holds is the table.
 TABLE_PROBE = """
 import json, multiprocessing, sys, time
-from sources import load_tables
+from data.sources import load_tables
 
 def memory(*kinds):
     lines = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])

@@ -30,6 +30,7 @@ from torch import nn
 from adapters import adapt, check_adapters
 from config import PRESETS, TrainConfig, UserError, ViTGPT2Config
 from convert import load_transformers, save_transformers
+from data.table import make_table
 from dataset import CaptionDataset, load_tokenizer, make_dataloader
 from distributed import ALONE
 from estimates import peak_rate, step_operations
@@ -40,7 +41,6 @@ from model import ImageCaptionModel
 from model_file import MODEL_FILE
 from optimizers import Muon, learning_rate_at, product_dtype
 from publish import MANIFEST
-from table import make_table
 from train import Learner, blank_words
 from utils import PRECISIONS, ROOT, autocast, choose_device, choose_precision, keep_freed_memory, read_log
 

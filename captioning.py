@@ -26,11 +26,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from config import UserError, ViTGPT2Config
+from data.fetch import fetch_picture
+from data.layouts import PICTURE_SUFFIXES, clean, pictures_below
+from data.pictures import PictureSource, prepare_picture
 from dataset import decode
-from fetch import fetch_picture
-from layouts import PICTURE_SUFFIXES, clean, pictures_below
 from model import ImageCaptionModel
-from pictures import PictureSource, prepare_picture
 from utils import autocast, choose_precision
 
 # Pictures at a time where nothing is said: as many as make the device fast; memory is found out by trying.

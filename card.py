@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from config import PRETRAINED, UserError, ViTGPT2Config
+from data.pictures import prepare_picture
 from dataset import decode
 from model import ImageCaptionModel
-from pictures import prepare_picture
 from scoring.report import METRICS
 from scoring.results import warnings_about
 from utils import read_log

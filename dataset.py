@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from config import Augmentation, UserError, ViTGPT2Config
-from download import download_coco_dataset
+from data.download import download_coco_dataset
+from data.pictures import crop, load_picture, prepare_picture
+from data.pixels import Augmenter, Pixels, cut_out
+from data.sources import load_table, load_tables
+from data.table import CaptionTable
 from model_file import gpt2_tokenizer
-from pictures import crop, load_picture, prepare_picture
-from pixels import Augmenter, Pixels, cut_out
-from sources import load_table, load_tables
-from table import CaptionTable
 from utils import STOP_SIGNALS
 
 __all__ = [
@@ -401,7 +401,7 @@ def main() -> int:
     """The command line."""
     if sys.argv[1:2] != ["check"]:
         raise UserError("usage: python dataset.py check DIR (see python dataset.py check --help)")
-    from check import main as check
+    from data.check import main as check
 
     return check(sys.argv[2:])
 

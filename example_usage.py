@@ -31,13 +31,13 @@ from tqdm import tqdm
 
 from captioning import caption_batch, caption_pictures, is_url, picture_names, picture_source
 from config import UserError
+from data.layouts import PICTURE_SUFFIXES
+from data.pictures import PictureSource, in_one_line
+from data.scenes import draw, make_scene
 from dataset import prepare_picture
-from layouts import PICTURE_SUFFIXES
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
 from outputs import draw_words, open_output
-from pictures import PictureSource, in_one_line
-from scenes import draw, make_scene
 from utils import choose_device, parse_flags, run_script
 
 

@@ -23,8 +23,8 @@ from PIL import Image
 
 from captioning import Caption, is_url
 from config import UserError, ViTGPT2Config
+from data.pictures import PictureSource, decode, in_one_line
 from files import write_text
-from pictures import PictureSource, decode, in_one_line
 
 PANEL = 360  # pixels of a picture's longer side in a figure
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from config import TrainConfig
+from data.table import CaptionTable
 from dataset import IGNORE, decode, rounded_up
 from model import ImageCaptionModel
 from scoring.metrics import CiderD, tokenize
-from table import CaptionTable
 from utils import autocast
 
 END = "\n"  # no word holds one

@@ -37,6 +37,7 @@ from checkpoint import (
     training_in,
 )
 from config import TrainConfig, UserError, ViTGPT2Config
+from data.scenes import mark, scene_from_dict, score_scenes
 from dataset import decode, make_dataloader, micro_batches, to_device
 from distributed import World, join_world, leave_world
 from estimates import peak_rate, step_operations
@@ -46,7 +47,6 @@ from job import Job, caption_length, choose_where, find_run, plan, prepare, writ
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
 from optimizers import Average, Updater, learning_rate_at, norm_of
-from scenes import mark, scene_from_dict, score_scenes
 from scoring.results import MoreScores, print_metrics
 from scst import SelfCritic
 from tracking import Log, SilentLog, draw_curves

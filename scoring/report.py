@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from data.pictures import decode_pillow
 from files import write_text
-from pictures import decode_pillow
 from scoring.metrics import tokenize
 
 SHOWN = 12

@@ -18,9 +18,9 @@ from typing import Any
 from PIL import Image
 
 from config import UserError
+from data.pictures import PictureSource, in_one_line
+from data.pictures import decode as decode_picture
 from files import file_hash, write_json
-from pictures import PictureSource, in_one_line
-from pictures import decode as decode_picture
 from scoring.metrics import CiderD, Scores, Statistics, diversity, novelty, self_cider, tokenize
 from scoring.report import THUMBNAIL, Report, write_report
 from utils import read_log

@@ -33,7 +33,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from config import UserError
-from pictures import PictureSource, decode, in_one_line, reason
+from data.pictures import PictureSource, decode, in_one_line, reason
 from scoring.metrics import tokenize
 from utils import hub_folder
 

@@ -17,10 +17,10 @@ os.environ["VIT_GPT2_CACHE"] = tempfile.mkdtemp(prefix="vit-gpt2-tests-")
 import torch
 
 from config import ViTGPT2Config
+from data.scenes import draw_scenes
+from data.sources import load_table
 from dataset import train_tokenizer
 from model import ImageCaptionModel
-from scenes import draw_scenes
-from sources import load_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"

@@ -28,9 +28,9 @@ from processes import flags, small_config
 import app
 from captioning import Caption, caption_batch
 from config import UserError
+from data.fetch import fetch_picture
 from dataset import CaptionDataset, collate, prepare_picture
 from example_usage import caption_image
-from fetch import fetch_picture
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
 from page import HEAT_SIDE, card, heat_map, place_of, results

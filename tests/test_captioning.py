@@ -30,11 +30,11 @@ import captioning
 import example_usage
 from captioning import Caption, caption_batch, caption_pictures, picture_names, prepared, words_seen
 from config import UserError
+from data.pictures import in_one_line
+from data.sources import load_table
 from dataset import prepare_picture
 from model import ImageCaptionModel
 from outputs import CaptionFile, open_output
-from pictures import in_one_line
-from sources import load_table
 
 
 @pytest.fixture(scope="module")

@@ -29,10 +29,10 @@ from transformers import (
 import convert
 from config import UserError, ViTGPT2Config
 from convert import load_transformers, rename, save_transformers, tensor_names
+from data.pictures import prepare_picture
 from dataset import train_tokenizer
 from model import ImageCaptionModel
 from model_file import gpt2_tokenizer, tokenizer_from_json
-from pictures import prepare_picture
 from utils import run_script
 
 CAPTIONS = ["a red circle on a blue square", "two green dogs run over wet grass", "a man in a red hat"] * 3

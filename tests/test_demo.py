@@ -10,11 +10,11 @@ import torch
 from test_scripts import script
 
 from convert import save_transformers
+from data.scenes import parse_caption, scene_from_dict
 from dataset import prepare_picture
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
 from packed import available
-from scenes import parse_caption, scene_from_dict
 
 pytestmark = pytest.mark.slow
 

@@ -16,6 +16,7 @@ from conftest import ROOT, needs_shared, tiny_config
 
 import model_file
 from config import UserError
+from data.sources import load_table
 from dataset import CaptionDataset, make_dataloader
 from evaluate import (
     BadPictures,
@@ -31,7 +32,6 @@ from packed import available
 from scoring import metrics as metrics_module
 from scoring.metrics import CiderD, novelty, score_captions, self_cider
 from scoring.results import read_results, warnings_about
-from sources import load_table
 
 bleu_counts = metrics_module._bleu_counts
 CPU = torch.device("cpu")

@@ -33,7 +33,7 @@ def test_every_flag_and_file_it_names_exists():
         for name in (
             "config.py",
             "evaluate.py",
-            "check.py",
+            "data/check.py",
             "benchmark.py",
             "benchmark_training.py",
             "convert.py",

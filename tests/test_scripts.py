@@ -21,13 +21,13 @@ from PIL import Image
 import evaluate
 import example_usage
 from config import PRESETS, Augmentation, TrainConfig, UserError, ViTGPT2Config
+from data.scenes import scene_from_dict, score_scenes
+from data.sources import load_table
 from dataset import CaptionDataset
 from evaluate import caption_loss
 from example_usage import caption_image, is_model
 from main import parse_arguments
 from model import ImageCaptionModel
-from scenes import scene_from_dict, score_scenes
-from sources import load_table
 
 MODEL = "vit-gpt2-captioning.safetensors"
 

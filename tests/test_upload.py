@@ -29,9 +29,9 @@ from auto_upload import AutoConfig
 from card import HUB
 from checkpoint import save_checkpoint
 from config import UserError
+from data.pictures import prepare_picture
 from example_usage import caption_image
 from model import ImageCaptionModel
-from pictures import prepare_picture
 from publish import UploadConfig
 
 MODEL = "vit-gpt2-captioning.safetensors"

@@ -15,10 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-import table
 from cache import forget_older, kept_file, key_of, stamps, whole
 from config import UserError
-from layouts import (
+from data import table
+from data.layouts import (
     LAYOUTS,
     TABLE_SUFFIXES,
     Columns,
@@ -34,7 +34,7 @@ from layouts import (
     split_of,
     split_word,
 )
-from table import SPLITS, CaptionTable, Row
+from data.table import SPLITS, CaptionTable, Row
 from utils import ask_hub
 
 VERSION = 1  # of the tables kept on disk: one more when a reader or the columns change

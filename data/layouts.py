@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 from config import UserError
-from table import Row
+from data.table import Row
 
 PICTURE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pcx", ".pgm", ".png", ".ppm", ".qoi"),

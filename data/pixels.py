@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from cache import forget_older, kept_file, key_of, stamps, whole
 from config import Augmentation, UserError
+from data.pictures import crop, load_picture
+from data.table import CaptionTable
 from files import locked
-from pictures import crop, load_picture
-from table import CaptionTable
 
 VERSION = 1  # of the pictures kept on disk: one more when load_picture gives other pixels
 

@@ -27,8 +27,8 @@ from pathlib import Path
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from config import UserError
+from data.layouts import file_names, reason, stays_inside
 from files import locked
-from layouts import file_names, reason, stays_inside
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from config import UserError
-from scenes import (
+from data.scenes import (
     COLOURS,
     COUNTS,
     PLACES,

@@ -43,10 +43,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import UserError
+from data.pictures import load_picture
+from data.sources import load_tables
+from data.table import CaptionTable
 from files import writable_directory, write_json, write_text
-from pictures import load_picture
-from sources import load_tables
-from table import CaptionTable
 from utils import parse_flags, run_script
 
 SIZE, GRID = 64, 8  # pixels and cells a side of what is remembered of a picture

@@ -19,11 +19,11 @@ import pytest
 from conftest import ROOT, needs_shared
 from PIL import Image
 
-import check
 import dataset
-from check import check_tables, count_odd, print_report
 from config import UserError
-from sources import load_tables
+from data import check
+from data.check import check_tables, count_odd, print_report
+from data.sources import load_tables
 
 Picture = tuple[str, bytes | None, list[str]]  # file name, content (None: missing), captions
 
@@ -115,7 +115,7 @@ def test_a_clean_set_passes_and_is_left_as_it_was(tmp_path, monkeypatch, capsys)
 def test_an_unfit_set_exits_1_and_says_why_last(tmp_path):
     broken = [("cut.jpg", jpeg(photo(50))[:700], ["cut"]), ("empty.jpg", b"", ["empty"]), ("gone.jpg", None, ["gone"])]
     write(tmp_path / "data", train=some("train", 9, 0) + broken, val=some("val", 4, 100))
-    result = run(ROOT / "check.py", "data", "--output-dir", "out", cwd=tmp_path)
+    result = run(ROOT / "dataset.py", "check", "data", "--output-dir", "out", cwd=tmp_path)
     assert result.returncode == 1, result.stderr
     last = result.stdout.splitlines()[-1]
     assert last == "not fit: pictures missing or undecodable: 3 of 16 (allowed: 1.0%)"
@@ -134,7 +134,7 @@ def test_ctrl_c_ends_in_one_line(tmp_path):
     for i in range(2000):  # minutes of decoding
         os.link(tmp_path / "noise.png", root / f"{i}.png")
         (root / f"{i}.txt").write_text(f"picture {i}")
-    command = [sys.executable, str(ROOT / "check.py"), "data", "--output-dir", "out"]
+    command = [sys.executable, str(ROOT / "dataset.py"), "check", "data", "--output-dir", "out"]
     with subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         for _ in range(600):  # the folder is made when the reading begins
             if (tmp_path / "out").exists():

@@ -28,12 +28,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cache
-import layouts
-import sources
-import table
 from config import UserError
-from sources import LAYOUTS, load_table, load_tables, recognise
-from table import CaptionTable, Row, make_table, pack, split_up
+from data import layouts, sources, table
+from data.sources import LAYOUTS, load_table, load_tables, recognise
+from data.table import CaptionTable, Row, make_table, pack, split_up
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import cache
-import pixels
 from config import Augmentation, UserError
+from data import pixels
+from data.table import make_table
 from dataset import (
     Batches,
     CaptionDataset,
@@ -39,7 +40,6 @@ from dataset import (
     train_tokenizer,
 )
 from model import ImageCaptionModel
-from table import make_table
 
 EVERYTHING = Augmentation(flip=0.5, random_resized_crop=0.5, color_jitter=0.3, rand_augment=9)
 
@@ -474,7 +474,7 @@ sys.path.insert(0, {root!r})
 import torch
 from dataset import CaptionDataset, make_dataloader, train_tokenizer
 from config import ViTGPT2Config
-from table import make_table
+from data.table import make_table
 from pathlib import Path
 
 def private():

@@ -29,7 +29,7 @@ from typing import Any
 from PIL import Image
 
 from config import UserError
-from pictures import FORMATS, in_one_line, reason
+from data.pictures import FORMATS, in_one_line, reason
 
 SECONDS = 20.0  # for all of it
 BYTES = 50 << 20  # on the wire, and after what the wire's bytes unpack to

@@ -19,9 +19,9 @@ import torch
 from conftest import ROOT, SHARED
 from PIL import Image
 
-import pictures
 from config import UserError, ViTGPT2Config
-from pictures import FORMATS, MAX_PIXELS, load_picture, prepare_picture
+from data import pictures
+from data.pictures import FORMATS, MAX_PIXELS, load_picture, prepare_picture
 
 CATS = SHARED / "cats" / "000000039769.png"
 S = 32
@@ -636,7 +636,7 @@ def test_many_damaged_pictures():
 THREADS = """
 import os, sys, threading
 from config import ViTGPT2Config
-from pictures import prepare_picture
+from data.pictures import prepare_picture
 
 def prepare():
     before = len(os.listdir("/proc/self/task"))

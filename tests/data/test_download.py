@@ -28,10 +28,10 @@ from typing import Any
 import pytest
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-import download
 from config import UserError
-from download import Archive, download_coco_dataset, download_flickr30k
-from sources import load_table
+from data import download
+from data.download import Archive, download_coco_dataset, download_flickr30k
+from data.sources import load_table
 
 
 def error_of(call: Callable[[], Any]) -> str:

@@ -15,9 +15,9 @@ from collections.abc import Callable
 import pytest
 from PIL import Image
 
-import fetch
 from config import UserError
-from fetch import fetch_picture, is_public
+from data import fetch
+from data.fetch import fetch_picture, is_public
 
 PUBLIC = "127.0.0.2"  # taken for a public address where a test needs one that answers
 
