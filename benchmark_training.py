@@ -32,16 +32,16 @@ from config import PRESETS, TrainConfig, UserError, ViTGPT2Config
 from convert import load_transformers, save_transformers
 from data.table import make_table
 from dataset import CaptionDataset, load_tokenizer, make_dataloader
-from distributed import ALONE
-from estimates import peak_rate, step_operations
 from evaluate import BadPictures, caption_loader, caption_loss
 from files import file_hash, write_json
-from job import Job, prepare
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
-from optimizers import Muon, learning_rate_at, product_dtype
 from publish import MANIFEST
 from train import Learner, blank_words
+from training.distributed import ALONE
+from training.estimates import peak_rate, step_operations
+from training.job import Job, prepare
+from training.optimizers import Muon, learning_rate_at, product_dtype
 from utils import PRECISIONS, ROOT, autocast, choose_device, choose_precision, keep_freed_memory, read_log
 
 RATE = 1e-5

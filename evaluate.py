@@ -32,12 +32,12 @@ from transformers import PreTrainedTokenizerFast
 from config import UserError
 from data.table import CaptionTable
 from dataset import CaptionDataset, decode, load_picture, load_table, make_dataloader, to_device
-from distributed import ALONE, World
 from files import writable_directory, write_json
 from model import ImageCaptionModel
 from model_file import weights_hash
 from scoring.metrics import CiderD
 from scoring.results import Captioned, MoreScores, about_results, compare, print_metrics, read_results, write_evaluation
+from training.distributed import ALONE, World
 from utils import autocast, choose_device, choose_precision, parse_flags, run_script
 
 NUM_BEAMS = 3

@@ -26,7 +26,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from attention import use_flash_attention
-from checkpoint import (
+from config import TrainConfig, UserError, ViTGPT2Config
+from data.scenes import mark, scene_from_dict, score_scenes
+from dataset import decode, make_dataloader, micro_batches, to_device
+from evaluate import caption_loader, caption_loss, evaluate_dataset
+from files import put_in_place, write_json
+from model import ImageCaptionModel
+from model_file import MODEL_FILE
+from scoring.results import MoreScores, print_metrics
+from training.checkpoint import (
     checkpoints,
     clean,
     link_all,
@@ -36,20 +44,12 @@ from checkpoint import (
     save_checkpoint,
     training_in,
 )
-from config import TrainConfig, UserError, ViTGPT2Config
-from data.scenes import mark, scene_from_dict, score_scenes
-from dataset import decode, make_dataloader, micro_batches, to_device
-from distributed import World, join_world, leave_world
-from estimates import peak_rate, step_operations
-from evaluate import caption_loader, caption_loss, evaluate_dataset
-from files import put_in_place, write_json
-from job import Job, caption_length, choose_where, find_run, plan, prepare, write_run
-from model import ImageCaptionModel
-from model_file import MODEL_FILE
-from optimizers import Average, Updater, learning_rate_at, norm_of
-from scoring.results import MoreScores, print_metrics
-from scst import SelfCritic
-from tracking import Log, SilentLog, draw_curves
+from training.distributed import World, join_world, leave_world
+from training.estimates import peak_rate, step_operations
+from training.job import Job, caption_length, choose_where, find_run, plan, prepare, write_run
+from training.optimizers import Average, Updater, learning_rate_at, norm_of
+from training.scst import SelfCritic
+from training.tracking import Log, SilentLog, draw_curves
 from utils import StopSignal, autocast, keep_freed_memory
 
 LOG_INTERVAL = 10  # steps

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from config import TrainConfig, UserError
 from convert import rename, save_transformers, tensor_names
-from estimates import step_operations
 from graphs import graphed_model
 from model import ImageCaptionModel, part_of
 from onnx_export import save_onnx
-from optimizers import build_optimizers
 from packed import available
+from training.estimates import step_operations
+from training.optimizers import build_optimizers
 
 PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 END = 60

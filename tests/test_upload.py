@@ -27,12 +27,12 @@ import publish
 import upload_to_hf
 from auto_upload import AutoConfig
 from card import HUB
-from checkpoint import save_checkpoint
 from config import UserError
 from data.pictures import prepare_picture
 from example_usage import caption_image
 from model import ImageCaptionModel
 from publish import UploadConfig
+from training.checkpoint import save_checkpoint
 
 MODEL = "vit-gpt2-captioning.safetensors"
 CANARY = "hf_canaryCANARYcanary0123456789"

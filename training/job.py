@@ -24,19 +24,19 @@ from transformers import PreTrainedTokenizerFast
 from adapters import adapt, check_adapters, find_base
 from attention import choose_attention
 from cache import key_of
-from checkpoint import checkpoints, in_use
 from config import PRETRAINED, TrainConfig, UserError
 from data.download import download_coco_dataset, download_flickr30k
 from data.scenes import draw_scenes
 from data.table import CaptionTable
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
-from distributed import World
-from estimates import duration, estimated_memory, estimated_seconds
 from evaluate import BadPictures, check_overlap
 from files import writable_directory, write_json
 from model import ImageCaptionModel
-from optimizers import freeze
 from pretrained import initialise, is_language_model
+from training.checkpoint import checkpoints, in_use
+from training.distributed import World
+from training.estimates import duration, estimated_memory, estimated_seconds
+from training.optimizers import freeze
 from utils import PRECISIONS, available_memory, choose_device, choose_precision
 
 COCO_PICTURES = 118_287

@@ -16,7 +16,7 @@ from processes import flags, forked, small_config, start
 
 from config import TrainConfig
 from files import write_text
-from tracking import draw_curves
+from training.tracking import draw_curves
 from utils import read_log
 
 CANARY = "canary" + "0" * 34  # as long as a real key

@@ -13,11 +13,11 @@ import pytest
 from conftest import tiny_config
 from processes import await_step, end, ending, flags, fork, forked, losses, ranks_of, small_config, start, together
 
-from checkpoint import checkpoints, load_checkpoint
 from config import TrainConfig
 from dataset import collate, micro_batches
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
+from training.checkpoint import checkpoints, load_checkpoint
 from utils import read_log
 
 

@@ -17,17 +17,17 @@ import torch
 from conftest import tiny_config
 from processes import run, start, stop_after
 
-import job as job_module
-from checkpoint import checkpoints, load_checkpoint
 from config import PRESETS, TrainConfig, UserError
 from data.table import make_table
 from dataset import CaptionDataset, collate, decode
-from distributed import ALONE
-from estimates import duration, step_operations
 from files import file_hash
 from model import CrossAttention, EncoderBlock, ImageCaptionModel
-from optimizers import Average, Muon, Updater, build_optimizers, freeze, learning_rate_at, orthogonalized
 from train import Learner, Step, blank_words
+from training import job as job_module
+from training.checkpoint import checkpoints, load_checkpoint
+from training.distributed import ALONE
+from training.estimates import duration, step_operations
+from training.optimizers import Average, Muon, Updater, build_optimizers, freeze, learning_rate_at, orthogonalized
 from utils import read_log
 
 

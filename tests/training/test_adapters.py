@@ -19,18 +19,18 @@ from safetensors.torch import load_file, save_file
 import adapters
 import convert
 from adapters import adapt, check_adapters, find_base
-from checkpoint import checkpoints
 from config import PRESETS, TrainConfig, UserError
 from dataset import decode, prepare_picture
 from example_usage import caption_image
 from files import file_hash
-from job import pretrained_parts
 from model import ImageCaptionModel
 from model_file import METADATA_KEY, MODEL_FILE
-from optimizers import Average, Updater, freeze
 from pretrained import initialise
 from publish import UploadConfig, publish
 from train import train
+from training.checkpoint import checkpoints
+from training.job import pretrained_parts
+from training.optimizers import Average, Updater, freeze
 from utils import read_log
 
 pytest.importorskip("peft", reason="needs requirements-qlora.txt")

@@ -19,7 +19,11 @@ import torch
 from conftest import tiny_config
 from processes import await_step, end, ending, flags, fork, forked, run, small_config, start, stop_after
 
-from checkpoint import (
+from config import TrainConfig, UserError
+from files import file_hash
+from model import ImageCaptionModel
+from model_file import MODEL_FILE
+from training.checkpoint import (
     checkpoints,
     clean,
     link_all,
@@ -29,10 +33,6 @@ from checkpoint import (
     save_checkpoint,
     training_in,
 )
-from config import TrainConfig, UserError
-from files import file_hash
-from model import ImageCaptionModel
-from model_file import MODEL_FILE
 from utils import read_log
 
 

@@ -13,7 +13,7 @@ from config import PRESETS, UserError
 from dataset import CaptionDataset, collate, to_device
 from model import ImageCaptionModel
 from scoring.metrics import tokenize
-from scst import END, SelfCritic, as_captions
+from training.scst import END, SelfCritic, as_captions
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 

@@ -1,0 +1,1 @@
+"""Training: what a run is made of, its optimizers, checkpoints, processes and log."""
