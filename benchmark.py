@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from benchmark_training import GoldenBenchmark, RaceBenchmark, TrainBenchmark
+from benchmarks.training import GoldenBenchmark, RaceBenchmark, TrainBenchmark
 from captioning import BATCH_SIZES, caption_batch, caption_pictures, picture_names, prepared
 from config import PRESETS, UserError, ViTGPT2Config
 from convert import save_transformers

@@ -35,7 +35,7 @@ def test_every_flag_and_file_it_names_exists():
             "evaluate.py",
             "data/check.py",
             "benchmark.py",
-            "benchmark_training.py",
+            "benchmarks/training.py",
             "convert.py",
             "publish.py",
             "auto_upload.py",

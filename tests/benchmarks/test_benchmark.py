@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, random_model, tiny_config
 
 import benchmark
-from benchmark_training import golden_run
+from benchmarks.training import golden_run
 from captioning import caption_pictures
 from config import UserError
 from model import ImageCaptionModel

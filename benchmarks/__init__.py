@@ -1,0 +1,1 @@
+"""Benchmarks: speed side by side with others, on the machine at hand."""
