@@ -27,7 +27,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captioning import Caption, caption_batch
+from captioning.page import COLOURS, HEADER, NO_MODEL, PAGE, STYLE, WORDS, card, progress, results, working
+from captioning.pipeline import Caption, caption_batch
 from config import UserError
 from data import pictures
 from data.fetch import fetch_picture
@@ -35,7 +36,6 @@ from data.layouts import PICTURE_SUFFIXES
 from dataset import prepare_picture
 from example_usage import load_model, newest_model
 from model import ImageCaptionModel
-from page import COLOURS, HEADER, NO_MODEL, PAGE, STYLE, WORDS, card, progress, results, working
 from utils import ROOT, StopSignal, choose_device, choose_precision, parse_flags, run_script
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.training import GoldenBenchmark, RaceBenchmark, TrainBenchmark
-from captioning import BATCH_SIZES, caption_batch, caption_pictures, picture_names, prepared
+from captioning.pipeline import BATCH_SIZES, caption_batch, caption_pictures, picture_names, prepared
 from config import PRESETS, UserError, ViTGPT2Config
 from convert import save_transformers
 from data.table import CaptionTable, make_table

@@ -579,7 +579,7 @@ class Onnx:
 
     def run(self) -> Path:
         """Converts; returns what was written."""
-        from onnx_export import save_onnx
+        from captioning.onnx import save_onnx
 
         save_onnx(ImageCaptionModel.from_pretrained(self.model), self.directory, self.int8)
         return self.directory

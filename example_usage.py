@@ -29,7 +29,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from captioning import caption_batch, caption_pictures, is_url, picture_names, picture_source
+from captioning.outputs import draw_words, open_output
+from captioning.pipeline import caption_batch, caption_pictures, is_url, picture_names, picture_source
 from config import UserError
 from data.layouts import PICTURE_SUFFIXES
 from data.pictures import PictureSource, in_one_line
@@ -37,7 +38,6 @@ from data.scenes import draw, make_scene
 from dataset import prepare_picture
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
-from outputs import draw_words, open_output
 from utils import choose_device, parse_flags, run_script
 
 

@@ -257,7 +257,7 @@ def write_model_folder(directory: Path, config: UploadConfig, model: ImageCaptio
         scene, _, rng = make_scene(0, "example", 0)
         draw(scene, rng).save(folder / PICTURE)  # ours, so that anybody may redistribute it
         if config.onnx:
-            from onnx_export import save_onnx
+            from captioning.onnx import save_onnx
 
             save_onnx(model, folder / "with_onnx", int8=True)
             (folder / "with_onnx" / "onnx").rename(folder / "onnx")

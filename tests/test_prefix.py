@@ -9,11 +9,11 @@ import torch
 from conftest import tiny_config
 from safetensors.torch import load_file, save_file
 
+from captioning.onnx import save_onnx
 from config import TrainConfig, UserError
 from convert import rename, save_transformers, tensor_names
 from graphs import graphed_model
 from model import ImageCaptionModel, part_of
-from onnx_export import save_onnx
 from packed import available
 from training.estimates import step_operations
 from training.optimizers import build_optimizers

@@ -14,7 +14,7 @@ from conftest import ROOT, random_model, tiny_config
 
 import benchmark
 from benchmarks.training import golden_run
-from captioning import caption_pictures
+from captioning.pipeline import caption_pictures
 from config import UserError
 from model import ImageCaptionModel
 from packed import available

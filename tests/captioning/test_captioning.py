@@ -26,15 +26,15 @@ import torch
 from conftest import ROOT, tiny_config
 from PIL import Image
 
-import captioning
 import example_usage
-from captioning import Caption, caption_batch, caption_pictures, picture_names, prepared, words_seen
+from captioning import pipeline as captioning
+from captioning.outputs import CaptionFile, open_output
+from captioning.pipeline import Caption, caption_batch, caption_pictures, picture_names, prepared, words_seen
 from config import UserError
 from data.pictures import in_one_line
 from data.sources import load_table
 from dataset import prepare_picture
 from model import ImageCaptionModel
-from outputs import CaptionFile, open_output
 
 
 @pytest.fixture(scope="module")
@@ -457,7 +457,7 @@ def test_a_batch_is_halved_until_memory_suffices(error, model, monkeypatch, caps
 LITTLE_MEMORY = """
 import resource, sys, numpy, torch
 from PIL import Image
-from captioning import caption_pictures
+from captioning.pipeline import caption_pictures
 from config import ViTGPT2Config
 from model import ImageCaptionModel
 

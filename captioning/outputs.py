@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from captioning import Caption, is_url
+from captioning.pipeline import Caption, is_url
 from config import UserError, ViTGPT2Config
 from data.pictures import PictureSource, decode, in_one_line
 from files import write_text

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
-from captioning import Caption
+from captioning.pipeline import Caption
 
 HEAT_SIDE = 24
 """Numbers along each side of a heat map that is sent to the page; the browser smooths between them."""

@@ -26,14 +26,14 @@ from PIL import Image
 from processes import flags, small_config
 
 import app
-from captioning import Caption, caption_batch
+from captioning.page import HEAT_SIDE, card, heat_map, place_of, results
+from captioning.pipeline import Caption, caption_batch
 from config import UserError
 from data.fetch import fetch_picture
 from dataset import CaptionDataset, collate, prepare_picture
 from example_usage import caption_image
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
-from page import HEAT_SIDE, card, heat_map, place_of, results
 
 pytest.importorskip("gradio", reason="gradio is of requirements-app.txt")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is of requirements-dev.txt")

@@ -16,11 +16,11 @@ import torch
 from conftest import ROOT, tiny_config
 from PIL import Image
 
+from captioning.onnx import quantize, save_onnx, to_file
 from config import UserError
 from convert import save_transformers
 from dataset import decode, prepare_picture
 from model import DecoderCache, GPT2Decoder, ImageCaptionModel
-from onnx_export import quantize, save_onnx, to_file
 
 onnxruntime = pytest.importorskip("onnxruntime")
 PICTURES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
