@@ -19,7 +19,7 @@ from pathlib import Path
 
 from config import UserError
 from model_file import MODEL_FILE
-from publish import HubAwayError, Stage, UploadConfig, logged_in, publish
+from publishing.hub import HubAwayError, Stage, UploadConfig, logged_in, publish
 from utils import StopSignal, parse_flags, run_script
 
 LOOK_EVERY = 1.0  # seconds; a run keeps a checkpoint until two newer ones are there

@@ -62,7 +62,7 @@ def main() -> int:
 
     code = train(config)
     if code == 0 and not config.no_upload and int(os.environ.get("RANK", "0")) == 0:
-        from publish import offer_upload
+        from publishing.hub import offer_upload
 
         offer_upload()
     return code

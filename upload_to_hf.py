@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 
 from config import UserError
-from publish import UploadConfig, publish
+from publishing.hub import UploadConfig, publish
 from utils import parse_flags, run_script
 
 

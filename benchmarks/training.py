@@ -36,7 +36,7 @@ from evaluate import BadPictures, caption_loader, caption_loss
 from files import file_hash, write_json
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
-from publish import MANIFEST
+from publishing.hub import MANIFEST
 from train import Learner, blank_words
 from training.distributed import ALONE
 from training.estimates import peak_rate, step_operations

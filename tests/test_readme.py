@@ -37,7 +37,7 @@ def test_every_flag_and_file_it_names_exists():
             "benchmark.py",
             "benchmarks/training.py",
             "convert.py",
-            "publish.py",
+            "publishing/hub.py",
             "auto_upload.py",
             "example_usage.py",
             "app.py",

@@ -26,7 +26,7 @@ from files import file_hash
 from model import ImageCaptionModel
 from model_file import METADATA_KEY, MODEL_FILE
 from pretrained import initialise
-from publish import UploadConfig, publish
+from publishing.hub import UploadConfig, publish
 from train import train
 from training.checkpoint import checkpoints
 from training.job import pretrained_parts

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
-from card import Run, layout_of, local, read_run, scrubbed, write_card
 from config import UserError
 from convert import MARKER, WRITTEN, first_line, new_folder, save_transformers
 from data.scenes import draw, make_scene
@@ -34,8 +33,9 @@ from evaluate import weights_sha256
 from files import file_hash, write_json
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
+from publishing.card import Run, layout_of, local, read_run, scrubbed, write_card
+from publishing.space import SPACE_FILES, gradio_version, write_space
 from remote import MODULE
-from space import SPACE_FILES, gradio_version, write_space
 from utils import ROOT, module_file
 
 if TYPE_CHECKING:

@@ -23,15 +23,15 @@ from huggingface_hub import ModelCard, SpaceCard, constants
 from PIL import Image
 
 import adapters
-import publish
 import upload_to_hf
 from auto_upload import AutoConfig
-from card import HUB
 from config import UserError
 from data.pictures import prepare_picture
 from example_usage import caption_image
 from model import ImageCaptionModel
-from publish import UploadConfig
+from publishing import hub as publish
+from publishing.card import HUB
+from publishing.hub import UploadConfig
 from training.checkpoint import save_checkpoint
 
 MODEL = "vit-gpt2-captioning.safetensors"
@@ -226,6 +226,7 @@ def test_adapters_are_published_as_adapters(hub, scenes_dir, tmp_path, scenes_to
     )
     code += "print(model.generate(torch.zeros(1, 3, 16, 16), num_beams=3).sequences.tolist())"
     for path, number in found.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(hub.get(number))
     model = ImageCaptionModel.from_pretrained(cwd / MODEL, tmp_path / "bases")
     expected = model.generate(torch.zeros(1, 3, 16, 16), num_beams=3).sequences.tolist()
@@ -286,6 +287,7 @@ def test_a_space_shows_the_model(hub, cwd, tmp_path):
     space, port = tmp_path / "space", free_port()
     space.mkdir()
     for path, number in files.items():
+        (space / path).parent.mkdir(exist_ok=True)
         (space / path).write_bytes(hub.get(number))
     start_it = (space / "serve.py").read_text().replace('"0.0.0.0"', f'"127.0.0.1", "--port", "{port}"')
     (space / "serve.py").write_text(start_it)
@@ -313,6 +315,7 @@ def test_a_space_of_another_make_is_left_alone(hub, cwd):
 def test_the_published_code_loads_it_too(home, published, tmp_path):
     """A snapshot is whole: its own Python files load and run its own weights, and nothing of this folder is needed."""
     for path, number in remote(published).items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(published.get(number))
     code = "import sys; sys.path.insert(0, '.')\n"
     code += "import torch; from model import ImageCaptionModel; model = ImageCaptionModel.from_pretrained('.')\n"
@@ -595,7 +598,7 @@ def test_onnx_files_go_along_and_again_unchanged(hub, cwd):
 
 def test_after_training_it_is_asked_once_on_a_terminal_only(hub, cwd, monkeypatch):
     publish.offer_upload(cwd / MODEL)  # no terminal here: it must return
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from publish import offer_upload; offer_upload()"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from publishing.hub import offer_upload; offer_upload()"
     number, terminal = pty.fork()
     if number == 0:
         os.chdir(cwd)
