@@ -38,10 +38,10 @@ from config import PRESETS, UserError, ViTGPT2Config
 from convert import save_transformers
 from data.table import CaptionTable, make_table
 from dataset import Batches, CaptionDataset, load_table, load_tables, load_tokenizer, make_dataloader
+from decoding.packed import Precision, available
 from evaluate import caption_loader, check_overlap
 from files import write_json
 from model import ImageCaptionModel
-from packed import Precision, available
 from scoring.metrics import CiderD, interval_of, resampled_sums, score_captions
 from utils import PRECISIONS, ROOT, choose_device, parse_flags, run_script
 

@@ -446,7 +446,7 @@ class ImageCaptionModel(nn.Module):
         """Keys of the pictures it has learned from (CaptionTable.keys), so that nobody is scored on them unawares."""
         self.encoder = VisionTransformer(self.config)
         if self.config.language_model:
-            from language_model import LanguageModel
+            from decoding.language_model import LanguageModel
 
             self.decoder: Any = LanguageModel(self.config)
         else:
@@ -578,7 +578,7 @@ class ImageCaptionModel(nn.Module):
 
     def generate(self, pixel_values: Tensor, **options: Any) -> Any:
         """Captions for pictures: see generation.generate, which this calls."""
-        from generation import generate
+        from decoding.search import generate
 
         return generate(self, pixel_values, **options)
 

@@ -56,7 +56,7 @@ def initialise(
         tensors["encoder.position_embeddings"] = interpolate(tensors["encoder.position_embeddings"], new)
         taken |= tensors
     if decoder is not None and is_language_model(decoder):
-        from language_model import pretrained_language_model
+        from decoding.language_model import pretrained_language_model
 
         config, tensors, tokenizer = pretrained_language_model(decoder, config)
         said.append(f"{decoder}: {some(list(tensors))}, {config.max_length} positions")

@@ -3,7 +3,7 @@
     AutoModel.from_pretrained(folder, trust_remote_code=True).generate(pixel_values, max_new_tokens=32, num_beams=3)
 
 `save_pretrained` calls write_remote_code. It puts what captioning needs of config.py, attention.py, model.py and
-generation.py into one file, because transformers takes a module that such a file imports for a package to be installed,
+decoding/search.py into one file, because transformers takes a module that such a file imports for a package to be installed,
 and a thin PreTrainedModel behind it. Imports convert, files, model, model_file and utils.
 """
 
@@ -20,7 +20,12 @@ from model_file import MODEL_FILE
 from utils import module_file
 
 MODULE = "modeling_img2gpt"
-SOURCES = {"config": ("UserError", "ViTGPT2Config"), "attention": (), "model": (), "generation": ()}  # (): all of it
+SOURCES = {
+    "config": ("UserError", "ViTGPT2Config"),
+    "attention": (),
+    "model": (),
+    "decoding.search": (),
+}  # (): all of it
 # Files of this project, and layers made for one machine; what is left out is not called behind a PreTrainedModel.
 LEFT_OUT = {"fast_twin", "part_of", "own_state", "load_own_state", "save_file", "save_pretrained", "from_pretrained"}
 

@@ -12,9 +12,9 @@ from test_scripts import script
 from convert import save_transformers
 from data.scenes import parse_caption, scene_from_dict
 from dataset import prepare_picture
+from decoding.packed import available
 from model import ImageCaptionModel
 from model_file import MODEL_FILE
-from packed import available
 
 pytestmark = pytest.mark.slow
 

@@ -18,6 +18,7 @@ import model_file
 from config import UserError
 from data.sources import load_table
 from dataset import CaptionDataset, make_dataloader
+from decoding.packed import available
 from evaluate import (
     BadPictures,
     caption_loss,
@@ -28,7 +29,6 @@ from evaluate import (
     main,
 )
 from model import ImageCaptionModel
-from packed import available
 from scoring import metrics as metrics_module
 from scoring.metrics import CiderD, novelty, score_captions, self_cider
 from scoring.results import read_results, warnings_about

@@ -16,8 +16,8 @@ import benchmark
 from benchmarks.training import golden_run
 from captioning.pipeline import caption_pictures
 from config import UserError
+from decoding.packed import available
 from model import ImageCaptionModel
-from packed import available
 
 
 def run(*arguments: str, cwd) -> subprocess.CompletedProcess:

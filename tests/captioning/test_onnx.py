@@ -94,7 +94,7 @@ def test_onnxruntime_gives_the_same_tokens(exported, num_beams, prefix, monkeypa
     session, twin = Session(folder, model), copy.copy(model)
     twin._modules = {**model._modules, "decoder": session}
     twin.encode = session.encode
-    monkeypatch.setattr("generation.fast_twin", lambda model, int8, rows: model)
+    monkeypatch.setattr("decoding.search.fast_twin", lambda model, int8, rows: model)
     assert torch.equal(twin.generate(PICTURES, **options).sequences, expected)
 
 

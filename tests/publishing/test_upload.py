@@ -150,7 +150,7 @@ def test_what_is_uploaded_is_what_a_dry_run_writes(home, published):
         "preprocessor_config.json",
         "tokenizer.json",
     }
-    wanted |= {"README.md", "run.json", "metrics.json", "example.png", "config.py", "model.py", "generation.py"}
+    wanted |= {"README.md", "run.json", "metrics.json", "example.png", "config.py", "model.py", "decoding/search.py"}
     assert wanted <= set(expected) and "samples.png" not in expected  # of pictures that may not be ours
     assert not published.repositories["ann/tiny"].private
     told = json.loads(published.get(expected["run.json"]))

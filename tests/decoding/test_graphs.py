@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import random_model, tiny_config
 
-from graphs import StaticCache, graphed_model
+from decoding.recorded import StaticCache, graphed_model
 from model import GPT2Decoder
 
 PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -15,7 +15,7 @@ PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 @pytest.fixture
 def static(monkeypatch):
     """generate by static shapes on a CPU too."""
-    monkeypatch.setattr("generation.fast_twin", lambda model, int8, rows: graphed_model(model, torch.float32))
+    monkeypatch.setattr("decoding.search.fast_twin", lambda model, int8, rows: graphed_model(model, torch.float32))
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -176,11 +176,11 @@ def fast_twin(model: ImageCaptionModel, int8: bool, rows: int) -> ImageCaptionMo
         return model
     halved = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     if device == "cpu" and plain:
-        from packed import packed_model
+        from decoding.packed import packed_model
 
         twin = packed_model(model, "int8" if int8 else "bf16" if halved == torch.bfloat16 else "fp32", rows)
     elif device == "cuda":
-        from graphs import graphed_model
+        from decoding.recorded import graphed_model
 
         twin = graphed_model(model, halved or model.decoder.wte.weight.dtype)
     if int8 and twin is model:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import random_model, tiny_config
 
-import packed
+from decoding import packed
+from decoding.packed import PackedDecoder, available, packed_model
 from model import ImageCaptionModel
-from packed import PackedDecoder, available, packed_model
 
 PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_model import pair  # noqa: F401  # a fixture
 
 from config import UserError
-from generation import sharpen
+from decoding.search import sharpen
 from model import ImageCaptionModel
 
 PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))

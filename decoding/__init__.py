@@ -1,0 +1,1 @@
+"""Decoding: captions from anything that has a decoder's few methods."""
