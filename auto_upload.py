@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError
-from model_file import MODEL_FILE
 from publishing.hub import HubAwayError, Stage, UploadConfig, logged_in, publish
 from utils import StopSignal, parse_flags, run_script
+from weights.file import MODEL_FILE
 
 LOOK_EVERY = 1.0  # seconds; a run keeps a checkpoint until two newer ones are there
 LONGEST_WAIT = 60.0  # seconds between attempts while the Hub is away

@@ -33,8 +33,8 @@ from torch import Tensor
 from config import UserError, ViTGPT2Config
 from files import write_json
 from model import ImageCaptionModel
-from model_file import METADATA_KEY, check_shapes, gpt2_tokenizer, keys_from_text, keys_to_text, tokenizer_from_json
 from utils import hub_folder, parse_flags, run_script
+from weights.file import METADATA_KEY, check_shapes, gpt2_tokenizer, keys_from_text, keys_to_text, tokenizer_from_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

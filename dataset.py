@@ -28,8 +28,8 @@ from data.pictures import crop, load_picture, prepare_picture
 from data.pixels import Augmenter, Pixels, cut_out
 from data.sources import load_table, load_tables
 from data.table import CaptionTable
-from model_file import gpt2_tokenizer
 from utils import STOP_SIGNALS
+from weights.file import gpt2_tokenizer
 
 __all__ = [
     "CaptionDataset",

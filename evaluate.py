@@ -34,11 +34,11 @@ from data.table import CaptionTable
 from dataset import CaptionDataset, decode, load_picture, load_table, make_dataloader, to_device
 from files import writable_directory, write_json
 from model import ImageCaptionModel
-from model_file import weights_hash
 from scoring.metrics import CiderD
 from scoring.results import Captioned, MoreScores, about_results, compare, print_metrics, read_results, write_evaluation
 from training.distributed import ALONE, World
 from utils import autocast, choose_device, choose_precision, parse_flags, run_script
+from weights.file import weights_hash
 
 NUM_BEAMS = 3
 SEED = 0  # of sampling

@@ -37,8 +37,8 @@ from data.pictures import PictureSource, in_one_line
 from data.scenes import draw, make_scene
 from dataset import prepare_picture
 from model import ImageCaptionModel
-from model_file import MODEL_FILE
 from utils import choose_device, parse_flags, run_script
+from weights.file import MODEL_FILE
 
 
 def load_model(source: str, device: str, base_dir: Path | None = None) -> ImageCaptionModel:

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import attention, attention_behind, split_heads
 from config import ViTGPT2Config
-from model_file import (
+from weights.file import (
     METADATA_KEY,
     MODEL_FILE,
     check_shapes,
@@ -633,7 +633,7 @@ class ImageCaptionModel(nn.Module):
         self.save_file(directory / MODEL_FILE)
         ours = self._tokenizer is not None and self.adapters is None and not self.config.language_model
         if self.config.bridge == "prefix" and ours:
-            from remote import write_remote_code
+            from weights.remote import write_remote_code
 
             write_remote_code(self, directory)
             return
@@ -660,7 +660,7 @@ class ImageCaptionModel(nn.Module):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise not_ours(path, error) from error
         if "adapters" in about:
-            from adapters import adapted_model
+            from weights.adapters import adapted_model
 
             model = adapted_model(path, config, about["adapters"], weights, base_dir)
             model.merged = about["adapters"] | {"file": path, "sha256": weights_hash(weights)}

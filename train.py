@@ -32,7 +32,6 @@ from dataset import decode, make_dataloader, micro_batches, to_device
 from evaluate import caption_loader, caption_loss, evaluate_dataset
 from files import put_in_place, write_json
 from model import ImageCaptionModel
-from model_file import MODEL_FILE
 from scoring.results import MoreScores, print_metrics
 from training.checkpoint import (
     checkpoints,
@@ -51,6 +50,7 @@ from training.optimizers import Average, Updater, learning_rate_at, norm_of
 from training.scst import SelfCritic
 from training.tracking import Log, SilentLog, draw_curves
 from utils import StopSignal, autocast, keep_freed_memory
+from weights.file import MODEL_FILE
 
 LOG_INTERVAL = 10  # steps
 

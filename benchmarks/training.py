@@ -27,7 +27,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from adapters import adapt, check_adapters
 from config import PRESETS, TrainConfig, UserError, ViTGPT2Config
 from convert import load_transformers, save_transformers
 from data.table import make_table
@@ -35,7 +34,6 @@ from dataset import CaptionDataset, load_tokenizer, make_dataloader
 from evaluate import BadPictures, caption_loader, caption_loss
 from files import file_hash, write_json
 from model import ImageCaptionModel
-from model_file import MODEL_FILE
 from publishing.hub import MANIFEST
 from train import Learner, blank_words
 from training.distributed import ALONE
@@ -43,6 +41,8 @@ from training.estimates import peak_rate, step_operations
 from training.job import Job, prepare
 from training.optimizers import Muon, learning_rate_at, product_dtype
 from utils import PRECISIONS, ROOT, autocast, choose_device, choose_precision, keep_freed_memory, read_log
+from weights.adapters import adapt, check_adapters
+from weights.file import MODEL_FILE
 
 RATE = 1e-5
 Precision = Literal["fp32", "fp16", "bf16"]

@@ -32,11 +32,11 @@ from data.scenes import draw, make_scene
 from evaluate import weights_sha256
 from files import file_hash, write_json
 from model import ImageCaptionModel
-from model_file import MODEL_FILE
 from publishing.card import Run, layout_of, local, read_run, scrubbed, write_card
 from publishing.space import SPACE_FILES, gradio_version, write_space
-from remote import MODULE
 from utils import ROOT, module_file
+from weights.file import MODEL_FILE
+from weights.remote import MODULE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -22,8 +22,8 @@ import torch
 
 from config import PRESETS, TrainConfig, ViTGPT2Config
 from files import file_hash
-from model_file import MODEL_FILE
 from utils import read_log, run_script
+from weights.file import MODEL_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 # What children of the server do not have to import. It starts with the first of them, and has no sys.path of pytest's.

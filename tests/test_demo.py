@@ -14,7 +14,7 @@ from data.scenes import parse_caption, scene_from_dict
 from dataset import prepare_picture
 from decoding.packed import available
 from model import ImageCaptionModel
-from model_file import MODEL_FILE
+from weights.file import MODEL_FILE
 
 pytestmark = pytest.mark.slow
 

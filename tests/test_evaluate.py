@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import ROOT, needs_shared, tiny_config
 
-import model_file
 from config import UserError
 from data.sources import load_table
 from dataset import CaptionDataset, make_dataloader
@@ -32,6 +31,7 @@ from model import ImageCaptionModel
 from scoring import metrics as metrics_module
 from scoring.metrics import CiderD, novelty, score_captions, self_cider
 from scoring.results import read_results, warnings_about
+from weights import file as model_file
 
 bleu_counts = metrics_module._bleu_counts
 CPU = torch.device("cpu")

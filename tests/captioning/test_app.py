@@ -33,7 +33,7 @@ from data.fetch import fetch_picture
 from dataset import CaptionDataset, collate, prepare_picture
 from example_usage import caption_image
 from model import ImageCaptionModel
-from model_file import MODEL_FILE
+from weights.file import MODEL_FILE
 
 pytest.importorskip("gradio", reason="gradio is of requirements-app.txt")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is of requirements-dev.txt")

@@ -15,10 +15,10 @@ from PIL import Image
 from config import PRESETS, UserError
 from evaluate import about_decoding
 from model import ImageCaptionModel
-from model_file import weights_hash
 from publishing import card
 from publishing.card import Run, read_run, scrubbed, write_card
 from publishing.hub import UploadConfig, find_run, write_model_folder
+from weights.file import weights_hash
 
 METRICS = {"bleu_4": 0.28764321, "cider_d": 0.9, "bleu_4_low": 0.27, "bleu_4_high": 0.3, "pictures": 12, "split": "val"}
 METRICS |= {"decoding": "num_beams 3", "unique_captions": 12, "data": "scenes"}

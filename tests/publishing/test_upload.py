@@ -22,7 +22,6 @@ from hub import Hub, running_hub
 from huggingface_hub import ModelCard, SpaceCard, constants
 from PIL import Image
 
-import adapters
 import upload_to_hf
 from auto_upload import AutoConfig
 from config import UserError
@@ -33,6 +32,7 @@ from publishing import hub as publish
 from publishing.card import HUB
 from publishing.hub import UploadConfig
 from training.checkpoint import save_checkpoint
+from weights import adapters
 
 MODEL = "vit-gpt2-captioning.safetensors"
 CANARY = "hf_canaryCANARYcanary0123456789"
@@ -214,7 +214,7 @@ def test_adapters_are_published_as_adapters(hub, scenes_dir, tmp_path, scenes_to
     script(hub, cwd, "evaluate.py", MODEL, "--data-dir", scenes_dir, "--output-dir", "runs/small")  # merged, once more
     script(hub, cwd, "upload_to_hf.py", "ann/adapters")
     found = remote(hub, "ann/adapters")
-    assert {MODEL, "adapters.py", "metrics.json"} <= set(found) and "model.safetensors" not in found
+    assert {MODEL, "weights/adapters.py", "metrics.json"} <= set(found) and "model.safetensors" not in found
     assert found[MODEL] == hashlib.sha256((cwd / MODEL).read_bytes()).hexdigest()
     card = ModelCard(hub.get(found["README.md"]).decode())
     assert card.data.base_model == ["bob/vit", "bob/gpt2"] and card.data.base_model_relation == "adapter"

@@ -16,22 +16,22 @@ from processes import ending, fork, forked, losses, small_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import adapters
 import convert
-from adapters import adapt, check_adapters, find_base
 from config import PRESETS, TrainConfig, UserError
 from dataset import decode, prepare_picture
 from example_usage import caption_image
 from files import file_hash
 from model import ImageCaptionModel
-from model_file import METADATA_KEY, MODEL_FILE
-from pretrained import initialise
 from publishing.hub import UploadConfig, publish
 from train import train
 from training.checkpoint import checkpoints
 from training.job import pretrained_parts
 from training.optimizers import Average, Updater, freeze
 from utils import read_log
+from weights import adapters
+from weights.adapters import adapt, check_adapters, find_base
+from weights.file import METADATA_KEY, MODEL_FILE
+from weights.pretrained import initialise
 
 pytest.importorskip("peft", reason="needs requirements-qlora.txt")
 CPU = torch.device("cpu")

@@ -22,7 +22,6 @@ from processes import await_step, end, ending, flags, fork, forked, run, small_c
 from config import TrainConfig, UserError
 from files import file_hash
 from model import ImageCaptionModel
-from model_file import MODEL_FILE
 from training.checkpoint import (
     checkpoints,
     clean,
@@ -34,6 +33,7 @@ from training.checkpoint import (
     training_in,
 )
 from utils import read_log
+from weights.file import MODEL_FILE
 
 
 def several(few: int, many: int) -> pytest.MarkDecorator:

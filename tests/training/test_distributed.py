@@ -16,9 +16,9 @@ from processes import await_step, end, ending, flags, fork, forked, losses, rank
 from config import TrainConfig
 from dataset import collate, micro_batches
 from model import ImageCaptionModel
-from model_file import MODEL_FILE
 from training.checkpoint import checkpoints, load_checkpoint
 from utils import read_log
+from weights.file import MODEL_FILE
 
 
 def every_loss(out: Path) -> list[float]:

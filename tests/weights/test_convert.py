@@ -32,8 +32,8 @@ from convert import load_transformers, rename, save_transformers, tensor_names
 from data.pictures import prepare_picture
 from dataset import train_tokenizer
 from model import ImageCaptionModel
-from model_file import gpt2_tokenizer, tokenizer_from_json
 from utils import run_script
+from weights.file import gpt2_tokenizer, tokenizer_from_json
 
 CAPTIONS = ["a red circle on a blue square", "two green dogs run over wet grass", "a man in a red hat"] * 3
 WIDTHS = pytest.mark.parametrize("width", [32, 48], ids=["same-width", "projected"])

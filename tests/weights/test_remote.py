@@ -13,7 +13,7 @@ from conftest import tiny_config
 
 from config import ViTGPT2Config
 from model import ImageCaptionModel
-from remote import remote_code
+from weights.remote import remote_code
 
 PICTURES = torch.randint(0, 256, (3, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 STRANGER = """

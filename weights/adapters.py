@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from config import TrainConfig, UserError, ViTGPT2Config
 from convert import first_line
 from model import ImageCaptionModel, part_of
-from model_file import MODEL_FILE, check_shapes
-from pretrained import initialise
+from weights.file import MODEL_FILE, check_shapes
+from weights.pretrained import initialise
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as it is imported, it recommends a package of kernels
 INSTALL = "pip install -r requirements-qlora.txt"

@@ -16,8 +16,8 @@ from typing import Any
 from convert import their_files
 from files import write_json, write_text
 from model import ImageCaptionModel
-from model_file import MODEL_FILE
 from utils import module_file
+from weights.file import MODEL_FILE
 
 MODULE = "modeling_img2gpt"
 SOURCES = {

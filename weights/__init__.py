@@ -1,0 +1,1 @@
+"""Weights: tensors and configs read and written, without knowing a model."""
