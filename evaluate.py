@@ -77,7 +77,7 @@ def caption_loader(
         result.captions += [own[0] for own in captions]
         result.several += captions if number > 1 else []
         result.references += [batch["captions"][place] for place in good]
-        result.cut += (sequences[::number][good] != model.config.end_token_id).all(-1).tolist()
+        result.cut += sequences[::number][good].ne(model.config.end_token_id or 0).all(-1).tolist()
     model.train(was_training)
     return result if world.size == 1 else gathered(world.gather(result))
 

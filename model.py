@@ -1,7 +1,8 @@
 """The model: a vision transformer (ViT) whose patches a GPT-2 decoder reads, through cross-attention or as a prefix.
 
-Bottom up: the encoder, the decoder with its cache, the captioner with its loss, load and save. Imports attention,
-config and model_file; generation is reached by a late import. Nothing here trains, decodes pictures or picks a device.
+Bottom up: attention by the fastest kernel at hand, the encoder, the decoder, the captioner with its loss, load and save.
+What its files look like is in weights/, how captions are searched for in decoding/. Nothing here trains, decodes pictures
+or picks a device.
 
 Dimensions: N pictures, K captions of each, T tokens of a caption, S encoder states of a picture (class token +
 patches), H heads, D width, V vocabulary, M real positions (the ones with a target).
@@ -13,10 +14,8 @@ et al. 2021 (arXiv:2111.09734), fed as transformers' GPT-2 is with inputs_embeds
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,30 +24,130 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
-from attention import attention, attention_behind, split_heads
 from config import ViTGPT2Config
-from weights.file import (
-    METADATA_KEY,
-    MODEL_FILE,
-    check_shapes,
-    config_fields_from_shapes,
-    find_model_file,
-    gpt2_tokenizer,
-    keys_from_text,
-    keys_to_text,
-    not_ours,
-    read_model_file,
-    tokenizer_from_json,
-    weights_hash,
-)
+from decoding.cache import DecoderCache, FastCopies, Looked, Packing, next_logits
+from decoding.search import Generated, generate
+from files import write_json
+from weights.adapters import base_of, merge_adapters
+from weights.file import MODEL_FILE, Saved, check_shapes, gpt2_tokenizer, part_of, write_model_file
+from weights.huggingface import read_captioner
+from weights.remote import write_remote_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from decoding.recorded import StaticCache
+
+# Attention: flash_attn's kernel, torch's own, or plain products. B rows (or N pictures with K captions each).
+
+_flash_wanted = True
+_flash_3: str | None = None
+_flash: tuple[Callable[..., Tensor] | None, str] | None = None
+
+
+def use_flash_attention(wanted: bool) -> None:
+    """Whether `attention` may call the flash_attn package, which it may until told otherwise; and on a Hopper GPU whether
+    torch's own attention may be FlashAttention-3, where this torch has it."""
+    global _flash_wanted, _flash_3
+    _flash_wanted = wanted
+    if wanted and _flash_3 is None and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+        try:
+            torch.nn.attention.activate_flash_attention_impl("FA3")
+            _flash_3 = "FlashAttention-3"
+        except Exception as error:  # its kernels are a package of their own
+            _flash_3 = ""
+            print(f"attention   FlashAttention-3 cannot be activated ({type(error).__name__}): going on without")
+
+
+def flash_attn_function() -> tuple[Callable[..., Tensor] | None, str]:
+    """flash_attn's own function and why, or None and why not; looked for once.
+
+    The function itself is imported: other packages also answer to the name flash_attn without having it.
+    """
+    global _flash
+    if _flash is None:  # a plain global, because torch.compile does not see through functools.cache
+        _flash = _find_flash_attn()
+    return _flash
+
+
+def _find_flash_attn() -> tuple[Callable[..., Tensor] | None, str]:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return None, "flash_attn needs an Ampere GPU or newer"
+    try:
+        from flash_attn import flash_attn_func
+    except Exception as error:  # a build against another torch fails with anything from ImportError to OSError
+        return None, f"flash_attn cannot be imported ({type(error).__name__})"
+    return flash_attn_func, "flash_attn is installed"
+
+
+def choose_attention(
+    device_type: str, dtype: torch.dtype, head_size: int = 64
+) -> tuple[Callable[..., Tensor] | None, str]:
+    """flash_attn's function where it can serve such tensors, else None for torch's; and the reason in words."""
+    if device_type == "cpu" and dtype == torch.bfloat16:
+        return None, "plain products in bfloat16 (at captions' lengths faster than torch's kernel on a CPU)"
+    function = None
+    if not _flash_wanted:
+        reason = "flash_attn not wanted"
+    elif _flash_3 and device_type == "cuda":
+        reason = f"its kernel is {_flash_3}"
+    elif device_type != "cuda":
+        reason = f"device is {device_type}, flash_attn needs cuda"
+    elif dtype not in (torch.float16, torch.bfloat16):
+        reason = f"{dtype} tensors, flash_attn needs half precision"
+    elif head_size % 8 or head_size > 256:
+        reason = f"heads of {head_size}, flash_attn needs a multiple of 8 up to 256"
+    else:
+        function, reason = flash_attn_function()
+    return function, f"{'flash_attn' if function else 'torch scaled_dot_product_attention'} ({reason})"
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
+    """softmax(query key^T / sqrt(head size)) value, by the fastest kernel at hand.
+
+    query (B, Tq, H, D/H), key and value (B, Tk, H, D/H), one dtype; `causal` needs Tq = Tk.
+    Returns (B, Tq, H, D/H).
+    """
+    function, _ = choose_attention(query.device.type, query.dtype, query.shape[-1])
+    if function is not None:
+        return function(query, key, value, causal=causal)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, T, D/H)
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        # At captions' lengths torch's CPU kernel and its backward take 3 to 6 times as long as these products.
+        scores = (query * key.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, H, Tq, Tk)
+        if causal:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2)
+
+
+def attention_behind(
+    query: Tensor, key: Tensor, value: Tensor, before: tuple[Tensor, Tensor], visible: Tensor | None = None
+) -> Tensor:
+    """What attention to `before` and the own keys and values side by side gives, with nothing repeated or put together:
+    a picture's K rows share what stands before them.
+
+    query (N * K, Tq, H, D/H), key and value (N * K, Tk, H, D/H); before: keys and values (N, S, H, D/H), whose dtype it
+    has; visible: bool (Tq, Tk), which own keys each query may see (default: all). Returns (N * K, Tq, H, D/H).
+    """
+    (pictures, states), scale = before[0].shape[:2], query.shape[-1] ** -0.5
+    query, key, value = (x.to(before[0].dtype).unflatten(0, (pictures, -1)) for x in (query * scale, key, value))
+    own = torch.einsum("nkthd,nkuhd->nkhtu", query, key)
+    if visible is not None:
+        own = own.masked_fill(~visible, float("-inf"))
+    scores = torch.cat([torch.einsum("nkthd,nshd->nkhts", query, before[0]), own], -1)
+    shared, own = scores.softmax(-1).to(value.dtype).tensor_split([states], -1)
+    mixed = torch.einsum("nkhts,nshd->nkthd", shared, before[1]) + torch.einsum("nkhtu,nkuhd->nkthd", own, value)
+    return mixed.flatten(0, 1)
+
+
+def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """(B, T, parts * D) -> `parts` tensors of (B, T, H, D/H)."""
+    return x.unflatten(-1, (parts, heads, -1)).unbind(-3)
 
 
 # The encoder
@@ -102,6 +201,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(EncoderBlock(config, share) for share in skipped)
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.gradient_checkpointing = False
+        self.pictures_at_a_time: int | None = None
         # Not saved: they follow from the config.
         self.register_buffer("mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
@@ -128,47 +228,6 @@ def run_block(block: Callable[..., Any], *inputs: Any, save_memory: bool) -> Any
 
 
 # The decoder
-
-
-@dataclass
-class DecoderCache:
-    """What decoding one more token needs of everything before it.
-
-    cross: per layer the picture's keys and values, for cross-attention or of the prefix, each (N, S, H, D/H), computed
-    once and shared by a picture's K rows. own: per layer the text's keys and values, (2, N * K, max_length, H, D/H), of
-    which the first `length` positions are filled; their dtype is the one that attention to them has.
-    """
-
-    cross: list[tuple[Tensor, ...]]
-    own: list[Tensor]
-    length: int = 0
-
-    def reorder(self, rows: Tensor) -> None:
-        """Row i continues what row rows[i] (int64, (N * K,)) had written. The picture's part stays as it is."""
-        for states in self.own:
-            filled = states[:, :, : self.length]
-            filled.copy_(filled.index_select(1, rows))
-
-
-@dataclass
-class Packing:
-    """Where the real tokens of (rows, T) captions are, so that only they meet the linear layers.
-
-    positions: int64 (M,), indices into rows * T. Entries equal to rows * T stand for nothing: they round M up.
-    """
-
-    positions: Tensor
-    rows: int
-    length: int
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(rows, T, ...) -> (M, ...)."""
-        return x.flatten(0, 1).index_select(0, self.positions.clamp(max=self.rows * self.length - 1))
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """(M, ...) -> (rows, T, ...), zero where there is no token."""
-        grid = x.new_zeros(self.rows * self.length + 1, *x.shape[1:]).index_copy(0, self.positions, x)
-        return grid[:-1].unflatten(0, (self.rows, self.length))
 
 
 class SelfAttention(nn.Module):
@@ -290,8 +349,21 @@ class DecoderBlock(nn.Module):
         return key, value, self.feed_forward(x + F.dropout(mixed, self.dropout, self.training))
 
 
+class TiedHead(nn.Module):
+    """Logits by the token embeddings, which are stored once: this module has no weights of its own."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.__dict__["embedding"] = embedding  # past nn.Module, which would store it as a part
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> logits (..., V)."""
+        embedding: Any = self.embedding
+        return F.linear(hidden, embedding.weight)
+
+
 class GPT2Decoder(nn.Module):
-    """GPT-2, with cross-attention in every layer or a prefix; its head is its token embedding (tied, stored once)."""
+    """GPT-2, with cross-attention in every layer or a prefix."""
 
     def __init__(self, config: ViTGPT2Config) -> None:
         super().__init__()
@@ -301,9 +373,10 @@ class GPT2Decoder(nn.Module):
         self.wpe = nn.Embedding(config.max_length, width)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_num_layers))
         self.ln_f = nn.LayerNorm(width, eps=1e-5)
+        self.head = TiedHead(self.wte)
         self.gradient_checkpointing = False
 
-    def look(self, encoder_hidden_states: Tensor) -> list[tuple[Tensor, ...]]:
+    def look(self, encoder_hidden_states: Tensor) -> Looked:
         """Every layer's keys and values of the pictures: (N, S, D) -> layers x ((N, S, H, D/H), (N, S, H, D/H)).
 
         A prefix is read through the layers for them. No word stands before it, so it is the same for all captions.
@@ -311,7 +384,7 @@ class GPT2Decoder(nn.Module):
         if self.config.bridge == "cross_attention":
             return [layer.keys_and_values(encoder_hidden_states) for layer in self.cross_attentions()]
         x = encoder_hidden_states + self.wpe.weight[: encoder_hidden_states.shape[1]]
-        read: list[tuple[Tensor, ...]] = []
+        read: Looked = []
         rest = [F.dropout(x, self.config.dropout, self.training)]
         for index, block in enumerate(self.blocks):
             assert isinstance(block, DecoderBlock)
@@ -329,7 +402,7 @@ class GPT2Decoder(nn.Module):
         """An empty cache for `rows` (= N * K) captions of at most max_length tokens."""
         return self.cache_of(self.look(encoder_hidden_states), rows, max_length)
 
-    def cache_of(self, looked: list[tuple[Tensor, ...]], rows: int, max_length: int) -> DecoderCache:
+    def cache_of(self, looked: Looked, rows: int, max_length: int) -> DecoderCache:
         """The same for pictures that have been looked at.
 
         In memory heads stand before positions, as products need them: laid out once here, not at every token.
@@ -348,7 +421,7 @@ class GPT2Decoder(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        cross: list[tuple[Tensor, ...]],
+        cross: Looked,
         packing: Packing | None = None,
         cache: DecoderCache | None = None,
     ) -> Tensor:
@@ -373,35 +446,35 @@ class GPT2Decoder(nn.Module):
             cache.length += length
         return self.ln_f(x)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> logits (..., V)."""
-        return F.linear(hidden, self.wte.weight)
+    next_logits = next_logits
 
-    def next_logits(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
-        """float32 logits (rows, V) of what follows the cache and these tokens (rows, T)."""
-        return self.head(self(tokens, cache.cross, cache=cache)[:, -1]).float()
+    def static_step(self, cache: StaticCache) -> Tensor:
+        """The cache's tokens (rows, 1) at its place -> float32 logits (rows, V), in the same shapes at every place.
+
+        At a few rows its time is the number of its kernels, so the mask is made once for all layers.
+        """
+        x = self.wte(cache.tokens) + self.wpe(cache.place + self.config.prefix_positions)
+        written = torch.arange(cache.own[0].shape[2], device=x.device) <= cache.place  # (L,)
+        mask = torch.zeros_like(written, dtype=cache.own[0].dtype).masked_fill(~written, float("-inf"))
+        for block, (key, value), states in zip(self.blocks, cache.cross, cache.own, strict=True):
+            assert isinstance(block, DecoderBlock)
+            projected = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3, block.attn.num_heads, -1))
+            query, new = projected[:, :, 0], projected[:, :, 1:]
+            states.index_copy_(2, cache.place, new.movedim(2, 0).to(states.dtype))
+            if block.prefixed:
+                mixed = attention_behind(query, states[0], states[1], (key, value), written[None])
+                x = x + block.attn.c_proj(mixed.flatten(2).to(x.dtype))
+            else:
+                keys, values = states.transpose(2, 3).unbind()  # (rows, H, L, D/H)
+                query = query.transpose(1, 2).to(keys.dtype)
+                mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask[None, None, None])
+                x = x + block.attn.c_proj(mixed.transpose(1, 2).flatten(2).to(x.dtype))
+                x = x + block.crossattention(block.ln_cross_attn(x), key, value, None)
+            x = block.feed_forward(x)
+        return self.head(self.ln_f(x)[:, 0]).float()
 
 
 # The captioner
-
-
-_optimizer_steps = 0
-
-
-def _count_optimizer_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-# Of what fused optimizers change, torch counts no version.
-register_optimizer_step_post_hook(_count_optimizer_step)
-
-
-def part_of(name: str) -> str:
-    """Where a parameter belongs: encoder, decoder, or new (what joins them, which no pretrained part brings)."""
-    if "crossattention." in name or "ln_cross_attn." in name or name.startswith(("enc_to_dec_proj.", "pooling.")):
-        return "new"
-    return name.split(".")[0]
 
 
 class AttentionPooling(nn.Module):
@@ -434,19 +507,16 @@ class ImageCaptionModel(nn.Module):
         super().__init__()
         self.config = config or ViTGPT2Config(**fields)
         self._tokenizer: PreTrainedTokenizerFast | None = None
-        self.packed: Any = None
-        """What packed.py or graphs.py keeps of the weights for generation."""
-        self.generating = threading.RLock()
-        """Held while that is in use: a web server captions from several threads."""
+        self.copies = FastCopies()
         self.adapters: dict[str, Any] | None = None
-        """What adapters.py has put on the model, for a file that holds those alone (see own_state)."""
+        """What training/adapters.py has put on the model, for a file that holds those alone (see own_state)."""
         self.merged: dict[str, Any] | None = None
         """Of a model that was loaded from a file of adapters: what it says of them, its path and their sha256."""
         self.trained_on = np.empty(0, np.uint64)
         """Keys of the pictures it has learned from (CaptionTable.keys), so that nobody is scored on them unawares."""
         self.encoder = VisionTransformer(self.config)
         if self.config.language_model:
-            from decoding.language_model import LanguageModel
+            from decoding.language_model import LanguageModel  # late: it imports much of transformers
 
             self.decoder: Any = LanguageModel(self.config)
         else:
@@ -478,18 +548,6 @@ class ImageCaptionModel(nn.Module):
                 std /= math.sqrt(branches.get(name.split(".")[0], 1))
             nn.init.normal_(parameter, std=std)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy, or a pickle for another process, leaves behind what generation keeps."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("packed", "generating")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.packed, self.generating = None, threading.RLock()
-
-    def version(self) -> tuple[Any, ...]:
-        """Another one when the weights are, or may be: an optimizer has made a step."""
-        return _optimizer_steps, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
-
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -519,6 +577,9 @@ class ImageCaptionModel(nn.Module):
     def encode(self, pixel_values: Tensor) -> Tensor:
         """pixel_values (N, 3, S, S) -> the states that the decoder looks at, (N, P + 1, decoder width), or as many as they
         are pooled to."""
+        at_a_time = self.encoder.pictures_at_a_time
+        if at_a_time and len(pixel_values) > at_a_time:
+            return torch.cat([self.encode(part) for part in pixel_values.split(at_a_time)])
         hidden = self.encoder(pixel_values)
         hidden = self.pooling(hidden) if hasattr(self, "pooling") else hidden
         hidden = self.enc_to_dec_proj(hidden) if hasattr(self, "enc_to_dec_proj") else hidden
@@ -576,10 +637,8 @@ class ImageCaptionModel(nn.Module):
             losses = (losses * F.pad(weights.flatten(), (0, 1))[positions // rows.shape[1]]).sum()
         return CaptionOutput(loss=losses / (targets != -100).sum().clamp(min=1))
 
-    def generate(self, pixel_values: Tensor, **options: Any) -> Any:
-        """Captions for pictures: see generation.generate, which this calls."""
-        from decoding.search import generate
-
+    def generate(self, pixel_values: Tensor, **options: Any) -> Generated:
+        """Captions for pictures: see decoding.search.generate, whose options these are."""
         return generate(self, pixel_values, **options)
 
     # Load and save
@@ -605,25 +664,13 @@ class ImageCaptionModel(nn.Module):
         for name, tensor in own.items():
             tensor.copy_(weights[name])
 
+    def saved(self) -> Saved:
+        """The model as its files hold it."""
+        return Saved(self.config, self.own_state(), self._tokenizer, self.trained_on, self.adapters)
+
     def save_file(self, path: str | os.PathLike[str]) -> None:
         """Writes own_state, config, preprocessing and tokenizer into one safetensors file, all of it or nothing."""
-        about: dict[str, Any] = {"config": self.config.to_dict()}
-        if self._tokenizer is not None:
-            about["tokenizer"] = json.loads(self._tokenizer.backend_tokenizer.to_str())
-        if self.adapters is not None:
-            about["adapters"] = self.adapters
-        if len(self.trained_on):
-            about["trained_on"] = keys_to_text(self.trained_on)
-        # One entry, because safetensors writes several in an order that changes from call to call.
-        metadata = {METADATA_KEY: json.dumps(about, sort_keys=True)}
-        path = Path(path)
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.own_state().items()}
-        try:
-            save_file(weights, unfinished, metadata=metadata)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_model_file(self.saved(), Path(path))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes a folder with the model as one file, config.json and the tokenizer's files; beside a model with a prefix
@@ -633,11 +680,9 @@ class ImageCaptionModel(nn.Module):
         self.save_file(directory / MODEL_FILE)
         ours = self._tokenizer is not None and self.adapters is None and not self.config.language_model
         if self.config.bridge == "prefix" and ours:
-            from weights.remote import write_remote_code
-
-            write_remote_code(self, directory)
+            write_remote_code(self.saved(), directory)
             return
-        (directory / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(directory / "config.json", self.config.to_dict())
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(directory)
 
@@ -648,27 +693,19 @@ class ImageCaptionModel(nn.Module):
 
         Raises UserError where there is no model, or where the file's tensors do not fit its config.
         """
-        path = find_model_file(source)
-        if path.name == "config.json":  # no file of ours there: perhaps transformers wrote it
-            from convert import load_transformers
+        return cls.from_saved(read_captioner(source), base_dir).eval()
 
-            return load_transformers(source)
-        about, weights = read_model_file(path)
-        try:
-            config = ViTGPT2Config.from_dict(about.get("config") or config_fields_from_shapes(weights))
-            trained_on = keys_from_text(about.get("trained_on", ""))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise not_ours(path, error) from error
-        if "adapters" in about:
-            from weights.adapters import adapted_model
-
-            model = adapted_model(path, config, about["adapters"], weights, base_dir)
-            model.merged = about["adapters"] | {"file": path, "sha256": weights_hash(weights)}
+    @classmethod
+    def from_saved(cls, saved: Saved, base_dir: Path | None = None) -> ImageCaptionModel:
+        """The model that a record describes, adapters merged. Raises UserError where its tensors do not fit."""
+        if saved.adapters is None:
+            model = cls(saved.config)
+            tensors = model.state_dict() | saved.tensors if saved.partial else saved.tensors
+            check_shapes(saved.path, model.state_dict(), tensors)
+            model.load_state_dict(tensors)
         else:
-            model = cls(config)
-            check_shapes(path, model.state_dict(), weights)
-            model.load_state_dict(weights)
-        model.trained_on = trained_on
-        if "tokenizer" in about:
-            model.tokenizer = tokenizer_from_json(json.dumps(about["tokenizer"]), config)
-        return model.eval()
+            base = cls.from_saved(base_of(saved, base_dir), base_dir)
+            model = cls(saved.config)
+            model.merged = merge_adapters(model, base, saved, base_dir)
+        model.trained_on, model._tokenizer = saved.trained_on, saved.tokenizer
+        return model

@@ -25,13 +25,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from attention import use_flash_attention
 from config import TrainConfig, UserError, ViTGPT2Config
 from data.scenes import mark, scene_from_dict, score_scenes
 from dataset import decode, make_dataloader, micro_batches, to_device
 from evaluate import caption_loader, caption_loss, evaluate_dataset
 from files import put_in_place, write_json
-from model import ImageCaptionModel
+from model import ImageCaptionModel, use_flash_attention
 from scoring.results import MoreScores, print_metrics
 from training.checkpoint import (
     checkpoints,
@@ -453,7 +452,7 @@ def look(learner: Learner, step: int, ended: bool, log: Log | SilentLog, train_l
         log.write(step, samples=samples)
         tell(world, "\n".join(f"  {name}: {caption}" for name, caption in samples.items()))
     if config.objective != "scst" or model is not learner.model:
-        model.packed = None  # what generation keeps of the weights is stale after the next step
+        model.copies.drop()  # they are stale after the next step
     return score
 
 

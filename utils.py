@@ -10,11 +10,12 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -196,6 +197,60 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype if half else torch.bfloat16, enabled=half)
 
 
+# Folders and errors
+
+
+@contextlib.contextmanager
+def new_folder(directory: str | os.PathLike[str], written: list[str], marker: str) -> Iterator[Path]:
+    """A folder to fill, which takes the directory's place at the end: it appears whole or not at all.
+
+    The directory must be new, empty, or hold these names alone, the marker among them. Raises UserError otherwise.
+    """
+    from safetensors import SafetensorError
+
+    directory = Path(directory).absolute()
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: a file stands there: name another folder")
+    inside = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+    others = [name for name in inside if name not in written or marker not in inside]
+    if others:
+        raise UserError(f"{directory}: holds other files ({', '.join(others[:3])}): name a new or empty folder")
+    unfinished = directory.with_name(f".{directory.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if directory.exists():
+            shutil.rmtree(directory)
+        unfinished.rename(directory)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory}: cannot be written ({first_line(error)}): name another folder") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def some(names: list[str]) -> str:
+    """How many tensors, and the first three by name."""
+    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "nothing"
+
+
+def first_line(error: Exception) -> str:
+    """An error's text without what follows on further lines."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def one_line(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns whatever goes wrong with a config that is none into a UserError that names where it came from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{source}: its JSON files are not as transformers writes them ({reason})") from error
+
+
 # The Hugging Face Hub
 
 
@@ -221,7 +276,7 @@ def hub_folder(name: str, wanted: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=refusal is not None))
     except Exception as error:
-        why = next(iter(str(refusal or error).strip().splitlines()), type(refusal or error).__name__)
+        why = first_line(refusal or error)
         raise UserError(f"{name}: no such path here, and not to be had from the Hugging Face Hub: {why}") from error
 
 

@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import UserError
-from convert import WEIGHTS, WRITTEN, new_folder, write_their_files
 from model import DecoderBlock, ImageCaptionModel
+from utils import new_folder
+from weights.huggingface import MARKER, WEIGHTS, WRITTEN, write_their_files
 
 OPSET = 20  # known to the runtimes of the last two years
 ENCODER, DECODER = "encoder_model", "decoder_model_merged"  # transformers.js looks for these
@@ -39,15 +40,15 @@ ENCODER, DECODER = "encoder_model", "decoder_model_merged"  # transformers.js lo
 def save_onnx(model: ImageCaptionModel, directory: str | os.PathLike[str], int8: bool = False) -> None:
     """Writes the folder; with int8 also files with 8-bit weights, whose names end in _quantized.
 
-    Raises UserError where a package is missing, and where the folder must not be written (see convert.new_folder).
+    Raises UserError where a package is missing, and where the folder must not be written (see utils.new_folder).
     """
     if model.config.bridge != "cross_attention":
         raise UserError("ONNX files are made of models with cross-attention: this one reads a prefix")
     needed = ["onnx", "onnxscript", *(["onnxruntime"] if int8 else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UserError(f"ONNX files need {', '.join(missing)}: pip install -r requirements-onnx.txt")
-    with new_folder(directory, [*(name for name in WRITTEN if name != WEIGHTS), "onnx"]) as folder:
-        write_their_files(model, folder)  # first, as the tokenizer may be missing
+    with new_folder(directory, [*(name for name in WRITTEN if name != WEIGHTS), "onnx"], MARKER) as folder:
+        write_their_files(model.saved(), folder)  # first, as the tokenizer may be missing
         (folder / "onnx").mkdir()
         export(model, folder / "onnx")
         if int8:

@@ -7,7 +7,6 @@ keys and values are computed once here too, and repeated for its rows, because t
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 from dataclasses import dataclass
@@ -16,14 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModel, DynamicCache
 
 from config import UserError, ViTGPT2Config
-from convert import find_folder, first_line
-from model import DecoderCache, GPT2Decoder, Packing
-
-FILES = ["*.json", "model*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
-Looked = list[tuple[Tensor, ...]]
+from decoding.cache import DecoderCache, Looked, Packing, next_logits
+from utils import first_line
 
 
 @dataclass
@@ -93,7 +89,7 @@ class LanguageModel(nn.Module):
         """(..., D) -> logits (..., V)."""
         return self.lm_head(hidden) if hasattr(self, "lm_head") else F.linear(hidden, self.wte.weight)
 
-    next_logits = GPT2Decoder.next_logits
+    next_logits = next_logits
 
 
 def repeated(cross: Looked, rows: int) -> DynamicCache:
@@ -103,36 +99,3 @@ def repeated(cross: Looked, rows: int) -> DynamicCache:
         key, value = (part.repeat_interleave(rows // len(part), 0) for part in layer)
         past.update(key, value, index)
     return past
-
-
-def pretrained_language_model(source: str, config: ViTGPT2Config) -> tuple[ViTGPT2Config, dict[str, Tensor], Any]:
-    """The sizes, the tensors by our names and the tokenizer of a folder or a Hub name. Raises UserError where it has none
-    that fit, or where its captions could not end."""
-    if config.bridge != "prefix":
-        raise UserError(
-            f"{source}: only GPT-2 takes cross-attention, other language models a prefix: add --bridge prefix"
-        )
-    folder = find_folder(source, FILES)
-    try:
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        about = theirs.config
-        fields: dict[str, Any] = {
-            "language_model": json.dumps(about.to_diff_dict() | {"model_type": about.model_type}, sort_keys=True),
-            "vocab_size": about.vocab_size,
-            "max_length": min(config.max_length, about.max_position_embeddings),
-            "decoder_embed_dim": about.hidden_size,
-            "decoder_num_layers": about.num_hidden_layers,
-            "decoder_num_heads": 1,  # theirs are their own affair
-        }
-    except Exception as error:  # the client and the many models raise anything
-        raise UserError(f"{source}: no language model to be had ({first_line(error)})") from error
-    end, start, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
-    if end is None or not tokenizer.is_fast:
-        raise UserError(f"{source}: its tokenizer has no end token, or no tokenizer.json")
-    fields |= {"end_token_id": end, "start_token_id": end if start is None else start}
-    fields["pad_token_id"] = end if pad is None else pad
-    body = {f"decoder.body.{name}": tensor for name, tensor in theirs.base_model.state_dict().items()}
-    if not about.tie_word_embeddings:
-        body["decoder.lm_head.weight"] = theirs.get_output_embeddings().weight.detach()
-    return dataclasses.replace(config, **fields), body, tokenizer

@@ -1,6 +1,6 @@
 """Weights laid out as a CPU's kernels read them fastest, for generation.
 
-Imports model. Writing a token means reading every weight of the decoder once, so on a CPU the time of a token is its
+Writing a token means reading every weight of the decoder once, so on a CPU the time of a token is its
 bytes over the memory's rate; torch's plain layout reaches a fraction of that rate at a caption's few rows. oneDNN reads its
 own layout faster, bf16 and int8 are a half and a quarter of the bytes, and the encoder's products gain as well:
 EXPERIMENTS.md has how much.
@@ -8,7 +8,6 @@ EXPERIMENTS.md has how much.
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from model import GPT2Decoder, ImageCaptionModel
+from decoding.cache import copied, weights_version
 
 Precision = Literal["fp32", "bf16", "int8"]
 ROWS = 8
@@ -113,24 +112,6 @@ class Int8Weight(nn.Module):
         return (torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales) + self.bias).view(*x.shape[:-1], -1)
 
 
-class PackedModel(ImageCaptionModel):
-    """A model whose linear layers are packed; everything else is the original's."""
-
-    def encode(self, pixel_values: Tensor) -> Tensor:
-        """As the original, two pictures at a time: what goes from layer to layer then stays in the processor's cache."""
-        return torch.cat([super(PackedModel, self).encode(part) for part in pixel_values.split(2)])
-
-
-class PackedDecoder(GPT2Decoder):
-    """Its decoder, with the head packed as well."""
-
-    packed_head: nn.Module
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> logits (..., V)."""
-        return self.packed_head(hidden)
-
-
 @functools.cache
 def available(precision: Precision) -> bool:
     """Whether this torch and this CPU have the kernels: tried on a small layer, since these operators are torch's own."""
@@ -161,44 +142,47 @@ def pack(
     return PackedLinear(weight, bias, torch.float32 if precision == "fp32" else torch.bfloat16)
 
 
-def packed_model(model: ImageCaptionModel, precision: Precision, rows: int) -> ImageCaptionModel:
-    """A twin of the model for generating `rows` captions at a time on a CPU, or the model itself where that cannot be had.
+def packed_model(model: Any, precision: Precision, rows: int) -> Any:
+    """A copy of the model for generating `rows` captions at a time on a CPU, or the model itself where there is none.
 
-    It is kept until the weights change (by anything but their .data, of which torch keeps no count: then set model.packed
-    to None), and takes as much memory again as they do in its precision; in int8 the decoder's layers once more where
-    both a few captions and many are made.
+    It is kept until the weights change, and takes as much memory again as they do in its precision; in int8 the decoder's
+    layers once more where both a few captions and many are made.
     """
     if model.device.type != "cpu" or model.decoder.wte.weight.dtype != torch.float32 or not available(precision):
         return model
     few = precision == "int8" and rows <= FEW
     kind = min(rows, 2) if few else 0  # one row, a few, or many
-    key = (precision, model.version())
-    if model.packed is None or model.packed[0] != key:
-        model.packed = (key, {}, {})  # before the new one is made: there may be no room for both
-    _, twins, layers = model.packed
-    if kind not in twins:
-        # deepcopy takes what the memo has for a module in its place: packed layers, and the tensors that are shared.
+    made = model.copies.of((precision, weights_version(model)))
+    layers = made.setdefault("layers", {})  # which copies may share
+    if kind not in made:
+        # Packed layers in the place of linear ones; all other tensors are shared.
         memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        prefixed = model.config.bridge == "prefix"
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                tokens_only = name.startswith("decoder.") and not name.endswith("crossattention.c_attn")
-                tokens_only = tokens_only and model.config.bridge == "cross_attention"  # a prefix meets all layers
-                # Attention to a picture is halved, except for a few queries, which are faster in fp32.
-                halved = name.endswith(("qkv",) if few else ("qkv", "c_attn", "q_attn"))
-                dtype = torch.bfloat16 if halved else torch.float32
-                # From two rows on, rounding costs a layer with more outputs than inputs less than the faster kernel saves.
-                unrounded = few and tokens_only and (rows == 1 or module.out_features <= module.in_features)
-                layer = (name, unrounded, dtype)  # which twins may share
-                if layer not in layers:
-                    least = LEAST_GELU if re.search(r"\.(fc2|\d+\.c_proj)$", name) else None
-                    layers[layer] = pack(module.weight, module.bias, precision, unrounded, dtype, least)
-                memo[id(module)] = layers[layer]
-        twin = copy.copy(model)
-        twin._modules = {name: copy.deepcopy(module, memo) for name, module in model._modules.items()}
-        twin.__class__, twin.decoder.__class__ = PackedModel, PackedDecoder
-        # Not as for a few rows: on so large a layer what the rounding costs does not show, what the faster kernel saves does.
-        if "head" not in layers:
+                memo[id(module)] = packed_layer(name, module, layers, precision, rows if few else None, prefixed)
+        if "head" not in layers:  # always by the faster kernel: rounding activations costs nothing measurable there
             layers["head"] = pack(model.decoder.wte.weight, None, precision)
-        twin.decoder.packed_head = layers["head"]
-        twins[kind] = twin
-    return twins[kind]
+        memo[id(model.decoder.head)] = layers["head"]
+        twin = copied(model, memo)
+        twin.encoder.pictures_at_a_time = 2  # what goes from layer to layer then stays in the processor's cache
+        made[kind] = twin
+    return made[kind]
+
+
+def packed_layer(
+    name: str, layer: nn.Linear, made: dict[Any, nn.Module], precision: Precision, few: int | None, prefixed: bool
+) -> nn.Module:
+    """One layer of a model, kept in `made`; `few` rows at a time, or None for many."""
+    tokens_only = name.startswith("decoder.") and not name.endswith("crossattention.c_attn")
+    tokens_only = tokens_only and not prefixed  # a prefix meets all layers
+    # Attention to a picture is halved, except for a few queries, which are faster in fp32.
+    halved = name.endswith(("qkv",) if few else ("qkv", "c_attn", "q_attn"))
+    dtype = torch.bfloat16 if halved else torch.float32
+    # From two rows on, rounding costs a layer with more outputs than inputs less than the faster kernel saves.
+    unrounded = bool(few) and tokens_only and (few == 1 or layer.out_features <= layer.in_features)
+    key = (name, unrounded, dtype)
+    if key not in made:
+        least = LEAST_GELU if re.search(r"\.(fc2|\d+\.c_proj)$", name) else None
+        made[key] = pack(layer.weight, layer.bias, precision, unrounded, dtype, least)
+    return made[key]

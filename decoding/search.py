@@ -1,10 +1,8 @@
 """Captions from a model: greedy, sampling, beam search and beam sampling over the cached decoder. `model.generate` calls
 `generate`.
 
-A picture is encoded once; its beams or samples are rows that share its keys and values. Options mean what they mean in
-transformers' `generate`, except that max_length and min_length count new tokens (its max_new_tokens and
-min_new_tokens), the end token included. Imports config; packed and graphs by late imports. Never decodes pictures, never
-prints.
+A picture is encoded once; its beams or samples are rows that share its keys and values. Works on anything that has a
+decoder's few methods (cache.Decoder). Never decodes pictures, never prints.
 """
 
 from __future__ import annotations
@@ -12,16 +10,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from config import UserError
+from decoding.cache import Decoder
+from decoding.packed import packed_model
+from decoding.recorded import recorded_model
 
-if TYPE_CHECKING:
-    from model import CrossAttention, GPT2Decoder, ImageCaptionModel
-
+LONGEST = 32  # tokens of a caption unless told otherwise
 NEVER = -1e9  # a score no caption has; finite, so that it can be added to and compared
 Logits = Callable[[Tensor, Tensor], Tensor]
 
@@ -56,119 +55,134 @@ class Generated:
         return self.log_probs / self.lengths
 
 
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How captions are searched for. Raises UserError for options that do not go together.
+
+    They mean what they mean in transformers' `generate`, except that max_length and min_length count new tokens (its
+    max_new_tokens and min_new_tokens), the end token included.
+    """
+
+    max_length: int | None = None
+    """Longest caption, in tokens (None: LONGEST, or as many positions as the model has)."""
+    min_length: int = 0
+    """Shortest caption, in tokens."""
+    num_beams: int = 1
+    """Beams; 1 is greedy, or sampling."""
+    do_sample: bool = False
+    """Draw tokens instead of taking the likeliest."""
+    temperature: float = 1.0
+    """What logits are divided by before drawing."""
+    top_k: int = 50
+    """Draw among so many best tokens (0: all)."""
+    top_p: float = 1.0
+    """Draw among the fewest tokens that hold this much probability."""
+    length_penalty: float = 1.0
+    """Above 0, longer captions win more often among beams."""
+    early_stopping: bool | Literal["never"] = False
+    """When a picture's beams are done: see beam_search."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens already written become less likely."""
+    no_repeat_ngram_size: int = 0
+    """No so many tokens stand together twice (0: no rule)."""
+    prefix: str | Sequence[int] = ()
+    """What every caption goes on from: "a photo of", or token ids."""
+    bad_words: Sequence[str | Sequence[int]] = ()
+    """Words, or token ids each, that no caption holds."""
+    num_return_sequences: int = 1
+    """Captions of each picture."""
+    return_scores: bool = False
+    """Fill in token_log_probs and lengths."""
+    return_attention: bool = False
+    """Fill in attention."""
+
+    def __post_init__(self) -> None:
+        if self.do_sample and (self.temperature <= 0 or self.top_k < 0 or not 0 < self.top_p <= 1):
+            raise UserError("sampling needs temperature > 0, top_k >= 0 (0 = all) and 0 < top_p <= 1")
+        if self.num_beams < 1 or self.num_return_sequences < 1:
+            raise UserError("num_beams and num_return_sequences must be at least 1")
+        if self.num_return_sequences > self.num_beams and (self.num_beams > 1 or not self.do_sample):
+            more = f"{self.num_return_sequences} captions a picture"
+            raise UserError(f"{more} need as many beams, or do_sample without beams")
+        if self.repetition_penalty <= 0 or self.no_repeat_ngram_size < 0:
+            raise UserError("repetition_penalty must be above 0 and no_repeat_ngram_size at least 0")
+
+    def steps(self, room: int, prefix: int) -> int:
+        """The most tokens to write behind `prefix` tokens, in `room` positions. Raises UserError where they do not fit."""
+        longest = min(LONGEST, room) if self.max_length is None else self.max_length
+        if longest < 1 or longest > room:
+            behind = f" behind a prefix of {prefix} tokens" if prefix else ""
+            raise UserError(f"max_length {longest} must be between 1 and the model's {room} positions{behind}")
+        if self.min_length > longest:
+            raise UserError(f"min_length {self.min_length} is larger than max_length {longest}")
+        return longest
+
+    def rules(self, prefix: int, end: int, banned: list[list[int]]) -> list[Logits]:
+        """What changes logits before a token is chosen, in transformers' order."""
+        rules: list[Logits] = []
+        if self.repetition_penalty != 1:
+            rules.append(lambda logits, written: penalise_repetition(logits, written, self.repetition_penalty))
+        if self.no_repeat_ngram_size:
+            rules.append(lambda logits, written: forbid_ngrams(logits, written, self.no_repeat_ngram_size))
+        if banned := [word for word in banned if word != [end]]:
+            rules.append(lambda logits, written: forbid_words(logits, written, banned))
+        if self.min_length:
+            first_end = 1 + prefix + self.min_length
+            rules.append(lambda logits, written: forbid_end(logits, end) if written.shape[1] < first_end else logits)
+        if self.do_sample:
+            keep = 2 if self.num_beams > 1 else 1  # beams need one to end and one to go on
+            rules.append(lambda logits, _: sharpen(logits, self.temperature, self.top_k, self.top_p, keep))
+        return rules
+
+
 @torch.inference_mode(False)  # what is kept for the next call must be of use outside it
 @torch.no_grad()
 def generate(
-    model: ImageCaptionModel,
-    pixel_values: Tensor,
-    *,
-    max_length: int | None = None,
-    min_length: int = 0,
-    num_beams: int = 1,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    length_penalty: float = 1.0,
-    early_stopping: bool | Literal["never"] = False,
-    repetition_penalty: float = 1.0,
-    no_repeat_ngram_size: int = 0,
-    prefix: str | Sequence[int] = (),
-    bad_words: Sequence[str | Sequence[int]] = (),
-    num_return_sequences: int = 1,
-    return_scores: bool = False,
-    return_attention: bool = False,
-    generator: torch.Generator | None = None,
-    int8: bool = False,
+    model: Any, pixel_values: Tensor, *, generator: torch.Generator | None = None, int8: bool = False, **options: Any
 ) -> Generated:
-    """Captions for pixel_values (N, 3, S, S), uint8 or normalised float.
+    """Captions for pixel_values (N, 3, S, S), uint8 or normalised float; `options` are Search's.
 
-    max_length is 32 where nothing is said, or as many positions as the model has. Every caption goes on from `prefix`
-    ("a photo of", or token ids) and holds none of bad_words (words, or token ids each). `generator` makes sampling
-    repeatable. int8 rounds weights to 8 bits, on a CPU; for more than four captions at a time it rounds what they are
-    multiplied with as well, so that a caption may depend on how many there are. Raises UserError for options that do
-    not go together.
+    `generator` makes sampling repeatable. int8 rounds weights to 8 bits, on a CPU; for more than four captions at a time
+    it rounds what they are multiplied with as well, so that a caption may depend on how many there are. Raises UserError
+    for options that do not go together.
     """
-    prefix = model.tokenizer(prefix).input_ids if isinstance(prefix, str) else list(prefix)
-    room = model.config.text_positions - len(prefix)
-    max_length = min(32, room) if max_length is None else max_length
-    if max_length < 1 or max_length > room:
-        behind = f" behind a prefix of {len(prefix)} tokens" if prefix else ""
-        raise UserError(f"max_length {max_length} must be between 1 and the model's {room} positions{behind}")
-    if min_length > max_length:
-        raise UserError(f"min_length {min_length} is larger than max_length {max_length}")
-    if do_sample and (temperature <= 0 or top_k < 0 or not 0 < top_p <= 1):
-        raise UserError("sampling needs temperature > 0, top_k >= 0 (0 = all) and 0 < top_p <= 1")
-    if num_beams < 1 or num_return_sequences < 1:
-        raise UserError("num_beams and num_return_sequences must be at least 1")
-    if num_return_sequences > num_beams and (num_beams > 1 or not do_sample):
-        raise UserError(f"{num_return_sequences} captions a picture need as many beams, or do_sample without beams")
-    if repetition_penalty <= 0 or no_repeat_ngram_size < 0:
-        raise UserError("repetition_penalty must be above 0 and no_repeat_ngram_size at least 0")
-    if return_attention and model.config.bridge != "cross_attention":
+    search, end = Search(**options), model.config.end_token_id
+    prefix = model.tokenizer(search.prefix).input_ids if isinstance(search.prefix, str) else list(search.prefix)
+    max_length = search.steps(model.config.text_positions - len(prefix), len(prefix))
+    if search.return_attention and model.config.bridge != "cross_attention":
         raise UserError("return_attention needs cross-attention: a model that reads a prefix has none")
-    end = model.config.end_token_id
-    assert end is not None
-    rules: list[Logits] = []  # in transformers' order
-    if repetition_penalty != 1:
-        rules.append(lambda logits, written: penalise_repetition(logits, written, repetition_penalty))
-    if no_repeat_ngram_size:
-        rules.append(lambda logits, written: forbid_ngrams(logits, written, no_repeat_ngram_size))
-    if banned := [word for word in token_lists(model, bad_words) if word != [end]]:
-        rules.append(lambda logits, written: forbid_words(logits, written, banned))
-    if min_length:
-        first_end = 1 + len(prefix) + min_length
-        rules.append(lambda logits, written: forbid_end(logits, end) if written.shape[1] < first_end else logits)
-    if do_sample:
-        keep = 2 if num_beams > 1 else 1  # beams need one to end and one to go on
-        rules.append(lambda logits, written: sharpen(logits, temperature, top_k, top_p, keep))
+    rules = search.rules(len(prefix), end, token_lists(model, search.bad_words))
 
     def choose_from(logits: Tensor, written: Tensor) -> Tensor:
         for rule in rules:
             logits = rule(logits, written)
         return logits
 
-    with model.generating:
+    with model.copies.lock:
         was_training = model.training
         model.eval()
         try:
-            fast = fast_twin(model, int8, len(pixel_values) * max(num_beams, num_return_sequences))
-            # A twin's layers know their own types; autocast would turn what they share into half precision at every token.
+            rows = len(pixel_values) * max(search.num_beams, search.num_return_sequences)
+            fast = fast_copy(model, int8, rows)
+            # A copy's layers know their own types; autocast would turn what they share into half precision at every token.
             with contextlib.nullcontext() if fast is model else torch.autocast(model.device.type, enabled=False):
                 hidden = fast.encode(pixel_values)
                 start = torch.tensor([model.config.start_token_id or 0, *prefix], device=hidden.device)
-                if num_beams > 1:
-                    found = beam_search(
-                        fast.decoder,
-                        hidden,
-                        start,
-                        choose_from,
-                        max_length,
-                        num_beams,
-                        length_penalty,
-                        early_stopping,
-                        num_return_sequences,
-                        do_sample,
-                        generator,
-                    )
-                else:
-                    rows = len(hidden) * num_return_sequences
-                    found = token_by_token(
-                        fast.decoder, hidden, start, choose_from, max_length, rows, do_sample, generator
-                    )
-                if return_scores or return_attention:
-                    look_again(fast.decoder, hidden, found, len(prefix), return_scores, return_attention)
+                find = beam_search if search.num_beams > 1 else token_by_token
+                found = find(fast.decoder, hidden, start, choose_from, search, max_length, generator)
+                if search.return_scores or search.return_attention:
+                    look_again(fast.decoder, hidden, found, len(prefix), search)
             return found
         finally:
             model.train(was_training)
             if was_training:  # the next step changes the weights anyway
-                model.packed = None
+                model.copies.drop()
 
 
-def fast_twin(model: ImageCaptionModel, int8: bool, rows: int) -> ImageCaptionModel:
-    """A twin of the model made for so many captions at a time, in the precision that autocast is set to: on a CPU with
+def fast_copy(model: Any, int8: bool, rows: int) -> Any:
+    """A copy of the model made for so many captions at a time, in the precision that autocast is set to: on a CPU with
     packed weights, on a GPU with recorded steps; elsewhere the model itself."""
-    device, twin = model.device.type, model
+    device, fast = model.device.type, model
     if int8 and device != "cpu":
         raise UserError("int8 is for a CPU: use another precision")
     plain = model.adapters is None and not model.config.language_model
@@ -176,29 +190,25 @@ def fast_twin(model: ImageCaptionModel, int8: bool, rows: int) -> ImageCaptionMo
         return model
     halved = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     if device == "cpu" and plain:
-        from decoding.packed import packed_model
-
-        twin = packed_model(model, "int8" if int8 else "bf16" if halved == torch.bfloat16 else "fp32", rows)
+        fast = packed_model(model, "int8" if int8 else "bf16" if halved == torch.bfloat16 else "fp32", rows)
     elif device == "cuda":
-        from decoding.recorded import graphed_model
-
-        twin = graphed_model(model, halved or model.decoder.wte.weight.dtype)
-    if int8 and twin is model:
+        fast = recorded_model(model, halved or model.decoder.wte.weight.dtype)
+    if int8 and fast is model:
         raise UserError("int8 needs a model in fp32 on a CPU that has the kernels: use another precision")
-    return twin
+    return fast
 
 
 def token_by_token(
-    decoder: GPT2Decoder,
+    decoder: Decoder,
     hidden: Tensor,
     start: Tensor,
     choose_from: Logits,
+    search: Search,
     max_length: int,
-    rows: int,
-    do_sample: bool,
     generator: torch.Generator | None,
 ) -> Generated:
-    """The most likely next token every time, or one drawn; `rows` captions of the encoder states (N, S, D)."""
+    """The most likely next token every time, or one drawn, for the encoder states (N, S, D)."""
+    rows = len(hidden) * search.num_return_sequences
     end = decoder.config.end_token_id
     assert end is not None
     cache = decoder.new_cache(hidden, rows, len(start) + max_length)
@@ -208,7 +218,7 @@ def token_by_token(
     finished = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
     for place in range(len(start), written.shape[1]):
         logits = choose_from(decoder.next_logits(tokens, cache), written[:, :place])
-        if do_sample:
+        if search.do_sample:
             chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
         else:
             chosen = logits.argmax(-1)
@@ -259,7 +269,7 @@ def forbid_end(logits: Tensor, end: int) -> Tensor:
     return logits
 
 
-def token_lists(model: ImageCaptionModel, words: Sequence[str | Sequence[int]]) -> list[list[int]]:
+def token_lists(model: Any, words: Sequence[str | Sequence[int]]) -> list[list[int]]:
     """Words as token ids: a text both as a caption's first word and behind a space."""
     lists = []
     for word in words:
@@ -291,16 +301,12 @@ def sharpen(logits: Tensor, temperature: float, top_k: int, top_p: float, keep: 
 
 
 def beam_search(
-    decoder: GPT2Decoder,
+    decoder: Decoder,
     hidden: Tensor,
     start: Tensor,
     choose_from: Logits,
+    search: Search,
     max_length: int,
-    num_beams: int,
-    length_penalty: float,
-    early_stopping: bool | Literal["never"],
-    num_return_sequences: int,
-    do_sample: bool,
     generator: torch.Generator | None,
 ) -> Generated:
     """The best captions of encoder states (N, S, D), best first, found as transformers' beam search finds them.
@@ -310,73 +316,87 @@ def beam_search(
     is done when no running beam, scored at its present length (with "never": at the best it may reach), can beat the
     worst of its num_beams ended ones; with early_stopping, as soon as there are so many.
     """
-    pictures, device, end = len(hidden), hidden.device, decoder.config.end_token_id
-    assert end is not None
-    first = len(start)
+    pictures, num_beams, first = len(hidden), search.num_beams, len(start)
     cache = decoder.new_cache(hidden, pictures * num_beams, first + max_length)
-    running = torch.full((pictures, num_beams, first + max_length), end, device=device)
-    running[:, :, :first] = start
-    running_scores = torch.zeros(pictures, num_beams, device=device)
-    running_scores[:, 1:] = NEVER  # all beams start alike: only the first may branch
-    ended, ended_scores = running.clone(), torch.full_like(running_scores, NEVER)
-    has_ended = torch.zeros(pictures, num_beams, dtype=torch.bool, device=device)
-    improvable = torch.ones(pictures, 1, dtype=torch.bool, device=device)
-    tokens = running[:, :, :first].flatten(0, 1)
-    first_row = torch.arange(pictures, device=device).unsqueeze(-1) * num_beams
-    ranks = torch.arange(2 * num_beams, device=device)
-
-    def choose(x: Tensor, beams: Tensor) -> Tensor:
-        """x (N, any, ...) at beams (N, n) -> (N, n, ...)."""
-        return x[torch.arange(pictures, device=device).unsqueeze(-1), beams]
-
+    beams = Beams(decoder.config.end_token_id or 0, pictures, search, start, max_length)
+    tokens = beams.running[:, :, :first].flatten(0, 1)
     for length in range(1, max_length + 1):  # of a caption that ends with this step's token
-        place = first + length - 1
         log_probs = decoder.next_logits(tokens, cache).log_softmax(-1)
-        log_probs = choose_from(log_probs, running[:, :, :place].flatten(0, 1))
-        vocab_size = log_probs.shape[-1]
-        total = (log_probs.view(pictures, num_beams, vocab_size) + running_scores.unsqueeze(-1)).flatten(1)
-        if do_sample:
+        log_probs = choose_from(log_probs, beams.running[:, :, : first + length - 1].flatten(0, 1))
+        total = (log_probs.view(pictures, num_beams, -1) + beams.running_scores.unsqueeze(-1)).flatten(1)
+        if search.do_sample:
             best = torch.multinomial(total.softmax(-1), 2 * num_beams, generator=generator)
             scores, order = total.gather(1, best).sort(descending=True)  # as transformers does since 5.24
             best = best.gather(1, order)
         else:
             scores, best = total.topk(2 * num_beams)  # (N, 2 * num_beams)
-        beams, next_tokens = best // vocab_size, best % vocab_size
-        candidates = choose(running, beams)
-        candidates[:, :, place] = next_tokens
-        ends = (next_tokens == end) | (length == max_length)
-
-        running_scores, chosen = (scores + ends * NEVER).topk(num_beams)
-        running = choose(candidates, chosen)
-        tokens = running[:, :, place].flatten().unsqueeze(-1)
-        rows = (first_row + choose(beams, chosen)).flatten()
-
-        new = ends & (ranks < num_beams)  # the worse half is only there to go on
-        closed = ~improvable | (has_ended.all(-1, keepdim=True) & (early_stopping is True))
-        new_scores = scores / length**length_penalty + closed * NEVER + ~new * NEVER
-        ended_scores, kept = torch.cat([ended_scores, new_scores], 1).topk(num_beams)
-        ended = choose(torch.cat([ended, candidates], 1), kept)
-        has_ended = choose(torch.cat([has_ended, new], 1), kept)
-
-        worst_ended = ended_scores.min(1, keepdim=True).values.where(has_ended, torch.tensor(NEVER, device=device))
-        final_length = max_length if early_stopping == "never" and length_penalty > 0 else length
-        improvable = improvable & (running_scores[:, :1] / final_length**length_penalty > worst_ended).any(-1, True)
-        if not improvable.any() or ends.all() or (early_stopping is True and has_ended.all()):
+        rows = beams.step(length, scores, best // log_probs.shape[-1], best % log_probs.shape[-1])
+        if rows is None:
             break
+        tokens = beams.running[:, :, first + length - 1].flatten().unsqueeze(-1)
         cache.reorder(rows)
-    sequences = ended[:, :num_return_sequences].flatten(0, 1)
-    longest = int((sequences[:, first:] != end).sum(-1).max()) + 1  # the end token itself, where there is room for it
-    return Generated(
-        sequences[:, 1 : first + min(longest, max_length)], ended_scores[:, :num_return_sequences].flatten()
-    )
+    return beams.best(search.num_return_sequences)
+
+
+class Beams:
+    """The beams of N pictures: those that run, and the best that have ended."""
+
+    def __init__(self, end: int, pictures: int, search: Search, start: Tensor, max_length: int) -> None:
+        device, number = start.device, search.num_beams
+        self.end, self.search, self.first, self.max_length = end, search, len(start), max_length
+        self.running = torch.full((pictures, number, self.first + max_length), end, device=device)
+        self.running[:, :, : self.first] = start
+        self.running_scores = torch.zeros(pictures, number, device=device)
+        self.running_scores[:, 1:] = NEVER  # all beams start alike: only the first may branch
+        self.ended, self.ended_scores = self.running.clone(), torch.full_like(self.running_scores, NEVER)
+        self.has_ended = torch.zeros(pictures, number, dtype=torch.bool, device=device)
+        self.improvable = torch.ones(pictures, 1, dtype=torch.bool, device=device)
+        self.pictures = torch.arange(pictures, device=device).unsqueeze(-1)
+        self.ranks = torch.arange(2 * number, device=device)
+
+    def choose(self, x: Tensor, beams: Tensor) -> Tensor:
+        """x (N, any, ...) at beams (N, n) -> (N, n, ...)."""
+        return x[self.pictures, beams]
+
+    def step(self, length: int, scores: Tensor, beams: Tensor, tokens: Tensor) -> Tensor | None:
+        """Takes in the 2 * num_beams best continuations, each (N, 2 * num_beams): their scores, the beams they go on from
+        and their tokens. Returns the cache's rows that go on, (N * num_beams,), or None when all pictures are done."""
+        number, early, penalty = self.search.num_beams, self.search.early_stopping, self.search.length_penalty
+        candidates = self.choose(self.running, beams)
+        candidates[:, :, self.first + length - 1] = tokens
+        ends = (tokens == self.end) | (length == self.max_length)
+
+        self.running_scores, chosen = (scores + ends * NEVER).topk(number)
+        self.running = self.choose(candidates, chosen)
+
+        new = ends & (self.ranks < number)  # the worse half is only there to go on
+        closed = ~self.improvable | (self.has_ended.all(-1, keepdim=True) & (early is True))
+        new_scores = scores / length**penalty + closed * NEVER + ~new * NEVER
+        self.ended_scores, kept = torch.cat([self.ended_scores, new_scores], 1).topk(number)
+        self.ended = self.choose(torch.cat([self.ended, candidates], 1), kept)
+        self.has_ended = self.choose(torch.cat([self.has_ended, new], 1), kept)
+
+        never = torch.tensor(NEVER, device=scores.device)
+        worst_ended = self.ended_scores.min(1, keepdim=True).values.where(self.has_ended, never)
+        final_length = self.max_length if early == "never" and penalty > 0 else length
+        reachable = self.running_scores[:, :1] / final_length**penalty
+        self.improvable = self.improvable & (reachable > worst_ended).any(-1, True)
+        if not self.improvable.any() or ends.all() or (early is True and self.has_ended.all()):
+            return None
+        return (self.pictures * number + self.choose(beams, chosen)).flatten()
+
+    def best(self, captions: int) -> Generated:
+        """So many of each picture, the best first."""
+        sequences = self.ended[:, :captions].flatten(0, 1)
+        longest = int((sequences[:, self.first :] != self.end).sum(-1).max()) + 1  # the end token too, where it fits
+        longest = min(longest, self.max_length)
+        return Generated(sequences[:, 1 : self.first + longest], self.ended_scores[:, :captions].flatten())
 
 
 # What a finished caption can tell
 
 
-def look_again(
-    decoder: GPT2Decoder, hidden: Tensor, found: Generated, prefix: int, scores: bool, attention: bool
-) -> None:
+def look_again(decoder: Decoder, hidden: Tensor, found: Generated, prefix: int, search: Search) -> None:
     """Reads the finished captions once more, all tokens at a time, and fills in token_log_probs and attention."""
     sequences, end = found.sequences, decoder.config.end_token_id
     read = torch.cat(
@@ -385,22 +405,22 @@ def look_again(
     cross = decoder.look(hidden)
     looks: list[Tensor] = []
 
-    def watch(layer: CrossAttention, inputs: tuple[Tensor, ...]) -> None:
+    def watch(layer: Any, inputs: tuple[Tensor, ...]) -> None:
         looks.append(layer.weights(inputs[0], inputs[1]).mean(2))  # (R, L, S)
 
-    layers = decoder.cross_attentions() if attention else []
+    layers = decoder.cross_attentions() if search.return_attention else []
     hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
     try:
         states = decoder(read, cross)
     finally:
         for hook in hooks:
             hook.remove()
-    if scores:
+    if search.return_scores:
         each = torch.stack([decoder.head(row).float().log_softmax(-1) for row in states.unbind(1)], 1)
         each = each.gather(-1, sequences.unsqueeze(-1)).squeeze(-1)
         is_end = sequences.eq(end or 0).long()
         behind = is_end.cumsum(1) > is_end  # after the first end token
         behind[:, :prefix] = True
         found.token_log_probs, found.lengths = each.masked_fill(behind, 0.0), (~behind).sum(1)
-    if attention:
+    if search.return_attention:
         found.attention = torch.stack(looks).mean(0)[:, :, 1:].float()

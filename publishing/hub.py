@@ -27,15 +27,15 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import tyro
 
 from config import UserError
-from convert import MARKER, WRITTEN, first_line, new_folder, save_transformers
 from data.scenes import draw, make_scene
 from evaluate import weights_sha256
 from files import file_hash, write_json
 from model import ImageCaptionModel
 from publishing.card import Run, layout_of, local, read_run, scrubbed, write_card
 from publishing.space import SPACE_FILES, gradio_version, write_space
-from utils import ROOT, module_file
+from utils import ROOT, first_line, module_file, new_folder
 from weights.file import MODEL_FILE
+from weights.huggingface import MARKER, WRITTEN, write_transformers
 from weights.remote import MODULE
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Kind = Literal["model", "space"]
-CODE = ("config", "model", "generation", "convert")  # with what they import: to load the model and to train it further
+CODE = ("config", "model")  # with what they import: to load the model and to train it further
 SPACE_CODE = ("app",)
 PICTURE, SAMPLES = "example.png", "samples.png"
 BESIDE = ["README.md", "run.json", "metrics.json", PICTURE, SAMPLES, "onnx", ".eval_results"]
@@ -215,7 +215,9 @@ def repository_folder(directory: Path, names: Sequence[str], modules: Sequence[s
     """A folder to fill with these names; the modules and what they import, and the manifest, come into it as well."""
     code = code_files(modules)
     earlier = files_of(directory) or OLDER_FILES
-    with new_folder(directory, [*names, MANIFEST, *(Path(name).parts[0] for name in (*code, *earlier))]) as folder:
+    with new_folder(
+        directory, [*names, MANIFEST, *(Path(name).parts[0] for name in (*code, *earlier))], MARKER
+    ) as folder:
         yield folder
         for name in code:
             (folder / name).parent.mkdir(exist_ok=True)
@@ -246,7 +248,7 @@ def write_model_folder(directory: Path, config: UploadConfig, model: ImageCaptio
     model.tokenizer = model.tokenizer  # GPT-2's, where none came with the weights
     with repository_folder(directory, OURS, CODE) as folder:
         if layout == "transformers":
-            save_transformers(model, folder)
+            write_transformers(model.saved(), folder)
         elif model.merged:
             shutil.copyfile(model.merged["file"], folder / MODEL_FILE)
             write_json(folder / "config.json", model.config.to_dict())

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from conftest import tiny_config
 from safetensors.torch import load_file, save_file
 
-import attention as attention_module
-import model as model_module
-from attention import attention, choose_attention
+import model as attention_module
 from config import UserError
-from convert import split_off, take, tensor_names
-from model import ImageCaptionModel
+from model import ImageCaptionModel, attention, choose_attention
+from weights.file import METADATA_KEY
+from weights.huggingface import split_off, take, tensor_names
 
 
 @pytest.fixture(params=[32, 48], ids=["same-width", "projected"])
@@ -52,7 +51,7 @@ def pair(request, tmp_path):
     path = tmp_path / "theirs" / "model.safetensors"
     weights = load_file(path)
     split_off(weights, "")
-    ours.load_state_dict(take(path, weights, list(tensor_names(config)), config))
+    ours.load_state_dict(take(path, weights, list(tensor_names(config))))
     return theirs, ours
 
 
@@ -284,9 +283,9 @@ def test_bad_model_files_get_one_line(tmp_path):
     weights = model.state_dict()
     (tmp_path / "text.safetensors").write_text("not a model")
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    metadata = {model_module.METADATA_KEY: json.dumps({"config": model.config.to_dict()})}
+    metadata = {METADATA_KEY: json.dumps({"config": model.config.to_dict()})}
     (tmp_path / "list.safetensors").write_bytes(b"")
-    save_file(weights, tmp_path / "list.safetensors", metadata={model_module.METADATA_KEY: "[]"})
+    save_file(weights, tmp_path / "list.safetensors", metadata={METADATA_KEY: "[]"})
     less = {k: v for k, v in weights.items() if "ln_f" not in k}
     save_file(less, tmp_path / "missing.safetensors", metadata=metadata)
     save_file(weights | {"x": torch.zeros(1)}, tmp_path / "extra.safetensors", metadata=metadata)

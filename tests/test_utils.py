@@ -63,10 +63,10 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
     vocab.json was said to be missing. So was everything else that goes by a name of the Hub."""
     from huggingface_hub import constants
 
-    from convert import find_folder
     from data.sources import load_tables
     from scoring.scorers import clip_scores
     from weights.file import find_model_file, gpt2_tokenizer
+    from weights.huggingface import find_folder
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for name, value in {"ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_OFFLINE": False}.items():

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from attention import choose_attention
 from cache import key_of
 from config import PRETRAINED, TrainConfig, UserError
 from data.download import download_coco_dataset, download_flickr30k
@@ -30,14 +29,15 @@ from data.table import CaptionTable
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
 from evaluate import BadPictures, check_overlap
 from files import writable_directory, write_json
-from model import ImageCaptionModel
+from model import ImageCaptionModel, choose_attention
 from training.checkpoint import checkpoints, in_use
 from training.distributed import World
 from training.estimates import duration, estimated_memory, estimated_seconds
 from training.optimizers import freeze
+from training.start import initialise
 from utils import PRECISIONS, available_memory, choose_device, choose_precision
 from weights.adapters import adapt, check_adapters, find_base
-from weights.pretrained import initialise, is_language_model
+from weights.pretrained import is_language_model
 
 COCO_PICTURES = 118_287
 COCO_DOWNLOAD_GB = 20

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from config import TrainConfig, UserError
-from model import ImageCaptionModel, part_of
+from model import ImageCaptionModel
+from weights.file import part_of
 
 MOMENTUM = 0.95  # Muon's
 

@@ -1,18 +1,17 @@
-"""Learning a little of a large pretrained model: LoRA adapters on some layers, whose own weights rest, in 4 bits if wanted.
+"""Adapters (LoRA) on the linear layers of a pretrained model, whose own weights rest, in 4 bits if wanted: their file, and
+how loading merges it.
 
-Imports config, model, model_file, convert and pretrained; peft and bitsandbytes (requirements-qlora.txt) by late
-imports. A file of adapters has, for each adapted layer, its two small matrices, and in full what no pretrained model brings:
-the projection, the cross-attention. Its metadata name the pretrained models. Loading such a file merges it, so that
-whatever captions meets plain layers; the layers are rounded to 4 bits first where they were while the adapters learned.
+peft and bitsandbytes (requirements-qlora.txt) are imported late. A file of adapters has, for each adapted layer, its two
+small matrices, and in full what no pretrained model brings: the projection, the cross-attention. Its metadata name the
+pretrained models. Whatever captions meets plain layers; they are rounded to 4 bits first where they were while the
+adapters learned.
 
 References: LoRA, Hu et al. 2021 (arXiv:2106.09685); QLoRA, Dettmers et al. 2023 (arXiv:2305.14314).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import logging
 import re
 from pathlib import Path
@@ -21,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import TrainConfig, UserError, ViTGPT2Config
-from convert import first_line
-from model import ImageCaptionModel, part_of
-from weights.file import MODEL_FILE, check_shapes
-from weights.pretrained import initialise
+from config import TrainConfig, UserError
+from utils import first_line
+from weights.file import MODEL_FILE, Saved, check_shapes, part_of, weights_hash
+from weights.huggingface import read_captioner
+from weights.pretrained import read_parts
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as it is imported, it recommends a package of kernels
 INSTALL = "pip install -r requirements-qlora.txt"
@@ -49,7 +48,7 @@ def check_adapters(config: TrainConfig, device: torch.device) -> None:
         )
 
 
-def adapt(model: ImageCaptionModel, config: TrainConfig, bases: dict[str, str | None], device: torch.device) -> str:
+def adapt(model: Any, config: TrainConfig, bases: dict[str, str | None], device: torch.device) -> str:
     """Puts fresh adapters on the model, in place, after which they and what is new are all that learns. Says what it did.
 
     bases: what the weights came from, by name: an encoder and a decoder, or a whole model. Parts that config freezes get
@@ -91,7 +90,7 @@ def adapt(model: ImageCaptionModel, config: TrainConfig, bases: dict[str, str | 
     return f"LoRA of rank {config.lora_rank}, {how}: {share}"
 
 
-def resting_layers(model: ImageCaptionModel) -> list[str]:
+def resting_layers(model: nn.Module) -> list[str]:
     """The linear layers that pretrained blocks consist of, whether or not they get an adapter."""
     inside = ("encoder.blocks.", "decoder.blocks.", "decoder.body.")
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -128,16 +127,44 @@ def four_bit_layer(layer: nn.Linear, device: torch.device) -> nn.Module:
 # From a file
 
 
-def adapted_model(
-    path: Path, config: ViTGPT2Config, about: dict[str, Any], weights: dict[str, Tensor], base_dir: Path | None
-) -> ImageCaptionModel:
-    """The models that a file of adapters (its metadata and tensors) names, with those merged in: plain layers in fp32.
-
-    Raises UserError where they cannot be had, are not those that the adapters learned on, or do not fit.
-    """
+def base_of(saved: Saved, base_dir: Path | None) -> Saved:
+    """The pretrained weights that a file of adapters is for. Raises UserError where they cannot be had."""
+    about, path = saved.adapters or {}, saved.path
     if lacking := {"bases", "key", "scale", "quantized"} - about.keys():
         raise UserError(f"{path}: not adapters of this project (no {min(lacking)}): name another file")
-    model = base_model(path, config, about, base_dir)
+    bases = {part: find_base(name, base_dir) for part, name in about["bases"].items() if name}
+    if any(Path(base).resolve() == path.resolve() for base in bases.values()):
+        raise other_weights(saved, bases)
+    try:
+        if "model" in bases:
+            return read_captioner(bases["model"])
+        return read_parts(saved.config, bases.get("encoder"), bases.get("decoder"))
+    except UserError as error:
+        raise UserError(
+            f"{path}: adapters for {' and '.join(bases.values())}: {error}; --base-dir names a folder that has them, and "
+            "python convert.py merge makes one whole model"
+        ) from error
+
+
+def other_weights(saved: Saved, bases: dict[str, str]) -> UserError:
+    """What to raise where the weights are not those that the adapters learned on."""
+    said = " and ".join(bases.values())
+    return UserError(
+        f"{saved.path}: its adapters learned on other weights than those of {said}: name theirs by --base-dir"
+    )
+
+
+def merge_adapters(model: nn.Module, base: nn.Module, saved: Saved, base_dir: Path | None) -> dict[str, Any]:
+    """Gives a fresh model the base's weights with a file's adapters merged in: plain layers in fp32. Returns what the file
+    says of them, its path and its hash.
+
+    Raises UserError where the base is not what they learned on, or where they do not fit.
+    """
+    path, about, weights = saved.path, saved.adapters or {}, saved.tensors
+    if fingerprint(base) != about["key"]:
+        raise other_weights(saved, {part: find_base(n, base_dir) for part, n in about["bases"].items() if n})
+    pretrained = {name: tensor for name, tensor in base.state_dict().items() if part_of(name) != "new"}
+    model.load_state_dict(pretrained, strict=False)
     state = model.state_dict()
     if about["quantized"]:
         if reason := why_not_4_bits(torch.device("cpu")):
@@ -156,38 +183,10 @@ def adapted_model(
         tensor.copy_(weights[name])
     for name in targets:
         state[f"{name}.weight"] += about["scale"] * weights[f"{name}.lora_B"] @ weights[f"{name}.lora_A"]
-    return model
+    return about | {"file": path, "sha256": weights_hash(weights)}
 
 
-def base_model(path: Path, config: ViTGPT2Config, about: dict[str, Any], base_dir: Path | None) -> ImageCaptionModel:
-    """The pretrained weights, and fresh ones for what is new."""
-    bases = {part: find_base(name, base_dir) for part, name in about["bases"].items() if name}
-    said = " and ".join(bases.values())
-    other_weights = UserError(
-        f"{path}: its adapters learned on other weights than those of {said}: name theirs by --base-dir"
-    )
-    if any(Path(base).resolve() == path.resolve() for base in bases.values()):
-        raise other_weights
-    try:
-        if "model" in bases:
-            base = ImageCaptionModel.from_pretrained(bases["model"], base_dir)
-        else:
-            with contextlib.redirect_stdout(io.StringIO()):  # what initialise takes and leaves was said in training
-                _, base = initialise(config, bases.get("encoder"), bases.get("decoder"))
-    except UserError as error:
-        raise UserError(
-            f"{path}: adapters for {said}: {error}; --base-dir names a folder that has them, and "
-            "python convert.py merge makes one whole model"
-        ) from error
-    if fingerprint(base) != about["key"]:
-        raise other_weights
-    model = ImageCaptionModel(config)
-    pretrained = {name: tensor for name, tensor in base.state_dict().items() if part_of(name) != "new"}
-    model.load_state_dict(pretrained, strict=False)
-    return model
-
-
-def fingerprint(model: ImageCaptionModel) -> str:
+def fingerprint(model: nn.Module) -> str:
     """Changes with the pretrained weights, of whose tensors it reads the beginnings."""
     hashed = hashlib.sha256()
     for name, tensor in model.state_dict().items():

@@ -1,6 +1,6 @@
-"""What a model's file holds besides weights, and where files are found: keys of pictures, shapes, tokenizers.
+"""A captioner as its files hold it: config, tensors, tokenizer, pictures it was trained on; where files are found.
 
-Imports config and utils; transformers by late imports. model.py and convert.py load and save through it.
+Knows no model: it goes by names, and by the config what their shapes are to be.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,31 @@ MODEL_FILE = "vit-gpt2-captioning.safetensors"
 METADATA_KEY = "vit_gpt2_captioning"
 GPT2_TOKENIZER = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"]
 MOST_KEYS = 4_000_000  # of the pictures trained on: 43 MB of the 100 that a file's header may have; of more, a sample
+
+
+@dataclass
+class Saved:
+    """A captioner as files hold it."""
+
+    config: ViTGPT2Config
+    tensors: dict[str, Tensor]
+    """By this project's names; of a file of adapters, these and what no pretrained part brings."""
+    tokenizer: PreTrainedTokenizerFast | None = None
+    trained_on: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    """Keys of the pictures it has learned from (CaptionTable.keys)."""
+    adapters: dict[str, Any] | None = None
+    """Of a file of adapters: the models they are for, and how they were made."""
+    path: Path = Path()
+    """What messages name."""
+    partial: bool = False
+    """Whether tensors that are not there are to be fresh."""
+
+
+def part_of(name: str) -> str:
+    """Where a parameter belongs: encoder, decoder, or new (what joins them, which no pretrained part brings)."""
+    if "crossattention." in name or "ln_cross_attn." in name or name.startswith(("enc_to_dec_proj.", "pooling.")):
+        return "new"
+    return name.split(".")[0]
 
 
 def keys_to_text(keys: np.ndarray) -> str:
@@ -58,13 +84,13 @@ def find_model_file(source: str | os.PathLike[str]) -> Path:
     raise UserError(f"{name}: holds no {MODEL_FILE} and no config.json: name a repository with a model")
 
 
-def read_model_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What the header of a file of ours says (nothing, for other files of weights), and its tensors. Raises UserError."""
+def read_model_file(path: Path) -> Saved:
+    """What a file of ours, or another one with the weights of such a model, holds. Raises UserError."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
             about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a safetensors file that can be read ({error}): name another model") from error
@@ -72,7 +98,36 @@ def read_model_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise not_ours(path, error) from error
     if not isinstance(about, dict):
         raise not_ours(path, "its metadata is no JSON object")
-    return about, weights
+    try:
+        config = ViTGPT2Config.from_dict(about.get("config") or config_fields_from_shapes(tensors))
+        trained_on = keys_from_text(about.get("trained_on", ""))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise not_ours(path, error) from error
+    words = about.get("tokenizer")
+    tokenizer = tokenizer_from_json(json.dumps(words), config) if "tokenizer" in about else None
+    return Saved(config, tensors, tokenizer, trained_on, about.get("adapters"), path)
+
+
+def write_model_file(saved: Saved, path: Path) -> None:
+    """Writes one safetensors file, all of it or nothing: equal models give equal files."""
+    from safetensors.torch import save_file
+
+    about: dict[str, Any] = {"config": saved.config.to_dict()}
+    if saved.tokenizer is not None:
+        about["tokenizer"] = json.loads(saved.tokenizer.backend_tokenizer.to_str())
+    if saved.adapters is not None:
+        about["adapters"] = saved.adapters
+    if len(saved.trained_on):
+        about["trained_on"] = keys_to_text(saved.trained_on)
+    # One entry, because safetensors writes several in an order that changes from call to call.
+    metadata = {METADATA_KEY: json.dumps(about, sort_keys=True)}
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}
+    try:
+        save_file(weights, unfinished, metadata=metadata)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def not_ours(path: Path, reason: object) -> UserError:

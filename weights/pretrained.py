@@ -1,30 +1,33 @@
 """Pretrained weights to start from: a ViT's or a DeiT's, a GPT-2's or another language model's.
 
-Imports config, convert and model; language_model by a late import. Takes everything or nothing, as convert.py does, and
-prints what was taken, left out and made new.
+Takes everything or nothing, as huggingface.py does, and says what was taken and left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import ViTGPT2Config
-from convert import (
+from config import UserError, ViTGPT2Config
+from utils import first_line, one_line, some
+from weights.file import Saved
+from weights.huggingface import (
     WANTED,
     find_folder,
     gpt2_fields,
     looks,
-    one_line,
     read_json,
     read_processor,
     read_tokenizer,
     read_weights,
-    some,
     special_ids,
     split_off,
     take,
@@ -32,18 +35,24 @@ from convert import (
     untie,
     vit_fields,
 )
-from model import ImageCaptionModel
+
+LANGUAGE_MODEL = ["*.json", "model*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
 
 
-def initialise(
-    config: ViTGPT2Config, encoder: str | None, decoder: str | None
-) -> tuple[ViTGPT2Config, ImageCaptionModel]:
-    """A model with the weights of a pretrained ViT or DeiT, of a pretrained GPT-2, or of both; None: fresh ones.
+@dataclass
+class Parts(Saved):
+    """A captioner of which only pretrained parts are there, and in words what was taken and left out."""
+
+    taken: str = ""
+    left: str = ""
+
+
+def read_parts(config: ViTGPT2Config, encoder: str | None, decoder: str | None) -> Parts:
+    """The weights of a pretrained ViT or DeiT, of a pretrained GPT-2 or another language model, or of both; None: fresh.
 
     encoder and decoder are folders or Hub names. Sizes, heads, colours and the vocabulary become those of the weights.
     image_size stays, and the position embeddings are interpolated to it; max_length stays where the weights have as
-    many. Cross-attention is always fresh. Prints what was taken, left out and made new. Raises UserError like
-    load_transformers.
+    many. Cross-attention is always fresh. Raises UserError like read_transformers.
     """
     taken: dict[str, Tensor] = {}
     left: list[str] = []
@@ -56,8 +65,6 @@ def initialise(
         tensors["encoder.position_embeddings"] = interpolate(tensors["encoder.position_embeddings"], new)
         taken |= tensors
     if decoder is not None and is_language_model(decoder):
-        from decoding.language_model import pretrained_language_model
-
         config, tensors, tokenizer = pretrained_language_model(decoder, config)
         said.append(f"{decoder}: {some(list(tensors))}, {config.max_length} positions")
         taken |= tensors
@@ -68,15 +75,8 @@ def initialise(
         tensors["decoder.wpe.weight"] = tensors["decoder.wpe.weight"][: config.max_length]
         taken |= tensors
         tokenizer = read_tokenizer(decoder, find_folder(decoder, WANTED), config)
-    model = ImageCaptionModel(config)
-    if tokenizer is not None:
-        model.tokenizer = tokenizer
-    fresh = model.state_dict()
-    model.load_state_dict(fresh | taken)  # strict about names and shapes
-    made = [name for name in fresh if name not in taken]
-    assert len(made) + len(taken) == len(fresh)
-    print(f"taken       {'; '.join(said) or 'nothing'}\nleft out    {some(left)}\nmade new    {some(made)}")
-    return config, model
+    words = "; ".join(said) or "nothing"
+    return Parts(config, taken, tokenizer, path=Path(words), partial=True, taken=words, left=some(left))
 
 
 def pretrained_vit(source: str, config: ViTGPT2Config, left: list[str]) -> tuple[ViTGPT2Config, dict[str, Tensor]]:
@@ -97,7 +97,7 @@ def pretrained_vit(source: str, config: ViTGPT2Config, left: list[str]) -> tuple
         left.append(distillation)
         weights[positions] = torch.cat([weights[positions][:, :1], weights[positions][:, 2:]], dim=1)
     names = [name for name in tensor_names(config, vit=prefix) if name.ours.startswith("encoder.")]
-    return config, take(path, weights, names, config)
+    return config, take(path, weights, names)
 
 
 def pretrained_gpt2(source: str, config: ViTGPT2Config, left: list[str]) -> tuple[ViTGPT2Config, dict[str, Tensor]]:
@@ -114,7 +114,42 @@ def pretrained_gpt2(source: str, config: ViTGPT2Config, left: list[str]) -> tupl
     untie(path, weights, "lm_head.weight", f"{prefix}wte.weight")
     left += split_off(weights, prefix)
     names = [name for name in tensor_names(config, gpt2=prefix) if name.ours.startswith("decoder.")]
-    return config, take(path, weights, [name for name in names if "cross" not in name.ours], config)
+    return config, take(path, weights, [name for name in names if "cross" not in name.ours])
+
+
+def pretrained_language_model(source: str, config: ViTGPT2Config) -> tuple[ViTGPT2Config, dict[str, Tensor], Any]:
+    """The sizes, the tensors by our names and the tokenizer of a folder or a Hub name. Raises UserError where it has none
+    that fit, or where its captions could not end."""
+    if config.bridge != "prefix":
+        raise UserError(
+            f"{source}: only GPT-2 takes cross-attention, other language models a prefix: add --bridge prefix"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = find_folder(source, LANGUAGE_MODEL)
+    try:
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        about = theirs.config
+        fields: dict[str, Any] = {
+            "language_model": json.dumps(about.to_diff_dict() | {"model_type": about.model_type}, sort_keys=True),
+            "vocab_size": about.vocab_size,
+            "max_length": min(config.max_length, about.max_position_embeddings),
+            "decoder_embed_dim": about.hidden_size,
+            "decoder_num_layers": about.num_hidden_layers,
+            "decoder_num_heads": 1,  # theirs are their own affair
+        }
+    except Exception as error:  # the client and the many models raise anything
+        raise UserError(f"{source}: no language model to be had ({first_line(error)})") from error
+    end, start, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
+    if end is None or not tokenizer.is_fast:
+        raise UserError(f"{source}: its tokenizer has no end token, or no tokenizer.json")
+    fields |= {"end_token_id": end, "start_token_id": end if start is None else start}
+    fields["pad_token_id"] = end if pad is None else pad
+    body = {f"decoder.body.{name}": tensor for name, tensor in theirs.base_model.state_dict().items()}
+    if not about.tie_word_embeddings:
+        body["decoder.lm_head.weight"] = theirs.get_output_embeddings().weight.detach()
+    return dataclasses.replace(config, **fields), body, tokenizer
 
 
 def is_language_model(source: str) -> bool:

@@ -2,9 +2,9 @@
 
     AutoModel.from_pretrained(folder, trust_remote_code=True).generate(pixel_values, max_new_tokens=32, num_beams=3)
 
-`save_pretrained` calls write_remote_code. It puts what captioning needs of config.py, attention.py, model.py and
-decoding/search.py into one file, because transformers takes a module that such a file imports for a package to be installed,
-and a thin PreTrainedModel behind it. Imports convert, files, model, model_file and utils.
+`save_pretrained` calls write_remote_code. It puts what captioning needs of config.py, decoding/cache.py, model.py and
+decoding/search.py into one file, because transformers takes a module that such a file imports for a package to be
+installed, and a thin PreTrainedModel behind it. It reads those files as text, and imports none of them.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from convert import their_files
 from files import write_json, write_text
-from model import ImageCaptionModel
 from utils import module_file
-from weights.file import MODEL_FILE
+from weights.file import MODEL_FILE, Saved, gpt2_tokenizer
+from weights.huggingface import their_files
 
 MODULE = "modeling_img2gpt"
 SOURCES = {
     "config": ("UserError", "ViTGPT2Config"),
-    "attention": (),
+    "decoding.cache": (),
     "model": (),
     "decoding.search": (),
 }  # (): all of it
 # Files of this project, and layers made for one machine; what is left out is not called behind a PreTrainedModel.
-LEFT_OUT = {"fast_twin", "part_of", "own_state", "load_own_state", "save_file", "save_pretrained", "from_pretrained"}
+LEFT_OUT = {"fast_copy", "own_state", "load_own_state", "saved", "from_saved", "save_file", "save_pretrained"}
+LEFT_OUT |= {"from_pretrained"}
 
 THIN = '''
-def fast_twin(model, int8, rows):
-    """The model itself: twins with packed weights and recorded steps are part of the project, not of this file."""
+def fast_copy(model, int8, rows):
+    """The model itself: copies with packed weights and recorded steps are part of the project, not of this file."""
     if int8:
         raise UserError("int8 is not to be had here")
     return model
@@ -81,15 +81,15 @@ Img2GPTModel.register_for_auto_class("AutoModel")
 '''
 
 
-def write_remote_code(model: ImageCaptionModel, folder: Path) -> None:
+def write_remote_code(saved: Saved, folder: Path) -> None:
     """Beside the model's file: the code, config.json, and what prepares pictures and words."""
-    files = their_files(model.config, model.tokenizer)
+    files = their_files(saved.config, saved.tokenizer or gpt2_tokenizer())
     for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
         write_json(folder / name, files[name])
     about: dict[str, Any] = {"architectures": ["Img2GPTModel"], "model_type": "img2gpt"}
     about |= {"auto_map": {"AutoConfig": f"{MODULE}.Img2GPTConfig", "AutoModel": f"{MODULE}.Img2GPTModel"}}
-    about |= {"transformers_weights": MODEL_FILE, "captioner": model.config.to_dict()}
-    about["dtype"] = str(model.decoder.wte.weight.dtype).removeprefix("torch.")
+    about |= {"transformers_weights": MODEL_FILE, "captioner": saved.config.to_dict()}
+    about["dtype"] = str(saved.tensors["decoder.wte.weight"].dtype).removeprefix("torch.")
     write_json(folder / "config.json", about)
     write_text(folder / f"{MODULE}.py", remote_code())
 

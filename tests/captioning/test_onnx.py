@@ -20,7 +20,8 @@ from captioning.onnx import quantize, save_onnx, to_file
 from config import UserError
 from convert import save_transformers
 from dataset import decode, prepare_picture
-from model import DecoderCache, GPT2Decoder, ImageCaptionModel
+from decoding.cache import DecoderCache
+from model import GPT2Decoder, ImageCaptionModel
 
 onnxruntime = pytest.importorskip("onnxruntime")
 PICTURES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -94,7 +95,7 @@ def test_onnxruntime_gives_the_same_tokens(exported, num_beams, prefix, monkeypa
     session, twin = Session(folder, model), copy.copy(model)
     twin._modules = {**model._modules, "decoder": session}
     twin.encode = session.encode
-    monkeypatch.setattr("decoding.search.fast_twin", lambda model, int8, rows: model)
+    monkeypatch.setattr("decoding.search.fast_copy", lambda model, int8, rows: model)
     assert torch.equal(twin.generate(PICTURES, **options).sequences, expected)
 
 

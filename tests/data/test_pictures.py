@@ -389,7 +389,7 @@ def test_running_out_of_memory_is_no_crash(monkeypatch):
 
 def in_a_process(code: str, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Python code on its own, so that a crash is only its own, with the tests importable."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/data")])
     return subprocess.run(
         [sys.executable, "-W", "always", "-c", code, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": paths},

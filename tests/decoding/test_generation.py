@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from conftest import tiny_config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -113,6 +114,8 @@ def test_captions_equal_transformers(pair, num_beams, options, prefix):  # noqa:
 )
 def test_draws_equal_transformers(pair, num_beams, options):  # noqa: F811
     """Sampling and beam sampling: from equal seeds the same tokens, since masses and their order are the same."""
+    if num_beams > 1 and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+        pytest.skip("transformers before 5.24 leaves beams in the order of drawing")
     options = options | {"do_sample": True, "num_beams": num_beams}
     mine, reference = both(enders(pair), options, returned=3)
     assert mine == reference

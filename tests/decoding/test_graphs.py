@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import random_model, tiny_config
 
-from decoding.recorded import StaticCache, graphed_model
+from decoding.recorded import StaticCache, recorded_model
 from model import GPT2Decoder
 
 PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -15,7 +15,7 @@ PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 @pytest.fixture
 def static(monkeypatch):
     """generate by static shapes on a CPU too."""
-    monkeypatch.setattr("decoding.search.fast_twin", lambda model, int8, rows: graphed_model(model, torch.float32))
+    monkeypatch.setattr("decoding.search.fast_copy", lambda model, int8, rows: recorded_model(model, torch.float32))
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -27,8 +27,8 @@ def test_static_shapes_give_the_same_tokens(tiny_model, num_beams, prefix, reque
     found, caches = [], set()
     for part in PICTURES.split(3):  # the second goes through the cache of the first
         found.append(tiny_model.generate(part, **options))
-        caches.add(id(tiny_model.packed[1].decoder.kept))
-    assert len(caches) == 1 and isinstance(tiny_model.packed[1].decoder.kept, StaticCache)
+        caches.add(id(tiny_model.copies.made[torch.float32].decoder.kept))
+    assert len(caches) == 1 and isinstance(tiny_model.copies.made[torch.float32].decoder.kept, StaticCache)
     for ours, plain in zip(found, expected, strict=True):
         assert torch.equal(ours.sequences, plain.sequences)
         assert torch.allclose(ours.token_log_probs, plain.token_log_probs, atol=1e-4)
@@ -44,8 +44,7 @@ def test_a_broken_picture_spoils_no_later_one(tiny_model, static):
 
 def test_a_failed_recording_is_not_kept(tiny_model, static, monkeypatch):
     tiny_model.generate(PICTURES[:1], max_length=4)
-    decoder = tiny_model.packed[1].decoder
-    monkeypatch.setattr(type(decoder), "step", lambda *_: 1 / 0)
+    monkeypatch.setattr(GPT2Decoder, "static_step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tiny_model.generate(PICTURES[:2], max_length=4)
     monkeypatch.undo()
@@ -56,30 +55,32 @@ def test_other_shapes_get_another_cache(tiny_model, static):
     """Lengths are rounded up to a multiple of 8, as attention would copy another mask in every layer."""
     for pictures, length in ((PICTURES, 5), (PICTURES[:2], 7), (PICTURES[:2], 9)):
         rows = tiny_model.generate(pictures, max_length=length).sequences
-        kept = tiny_model.packed[1].decoder.kept
+        kept = tiny_model.copies.made[torch.float32].decoder.kept
         assert kept.own[0].shape[1] == len(pictures) == len(rows) and kept.own[0].shape[2] == (8 if length < 8 else 16)
 
 
 def test_half_precision_leaves_the_model_alone(tiny_model):
-    twin = graphed_model(tiny_model, torch.bfloat16)
-    assert twin.decoder.wte.weight.dtype == torch.bfloat16 and tiny_model.decoder.wte.weight.dtype == torch.float32
+    twin = recorded_model(tiny_model, torch.bfloat16)
+    assert (
+        twin.decoder.decoder.wte.weight.dtype == torch.bfloat16 and tiny_model.decoder.wte.weight.dtype == torch.float32
+    )
     assert twin.encoder.mean.dtype == torch.float32  # pixels are normalised before they are halved
-    assert graphed_model(tiny_model, torch.bfloat16) is twin
+    assert recorded_model(tiny_model, torch.bfloat16) is twin
     with torch.no_grad():
         tiny_model.decoder.ln_f.bias += 1
-    assert graphed_model(tiny_model, torch.bfloat16) is twin, "recorded steps stay good for weights that have changed"
-    assert torch.equal(twin.decoder.ln_f.bias, tiny_model.decoder.ln_f.bias.bfloat16())
+    assert recorded_model(tiny_model, torch.bfloat16) is twin, "recorded steps stay good for weights that have changed"
+    assert torch.equal(twin.decoder.decoder.ln_f.bias, tiny_model.decoder.ln_f.bias.bfloat16())
 
 
 def test_a_step_in_half_precision(tiny_model):
     """What a GPU does: on a CPU the text's keys and values are fp32 unless they are made to be halves."""
-    decoder = graphed_model(tiny_model, torch.bfloat16).decoder
+    decoder = recorded_model(tiny_model, torch.bfloat16).decoder
     states = torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
     with torch.no_grad():
-        cache, plain = decoder.new_cache(states, 6, 9), GPT2Decoder.new_cache(decoder, states, 6, 9)
+        cache, plain = decoder.new_cache(states, 6, 9), decoder.decoder.new_cache(states, 6, 9)
         cache.own = [own.bfloat16() for own in cache.own]
         for tokens in torch.randint(0, 30, (6, 9), generator=torch.Generator().manual_seed(3)).split(1, 1):
-            found, expected = decoder.next_logits(tokens, cache), GPT2Decoder.next_logits(decoder, tokens, plain)
+            found, expected = decoder.next_logits(tokens, cache), decoder.decoder.next_logits(tokens, plain)
             assert found.dtype == torch.float32 and (found - expected).abs().max() < 0.03 * expected.abs().max()
 
 
@@ -92,4 +93,4 @@ def test_gpu_graphs_give_the_same_tokens(num_beams):
     model.cuda()
     for part, rows in zip(PICTURES.split(3), expected, strict=True):
         assert torch.equal(model.generate(part.cuda(), **options).sequences.cpu(), rows)
-    assert model.packed[1].decoder.kept.graph is not None
+    assert model.copies.made[torch.float16].decoder.kept.graph is not None

@@ -11,8 +11,8 @@ from processes import small_config
 
 from config import UserError
 from model import ImageCaptionModel
+from training.start import initialise
 from weights.file import MODEL_FILE
-from weights.pretrained import initialise
 
 PICTURES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 KINDS = ["llama", "qwen2"]

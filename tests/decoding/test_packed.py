@@ -9,8 +9,8 @@ import torch
 from conftest import random_model, tiny_config
 
 from decoding import packed
-from decoding.packed import PackedDecoder, available, packed_model
-from model import ImageCaptionModel
+from decoding.packed import available, packed_model
+from model import ImageCaptionModel, TiedHead
 
 PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -25,7 +25,7 @@ def states(model: ImageCaptionModel, precision, rows=6) -> tuple[torch.Tensor, t
     ids = torch.randint(0, 96, (6, 7), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         twin = packed_model(model, precision, rows)
-        assert isinstance(twin.decoder, PackedDecoder) and not isinstance(model.decoder, PackedDecoder)
+        assert not isinstance(twin.decoder.head, TiedHead) and isinstance(model.decoder.head, TiedHead)
         return model(PICTURES, ids).logits, twin(PICTURES, ids).logits.float()
 
 
@@ -42,7 +42,7 @@ def test_packed_logits_are_near_the_plain_ones(model, precision, close, rows):
 def test_packed_captions_equal_plain_ones(model, num_beams, monkeypatch):
     options = dict(max_length=12, num_beams=num_beams)
     found = model.generate(PICTURES, **options).sequences
-    assert model.packed is not None and available("fp32")
+    assert model.copies.made and available("fp32")
     monkeypatch.setattr(packed, "available", lambda precision: False)
     expected = model.generate(PICTURES, **options).sequences
     assert torch.equal(found, expected) and len({tuple(row.tolist()) for row in found}) > 2
@@ -51,16 +51,19 @@ def test_packed_captions_equal_plain_ones(model, num_beams, monkeypatch):
 def test_packed_weights_follow_the_models(model):
     """Kept weights that outlive an update would caption with yesterday's model."""
     model.generate(PICTURES, max_length=4)
-    (first,) = model.packed[1].values()
+    first = model.copies.made[0]
     model.generate(PICTURES, max_length=9)
-    assert [*model.packed[1].values()] == [first]  # not packed again for every picture
+    assert model.copies.made[0] is first and set(model.copies.made) == {
+        0,
+        "layers",
+    }  # not packed again for every picture
     with torch.no_grad():
         model.decoder.wte.weight[model.config.end_token_id] += 100 * model.decoder.ln_f.weight.sign()
         model.decoder.ln_f.bias += 1
     assert model.generate(PICTURES, max_length=9).sequences.shape == (6, 1)
     model.load_state_dict(ImageCaptionModel(model.config).state_dict())
     changed = model.generate(PICTURES, max_length=4)
-    assert model.packed[1][False] is not first and changed.sequences.shape[1] > 1
+    assert model.copies.made[0] is not first and changed.sequences.shape[1] > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -84,7 +87,7 @@ def test_copies_and_threads(model):
 
     expected = [model.generate(part, max_length=9).sequences for part in PICTURES.split(2)]
     twin = copy.deepcopy(model)
-    assert twin.packed is None and torch.equal(twin.generate(PICTURES[:2], max_length=9).sequences, expected[0])
+    assert not twin.copies.made and torch.equal(twin.generate(PICTURES[:2], max_length=9).sequences, expected[0])
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda part: model.generate(part, max_length=9).sequences, PICTURES.split(2) * 4))
     assert all(torch.equal(a, b) for a, b in zip(found, expected * 4, strict=True))
@@ -110,7 +113,7 @@ def test_inference_mode(model):
 def test_training_keeps_no_packed_weights(model):
     """They take as much memory as the decoder, and the next step makes them wrong."""
     model.train().generate(PICTURES, max_length=3)
-    assert model.packed is None and model.training
+    assert not model.copies.made and model.training
 
 
 def test_int8_rows_do_not_touch_each_other():
@@ -149,6 +152,6 @@ def test_training_in_between_is_noticed(model, fused):
     sum((p**2).sum() for p in model.parameters()).backward()
     optimizer.step()
     after = model.generate(PICTURES, max_length=9).sequences
-    model.packed = None
+    model.copies.drop()
     assert torch.equal(model.generate(PICTURES, max_length=9).sequences, after)
     assert after.shape != before.shape or not torch.equal(after, before)

@@ -313,13 +313,25 @@ def test_a_space_of_another_make_is_left_alone(hub, cwd):
 
 
 def test_the_published_code_loads_it_too(home, published, tmp_path):
-    """A snapshot is whole: its own Python files load and run its own weights, and nothing of this folder is needed."""
+    """A snapshot is whole: its own Python files load, run and train on its own weights, and nothing of this folder is
+    needed. It holds config.py, model.py and what those import, where a model once dragged 17 modules along."""
+    files = {path for path in remote(published) if path.endswith(".py")}
+    wings = {path.split("/")[0] for path in files if "/" in path}
+    assert wings == {"decoding", "weights"} and {path for path in files if "/" not in path} <= {
+        "config.py",
+        "model.py",
+        "utils.py",
+        "files.py",
+    }
     for path, number in remote(published).items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(published.get(number))
     code = "import sys; sys.path.insert(0, '.')\n"
     code += "import torch; from model import ImageCaptionModel; model = ImageCaptionModel.from_pretrained('.')\n"
-    code += "print(model.generate(torch.zeros(1, 3, 16, 16), num_beams=3).sequences.tolist())"
+    code += "print(model.generate(torch.zeros(1, 3, 16, 16), num_beams=3).sequences.tolist())\n"
+    code += "ids = torch.arange(6)[None]; optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3)\n"
+    code += "for _ in range(3):\n    loss = model(torch.zeros(1, 3, 16, 16), ids, labels=ids).loss; loss.backward(); optimizer.step()\n"
+    code += "assert loss < 100; model.save_pretrained('further')"
     shown = script(None, tmp_path, "-I", "-c", code, token=None)
     model = ImageCaptionModel.from_pretrained(home / MODEL)
     assert json.loads(shown) == model.generate(torch.zeros(1, 3, 16, 16), num_beams=3).sequences.tolist()

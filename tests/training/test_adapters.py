@@ -27,11 +27,11 @@ from train import train
 from training.checkpoint import checkpoints
 from training.job import pretrained_parts
 from training.optimizers import Average, Updater, freeze
+from training.start import initialise
 from utils import read_log
 from weights import adapters
 from weights.adapters import adapt, check_adapters, find_base
 from weights.file import METADATA_KEY, MODEL_FILE
-from weights.pretrained import initialise
 
 pytest.importorskip("peft", reason="needs requirements-qlora.txt")
 CPU = torch.device("cpu")

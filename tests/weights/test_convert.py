@@ -28,12 +28,14 @@ from transformers import (
 
 import convert
 from config import UserError, ViTGPT2Config
-from convert import load_transformers, rename, save_transformers, tensor_names
+from convert import load_transformers, save_transformers
 from data.pictures import prepare_picture
 from dataset import train_tokenizer
 from model import ImageCaptionModel
 from utils import run_script
+from weights import huggingface
 from weights.file import gpt2_tokenizer, tokenizer_from_json
+from weights.huggingface import rename, tensor_names
 
 CAPTIONS = ["a red circle on a blue square", "two green dogs run over wet grass", "a man in a red hat"] * 3
 WIDTHS = pytest.mark.parametrize("width", [32, 48], ids=["same-width", "projected"])
@@ -260,7 +262,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, tokenizer, monkeypatc
     with torch.no_grad():
         ours.decoder.ln_f.bias += 1
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "write_json", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+        patch.setattr(huggingface, "write_json", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
         with pytest.raises(UserError, match=r"cannot be written .No space left"):
             save_transformers(ours, tmp_path / "out")
         with pytest.raises(UserError, match="cannot be written"):
@@ -615,7 +617,7 @@ def test_base_size_has_every_tensor_and_number():
     names = list(tensor_names(config))
     with torch.device("meta"):
         ours = ImageCaptionModel(config).state_dict()
-        files = convert.their_files(config, train_tokenizer(CAPTIONS, 290))["config.json"]
+        files = huggingface.their_files(config, train_tokenizer(CAPTIONS, 290))["config.json"]
         theirs = VisionEncoderDecoderModel(VisionEncoderDecoderConfig(**files))
     assert sorted(name.ours for name in names) == sorted(ours)
     renamed = rename(ours, names)

@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from captioning.onnx import save_onnx
 from config import TrainConfig, UserError
-from convert import rename, save_transformers, tensor_names
+from convert import save_transformers
 from decoding.packed import available
-from decoding.recorded import graphed_model
-from model import ImageCaptionModel, part_of
+from decoding.recorded import recorded_model
+from model import ImageCaptionModel
 from training.estimates import step_operations
 from training.optimizers import build_optimizers
+from weights.file import part_of
+from weights.huggingface import rename, tensor_names
 
 PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 END = 60
@@ -164,10 +166,10 @@ def test_static_shapes_give_the_same_tokens(pair, num_beams, monkeypatch):
     """graphs.py's step, without a graph: a second batch goes through the first one's cache."""
     _, ours = pair
     expected = [ours.generate(part, max_length=9, num_beams=num_beams).sequences for part in PICTURES.split(3)]
-    monkeypatch.setattr("decoding.search.fast_twin", lambda model, int8, rows: graphed_model(model, torch.float32))
+    monkeypatch.setattr("decoding.search.fast_copy", lambda model, int8, rows: recorded_model(model, torch.float32))
     for part, rows in zip(PICTURES.split(3), expected, strict=True):
         assert torch.equal(ours.generate(part, max_length=9, num_beams=num_beams).sequences, rows)
-    assert ours.packed[1].decoder.kept is not None
+    assert ours.copies.made[torch.float32].decoder.kept is not None
 
 
 @pytest.mark.parametrize("bf16", [False, True])

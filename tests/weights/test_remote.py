@@ -82,5 +82,5 @@ def test_the_module_stands_by_itself(tmp_path):
         capture_output=True,
     )
     assert ruff.returncode == 0 or "No module named ruff" in ruff.stderr, ruff.stdout
-    assert not any(f"import {name}" in code for name in ("packed_model", "adapted_model", "graphed_model"))
+    assert not any(f"import {name}" in code for name in ("packed_model", "merge_adapters", "recorded_model"))
     assert "from model" not in code and ViTGPT2Config.__name__ in code

@@ -1,0 +1,478 @@
+"""The VisionEncoderDecoder folders of transformers, and its ViT's and GPT-2's: their configs and tensors as ours.
+
+Goes by the names that transformers writes to disk and loads everything or nothing: every tensor's name and shape is
+checked, and what this model cannot represent is an error. Unpickles nothing unasked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from config import UserError, ViTGPT2Config
+from files import write_json
+from utils import first_line, hub_folder, new_folder, one_line, some
+from weights.file import (
+    METADATA_KEY,
+    Saved,
+    check_shapes,
+    find_model_file,
+    gpt2_tokenizer,
+    keys_from_text,
+    keys_to_text,
+    read_model_file,
+    tokenizer_from_json,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Source = str | os.PathLike[str]  # a folder, or user/name on the Hugging Face Hub
+
+WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
+MARKER = f"{METADATA_KEY}.json"  # what transformers has no place for; a folder that has it was written here
+WRITTEN = [MARKER, WEIGHTS, "config.json", "generation_config.json", "preprocessor_config.json"]
+WRITTEN += ["tokenizer.json", "tokenizer_config.json"]
+WANTED = [*WRITTEN, "processor_config.json", "vocab.json", "merges.txt", f"{WEIGHTS}.index.json", "model-*.safetensors"]
+
+# Our fields, transformers' names for them and its defaults.
+VIT_FIELDS: dict[str, tuple[str, Any]] = {
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 16),
+    "vision_embed_dim": ("hidden_size", 768),
+    "vision_num_layers": ("num_hidden_layers", 12),
+    "vision_num_heads": ("num_attention_heads", 12),
+    "vision_dropout": ("hidden_dropout_prob", 0.0),
+}
+GPT2_FIELDS: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", 50257),
+    "max_length": ("n_positions", 1024),
+    "decoder_embed_dim": ("n_embd", 768),
+    "decoder_num_layers": ("n_layer", 12),
+    "decoder_num_heads": ("n_head", 12),
+    "dropout": ("resid_pdrop", 0.1),
+}
+# Settings that decide what the weights mean, with the values under which they mean it here, transformers' default first.
+VIT_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "model_type": ("vit",),
+    "hidden_act": ("gelu",),
+    "layer_norm_eps": (1e-12,),
+    "qkv_bias": (True,),
+    "num_channels": (3,),
+}
+GPT2_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+    "cross_attention_hidden_size": (None,),
+}
+
+RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
+# Tensors that no caption depends on: ViT's pooler and mask token, GPT-2's causal masks.
+UNUSED = re.compile(r"(^|\.)(pooler\..*|embeddings\.mask_token|(attn|crossattention)\.(masked_)?bias)$")
+# A layer's modules: our name, theirs, and how many times the width its outputs and inputs are (a norm has no inputs).
+VIT_LAYER: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+    "norm_before": (("layernorm_before",), (1,)),
+    "qkv": (tuple(f"attention.attention.{name}" for name in ("query", "key", "value")), (3, 1)),
+    "proj": (("attention.output.dense",), (1, 1)),
+    "norm_after": (("layernorm_after",), (1,)),
+    "fc1": (("intermediate.dense",), (4, 1)),
+    "fc2": (("output.dense",), (1, 4)),
+}
+GPT2_LAYER: dict[str, tuple[str, tuple[int, ...]]] = {
+    **{name: (name, (1,)) for name in ("ln_1", "ln_cross_attn", "ln_2")},
+    **{f"attn.{name}": (f"attn.{name}", shape) for name, shape in (("c_attn", (3, 1)), ("c_proj", (1, 1)))},
+    "crossattention.q_attn": ("crossattention.q_attn", (1, 1)),
+    "crossattention.c_attn": ("crossattention.c_attn", (2, 1)),
+    "crossattention.c_proj": ("crossattention.c_proj", (1, 1)),
+    "c_fc": ("mlp.c_fc", (4, 1)),
+    "c_proj": ("mlp.c_proj", (1, 4)),
+}
+
+
+class Name(NamedTuple):
+    """A tensor of ours, its names in transformers (three where ours is their concatenation), its shape here, and whether
+    it is turned there."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    shape: tuple[int, ...]
+    transposed: bool = False  # in x out, as GPT-2's Conv1D keeps its weights
+
+
+def tensor_names(config: ViTGPT2Config, vit: str = "encoder.", gpt2: str = "decoder.transformer.") -> Iterator[Name]:
+    """Every tensor of the model; vit and gpt2 are what stands before transformers' names."""
+    D, W, patch = config.vision_embed_dim, config.decoder_embed_dim, config.patch_size
+    projection = f"{vit}embeddings.patch_embeddings.projection"
+    modules = [
+        Name("encoder.patch_embedding", (projection,), (D, 3, patch, patch)),
+        Name("encoder.norm", (f"{vit}layernorm",), (D,)),
+        Name("decoder.ln_f", (f"{gpt2}ln_f",), (W,)),
+    ]
+    if D != W:
+        modules.append(Name("enc_to_dec_proj", ("enc_to_dec_proj",), (W, D)))
+    for n in range(config.vision_num_layers):
+        for name, (theirs, times) in VIT_LAYER.items():
+            whole = tuple(f"{vit}encoder.layer.{n}.{t}" for t in theirs)
+            modules.append(Name(f"encoder.blocks.{n}.{name}", whole, tuple(D * t for t in times)))
+    for n in range(config.decoder_num_layers):
+        for name, (t, times) in GPT2_LAYER.items():
+            if config.bridge == "cross_attention" or "cross" not in name:
+                shape = tuple(W * t for t in times)
+                modules.append(Name(f"decoder.blocks.{n}.{name}", (f"{gpt2}h.{n}.{t}",), shape, len(shape) == 2))
+    yield Name("encoder.class_token", (f"{vit}embeddings.cls_token",), (1, 1, D))
+    yield Name("encoder.position_embeddings", (f"{vit}embeddings.position_embeddings",), (1, config.num_patches + 1, D))
+    yield Name("decoder.wte.weight", (f"{gpt2}wte.weight",), (config.vocab_size, W))
+    yield Name("decoder.wpe.weight", (f"{gpt2}wpe.weight",), (config.max_length, W))
+    for ours, theirs, shape, transposed in modules:
+        yield Name(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), shape, transposed)
+        yield Name(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs), shape[:1])
+
+
+def rename(state: dict[str, Tensor], names: list[Name]) -> dict[str, Tensor]:
+    """Our tensors as transformers stores them; those that are not turned share memory with ours."""
+    return {
+        theirs: (part.mT if name.transposed else part).contiguous()
+        for name in names
+        for theirs, part in zip(name.theirs, state[name.ours].chunk(len(name.theirs)), strict=True)
+    }
+
+
+def take(path: Path, weights: dict[str, Tensor], names: list[Name]) -> dict[str, Tensor]:
+    """Our tensors from transformers'. Raises UserError unless they are the named ones, in their shapes."""
+    blank = {name.ours: torch.empty(name.shape, device="meta") for name in names}
+    check_shapes(path, rename(blank, names), weights)
+    whole = {name: torch.cat([weights[theirs] for theirs in name.theirs]) for name in names}
+    return {name.ours: tensor.mT if name.transposed else tensor for name, tensor in whole.items()}
+
+
+# Out
+
+
+def write_transformers(saved: Saved, directory: Source) -> None:
+    """Writes a folder that transformers loads by itself: AutoModelForImageTextToText, AutoImageProcessor, AutoTokenizer.
+
+    Raises UserError where the folder must not be written (see utils.new_folder), and where there is no tokenizer and
+    GPT-2's cannot be had.
+    """
+    config, dtype = saved.config, saved.tensors["decoder.wte.weight"].dtype
+    if config.bridge != "cross_attention":
+        raise UserError("transformers' VisionEncoderDecoder has no prefix: this model stays in its own file")
+    weights = rename({name: t.detach().cpu() for name, t in saved.tensors.items()}, list(tensor_names(config)))
+    # transformers' ViT has a pooler. Without one in the file it makes one up, and warns that the model needs training.
+    width = config.vision_embed_dim
+    weights["encoder.pooler.dense.weight"] = torch.zeros(width, width, dtype=dtype)
+    weights["encoder.pooler.dense.bias"] = torch.zeros(width, dtype=dtype)
+    with new_folder(directory, WRITTEN, MARKER) as folder:
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        write_their_files(saved, folder)
+
+
+def write_their_files(saved: Saved, folder: Path) -> None:
+    """What stands beside the weights: config, processor, tokenizer, and what transformers has no place for."""
+    contents = their_files(saved.config, saved.tokenizer or gpt2_tokenizer())
+    contents["config.json"]["dtype"] = str(saved.tensors["decoder.wte.weight"].dtype).removeprefix("torch.")
+    contents[MARKER] = {"trained_on": keys_to_text(saved.trained_on)}
+    for name, content in contents.items():
+        write_json(folder / name, content)
+
+
+def their_files(config: ViTGPT2Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, dict[str, Any]]:
+    """The JSON files of a transformers folder, by name."""
+    start, end, pad = config.start_token_id, config.end_token_id, config.pad_token_id
+    assert start is not None and end is not None and pad is not None
+    ids = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad}
+    encoder = {name: allowed[0] for name, allowed in VIT_SETTINGS.items()}
+    encoder |= {theirs: getattr(config, ours) for ours, (theirs, _) in VIT_FIELDS.items()}
+    encoder |= {"intermediate_size": 4 * config.vision_embed_dim, "attention_probs_dropout_prob": 0.0}
+    decoder = {name: allowed[0] for name, allowed in GPT2_SETTINGS.items()} | ids
+    decoder |= {theirs: getattr(config, ours) for ours, (theirs, _) in GPT2_FIELDS.items()}
+    decoder |= {"n_inner": None, "embd_pdrop": config.dropout, "attn_pdrop": 0.0}
+    decoder |= {"is_decoder": True, "add_cross_attention": True}
+    crops = config.resize_size != config.image_size
+    processor = {
+        # In transformers 4 ViT's processor never crops; DeiT's always could.
+        "image_processor_type": "DeiTImageProcessor" if crops else "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": config.resize_size, "width": config.resize_size},
+        "resample": RESAMPLING[config.resample],
+        "do_center_crop": crops,
+        "crop_size": {"height": config.image_size, "width": config.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": config.image_mean,
+        "image_std": config.image_std,
+    }
+    words = json.loads(tokenizer.backend_tokenizer.to_str())
+    words_of = tokenizer.convert_ids_to_tokens
+    tokens = {"bos_token": words_of(start), "eos_token": words_of(end), "pad_token": words_of(pad)}
+    return {
+        "config.json": {
+            "architectures": ["VisionEncoderDecoderModel"],
+            "model_type": "vision-encoder-decoder",
+            "is_encoder_decoder": True,
+            "tie_word_embeddings": False,  # between encoder and decoder; the decoder's own head is tied
+            "decoder_start_token_id": start,
+            "encoder": encoder,
+            "decoder": decoder,
+            **ids,
+        },
+        "generation_config.json": {
+            "decoder_start_token_id": start,
+            "max_new_tokens": min(32, config.max_length),
+            "num_beams": 3,
+            **ids,
+        },
+        "preprocessor_config.json": processor,
+        "tokenizer.json": words,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # which transformers 4 and 5 know
+            "model_max_length": config.max_length,
+            "clean_up_tokenization_spaces": False,
+            "add_prefix_space": (words["pre_tokenizer"] or {}).get("add_prefix_space", False),  # 4 believes only this
+            **tokens,
+        },
+    }
+
+
+# In
+
+
+def read_captioner(source: Source) -> Saved:
+    """The captioner in a file of ours, in a folder of either kind, or in such a repository of the Hub (user/name). Raises
+    UserError where there is none."""
+    path = find_model_file(source)
+    if path.name == "config.json":  # no file of ours there: perhaps transformers wrote it
+        return read_transformers(source)
+    return read_model_file(path)
+
+
+def read_transformers(source: Source, allow_pickle: bool = False) -> Saved:
+    """The captioner in a folder or a Hub repository that transformers wrote (4 or 5).
+
+    Says on standard error what was left out and what will differ. A pytorch_model.bin is read only with allow_pickle.
+    Raises UserError, one line, for what this model cannot represent and for files that do not fit together.
+    """
+    folder = find_folder(source, WANTED)
+    about, marker, processor = read_json(folder, "config.json"), read_json(folder, MARKER), read_processor(folder)
+    require(source, "", {"model_type": None} | about, {"model_type": ("vision-encoder-decoder",)})
+    with one_line(source):
+        encoder, decoder = about["encoder"], about["decoder"]
+        require(source, "decoder.", decoder, {"add_cross_attention": (True,)})
+        fields = vit_fields(source, "encoder.", encoder) | gpt2_fields(source, "decoder.", decoder)
+        fields |= special_ids(source, read_json(folder, "generation_config.json"), about, decoder)
+        fields |= picture_fields(source, processor, fields["image_size"])
+        config = ViTGPT2Config.from_dict(fields)
+        trained_on = keys_from_text(marker.get("trained_on", ""))
+    advice = "where you trust it, python convert.py from-transformers --allow-pickle reads its tensors and nothing else"
+    path, weights = read_weights(source, folder, allow_pickle, advice)
+    untie(path, weights, "decoder.lm_head.weight", "decoder.transformer.wte.weight")
+    unused = split_off(weights, "")
+    tokenizer = read_tokenizer(source, folder, config)
+    if tokenizer is None and config.vocab_size != 50257:  # with as many it is GPT-2's own
+        raise UserError(f"{source}: no tokenizer.json, and no vocab.json with merges.txt: add the tokenizer's files")
+    ours = take(path, weights, list(tensor_names(config)))
+    if unused and not marker:  # what is unused in our own folders means nothing
+        print(f"{source}: {some(unused)} left out, captions do not depend on them", file=sys.stderr)
+    return Saved(config, ours, tokenizer, trained_on, path=path)
+
+
+def find_folder(source: Source, wanted: list[str]) -> Path:
+    """The folder, or the cached one with the wanted files of a Hub repository. Raises UserError where there is neither."""
+    path, name = Path(source), str(source)
+    if path.is_dir():
+        return path
+    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"{name}: no such folder: name one that transformers wrote, or user/name on the Hugging Face Hub"
+        )
+    return hub_folder(name, wanted)
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object; {} where there is no such file, unless it is config.json."""
+    path = folder / name
+    if not path.exists() and name != "config.json":
+        return {}
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): name a folder that transformers wrote") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({first_line(error)})") from error
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return about
+
+
+def read_processor(folder: Path) -> dict[str, Any]:
+    """What prepares pictures, which some folders keep inside processor_config.json; {} where nothing is said."""
+    about = read_json(folder, "preprocessor_config.json")
+    return about or read_json(folder, "processor_config.json").get("image_processor") or {}
+
+
+def read_weights(
+    source: Source, folder: Path, allow_pickle: bool = False, advice: str = "name one with safetensors"
+) -> tuple[Path, dict[str, Tensor]]:
+    """All tensors, from one file or from several with an index, and the path to name in messages."""
+    files = weight_files(folder, WEIGHTS)
+    if not files and (folder / "onnx").is_dir():
+        raise UserError(f"{source}: holds ONNX files and no {WEIGHTS}: name the model they were made from")
+    if not files and not allow_pickle:
+        why = f"a {PICKLE} is a pickle, which may run a stranger's code while it is read"
+        raise UserError(f"{source}: no {WEIGHTS}, and {why}: {advice}")
+    if not files:
+        folder = find_folder(source, [f"{PICKLE}*", "pytorch_model-*.bin"])
+        files = weight_files(folder, PICKLE)
+    weights: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            pickled = path.suffix == ".bin"
+            weights |= torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
+        except Exception as error:  # of a damaged or a hostile file: SafetensorError, UnpicklingError, EOFError, ...
+            raise UserError(f"{path}: cannot be read as tensors ({first_line(error)})") from error
+    if not weights or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in weights.items()):
+        raise UserError(f"{source}: no {WEIGHTS}, and no {PICKLE} that holds tensors by name")
+    return files[0] if len(files) == 1 else folder, weights
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The file of that name, or those that its index lists; [] where there is neither."""
+    if (folder / name).is_file():
+        return [folder / name]
+    with one_line(folder / f"{name}.index.json"):
+        shards = sorted(set(read_json(folder, f"{name}.index.json").get("weight_map", {}).values()))
+        for shard in shards:
+            if Path(shard).name != shard or not (folder / shard).is_file():
+                raise UserError(f"the file {shard} that it names is not beside it")
+    return [folder / shard for shard in shards]
+
+
+def read_tokenizer(source: Source, folder: Path, config: ViTGPT2Config) -> PreTrainedTokenizerFast | None:
+    """The tokenizer in tokenizer.json, or in vocab.json and merges.txt; None where there is neither."""
+    if words := read_json(folder, "tokenizer.json"):
+        text = json.dumps(words)
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        text = gpt2_tokenizer(str(folder)).backend_tokenizer.to_str()
+    else:
+        return None
+    with one_line(source):
+        tokenizer = tokenizer_from_json(text, config)
+        if None in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
+            ids = f"{config.start_token_id}, {config.end_token_id} or {config.pad_token_id}"
+            raise UserError(f"its tokenizer has no token {ids}, which it is to start, end or pad captions with")
+    return tokenizer
+
+
+def require(source: Source, part: str, about: dict[str, Any], settings: dict[str, tuple[Any, ...]]) -> None:
+    """Raises UserError for the first setting that has another than the known values."""
+    for name, known in settings.items():
+        if (value := about.get(name, known[0])) not in known:
+            words = " or ".join(map(repr, known))
+            raise UserError(f"{source}: {part}{name} is {value!r}, which this model cannot represent: only {words}")
+
+
+def vit_fields(source: Source, part: str, about: dict[str, Any], kinds: tuple[str, ...] = ("vit",)) -> dict[str, Any]:
+    """Our fields from a ViT's config."""
+    require(source, part, about, VIT_SETTINGS | {"model_type": kinds})
+    fields = numbers(about, VIT_FIELDS)
+    fields |= {name: square(source, f"{part}{name}", fields[name]) for name in ("image_size", "patch_size")}
+    require(source, part, {"intermediate_size": 3072} | about, {"intermediate_size": (4 * fields["vision_embed_dim"],)})
+    return fields
+
+
+def gpt2_fields(source: Source, part: str, about: dict[str, Any]) -> dict[str, Any]:
+    """Our fields from a GPT-2's config."""
+    require(source, part, about, GPT2_SETTINGS)
+    fields = numbers(about, GPT2_FIELDS)
+    require(source, part, about, {"n_inner": (None, 4 * fields["decoder_embed_dim"])})
+    return fields
+
+
+def numbers(about: dict[str, Any], names: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Our fields by transformers' names. Raises TypeError for one that is no number."""
+    fields = {ours: about.get(theirs, default) for ours, (theirs, default) in names.items()}
+    for ours, value in fields.items():
+        if not isinstance(value, int | float | list):  # a list is for square to judge
+            raise TypeError(f"{names[ours][0]} is {value!r}")
+    return fields
+
+
+def special_ids(source: Source, *places: dict[str, Any]) -> dict[str, int | None]:
+    """The special tokens, each from the first place that has it: newer files keep them in generation_config.json."""
+
+    def first(name: str) -> int | None:
+        value = next((place[name] for place in places if place.get(name) is not None), None)
+        if isinstance(value, list) and len(value) != 1:
+            raise UserError(f"{source}: {name} is {value}, which this model cannot represent: only one")
+        return value[0] if isinstance(value, list) else value
+
+    start = first("decoder_start_token_id")
+    start = first("bos_token_id") if start is None else start
+    return {"start_token_id": start, "end_token_id": first("eos_token_id"), "pad_token_id": first("pad_token_id")}
+
+
+def picture_fields(source: Source, about: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """Our fields from a preprocessor_config.json, which must end in pictures of image_size."""
+    part = "preprocessor "
+    require(source, part, about, {"do_resize": (True,), "do_rescale": (True,)})
+    if not math.isclose(factor := about.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-4):
+        raise UserError(f"{source}: {part}rescale_factor is {factor}, which this model cannot represent: only 1/255")
+    kind = about.get("image_processor_type") or about.get("feature_extractor_type") or ""
+    crops = about.get("do_center_crop", kind.startswith("DeiT"))
+    resized = square(source, f"{part}size", about.get("size") or (256 if crops else 224))
+    seen = square(source, f"{part}crop_size", about.get("crop_size") or 224) if crops else resized
+    if about and seen != image_size:
+        raise UserError(f"{source}: the preprocessor makes pictures of {seen} pixels, the encoder takes {image_size}")
+    return looks(source, about) | {"resize_size": resized if about else image_size}
+
+
+def looks(source: Source, about: dict[str, Any]) -> dict[str, Any]:
+    """Resampling, mean and standard deviation from a preprocessor_config.json."""
+    number = about.get("resample", RESAMPLING["bicubic"] if not about else RESAMPLING["bilinear"])
+    names = [name for name, known in RESAMPLING.items() if known == number]
+    if not names:
+        raise UserError(f"{source}: resample {number} cannot be represented: only {RESAMPLING}")
+    if not about.get("do_normalize", True):
+        return {"resample": names[0], "image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
+    colours = {name: tuple(about.get(name) or (0.5, 0.5, 0.5)) for name in ("image_mean", "image_std")}
+    return {"resample": names[0], **colours}
+
+
+def square(source: Source, name: str, size: Any) -> int:
+    """The side of a square given as a number, as a pair, or by height and width."""
+    sides = [size.get("height"), size.get("width")] if isinstance(size, dict) else size
+    sides = sides if isinstance(sides, list) else [sides]
+    if not all(isinstance(side, int) and side == sides[0] for side in sides):
+        raise UserError(f"{source}: {name} is {size}, which this model cannot represent: only squares")
+    return int(sides[0])
+
+
+def untie(path: Path, weights: dict[str, Tensor], head: str, embedding: str) -> None:
+    """Takes away a head that is the embedding once more. Raises UserError for one that differs."""
+    stored = weights.pop(head, None)
+    if stored is not None and not torch.equal(stored, weights.setdefault(embedding, stored)):
+        raise UserError(f"{path}: {head} differs from {embedding}, and this model has one tensor for both")
+
+
+def split_off(weights: dict[str, Tensor], prefix: str) -> list[str]:
+    """Takes away what is unused or does not begin with the prefix; returns the names."""
+    unused = [name for name in weights if UNUSED.search(name) or not name.startswith(prefix)]
+    for name in unused:
+        del weights[name]
+    return unused
