@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from captioning.models import load_model, newest_model
 from captioning.page import COLOURS, HEADER, NO_MODEL, PAGE, STYLE, WORDS, card, progress, results, working
 from captioning.pipeline import Caption, caption_batch
 from config import UserError
@@ -34,7 +35,6 @@ from data import pictures
 from data.fetch import fetch_picture
 from data.layouts import PICTURE_SUFFIXES
 from dataset import prepare_picture
-from example_usage import load_model, newest_model
 from model import ImageCaptionModel
 from utils import ROOT, StopSignal, choose_device, choose_precision, parse_flags, run_script
 

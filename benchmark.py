@@ -36,10 +36,11 @@ from benchmarks.training import GoldenBenchmark, RaceBenchmark, TrainBenchmark
 from captioning.pipeline import BATCH_SIZES, caption_batch, caption_pictures, picture_names, prepared
 from config import PRESETS, UserError, ViTGPT2Config
 from convert import save_transformers
+from data.skipped import check_overlap
 from data.table import CaptionTable, make_table
 from dataset import Batches, CaptionDataset, load_table, load_tables, load_tokenizer, make_dataloader
 from decoding.packed import Precision, available
-from evaluate import caption_loader, check_overlap
+from evaluate import caption_loader
 from files import write_json
 from model import ImageCaptionModel
 from scoring.metrics import CiderD, interval_of, resampled_sums, score_captions

@@ -17,8 +17,6 @@ what cannot be begun, 130 after Ctrl-C.
 
 from __future__ import annotations
 
-import functools
-import glob
 import sys
 import time
 from dataclasses import dataclass, field
@@ -29,28 +27,16 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from captioning.models import is_model, load_model, newest_model
 from captioning.outputs import draw_words, open_output
-from captioning.pipeline import caption_batch, caption_pictures, is_url, picture_names, picture_source
+from captioning.pipeline import Caption, caption_batch, caption_pictures, picture_names, picture_source
 from config import UserError
-from data.layouts import PICTURE_SUFFIXES
 from data.pictures import PictureSource, in_one_line
 from data.scenes import draw, make_scene
 from dataset import prepare_picture
 from model import ImageCaptionModel
 from utils import choose_device, parse_flags, run_script
 from weights.file import MODEL_FILE
-
-
-def load_model(source: str, device: str, base_dir: Path | None = None) -> ImageCaptionModel:
-    """The model on its device; the last one is kept, so that captioning many pictures loads it once. Adapters are merged
-    into the models they name, which are looked for in base_dir first."""
-    path = Path(source)
-    return _load_model(source, device, base_dir, path.stat().st_mtime_ns if path.exists() else 0)
-
-
-@functools.lru_cache(maxsize=1)
-def _load_model(source: str, device: str, base_dir: Path | None, written: int) -> ImageCaptionModel:
-    return ImageCaptionModel.from_pretrained(source, base_dir).to(device)
 
 
 def caption_image(
@@ -81,23 +67,6 @@ def caption_image(
     if do_sample:
         options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     return caption_batch(model, pixels.unsqueeze(0), **options)[0][0].text
-
-
-def is_model(name: str) -> bool:
-    """Whether a command-line argument names a model and not a picture."""
-    path = Path(name)
-    if name.endswith(".safetensors") or (path / "config.json").is_file():
-        return True
-    picture = path.exists() or is_url(name) or path.suffix.lower() in PICTURE_SUFFIXES or glob.has_magic(name)
-    return not picture and name.count("/") == 1 and name[0] not in "./"
-
-
-def newest_model() -> str:
-    """The model file here or in runs/ that was written last. Raises UserError where there is none."""
-    found = [*Path.cwd().glob("*.safetensors"), *Path("runs").glob(f"*/{MODEL_FILE}")]
-    if not found:
-        raise UserError("no model here: train one (python main.py --preset demo) or name one as the last argument")
-    return str(max(found, key=lambda path: path.stat().st_mtime))
 
 
 @dataclass(kw_only=True)
@@ -159,40 +128,32 @@ class CaptionConfig:
         return options | {"precision": self.precision, "scores": self.scores, "attention": self.heatmap is not None}
 
 
-def main() -> int:
-    """The command line. Returns 1 when some of the pictures could not be captioned, 130 when it was stopped."""
-    config = parse_flags(CaptionConfig, __doc__)
-    inputs = list(config.inputs)
-    model_source = inputs.pop() if inputs and is_model(inputs[-1]) else newest_model()
-    names = picture_names(inputs)
-    scenes: dict[str, PictureSource] = {}
-    if not inputs:
-        scene, _, rng = make_scene(0, "example", 0)
-        scenes = {f"a drawn scene ({scene.captions(rng)[0]})": draw(scene, rng)}
-        names = list(scenes)
+def report(config: CaptionConfig, name: str, captions: list[Caption], several: bool) -> None:
+    """Prints a picture's captions, with its name where there are several pictures."""
+    for caption in captions:
+        about = [in_one_line(name)] if several else []
+        score = [f"{caption.score:.4f}"] if caption.score is not None else []
+        tqdm.write("\t".join([*about, caption.text, *score]), file=sys.stdout)
+
+
+def caption_all(
+    config: CaptionConfig, model: ImageCaptionModel, names: list[str], sources: dict[str, PictureSource]
+) -> int:
+    """Captions these pictures into what the config asks for. Returns an exit code."""
 
     def source(name: str) -> PictureSource:
-        return scenes[name] if scenes else picture_source(name, config.allow_private_urls)
+        return sources[name] if sources else picture_source(name, config.allow_private_urls)
 
-    if config.heatmap and len(names) != 1:
-        raise UserError(f"a heat map is of a single picture, and there are {len(names):,}: name one, or leave it out")
     output = None
-    if config.output and inputs:
+    if config.output and not sources:
         names = list(dict.fromkeys(names))
         output = open_output(config.output, names, config.num_captions, config.scores)
     wanted = [name for name in names if output is None or name not in output]
-    model = load_model(model_source, str(choose_device(config.device)[0]), config.base_dir)
-    if not inputs:
-        print(f"{names[0]}, captioned by {model_source}:")
-
     size = None if config.batch_size == "auto" else config.batch_size
     results = caption_pictures(model, wanted, batch_size=size, source=source, **config.decoding())
     captioned = failed = 0
-    start = time.monotonic()
-    already, few = len(names) - len(wanted), len(wanted) <= 16
-    pause = (
-        0.1 if sys.stderr.isatty() else 30
-    )  # seconds between two looks of the bar; a log is not to be filled with them
+    start, already, few = time.monotonic(), len(names) - len(wanted), len(wanted) <= 16
+    pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two looks of the bar; it is not to fill a log
     try:
         with tqdm(total=len(names), initial=already, unit=" pictures", disable=few, mininterval=pause) as bar:
             for result in results:
@@ -204,10 +165,8 @@ def main() -> int:
                 captioned += 1
                 if output:
                     output.add(result.name, result.captions)
-                for caption in result.captions if output is None else ():
-                    about = [in_one_line(result.name)] if len(names) > 1 else []
-                    score = [f"{caption.score:.4f}"] if caption.score is not None else []
-                    tqdm.write("\t".join([*about, caption.text, *score]), file=sys.stdout)
+                else:
+                    report(config, result.name, result.captions, len(names) > 1)
                 if config.heatmap:
                     draw_words(config.heatmap, source(result.name), result.captions[0], model.config)
     except KeyboardInterrupt:
@@ -222,6 +181,25 @@ def main() -> int:
         rate = captioned / max(time.monotonic() - start, 1e-9)
         print(f"{output}: {captioned:,} pictures captioned ({rate:.1f} a second){before}, {failed:,} could not be read")
     return 1 if failed else 0
+
+
+def main() -> int:
+    """The command line. Returns 1 when some of the pictures could not be captioned, 130 when it was stopped."""
+    config = parse_flags(CaptionConfig, __doc__)
+    inputs = list(config.inputs)
+    model_source = inputs.pop() if inputs and is_model(inputs[-1]) else newest_model()
+    names = picture_names(inputs)
+    scenes: dict[str, PictureSource] = {}
+    if not inputs:
+        scene, _, rng = make_scene(0, "example", 0)
+        scenes = {f"a drawn scene ({scene.captions(rng)[0]})": draw(scene, rng)}
+        names = list(scenes)
+    if config.heatmap and len(names) != 1:
+        raise UserError(f"a heat map is of a single picture, and there are {len(names):,}: name one, or leave it out")
+    model = load_model(model_source, str(choose_device(config.device)[0]), config.base_dir)
+    if not inputs:
+        print(f"{names[0]}, captioned by {model_source}:")
+    return caption_all(config, model, names, scenes)
 
 
 if __name__ == "__main__":

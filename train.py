@@ -393,7 +393,7 @@ def learn(job: Job) -> int | None:
             if world.sum(len(batch["bad"]))[0]:
                 for bad in world.gather(batch["bad"]):
                     if world.main:
-                        job.bad.add(train_set, bad)
+                        job.bad.add(train_set.table, bad)
             logging = (step + 1) % LOG_INTERVAL == 0 or step + 1 == job.steps
             if logging:
                 meter.before = [parameter.detach().clone() for parameter in learner.updater.parameters]

@@ -19,7 +19,7 @@ from utils import parse_flags, run_script
 def main() -> None:
     """The command line; without arguments it says how it is used."""
     if not sys.argv[1:]:
-        from example_usage import newest_model
+        from captioning.models import newest_model
 
         try:
             model = newest_model()

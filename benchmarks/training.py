@@ -28,10 +28,10 @@ from PIL import Image
 from torch import nn
 
 from config import PRESETS, TrainConfig, UserError, ViTGPT2Config
-from convert import load_transformers, save_transformers
+from data.skipped import BadPictures
 from data.table import make_table
 from dataset import CaptionDataset, load_tokenizer, make_dataloader
-from evaluate import BadPictures, caption_loader, caption_loss
+from evaluate import caption_loader, caption_loss
 from files import file_hash, write_json
 from model import ImageCaptionModel
 from publishing.hub import MANIFEST
@@ -43,6 +43,7 @@ from training.optimizers import Muon, learning_rate_at, product_dtype
 from utils import PRECISIONS, ROOT, autocast, choose_device, choose_precision, keep_freed_memory, read_log
 from weights.adapters import adapt, check_adapters
 from weights.file import MODEL_FILE
+from weights.huggingface import read_transformers, write_transformers
 
 RATE = 1e-5
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -172,7 +173,7 @@ class Loop:
 
 
 def load_peer(folder: Path, sizes: ViTGPT2Config) -> Any:
-    """transformers' model from a folder that save_transformers wrote, ready to be trained on captions with labels."""
+    """transformers' model from a folder that transformers loads, ready to be trained on captions with labels."""
     from transformers import VisionEncoderDecoderModel
 
     model: Any = VisionEncoderDecoderModel.from_pretrained(folder).train()
@@ -269,7 +270,7 @@ class TrainBenchmark:
             start.save_file(model_file)
             peer = self.transformers and self.model.bridge == "cross_attention"
             if peer:
-                save_transformers(start, model_file.parent / "theirs")
+                write_transformers(start.saved(), model_file.parent / "theirs")
             del start
             for precision in self.precisions or (("bf16",) if cuda else ("fp32", "bf16")):
                 settings: dict[str, Any] = {
@@ -371,7 +372,7 @@ def race(racer: str, config: TrainConfig, seconds: float, folder: Path, pipe: Co
     if racer == "transformers":
         model.save_pretrained(folder / "trained")
         job.model.tokenizer.save_pretrained(folder / "trained")
-        job.model.load_state_dict(load_transformers(folder / "trained").state_dict())
+        job.model.load_state_dict(read_transformers(folder / "trained").tensors)
     loader = make_dataloader(job.datasets["val"], 64)
     captioned = caption_loader(job.model, loader, job.model.tokenizer, device, dtype, progress=False)
     metrics = captioned.metrics()
@@ -384,7 +385,7 @@ def race(racer: str, config: TrainConfig, seconds: float, folder: Path, pipe: Co
 def transformers_step(job: Job, folder: Path) -> tuple[Any, Any]:
     """The same recipe on transformers' model, from the same weights: a step like Learner's, and the model."""
     config, sizes = job.config, job.model.config
-    save_transformers(job.model, folder / "theirs")
+    write_transformers(job.model.saved(), folder / "theirs")
     model = load_peer(folder / "theirs", sizes)
     inside = [p for n, p in model.named_parameters() if p.ndim == 2 and re.search(r"\.(layers?|h)\.\d", n)]
     known = {id(p) for p in inside}

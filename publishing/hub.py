@@ -157,7 +157,7 @@ def publish(config: UploadConfig, message: str = "Upload the model") -> str:
 
 def find_model(config: UploadConfig) -> tuple[ImageCaptionModel, Run | None]:
     """The model, and the run that made it where that is known. Raises UserError, also for what is of no use to others."""
-    from example_usage import newest_model
+    from captioning.models import newest_model
 
     source = config.model_path or newest_model()
     if config.run and not (config.run / "run.json").is_file():

@@ -25,9 +25,9 @@ from cache import key_of
 from config import PRETRAINED, TrainConfig, UserError
 from data.download import download_coco_dataset, download_flickr30k
 from data.scenes import draw_scenes
+from data.skipped import BadPictures, check_overlap
 from data.table import CaptionTable
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
-from evaluate import BadPictures, check_overlap
 from files import writable_directory, write_json
 from model import ImageCaptionModel, choose_attention
 from training.checkpoint import checkpoints, in_use
@@ -252,7 +252,7 @@ def prepare(
     bad = BadPictures(run / "bad_samples.csv", tables.values(), config.max_bad_share, bool(began) or not world.main)
     if world.main:
         for data in datasets.values():
-            bad.add_known(data)
+            bad.add_known(data.table, data.pixels.bad)
     pictures_a_step = config.batch_size * config.accumulation_steps
     steps_per_epoch = len(make_dataloader(datasets["train"], pictures_a_step))
     return Job(

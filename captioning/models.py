@@ -1,0 +1,42 @@
+"""Which model is meant, and loading it once."""
+
+from __future__ import annotations
+
+import functools
+import glob
+from pathlib import Path
+
+from captioning.pipeline import is_url
+from config import UserError
+from data.layouts import PICTURE_SUFFIXES
+from model import ImageCaptionModel
+from weights.file import MODEL_FILE
+
+
+def load_model(source: str, device: str, base_dir: Path | None = None) -> ImageCaptionModel:
+    """The model on its device; the last one is kept, so that captioning many pictures loads it once. Adapters are merged
+    into the models they name, which are looked for in base_dir first."""
+    path = Path(source)
+    return _load_model(source, device, base_dir, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_model(source: str, device: str, base_dir: Path | None, written: int) -> ImageCaptionModel:
+    return ImageCaptionModel.from_pretrained(source, base_dir).to(device)
+
+
+def is_model(name: str) -> bool:
+    """Whether a command-line argument names a model and not a picture."""
+    path = Path(name)
+    if name.endswith(".safetensors") or (path / "config.json").is_file():
+        return True
+    picture = path.exists() or is_url(name) or path.suffix.lower() in PICTURE_SUFFIXES or glob.has_magic(name)
+    return not picture and name.count("/") == 1 and name[0] not in "./"
+
+
+def newest_model() -> str:
+    """The model file here or in runs/ that was written last. Raises UserError where there is none."""
+    found = [*Path.cwd().glob("*.safetensors"), *Path("runs").glob(f"*/{MODEL_FILE}")]
+    if not found:
+        raise UserError("no model here: train one (python main.py --preset demo) or name one as the last argument")
+    return str(max(found, key=lambda path: path.stat().st_mtime))
