@@ -202,6 +202,15 @@ def test_the_model_stays_as_it_was(exported, tmp_path):
     assert half.training and half.decoder.wte.weight.dtype == torch.bfloat16
 
 
+class Product(torch.nn.Module):
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
 def test_eight_bits_do_not_overflow_without_vnni(exported, tmp_path):
     """A CPU with AVX2 alone adds two products of 8 bits in 16, which large weights of one sign overflow: logits were wrong
     by 26 %. So weights use 7 bits; the files say so on any machine, and where there is such a CPU its products do."""
@@ -211,8 +220,7 @@ def test_eight_bits_do_not_overflow_without_vnni(exported, tmp_path):
         graph = onnx.load(exported[0] / "onnx" / f"{name}_quantized.onnx").graph
         eights = [onnx.numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8]
         assert len(eights) > 4 and all(abs(weights.astype(int)).max() <= 64 for weights in eights if weights.size > 1)
-    layer = torch.nn.Linear(64, 32, bias=False)
-    torch.nn.init.uniform_(layer.weight, 0.9, 1.0)  # all large, all of one sign
+    layer = Product(0.9 + 0.1 * torch.rand(64, 32))  # all large, all of one sign
     x = torch.rand(3, 64) + 1
     to_file(layer, {"x": (x, {0: torch.export.Dim("rows")})}, ["y"], tmp_path / "layer.onnx")
     quantize(tmp_path / "layer.onnx", tmp_path / "layer8.onnx")
