@@ -10,7 +10,7 @@
     python benchmark.py metrics       BLEU, ROUGE-L, CIDEr-D and rewards by our arrays and by pycocoevalcap
 
 Prints its figures and writes them as JSON. Peers run in turn in one process, so that ratios mean something where
-absolute figures do not. Imports everything but the other scripts.
+absolute figures do not.
 """
 
 from __future__ import annotations

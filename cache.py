@@ -1,8 +1,8 @@
 """What is worked out once and kept on disk: a folder of files, each named after what went into it.
 
-Imports nothing of this project. The folder is VIT_GPT2_CACHE from the environment, else vit-gpt2-captioning in the
-user's cache folder (XDG_CACHE_HOME, ~/.cache, or where the user has no home the folder for temporary files); it may be
-deleted at any time. A file appears whole or not at all.
+The folder is VIT_GPT2_CACHE from the environment, else vit-gpt2-captioning in the user's cache folder (XDG_CACHE_HOME,
+~/.cache, or where the user has no home the folder for temporary files); it may be deleted at any time. A file appears
+whole or not at all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a model is and what a run is: ViTGPT2Config, TrainConfig and the named recipes in PRESETS.
 
-Imports nothing of this project, and everything else may import it. Every field of TrainConfig and of its
-model is a flag of main.py; the sentence under a field is the flag's help.
+Every field of TrainConfig and of its model is a flag of main.py; the sentence under a field is the flag's help.
 """
 
 from __future__ import annotations

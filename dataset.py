@@ -2,9 +2,8 @@
 
     python dataset.py check DIR          is this data fit to train on? (check.py)
 
-Imports config, model (for GPT-2's tokenizer), table, sources, download, pixels and pictures. What a batch holds is a pure
-function of (seed, epoch, step): every sample draws from a generator of its own, so any number of workers, and a run
-that is killed and resumed, see the same batches.
+What a batch holds is a pure function of (seed, epoch, step): every sample draws from a generator of its own, so any
+number of workers, and a run that is killed and resumed, see the same batches.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@
     python evaluate.py --compare a/captions.json b/captions.json --references a/references.json
 
 Models and settings are chosen on the val part, which is the default; the test part is for the number at the end.
-Decodes with 3 beams and no sampling unless told. Imports config, dataset, distributed, files, metrics, model, model_file,
-results, table and utils.
+Decodes with 3 beams and no sampling unless told.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Files written whole or not at all, folders that can be written into, locks, hashes.
-
-Imports config only, and nothing heavy.
-"""
+"""Files written whole or not at all, folders that can be written into, locks, hashes."""
 
 from __future__ import annotations
 

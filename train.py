@@ -1,7 +1,7 @@
 """The training loop: forward, backward, update; a look at validation pictures; checkpoints; the finished model.
 
-Imports everything but the scripts. `train(config)` is all that main.py calls. Batches, dropout and samples are pure
-functions of (seed, step), so a run that was stopped anywhere goes on as if it had not been, with any number of processes.
+`train(config)` is all that main.py calls. Batches, dropout and samples are pure functions of (seed, step), so a run
+that was stopped anywhere goes on as if it had not been, with any number of processes.
 """
 
 from __future__ import annotations

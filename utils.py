@@ -1,6 +1,6 @@
 """The run's plumbing: device and precision chosen with a reason, the metric log, signals, one-line errors.
 
-Imports config and files; knows nothing of models or data.
+Knows nothing of models or data.
 """
 
 from __future__ import annotations

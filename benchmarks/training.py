@@ -1,6 +1,6 @@
 """The training part of benchmark.py: speed beside a transformers loop, and whether a change leaves everything as it was.
 
-Imports what train.py does. Every loop has a process of its own, and they take turns.
+Every loop has a process of its own, and they take turns.
 """
 
 from __future__ import annotations

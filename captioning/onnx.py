@@ -2,9 +2,9 @@
 
     python convert.py onnx vit-gpt2-captioning.safetensors my-captioner-onnx
 
-Imports config, model and convert; torch's exporter needs onnx and onnxscript, eight-bit files onnxruntime
-(requirements-onnx.txt). The folder is the one that convert's to-transformers writes, with onnx/ in the place of the
-weights, and has the names that transformers.js looks for.
+Torch's exporter needs onnx and onnxscript, eight-bit files onnxruntime (requirements-onnx.txt). The folder is the one
+that convert's to-transformers writes, with onnx/ in the place of the weights, and has the names that transformers.js
+looks for.
 
 The encoder gives what the decoder needs of a picture: each layer's cross-attention keys and values, side by side, so that
 no token computes them again. They go by the names last_hidden_state and encoder_hidden_states, because a runtime hands

@@ -1,8 +1,8 @@
 """What the web page looks like: its style, its script, and captions as HTML.
 
-app.py serves it. Imports captioning, for what a caption is; knows neither gradio nor models. Everything is in the page itself: no font,
-script or picture comes from elsewhere. A word's heat map is a small square of bytes beside the word, which the script
-paints over the picture: dark where the model did not look, light where it did, so that it reads without colour too.
+app.py serves it. Knows neither gradio nor models. Everything is in the page itself: no font, script or picture comes
+from elsewhere. A word's heat map is a small square of bytes beside the word, which the script paints over the picture:
+dark where the model did not look, light where it did, so that it reads without colour too.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
     for result in caption_pictures(model, picture_names(["photos/"])):
         print(result.name, result.captions or result.error)
 
-For example_usage.py and app.py. Imports config, dataset, fetch, layouts, model, pictures and utils; writes nothing but
-one line when memory runs out.
+For example_usage.py and app.py. Writes nothing but one line when memory runs out.
 """
 
 from __future__ import annotations

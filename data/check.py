@@ -2,8 +2,7 @@
 
     python dataset.py check DIR
 
-May import config, table, sources, pictures and utils (besides matplotlib and, where it is installed, ImageHash, both
-late). Writes under --output-dir only, never into the data folder, and remembers a few hundred bytes a picture.
+Writes under --output-dir only, never into the data folder, and remembers a few hundred bytes a picture.
 
 Not fit, in words and by exit code 1, is a data set
 - that has no train part;

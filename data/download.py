@@ -1,8 +1,7 @@
 """Fetches the pictures that others publish: COCO 2017 from its own server, Flickr30k through Kaggle's library.
 
-May import config, and from layouts three helpers about names and errors (besides the standard library, tqdm and,
-late, kagglehub). It never opens a picture, never unpacks a member of an archive outside its folder, and writes only
-below the folder given to download_coco_dataset, or into kagglehub's own cache.
+It never opens a picture, never unpacks a member of an archive outside its folder, and writes only below the folder
+given to download_coco_dataset, or into kagglehub's own cache.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     content = fetch_picture("https://example.org/cat.jpg")
 
 An address is judged where the connection is made: the name is looked up once, every address that it has must be public,
-and the connection goes to an address that was judged. So it does not matter how the address was written, what a redirect
-names, or what the name leads to a moment later. One deadline covers everything from the name's look-up to the last byte.
-Imports config and pictures.
+and the connection goes to an address that was judged. So it does not matter how the address was written, what a
+redirect names, or what the name leads to a moment later. One deadline covers everything from the name's look-up to the
+last byte.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Readers: one for each way people keep pictures with captions. What each finds and reads is listed in LAYOUTS.
 
-May import config and table only (besides pyarrow). A reader is a function that finds the files of captions in a folder,
-and one that yields rows from them. None opens a picture or follows a name out of the folder; each says, in one line
-with the file and the line or id, what is damaged.
+A reader is a function that finds the files of captions in a folder, and one that yields rows from them. None opens a
+picture or follows a name out of the folder; each says, in one line with the file and the line or id, what is damaged.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A picture file to the square tensor the model sees: one function for training, captioning and measuring.
 
-Imports config only. Whatever a person may have photographs in comes out as RGB, upright, on white; everything else is
-one UserError that names the file. Never trusts a header: sizes are checked before pixels are decoded, and nothing is
-called readable until its pixels have been read. Never runs an outside program.
+Whatever a person may have photographs in comes out as RGB, upright, on white; everything else is one UserError that
+names the file. Never trusts a header: sizes are checked before pixels are decoded, and nothing is called readable until
+its pixels have been read. Never runs an outside program.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From a table's pictures to the pixels of a batch: kept resized in memory, in a mapped file or on the GPU, then cut
 out and augmented.
 
-Imports config, table, cache and pictures. Whatever keeps them, the pixels are the ones that load_picture gives; what is
-random about a sample comes from the generator it is handed.
+Whatever keeps them, the pixels are the ones that load_picture gives; what is random about a sample comes from the
+generator it is handed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The demo's data set: drawn scenes of coloured shapes, five captions each, and a parser that marks captions.
 
 Written to disk in COCO 2017's layout, so that the demo goes through the very code that real photographs go through.
-Imports config only; knows nothing of models. Equal seeds draw equal files.
+Knows nothing of models. Equal seeds draw equal files.
 
 A scene holds one group of shapes at one of five places, or two groups in one of four relations. A group is one to
 three shapes of one size, colour and kind.

@@ -1,7 +1,6 @@
 """Every way people keep pictures with captions, recognised and read into one table.
 
-May import config, table, layouts and cache only (besides pyarrow and, late, Hugging Face's datasets). The packed
-table of a large data set is kept on disk: the second time it is mapped, not read.
+The packed table of a large data set is kept on disk: the second time it is mapped, not read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The table of pictures and captions, packed: no Python object a caption, however many there are.
 
-May import config only (besides NumPy and pyarrow); sources.py fills it. A table is Arrow memory, mapped from a file where
-it is large, so that worker processes share it.
+data/sources.py fills it. A table is Arrow memory, mapped from a file where it is large, so that worker processes share it.
 """
 
 from __future__ import annotations

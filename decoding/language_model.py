@@ -1,8 +1,8 @@
 """Another causal language model of transformers (Llama, Mistral, Qwen, ...) in GPT-2's place, behind a prefix.
 
-Imports config, convert, model and transformers; model.py and pretrained.py reach it by late imports. It answers to the
-methods of model.GPT2Decoder, so that forward, loss, beams, sampling and adapters are the same for both; the picture's
-keys and values are computed once here too, and repeated for its rows, because transformers' cache has a row for each.
+It answers to the methods of model.GPT2Decoder, so that forward,
+loss, beams, sampling and adapters are the same for both; the picture's keys and values are computed once here too, and
+repeated for its rows, because transformers' cache has a row for each.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The model card of a published model, written from what is known: its config, its run, what was measured.
 
-Imports config, dataset, model, pictures, results, report (what a metric is called) and utils; the Hub's client by late
-imports. Never guesses: what no file says is not in the card.
+Never guesses: what no file says is not in the card.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Publishing: a model becomes a folder that others load, and the folder a repository of the Hub; also a Space, to try it in.
 
-Imports config, model, model_file, convert, evaluate, remote, scenes, card, space and files; example_usage, onnx_export
-and the Hub's client, which does all of the talking, by late imports.
-Two scripts call it, upload_to_hf.py and auto_upload.py; offer_upload is for the end of a training run. A token is found by
-the client (HF_TOKEN, or what `hf auth login` saved) and never seen here.
+The Hub's client does all of the talking. Two scripts call this, upload_to_hf.py and auto_upload.py; offer_upload is for
+the end of a training run. A token is found by the client (HF_TOKEN, or what `hf auth login` saved) and never seen here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A Space of the Hugging Face Hub: the web page of app.py with a published model, for anybody to try.
 
-Imports config, files and utils. publish.py calls it, puts the project's code beside what it writes, and uploads the folder. The
-Space's log is where its errors are read, so it starts as the scripts do.
+publish.py calls it, puts the project's code beside what it writes, and uploads the folder. The Space's log is where its
+errors are read, so it starts as the scripts do.
 """
 
 from __future__ import annotations

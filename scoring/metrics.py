@@ -1,8 +1,7 @@
 """How good captions are: BLEU, ROUGE-L and CIDEr-D as the COCO evaluation has them, their uncertainty, and diversity.
 
-Imports the standard library, NumPy, config's UserError, ptb's tokens and ngrams' counts. Never reads a file but CiderD's
-own, never needs Java, torch or a network, and never changes a score to suit a model: on equal tokens the numbers are
-those of the official COCO evaluation.
+Never reads a file but CiderD's own, never needs Java, torch or a network, and never changes a score to suit a model: on
+equal tokens the numbers are those of the official COCO evaluation.
 
 Everywhere, N is the number of pictures, candidates[i] is the one caption under test of picture i and references[i]
 are the captions people wrote for it; R references in all. A caption is a str, which is tokenized here, or a list of

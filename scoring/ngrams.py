@@ -1,7 +1,7 @@
 """The n-gram core: which n-grams captions have, and which of them a candidate shares with its picture's references.
 
-Imports NumPy alone, and knows no metric and no tokenizer: a caption is a list of words. BLEU, CIDEr-D and self-CIDEr are
-sums over the arrays made here. All n-grams are numbered by Vocabulary and met by Table.
+BLEU, CIDEr-D and self-CIDEr are sums over the arrays made here. All n-grams are numbered by Vocabulary and met by
+Table.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """report.html: one evaluation on one page for people, in one file that needs no network and runs no script.
 
-Imports metrics (what a word is), pictures and utils. Never scores anything: it shows what it is given. All text from
-outside is escaped, and of the pictures only those shown are loaded.
+Never scores anything: it shows what it is given. All text from outside is escaped, and of the pictures only those shown
+are loaded.
 """
 
 from __future__ import annotations

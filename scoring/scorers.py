@@ -1,9 +1,9 @@
 """Metrics that need more than NumPy: METEOR, SPICE and the Java tokenizer, CHAIR, CLIPScore and RefCLIPScore.
 
-Imports config, metrics and pictures; late, pycocotools and transformers. Java runs the jars that lie inside an
-installed pycocoevalcap (requirements-full.txt), driven from here because its own drivers know no time limit, let the
-machine's language into the numbers and may block on a full pipe. What a metric needs and does not find is said in one
-line, and then the metric is left out: it is never imitated, and nothing is downloaded for Java.
+Java runs the jars that lie inside an installed pycocoevalcap
+(requirements-full.txt), driven from here because its own drivers know no time limit, let the machine's language into
+the numbers and may block on a full pipe. What a metric needs and does not find is said in one line, and then the metric
+is left out: it is never imitated, and nothing is downloaded for Java.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Words of a caption as the COCO evaluation counts them: the Stanford tokenizer's rules as one regular expression.
-
-Imports the standard library alone, so that anything may import it.
-"""
+"""Words of a caption as the COCO evaluation counts them: the Stanford tokenizer's rules as one regular expression."""
 
 from __future__ import annotations
 

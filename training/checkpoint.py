@@ -6,7 +6,7 @@
         state.json               step, schedule, scaler, best score: all else that the next step depends on
         manifest.json            size and SHA-256 of the files above, written last
 
-`checkpoints/latest` and `checkpoints/best` are links to such folders. Imports config and files; nothing is ever pickled.
+`checkpoints/latest` and `checkpoints/best` are links to such folders. Nothing is ever pickled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Several processes that train one model together, as torchrun starts them; without torchrun, a world of one.
 
-Imports config. Gradients are averaged by DistributedDataParallel; what little else the processes must agree on (how many
-tokens a step has, whether to stop) goes through gloo on the CPU, so that no GPU is waited for.
+Gradients are averaged by DistributedDataParallel; what little else the processes must agree on (how many tokens a step
+has, whether to stop) goes through gloo on the CPU, so that no GPU is waited for.
 """
 
 from __future__ import annotations

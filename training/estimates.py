@@ -1,7 +1,4 @@
-"""What a run will take before it has begun: operations, seconds, bytes; and the rate that its speed is a share of.
-
-Imports config and utils.
-"""
+"""What a run will take before it has begun: operations, seconds, bytes; and the rate that its speed is a share of."""
 
 from __future__ import annotations
 

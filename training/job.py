@@ -1,7 +1,5 @@
 """What a run is made of before its first step: its folder, where it computes, its data, its tokenizer, its model; and the
 plan of it that is printed.
-
-Imports everything but train and the scripts.
 """
 
 from __future__ import annotations

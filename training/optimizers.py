@@ -1,6 +1,6 @@
 """What changes weights: optimizers by part of the model, the schedule, one update, the weights' running average.
 
-Imports config and model. Learning rates of parts and layers are factors of the one that the schedule gives.
+Learning rates of parts and layers are factors of the one that the schedule gives.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 A picture's K samples are one batch of the cached decoder, scored by metrics.CiderD over the training references, and
 learned in one folded pass like any K captions, each weighted by how much better it was than its baseline. The end of a
 caption is a word, for the metric as for the loss: else nothing speaks against captions that break off.
-
-Imports config, dataset, metrics, model and utils.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A run's numbers as they come: metrics.jsonl always, Weights & Biases where it is wanted, and the curves drawn of them.
 
-Imports config, files and utils. Weights & Biases never asks anything, and never ends a run: where its server is away, what it
-would have been sent stays in the run's folder for `wandb sync`.
+Weights & Biases never asks anything, and never ends a run: where its server is away, what it would have been sent stays
+in the run's folder for `wandb sync`.
 """
 
 from __future__ import annotations
