@@ -61,7 +61,7 @@ class Captioned:
 
 @dataclass(frozen=True)
 class MoreScores:
-    """What is wanted besides: of scorers.py METEOR and SPICE by Java, CHAIR with COCO's instances, CLIPScore by a CLIP;
+    """What is wanted besides: METEOR and SPICE by Java, CHAIR with COCO's instances, CLIPScore by a CLIP;
     CIDEr-D with other document frequencies; the share of captions that are not among those trained on."""
 
     java: bool = False
@@ -78,7 +78,9 @@ class MoreScores:
         picture: Callable[[int], PictureSource] | None,
     ) -> tuple[dict[str, float], dict[str, Sequence[float]], list[str]]:
         """The numbers, those of each picture, and a line for each metric that was left out."""
-        from scoring.scorers import chair, clip_scores, java_scores
+        from scoring.chair import chair
+        from scoring.clip import clip_scores
+        from scoring.java import java_scores
 
         corpus: dict[str, float] = {}
         each: dict[str, Sequence[float]] = {}

@@ -64,7 +64,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     from data.sources import load_tables
-    from scoring.scorers import clip_scores
+    from scoring.clip import clip_scores
     from weights.file import find_model_file, gpt2_tokenizer
     from weights.huggingface import find_folder
 

@@ -1,4 +1,4 @@
-"""scorers.py: the Java metrics against the published figures, what happens where things are missing, CHAIR, CLIPScore."""
+"""java.py, chair.py, clip.py: the Java metrics against the published figures, what happens where things are missing, CHAIR, CLIPScore."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 from config import UserError
-from scoring import scorers
+from scoring import chair as chair_module
+from scoring import java
+from scoring.chair import chair, objects_in
+from scoring.clip import clip_scores
+from scoring.java import java_scores, java_tokenize
 from scoring.metrics import score_captions, tokenize
-from scoring.scorers import chair, clip_scores, java_scores, java_tokenize, objects_in
 
 PACKAGE = importlib.util.find_spec("pycocoevalcap")
 needs_java = pytest.mark.skipif(
@@ -42,7 +45,7 @@ def coco_eval() -> tuple[list[str], list[list[str]]]:
 
 
 @pytest.fixture(scope="module")
-def coco_scores(coco_eval) -> scorers.JavaScores:
+def coco_scores(coco_eval) -> java.JavaScores:
     return java_scores(*coco_eval)
 
 
@@ -101,7 +104,7 @@ def test_on_javas_tokens_each_picture_scores_what_pycocoevalcap_gives_it(coco_ev
 def test_our_tokens_are_javas_on_all_of_coco():
     """The captions of COCO 2014 ship inside SPICE's jar."""
     captions = []
-    with zipfile.ZipFile(scorers._jar("spice", "spice-1.0.jar")) as jar:
+    with zipfile.ZipFile(java._jar("spice", "spice-1.0.jar")) as jar:
         for part in ("train", "val"):
             content = json.loads(jar.read(f"coco/annotations/captions_{part}2014.json"))
             captions += [annotation["caption"] for annotation in content["annotations"]]
@@ -156,7 +159,7 @@ def fake_package(directory: Path, monkeypatch) -> None:
         "tokenizer/stanford-corenlp-3.4.1.jar",
         "meteor/meteor-1.5.jar",
         "spice/spice-1.0.jar",
-        *(f"spice/lib/{name}" for name in scorers._SPICE_MODELS),
+        *(f"spice/lib/{name}" for name in java._SPICE_MODELS),
     ):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).touch()
@@ -276,9 +279,10 @@ def test_objects_in(caption, objects):
 
 
 def test_every_phrase_means_one_thing():
-    phrases: dict[tuple[str, ...], str] = dict.fromkeys(scorers._listed(scorers._NOTHING), "")
-    for name, synonyms in scorers._SYNONYMS.items():
-        for phrase in scorers._listed(f"{name}, {synonyms}"):
+    synonyms_of = chair_module.synonyms()
+    phrases: dict[tuple[str, ...], str] = dict.fromkeys(chair_module._listed(synonyms_of.pop("nothing")), "")
+    for name, synonyms in synonyms_of.items():
+        for phrase in chair_module._listed(f"{name}, {synonyms}"):
             assert phrases.setdefault(phrase, name) == name, phrase
 
 
@@ -343,7 +347,7 @@ def test_people_invent_little():
     own = {image: captions[0] for image, captions in references.items()}
     others = dict(zip(own, [*list(own.values())[1:], own[next(iter(own))]], strict=True))
     path = annotations / "instances_val2017.json"
-    assert {c["name"] for c in json.loads(path.read_text())["categories"]} == set(scorers._SYNONYMS)
+    assert {c["name"] for c in json.loads(path.read_text())["categories"]} == set(chair_module.synonyms()) - {"nothing"}
     assert chair(own, path).chair_i < 0.2 < 0.5 < chair(others, path).chair_i
 
 

@@ -1,0 +1,135 @@
+"""CLIPScore and RefCLIPScore, by a CLIP of transformers'."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from config import UserError
+from data.pictures import PictureSource, decode, in_one_line, reason
+from utils import hub_folder
+
+
+class ClipScores(NamedTuple):
+    """CLIPScore and, with references, RefCLIPScore of N pictures."""
+
+    corpus: dict[str, float]
+    """clip_score and ref_clip_score, the means."""
+    per_picture: dict[str, NDArray[np.float64]]
+    """(N,) each."""
+
+
+CLIP_WEIGHT = 2.5
+CLIP_PREFIX = "A photo depicts "
+
+
+def clip_scores(
+    candidates: Sequence[str],
+    pictures: Sequence[PictureSource],
+    references: Sequence[Sequence[str]] | None = None,
+    model: str | Path = "openai/clip-vit-base-patch32",
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+    progress: bool = True,
+) -> ClipScores:
+    """CLIPScore and RefCLIPScore (Hessel et al. 2021, arXiv:2104.08718).
+
+    With CLIP's embeddings c of the caption, r of a reference and v of the picture, CLIPScore is 2.5 max(cos(c, v), 0),
+    and RefCLIPScore the harmonic mean of it and max(0, the largest cos(c, r)). Captions and references begin with "A
+    photo depicts ", and what CLIP cannot hold is cut off. model names a CLIP on the Hub or a folder with its weights
+    (safetensors) and processor; the paper's is ViT-B/32, and numbers of another are not to be compared with it. The
+    arithmetic is fp32.
+
+    Raises UserError where the weights cannot be had, a picture cannot be read, or the lists do not fit together.
+    """
+    if not candidates or len(candidates) != len(pictures) or len(candidates) != len(references or candidates):
+        raise UserError("CLIPScore needs a caption, and where there are references some of them, for every picture")
+    if references is not None and not all(references):
+        raise UserError(f"picture {[bool(captions) for captions in references].index(False)} has no reference")
+    clip = _Clip(model, torch.device(device), batch_size, progress)
+    seen = clip.pictures(pictures)
+    said = clip.captions(candidates)
+    clip_score = CLIP_WEIGHT * (said * seen).sum(-1).clamp(min=0)  # (N,)
+    scores = {"clip_score": clip_score}
+    if references is not None:
+        texts = list(dict.fromkeys(itertools.chain.from_iterable(references)))
+        place = {text: i for i, text in enumerate(texts)}
+        known = clip.captions(texts)
+        nearest = torch.stack(
+            [
+                (known[[place[text] for text in captions]] @ caption).max()
+                for caption, captions in zip(said, references, strict=True)
+            ]
+        ).clamp(min=0)
+        total = clip_score + nearest
+        scores["ref_clip_score"] = torch.where(total > 0, 2 * clip_score * nearest / total, torch.zeros(()))
+    each = {name: values.numpy() for name, values in scores.items()}
+    return ClipScores({name: float(values.mean()) for name, values in each.items()}, each)
+
+
+class _Clip:
+    """A CLIP of transformers' that gives embeddings of length 1, float64 (N, D), on the CPU."""
+
+    def __init__(self, name: str | Path, device: torch.device, batch_size: int, progress: bool) -> None:
+        from transformers import CLIPModel, CLIPProcessor
+
+        try:  # nothing but safetensors: a pickle can run code
+            if not Path(name).is_dir():
+                name = hub_folder(str(name), ["*.json", "model*.safetensors", "merges.txt"])
+            loaded: Any = CLIPModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+            self.model, missing = loaded[0].float().to(device).eval(), sorted(loaded[1]["missing_keys"])
+            if missing:  # transformers would go on with random weights
+                raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them")
+            self.processor: Any = CLIPProcessor.from_pretrained(name)
+        except Exception as error:  # offline, absent, damaged: the Hub client raises many kinds
+            why = str(error).strip().split("\n")[0]
+            raise UserError(f"CLIP {str(name)!r} cannot be loaded ({why}): name a folder with its weights") from error
+        self.device, self.batch_size, self.progress = device, batch_size, progress
+
+    def captions(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of captions, the prefix put before each."""
+        longest = self.model.config.text_config.max_position_embeddings
+
+        def embed(batch: Sequence[str]) -> Tensor:
+            words = [CLIP_PREFIX + text for text in batch]
+            inputs = self.processor.tokenizer(
+                words, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+            ).to(self.device)
+            return self.model.text_projection(self.model.text_model(**inputs).pooler_output)
+
+        return self._in_batches(texts, embed, "CLIP reads")
+
+    def pictures(self, sources: Sequence[PictureSource]) -> Tensor:
+        """Embeddings of pictures."""
+
+        def embed(batch: Sequence[PictureSource]) -> Tensor:
+            inputs = self.processor.image_processor([_pixels(source) for source in batch], return_tensors="pt")
+            pixel_values = inputs["pixel_values"].to(self.device)
+            return self.model.visual_projection(self.model.vision_model(pixel_values).pooler_output)
+
+        return self._in_batches(sources, embed, "CLIP looks")
+
+    @torch.no_grad()
+    def _in_batches(self, items: Sequence[Any], embed: Any, what: str) -> Tensor:
+        starts = tqdm(range(0, len(items), self.batch_size), what, unit="batch", disable=not self.progress)
+        parts = [embed(items[start : start + self.batch_size]).cpu().double() for start in starts]
+        return normalize(torch.cat(parts), dim=-1)
+
+
+def _pixels(source: PictureSource) -> NDArray[np.uint8]:
+    """A picture as uint8 (H, W, 3) at its full size, as CLIP's own preprocessing wants it."""
+    try:
+        return decode(source, 1 << 15)
+    except Exception as error:  # Pillow raises a dozen kinds for damaged files
+        name = "picture" if isinstance(source, bytes) or not isinstance(source, str | os.PathLike) else str(source)
+        raise UserError(in_one_line(f"{name}: not a picture that can be read ({reason(error)})")) from error

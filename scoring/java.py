@@ -1,0 +1,269 @@
+"""METEOR, SPICE and the Java tokenizer.
+
+Java runs the jars that lie inside an installed pycocoevalcap (requirements-full.txt), driven from here because its own
+drivers know no time limit, let the machine's language into the numbers and may block on a full pipe. What a metric needs
+and does not find is said in one line, and then the metric is left out: it is never imitated, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from config import UserError
+from data.pictures import in_one_line
+
+SECONDS = 1800.0
+"""Longest that one Java program may run unless told otherwise, in seconds; SPICE, which parses every caption, needs the most."""
+
+# METEOR reads back the numbers it has written, which fails where the language puts a comma for the point.
+_LOCALE = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
+_PUNCTUATION = frozenset(
+    ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
+)
+_SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+
+
+class JavaScores(NamedTuple):
+    """METEOR and SPICE, those of them that could be had, under the names "meteor" and "spice"."""
+
+    corpus: dict[str, float]
+    """The numbers papers report, fractions."""
+    per_picture: dict[str, list[float]]
+    """The same metrics for each of the N pictures by itself."""
+    notes: list[str]
+    """One line for what was left out, with the reason."""
+
+
+def java_scores(candidates: Sequence[str], references: Sequence[Sequence[str]], seconds: float = SECONDS) -> JavaScores:
+    """METEOR 1.5 (Denkowski and Lavie 2014, WMT) and SPICE 1.0 (Anderson et al. 2016, arXiv:1607.08822) by their jars.
+
+    candidates[i] is the caption under test of picture i, references[i] what people wrote for it; both go through the
+    Java tokenizer first, as in the COCO evaluation. METEOR's number for the corpus is its own aggregate, SPICE's the
+    mean over the pictures. Each scorer has `seconds` to itself, and one that fails leaves the other alone. SPICE needs
+    Stanford's models, which pycocoevalcap leaves to be fetched, and a Java below 15.
+
+    Raises UserError only for lists that do not fit together.
+    """
+    if not candidates or len(candidates) != len(references):
+        raise UserError(
+            f"{len(candidates)} captions for {len(references)} pictures: give one for each, and at least one"
+        )
+    if not all(references):
+        raise UserError(f"picture {[bool(captions) for captions in references].index(False)} has no reference")
+    scores = JavaScores({}, {}, [])
+    try:
+        words = iter(java_tokenize([*candidates, *itertools.chain.from_iterable(references)], seconds))
+    except UserError as error:
+        scores.notes.append(f"METEOR and SPICE left out: {error}")
+        return scores
+    tested = [" ".join(next(words)) for _ in candidates]
+    known = [[" ".join(next(words)) for _ in captions] for captions in references]
+    for name, scorer in (("meteor", _meteor), ("spice", _spice)):
+        try:
+            scores.corpus[name], scores.per_picture[name] = scorer(tested, known, seconds)
+        except UserError as error:
+            scores.notes.append(f"{name.upper()} left out: {error}")
+    return scores
+
+
+def java_tokenize(captions: Sequence[str], seconds: float = SECONDS) -> list[list[str]]:
+    """Each caption's words by Stanford's PTBTokenizer 3.4.1, less the COCO evaluation's list of punctuation.
+
+    metrics.tokenize gives the same words without Java but for one caption in thousands. White space is collapsed
+    first, as a line separator inside one caption would shift all after it. Raises UserError where Java or
+    pycocoevalcap is missing, fails, or takes longer than `seconds`.
+    """
+    arguments = ["-cp", str(_jar("tokenizer", "stanford-corenlp-3.4.1.jar")), "edu.stanford.nlp.process.PTBTokenizer"]
+    lines = [" ".join(caption.split()) for caption in captions]
+    with _java([*arguments, "-preserveLines", "-lowerCase", "-encoding", "UTF-8"], seconds) as program:
+        answers = program.ask(lines, len(lines), last=True)
+    return [[word for word in line.split() if word not in _PUNCTUATION] for line in answers]
+
+
+def _meteor(
+    candidates: Sequence[str], references: Sequence[Sequence[str]], seconds: float
+) -> tuple[float, list[float]]:
+    """METEOR of tokenized captions: the corpus, and each picture."""
+    jar = _jar("meteor", "meteor-1.5.jar")
+    pictures = [" ||| ".join([*known, tested]) for tested, known in zip(candidates, references, strict=True)]
+    with _java(["-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"], seconds, jar.parent) as program:
+        counts = program.ask([f"SCORE ||| {captions}" for captions in pictures], len(pictures))
+        # Answers with every picture's number, then with that of their summed counts.
+        *each, corpus = map(float, program.ask([" ||| ".join(["EVAL", *counts])], len(pictures) + 1, last=True))
+    return corpus, each
+
+
+def _spice(candidates: Sequence[str], references: Sequence[Sequence[str]], seconds: float) -> tuple[float, list[float]]:
+    """SPICE of tokenized captions: the corpus, and each picture."""
+    jar = _jar("spice", "spice-1.0.jar")
+    missing = [name for name in _SPICE_MODELS if not (jar.parent / "lib" / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{missing[0]} is not in {jar.parent / 'lib'}: fetch Stanford's models once with "
+            "python -m pycocoevalcap.spice.get_stanford_models"
+        )
+    if (version := _java_version()) >= 15:
+        # Its results are written through the JavaScript engine that Java 15 dropped: it would fail at the very end.
+        raise UserError(f"its jar needs a Java from 8 to 14, and the one on the PATH is {version}")
+    pictures = [
+        {"image_id": i, "test": tested, "refs": list(known)}
+        for i, (tested, known) in enumerate(zip(candidates, references, strict=True))
+    ]
+    with tempfile.TemporaryDirectory(prefix="spice-") as directory:
+        source, results = Path(directory, "captions.json"), Path(directory, "scores.json")
+        source.write_text(json.dumps(pictures), encoding="ascii")
+        arguments = ["-Xmx8G", "-jar", str(jar), str(source), "-out", str(results), "-silent"]
+        with _java(arguments, seconds, jar.parent) as program:
+            program.wait()
+            scores = {one["image_id"]: float(one["scores"]["All"]["f"]) for one in json.loads(results.read_text())}
+            each = [scores[i] for i in range(len(pictures))]
+    return float(np.mean(each)), each
+
+
+def _jar(*parts: str) -> Path:
+    """A jar inside the installed pycocoevalcap."""
+    package = importlib.util.find_spec("pycocoevalcap")
+    if package is None or not package.submodule_search_locations:
+        raise UserError("pycocoevalcap is not installed: pip install -r requirements-full.txt")
+    jar = Path(next(iter(package.submodule_search_locations)), *parts)
+    if not jar.is_file():
+        raise UserError(f"{jar} is missing: install pycocoevalcap 1.2")
+    return jar
+
+
+def _java_version() -> int:
+    """8 for "1.8.0_392", 17 for "17.0.15"."""
+    with _java(["-version"], 60) as program:
+        program.wait()
+        found = re.search(r'version "(?:1\.)?(\d+)', program.complaints())
+        if not found:
+            raise ValueError("java does not tell its version")
+        return int(found[1])
+
+
+@contextlib.contextmanager
+def _java(arguments: Sequence[str], seconds: float, directory: Path | None = None) -> Iterator[_Program]:
+    """A Java program that is ended, with all its children, on leaving the block or after `seconds`.
+
+    Raises UserError, in one line, where there is no Java, where time ran out, and for any OSError, ValueError or
+    KeyError in the block: what an answer that is cut off leads to.
+    """
+    java = shutil.which("java")
+    if java is None:
+        raise UserError("there is no java on the PATH")
+    environment = dict(os.environ)
+    if "_JAVA_OPTIONS" in environment:  # it beats the command line
+        environment["_JAVA_OPTIONS"] += " " + " ".join(_LOCALE)
+    with tempfile.TemporaryFile() as errors:  # a file, because a pipe that nobody reads fills up
+        try:
+            process = subprocess.Popen(
+                [java, *_LOCALE, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                encoding="utf-8",
+                errors="replace",
+                env=environment,
+                cwd=directory,
+                start_new_session=True,  # a group of its own, so that its children can be ended with it
+            )
+        except OSError as error:
+            raise UserError(f"{java} cannot be started ({error.strerror})") from error
+        program = _Program(process, errors)
+        timer = threading.Timer(seconds, program.time_out)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield program
+        except (OSError, ValueError, KeyError) as error:
+            if not program.late:
+                raise UserError(f"java failed ({program.why(error)})") from error
+            raise UserError(f"it took longer than {seconds:g} seconds") from error
+        finally:
+            timer.cancel()
+            timer.join()
+            program.kill()
+
+
+class _Program:
+    """A running program whose pipes cannot block it or us."""
+
+    def __init__(self, process: subprocess.Popen[str], errors: IO[bytes]) -> None:
+        self.process, self.errors, self.late = process, errors, False
+
+    def ask(self, lines: Sequence[str], number: int, last: bool = False) -> list[str]:
+        """Sends lines, then end of file if these are the last, and reads `number` lines of answer meanwhile."""
+        assert self.process.stdout is not None
+        writer = threading.Thread(target=self._send, args=(lines, last), daemon=True)
+        writer.start()
+        answers = [line.rstrip("\n") for line in itertools.islice(self.process.stdout, number)]
+        if len(answers) < number:
+            raise ValueError(f"{len(answers)} of {number} answers")
+        writer.join()
+        return answers
+
+    def _send(self, lines: Sequence[str], last: bool) -> None:
+        assert self.process.stdin is not None
+        # A program that has died is noticed where its answers are read.
+        with contextlib.suppress(OSError, ValueError):
+            self.process.stdin.writelines(f"{line}\n" for line in lines)
+            self.process.stdin.flush()
+            if last:
+                self.process.stdin.close()
+
+    def wait(self) -> None:
+        """Until it ends by itself; what it prints is thrown away. Raises ValueError for a status other than 0."""
+        assert self.process.stdout is not None
+        for _ in self.process.stdout:
+            pass
+        if status := self.process.wait():
+            raise ValueError(f"exit status {status}")
+
+    def time_out(self) -> None:
+        """Ends it, and says so."""
+        self.late = True
+        self._signal()
+
+    def kill(self) -> None:
+        """Ends it and its children, and closes the pipes."""
+        self._signal()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):  # what was still to be sent
+                if pipe is not None:
+                    pipe.close()
+
+    def _signal(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.name == "posix":
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
+
+    def complaints(self) -> str:
+        """What it has written to the standard error so far, the first 64 KiB of it."""
+        self.errors.seek(0)
+        return self.errors.read(1 << 16).decode("utf-8", "replace")
+
+    def why(self, error: Exception) -> str:
+        """Why it failed: the line of its own in which an error is named, or its last, or else what happened here."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)  # it may still be writing
+        lines = [line.strip() for line in self.complaints().splitlines() if not line.startswith("Picked up ")]
+        named = [line for line in lines if re.search("Exception|Error|error", line)]
+        return in_one_line((named[:1] or lines[-1:] or [str(error)])[0])
