@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from config import PRETRAINED, UserError, ViTGPT2Config
 from data.pictures import prepare_picture
@@ -20,6 +20,9 @@ from model import ImageCaptionModel
 from scoring.report import METRICS
 from scoring.results import warnings_about
 from utils import read_log
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
 
 HUB = "https://huggingface.co"
 SHOWN = 5  # sample captions
@@ -229,62 +232,16 @@ def write_card(
     The metadata has the evaluation results as a model-index, which holds for any data set. The newer form,
     .eval_results, is for benchmarks that are registered on the Hub, so somebody has to name one.
     """
-    from huggingface_hub import EvalResult, ModelCardData
-
-    metrics = run.metrics if run else {}
-    language = language or (run.data.language if run else "") or None
     base_models = bases_of(model.merged) if model.merged else run.base_models if run else []
-    data_set = run.config.get("dataset", "") if run else ""
-    on_hub = [data_set] if "/" in data_set else None
     browser = (folder / "onnx").is_dir()
     pixels = prepare_picture(folder / "example.png", model.config)[None]
     caption = plain(decode(model.tokenizer, model.generate(pixels, num_beams=3).sequences)[0])
-    results = [
-        EvalResult(
-            task_type="image-to-text",
-            dataset_type=on_hub[0] if on_hub else run.tested_on if run else "",
-            dataset_name=run.tested_on if run else "",
-            dataset_split=metrics.get("split"),
-            metric_type=kind,
-            metric_name=METRICS[name].label if name in METRICS else name.replace("_", " "),
-            metric_value=round(metrics[name], 4),
-            metric_args={"max_order": int(name[-1])} if kind == "bleu" else None,
-        )
-        for name, kind in HUB_METRICS.items()
-        if name in metrics
-    ]
-    about = ModelCardData(
-        license=license,
-        language=language,
-        library_name="transformers" if layout_of(model) in ("transformers", "remote code") else None,
-        pipeline_tag="image-to-text",
-        tags=[
-            "image-captioning",
-            "vit",
-            decoder_name(model.config).lower().replace("-", ""),
-            *(["onnx", "transformers.js"] if browser else []),
-        ],
-        base_model=[name for name in base_models if "/" in name] or None,
-        base_model_relation="adapter" if model.merged else None,
-        datasets=on_hub,
-        metrics=sorted({kind for name, kind in HUB_METRICS.items() if name in metrics and kind in ("bleu", "rouge")})
-        or None,
-        model_name=repository.split("/")[1],
-        eval_results=results or None,
-        widget=[
-            {
-                "src": f"{HUB}/{repository}/resolve/main/example.png",
-                "example_title": "drawn shapes",
-                "output": {"text": caption},
-            }
-        ],
-    )
-    if not results:
-        about.pop("model_name")
+    language = language or (run.data.language if run else "") or None
+    about = metadata(model, run, repository, license, language, base_models, browser, caption)
     sections = {
         "": opening(model.config, run, caption, repository if space else None),
         "Use it": usage(repository, model, browser),
-        "Results": numbers(run) if metrics and run else "",
+        "Results": numbers(run) if run and run.metrics else "",
         "Samples": samples(run, folder) if run else "",
         "The model": architecture(model, base_models),
         "Training": training(run, model) if run else "",
@@ -298,7 +255,66 @@ def write_card(
     content = f"---\n{about.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"
     (folder / "README.md").write_text(content, encoding="utf-8")
     if benchmark:
-        write_eval_results(folder, metrics, benchmark)
+        write_eval_results(folder, run.metrics if run else {}, benchmark)
+
+
+def metadata(
+    model: ImageCaptionModel,
+    run: Run | None,
+    repository: str,
+    license: str,
+    language: str | None,
+    base_models: list[str],
+    browser: bool,
+    caption: str,
+) -> ModelCardData:
+    """The card's head, as the Hub reads it; `caption` is what the model says of the example."""
+    from huggingface_hub import ModelCardData
+
+    metrics = run.metrics if run else {}
+    results = measured(run) if run else []
+    data_set = run.config.get("dataset", "") if run else ""
+    kinds = {kind for name, kind in HUB_METRICS.items() if name in metrics and kind in ("bleu", "rouge")}
+    example = {"src": f"{HUB}/{repository}/resolve/main/example.png", "example_title": "drawn shapes"}
+    decoder = decoder_name(model.config).lower().replace("-", "")
+    about = ModelCardData(
+        license=license,
+        language=language,
+        library_name="transformers" if layout_of(model) in ("transformers", "remote code") else None,
+        pipeline_tag="image-to-text",
+        tags=["image-captioning", "vit", decoder, *(["onnx", "transformers.js"] if browser else [])],
+        base_model=[name for name in base_models if "/" in name] or None,
+        base_model_relation="adapter" if model.merged else None,
+        datasets=[data_set] if "/" in data_set else None,
+        metrics=sorted(kinds) or None,
+        model_name=repository.split("/")[1],
+        eval_results=results or None,
+        widget=[example | {"output": {"text": caption}}],
+    )
+    if not results:
+        about.pop("model_name")
+    return about
+
+
+def measured(run: Run) -> list[EvalResult]:
+    """The run's metrics, as the Hub lists them."""
+    from huggingface_hub import EvalResult
+
+    data_set = run.config.get("dataset", "")
+    return [
+        EvalResult(
+            task_type="image-to-text",
+            dataset_type=data_set if "/" in data_set else run.tested_on,
+            dataset_name=run.tested_on,
+            dataset_split=run.metrics.get("split"),
+            metric_type=kind,
+            metric_name=METRICS[name].label if name in METRICS else name.replace("_", " "),
+            metric_value=round(run.metrics[name], 4),
+            metric_args={"max_order": int(name[-1])} if kind == "bleu" else None,
+        )
+        for name, kind in HUB_METRICS.items()
+        if name in run.metrics
+    ]
 
 
 def write_eval_results(folder: Path, metrics: dict[str, Any], benchmark: str) -> None:

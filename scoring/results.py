@@ -152,16 +152,7 @@ def write_evaluation(
     """
     captions, references = captioned.captions, captioned.references
     added, added_each, left_out = more.score(names, captions, references, picture)
-    write_json(
-        directory / "captions.json",
-        [{"image_id": name, "caption": caption} for name, caption in zip(names, captions, strict=True)],
-    )
-    texts = [(name, text) for name, own in zip(names, references, strict=True) for text in own]
-    annotations = [{"id": i, "image_id": name, "caption": text} for i, (name, text) in enumerate(texts)]
-    write_json(directory / "references.json", {"images": [{"id": i} for i in names], "annotations": annotations})
-    if captioned.several:
-        several = zip(names, captioned.several, strict=True)
-        write_json(directory / "all_captions.json", [{"image_id": name, "captions": own} for name, own in several])
+    write_captions(directory, captioned, names)
     numbers = captioned.metrics() | known | added
     facts = {
         **about_scores(len(captions), references, captioned.frequencies),
@@ -176,10 +167,7 @@ def write_evaluation(
     each |= {name: scores.tolist() for name, scores in scored.items()} | added_each
     if captioned.self_cider:
         each["self_cider"] = captioned.self_cider.per_picture.tolist()
-    with open(directory / "per_picture.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["picture", "caption", *each])
-        writer.writerows(zip(names, captions, *([f"{x:.6f}" for x in scores] for scores in each.values()), strict=True))
+    write_per_picture(directory / "per_picture.csv", names, captions, each)
     intervals = captioned.statistics.intervals()
     report = Report(
         title=title,
@@ -197,6 +185,28 @@ def write_evaluation(
     write_report(directory / "report.html", report)
     bounds = {f"{name}_{end}": value for name, both in intervals.items() for end, value in zip(ENDS, both, strict=True)}
     return numbers | facts | bounds
+
+
+def write_captions(directory: Path, captioned: Captioned, names: Sequence[int | str]) -> None:
+    """captions.json, references.json, and all_captions.json where a picture has several."""
+    own = zip(names, captioned.captions, strict=True)
+    write_json(directory / "captions.json", [{"image_id": name, "caption": caption} for name, caption in own])
+    texts = [(name, text) for name, own in zip(names, captioned.references, strict=True) for text in own]
+    annotations = [{"id": i, "image_id": name, "caption": text} for i, (name, text) in enumerate(texts)]
+    write_json(directory / "references.json", {"images": [{"id": i} for i in names], "annotations": annotations})
+    if captioned.several:
+        several = zip(names, captioned.several, strict=True)
+        write_json(directory / "all_captions.json", [{"image_id": name, "captions": own} for name, own in several])
+
+
+def write_per_picture(
+    path: Path, names: Sequence[int | str], captions: Sequence[str], each: dict[str, Sequence[float]]
+) -> None:
+    """A CSV of every picture's caption and scores."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["picture", "caption", *each])
+        writer.writerows(zip(names, captions, *([f"{x:.6f}" for x in scores] for scores in each.values()), strict=True))
 
 
 def warnings_about(metrics: dict[str, Any]) -> list[str]:

@@ -200,51 +200,14 @@ def prepare(
         check_adapters(config, device)
     began = read_run(run) if going_on(config, run) else {}
     tables = find_tables(config, run)
-    keys = {split: table.keys() for split, table in tables.items()}
-    data_key = key_of([hashlib.sha256(own.tobytes()).hexdigest() for own in keys.values()])
+    data_key = key_of([hashlib.sha256(table.keys().tobytes()).hexdigest() for table in tables.values()])
     if began.get("data", data_key) != data_key:
         raise UserError(
             f"the pictures or captions have changed since {run} began, so it cannot go on: start a new run with --resume "
             "never (or another --output-dir)"
         )
-    if began and not config.adapts:  # a file of adapters is loaded as the plain model that they make of their base
-        name, model = go_on_with(run)
-    else:
-        name, model = make_model(config, tables["train"], tokenizer_name or began.get("tokenizer"))
-    tokenizer, sizes = model.tokenizer, model.config
-    model.trained_on = np.union1d(model.trained_on, keys["train"])
-    check_overlap(model.trained_on, tables["test"], config.allow_overlap)
-    model.set_gradient_checkpointing(config.gradient_checkpointing)
-    freeze(model, config.freeze)
-    if config.adapts:
-        bases: dict[str, str | None] = {"model": config.init_model} if config.init_model else pretrained_parts(config)
-        print(f"adapters    {adapt(model, config, bases, device)}")
-        if began.get("adapters", model.adapters) != model.adapters:
-            raise UserError(
-                f"the pretrained models are not those that {run} began on, or not in 4 bits as there: bring those back, or "
-                "start a new run with --resume never"
-            )
-    assert sizes.resize_size is not None
-    different = {id(table): (split, table) for split, table in reversed(tables.items())}  # val may serve as test
-    pixels = 3 * sizes.resize_size**2 * sum(len(table) for _, table in different.values())
-    small = pixels < KEPT_SHARE_OF_MEMORY * available_memory() / world.local_size
-    augmentation = config.augmentation
-    if config.objective == "scst":  # rewards come from the references as they are
-        augmentation = dataclasses.replace(augmentation, flip=0.0)
-    of_table = {
-        place: CaptionDataset(
-            table,
-            tokenizer,
-            sizes,
-            captions_per_image=config.captions_per_image if split == "train" else 5,
-            seed=config.seed,
-            augmentation=augmentation if split == "train" else None,
-            keep="disk" if config.cache or config.cache_on_gpu else "memory" if small else "no",
-            progress=world.main,
-        )
-        for place, (split, table) in different.items()
-    }
-    datasets = {split: of_table[id(table)] for split, table in tables.items()}
+    name, model = start_model(config, run, began, tables, device, tokenizer_name)
+    datasets = make_datasets(config, world, tables, model)
     if config.cache_on_gpu:
         keep_on_gpu(datasets["train"], device)
     bad = BadPictures(run / "bad_samples.csv", tables.values(), config.max_bad_share, bool(began) or not world.main)
@@ -268,6 +231,62 @@ def prepare(
         tokenizer=name,
         data_key=data_key,
     )
+
+
+def start_model(
+    config: TrainConfig,
+    run: Path,
+    began: dict[str, Any],
+    tables: dict[str, CaptionTable],
+    device: torch.device,
+    tokenizer_name: str | None,
+) -> tuple[str, ImageCaptionModel]:
+    """The model before the run's next step, with what is frozen and what has adapters, and its tokenizer's name."""
+    if began and not config.adapts:  # a file of adapters is loaded as the plain model that they make of their base
+        name, model = go_on_with(run)
+    else:
+        name, model = make_model(config, tables["train"], tokenizer_name or began.get("tokenizer"))
+    model.trained_on = np.union1d(model.trained_on, tables["train"].keys())
+    check_overlap(model.trained_on, tables["test"], config.allow_overlap)
+    model.set_gradient_checkpointing(config.gradient_checkpointing)
+    freeze(model, config.freeze)
+    if config.adapts:
+        bases: dict[str, str | None] = {"model": config.init_model} if config.init_model else pretrained_parts(config)
+        print(f"adapters    {adapt(model, config, bases, device)}")
+        if began.get("adapters", model.adapters) != model.adapters:
+            raise UserError(
+                f"the pretrained models are not those that {run} began on, or not in 4 bits as there: bring those back, or "
+                "start a new run with --resume never"
+            )
+    return name, model
+
+
+def make_datasets(
+    config: TrainConfig, world: World, tables: dict[str, CaptionTable], model: ImageCaptionModel
+) -> dict[str, CaptionDataset]:
+    """The train, val and test data; one for two of them where they are the same pictures."""
+    sizes = model.config
+    assert sizes.resize_size is not None
+    different = {id(table): (split, table) for split, table in reversed(tables.items())}  # val may serve as test
+    pixels = 3 * sizes.resize_size**2 * sum(len(table) for _, table in different.values())
+    small = pixels < KEPT_SHARE_OF_MEMORY * available_memory() / world.local_size
+    augmentation = config.augmentation
+    if config.objective == "scst":  # rewards come from the references as they are
+        augmentation = dataclasses.replace(augmentation, flip=0.0)
+    of_table = {
+        place: CaptionDataset(
+            table,
+            model.tokenizer,
+            sizes,
+            captions_per_image=config.captions_per_image if split == "train" else 5,
+            seed=config.seed,
+            augmentation=augmentation if split == "train" else None,
+            keep="disk" if config.cache or config.cache_on_gpu else "memory" if small else "no",
+            progress=world.main,
+        )
+        for place, (split, table) in different.items()
+    }
+    return {split: of_table[id(table)] for split, table in tables.items()}
 
 
 def go_on_with(run: Path) -> tuple[str, ImageCaptionModel]:
