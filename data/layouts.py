@@ -568,8 +568,7 @@ def _shard_row(sample: dict[str, Any], split: str, name: str, shard: Path) -> Ro
     lines = texts.get("txt", texts.get("caption", "")).split("\n")
     captions = about.get("captions") or [line for line in lines if line.strip()] or about.get("caption")
     number = id_or_name(next((about[key] for key in id_columns(about)), None), sample["key"])
-    if "picture" not in sample:
-        captions = None
+    captions = captions if "picture" in sample else None
     if "picture" in sample and sample["picture"][0] + sample["picture"][1] > shard.stat().st_size:
         raise UserError(f"{where}: the shard ends before its picture does: it is cut, get it anew")
     return Row(split, name, number, clean_all(captions or [], where), *sample.get("picture", (-1, -1)))

@@ -200,13 +200,14 @@ def prepare(
         check_adapters(config, device)
     began = read_run(run) if going_on(config, run) else {}
     tables = find_tables(config, run)
-    data_key = key_of([hashlib.sha256(table.keys().tobytes()).hexdigest() for table in tables.values()])
+    keys = {split: table.keys() for split, table in tables.items()}
+    data_key = key_of([hashlib.sha256(own.tobytes()).hexdigest() for own in keys.values()])
     if began.get("data", data_key) != data_key:
         raise UserError(
             f"the pictures or captions have changed since {run} began, so it cannot go on: start a new run with --resume "
             "never (or another --output-dir)"
         )
-    name, model = start_model(config, run, began, tables, device, tokenizer_name)
+    name, model = start_model(config, run, began, tables, keys["train"], device, tokenizer_name)
     datasets = make_datasets(config, world, tables, model)
     if config.cache_on_gpu:
         keep_on_gpu(datasets["train"], device)
@@ -238,15 +239,17 @@ def start_model(
     run: Path,
     began: dict[str, Any],
     tables: dict[str, CaptionTable],
+    keys: np.ndarray,
     device: torch.device,
     tokenizer_name: str | None,
 ) -> tuple[str, ImageCaptionModel]:
-    """The model before the run's next step, with what is frozen and what has adapters, and its tokenizer's name."""
+    """The model before the run's next step, with what is frozen and what has adapters, and its tokenizer's name. `keys`
+    are those of the training pictures."""
     if began and not config.adapts:  # a file of adapters is loaded as the plain model that they make of their base
         name, model = go_on_with(run)
     else:
         name, model = make_model(config, tables["train"], tokenizer_name or began.get("tokenizer"))
-    model.trained_on = np.union1d(model.trained_on, tables["train"].keys())
+    model.trained_on = np.union1d(model.trained_on, keys)
     check_overlap(model.trained_on, tables["test"], config.allow_overlap)
     model.set_gradient_checkpointing(config.gradient_checkpointing)
     freeze(model, config.freeze)
