@@ -26,6 +26,7 @@ from PIL import Image
 from processes import flags, small_config
 
 import app
+from captioning import service
 from captioning.page import HEAT_SIDE, card, heat_map, place_of, results
 from captioning.pipeline import Caption, caption_batch
 from config import UserError
@@ -85,7 +86,7 @@ class Server:
     """The page at work in this process."""
 
     def __init__(self, model: str | None, most_bytes: int = MEGABYTES << 20) -> None:
-        self.captioner, self.training = app.Captioner("cpu", "fp32"), app.Training()
+        self.captioner, self.training = service.Captioner("cpu", "fp32"), service.Training()
         if model is not None:
             self.captioner.load(model)
         self.page = app.build(self.captioner, most_bytes, self.training)
@@ -184,7 +185,7 @@ def test_dropped_pictures_have_captions_and_confidence(open_page, server, pictur
     page.locator("fieldset", has_text="Captions").get_by_label("1", exact=True).check()
     page.get_by_role("button", name="Caption again").click()
     page.wait_for_function("document.querySelectorAll('.words').length == 3")
-    options = app.decoding_options("short", "safe", 1)
+    options = service.decoding_options("short", "safe", 1)
     short = [server.captioner.submit(path, path, options).result()[0].text for path in pictures[:3]]
     assert captions_in(page) == [" ".join(caption.split()) for caption in short]
 
@@ -199,7 +200,7 @@ def test_the_heat_map_shows_where_a_word_looked_in_grey_as_well(open_page, serve
     word.hover()
     page.wait_for_function("getComputedStyle(document.querySelector('.picture canvas')).opacity == 1")
     heat = np.frombuffer(base64.b64decode(word.get_attribute("data-heat")), np.uint8)
-    options = app.decoding_options("normal", "safe", 3, attention=True)
+    options = service.decoding_options("normal", "safe", 3, attention=True)
     truth = server.captioner.submit(pictures[1], "", options).result()[0].words[2]
     assert (heat == heat_map(truth[1]).ravel()).all() and heat.max() == 255 and heat.min() == 0
     painted = canvas.evaluate("c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]")
@@ -300,7 +301,7 @@ def test_the_address_of_a_picture(open_page, client, web, monkeypatch):
     assert line.startswith(f"{url}: leads to an address that is not public") and "\n" not in line
     with pytest.raises(AppError, match="not public"):
         client.predict(picture=None, url=url, api_name="/caption")
-    monkeypatch.setattr(app, "fetch_picture", functools.partial(fetch_picture, allow_private=True))
+    monkeypatch.setattr(service, "fetch_picture", functools.partial(fetch_picture, allow_private=True))
     page.get_by_label("Or the address of a picture").press("Enter")
     page.locator(".card").wait_for()
     (found,) = client.predict(picture=None, url=url, api_name="/caption")
@@ -365,9 +366,9 @@ def test_a_folder_becomes_a_table(open_page, server, pictures, tmp_path):
 
 def test_folder_progress(server, pictures, tmp_path):
     """What is yielded on the way: how many of how many, how fast, how long yet."""
-    sources = [app.Source(f"{number}.png", path=pictures[0]) for number in range(150)]
-    options = app.decoding_options("normal", "safe", 1)
-    *_, end = said = list(app.caption_folder(server.captioner, sources, options, tmp_path / "out.csv"))
+    sources = [service.Source(f"{number}.png", path=pictures[0]) for number in range(150)]
+    options = service.decoding_options("normal", "safe", 1)
+    *_, end = said = list(service.caption_folder(server.captioner, sources, options, tmp_path / "out.csv"))
     assert "150 of 150 pictures captioned" in end and (tmp_path / "out.csv").read_text().count("\n") == 151
     for html in said[:-1]:
         done, total = map(int, re.search(r"(\d+) of (\d+) · [\d.]+ pictures/s · \d+ s left", html).groups())
@@ -446,7 +447,7 @@ def test_without_a_model_the_page_trains_the_demo(browser, open_page, scenes_dir
     """By the very main.py, of a run small enough for a test, in the folder where the server was started."""
     monkeypatch.chdir(tmp_path)
     run = flags(small_config(scenes_dir, max_steps=6))
-    monkeypatch.setattr(app, "DEMO", [sys.executable, str(ROOT / "main.py"), *run, "--no-upload"])
+    monkeypatch.setattr(service, "DEMO", [sys.executable, str(ROOT / "main.py"), *run, "--no-upload"])
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     bare = Server(None)
     try:
@@ -463,7 +464,7 @@ def test_without_a_model_the_page_trains_the_demo(browser, open_page, scenes_dir
         assert (tmp_path / MODEL_FILE).is_file() and not bare.training.running
         other = open_page(bare.address)  # whoever comes later finds the model
         other.locator("#pictures").wait_for()
-        monkeypatch.setattr(app, "DEMO", [sys.executable, str(ROOT / "main.py"), "--preset", "demmo"])
+        monkeypatch.setattr(service, "DEMO", [sys.executable, str(ROOT / "main.py"), "--preset", "demmo"])
         bare.captioner.model = None
         page.reload()
         page.get_by_role("button", name="Train the demo").click()
@@ -602,11 +603,11 @@ def test_two_minutes_of_32_clients(model_file, pictures, tmp_path, capsys):
 
 def test_company_changes_no_caption(server, pictures):
     """All pictures at once, and each alone: the same captions, confidences and heat maps."""
-    options = app.decoding_options("long", "safe", 3, attention=True)
+    options = service.decoding_options("long", "safe", 3, attention=True)
     together = [server.captioner.submit(path, path, options) for path in pictures]
     for path, captions in zip(pictures, together, strict=True):
         (alone,) = server.captioner._caption(
-            [app.Request(prepare_picture(path, server.captioner.model.config), options, None)]
+            [service.Request(prepare_picture(path, server.captioner.model.config), options, None)]
         )
         assert [caption.text for caption in alone] == [caption.text for caption in captions.result()]
         for one, other in zip(alone, captions.result(), strict=True):
@@ -616,8 +617,8 @@ def test_company_changes_no_caption(server, pictures):
 
 
 def test_a_failure_reaches_who_asked_and_nobody_else(server, pictures):
-    wrong = app.decoding_options("normal", "safe", 1) | {"max_length": 1000}
-    right = app.decoding_options("normal", "safe", 1)
+    wrong = service.decoding_options("normal", "safe", 1) | {"max_length": 1000}
+    right = service.decoding_options("normal", "safe", 1)
     asked = [server.captioner.submit(pictures[0], "", options) for options in (right, wrong, right)]
     with pytest.raises(UserError, match="max_length 1000"):
         asked[1].result()
@@ -628,18 +629,18 @@ def test_longer_and_shorter_and_bolder(server, pictures):
     """Each setting does what it says, over all pictures."""
     torch.manual_seed(0)
 
-    def found(length: app.Length, style: app.Style) -> list[Caption]:
-        options = app.decoding_options(length, style, 3)
+    def found(length: service.Length, style: service.Style) -> list[Caption]:
+        options = service.decoding_options(length, style, 3)
         waiting = [server.captioner.submit(path, path, options) for path in pictures]
         return [caption for captions in waiting for caption in captions.result()]
 
-    def words(length: app.Length, style: app.Style) -> float:
+    def words(length: service.Length, style: service.Style) -> float:
         return float(np.mean([len(caption.text.split()) for caption in found(length, style)]))
 
-    for style in ("safe", *app.SAMPLED):
+    for style in ("safe", *service.SAMPLED):
         assert words("short", style) < words("normal", style) < words("long", style), style
     # Of three beams the first, as what is drawn is mostly that one too: the mean of all three was below it by rounding.
-    scores = {style: [caption.score for caption in found("normal", style)] for style in ("safe", *app.SAMPLED)}
+    scores = {style: [caption.score for caption in found("normal", style)] for style in ("safe", *service.SAMPLED)}
     safe, varied, creative = np.mean(scores["safe"][::3]), np.mean(scores["varied"]), np.mean(scores["creative"])
     assert safe > varied > creative
 

@@ -1,0 +1,268 @@
+"""What answers the web page and its endpoint: a model that many ask at the same time, and the demo's training.
+
+    captioner = Captioner("auto", "auto")
+    captioner.load("vit-gpt2-captioning.safetensors")
+    captioner.submit("cat.jpg", "cat.jpg", decoding_options("normal", "safe", captions=3)).result()
+
+app.py makes the page. Nothing here knows gradio.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from captioning.models import load_model
+from captioning.page import card, progress, results
+from captioning.pipeline import Caption, caption_batch
+from config import UserError
+from data import pictures
+from data.fetch import fetch_picture
+from data.layouts import PICTURE_SUFFIXES
+from dataset import prepare_picture
+from model import ImageCaptionModel
+from utils import ROOT, choose_device
+
+MOST_AT_ONCE = 16  # pictures that are captioned together
+MOST_SHOWN = 24  # pictures at a time in the page, each with its heat maps; folders have no limit
+PREVIEW = 720  # pixels of the longer side of a picture in the page
+DEMO = [sys.executable, str(ROOT / "main.py"), "--preset", "demo", "--no-upload"]
+DECODING = threading.Semaphore(4)  # pictures decoded at a time: a large one takes a quarter of a GiB
+
+Length = Literal["short", "normal", "long"]
+Style = Literal["safe", "varied", "creative"]
+SAMPLED: dict[Style, dict[str, float]] = {
+    "varied": {"temperature": 0.7, "top_p": 0.9},
+    "creative": {"temperature": 1.1, "top_p": 0.95},
+}
+
+
+@dataclass(eq=False)
+class Request:
+    """A picture, uint8 (3, S, S), that waits for its captions."""
+
+    pixels: Tensor
+    options: dict[str, Any]
+    captions: Future[list[Caption]]
+
+
+class Captioner:
+    """A model that many may ask at the same time: whatever waits when it is free, and has the same options, it captions
+    together. No caption depends on what else is captioned: every picture has rows of its own, and none is padded."""
+
+    def __init__(self, device: str, precision: str) -> None:
+        self.device = choose_device(device)[0]
+        self.precision = "fp32" if precision == "auto" and self.device.type == "cuda" else precision
+        self.model: ImageCaptionModel | None = None
+        self.waiting: deque[Request] = deque()
+        self.changed = threading.Condition()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def load(self, source: str) -> None:
+        """Takes this model from now on."""
+        self.model = load_model(source, str(self.device))
+
+    def submit(self, picture: str | bytes, name: str, options: dict[str, Any]) -> Future[list[Caption]]:
+        """The captions, the best first, that a picture will have. Raises UserError where it cannot be read."""
+        if self.model is None:
+            raise UserError("there is no model here yet: python main.py --preset demo trains one")
+        with DECODING:
+            request = Request(prepare_picture(picture, self.model.config, name), options, Future())
+        with self.changed:
+            self.waiting.append(request)
+            self.changed.notify()
+        return request.captions
+
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting)
+                options = self.waiting[0].options
+                together = [request for request in self.waiting if request.options == options][:MOST_AT_ONCE]
+                for request in together:
+                    self.waiting.remove(request)
+            try:
+                for request, captions in zip(together, self._caption(together), strict=True):
+                    request.captions.set_result(captions)
+            except Exception as error:  # whoever asked is to hear of it, and the next are to be served
+                for request in together:
+                    if not request.captions.done():
+                        request.captions.set_exception(error)
+
+    def _caption(self, requests: list[Request]) -> list[list[Caption]]:
+        assert self.model is not None
+        options = requests[0].options.copy()
+        keep, longest_first = options.pop("keep"), options.pop("longest_first")
+        pixels = torch.stack([request.pixels for request in requests])
+        answers = caption_batch(self.model, pixels, self.precision, scores=True, **options)
+        if longest_first is not None:
+            for captions in answers:
+                captions.sort(key=lambda caption: len(caption.text), reverse=longest_first)
+        answers = [captions[:keep] for captions in answers]
+        if "do_sample" in options:  # beams come in order
+            for captions in answers:
+                captions.sort(key=lambda caption: caption.score or 0, reverse=True)
+        return answers
+
+
+def decoding_options(
+    length: Length, style: Style, captions: int, beams: int = 3, attention: bool = False
+) -> dict[str, Any]:
+    """What Captioner.submit is to be told. Safe captions are searched with beams (1: the likeliest word every time);
+    longer or shorter ones are the best of more beams by another length_penalty. Others are drawn, and longer or shorter
+    ones are the longest or shortest of three times as many."""
+    options: dict[str, Any] = {"attention": attention, "keep": captions, "longest_first": None}
+    if style == "safe":
+        penalty = {"short": 0.0, "normal": 1.0, "long": 2.0}[length]
+        return options | {
+            "num_beams": max(beams, captions * (1 if length == "normal" else 2)),
+            "num_return_sequences": captions,
+            "length_penalty": penalty,
+            "min_length": 12 if length == "long" else 0,
+        }
+    if length != "normal":
+        options["longest_first"] = length == "long"
+    return options | {
+        "do_sample": True,
+        "num_return_sequences": captions * (1 if length == "normal" else 3),
+        **SAMPLED[style],
+    }
+
+
+# What the page asks for
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a picture is: a file that was sent here, or an address. Which of them is never guessed."""
+
+    name: str
+    path: str | None = None
+    url: str | None = None
+
+    def read(self, most_bytes: int) -> bytes:
+        """The file's content. Raises UserError."""
+        if self.url is not None:
+            return fetch_picture(self.url, max_bytes=most_bytes)
+        try:
+            return Path(self.path or "").read_bytes()
+        except OSError:
+            raise UserError(f"{self.name}: no longer here: send it again") from None
+
+
+def preview(content: bytes) -> bytes:
+    """A JPEG of a picture that prepare_picture has read, small enough to stand in the page."""
+    with DECODING:
+        image = Image.fromarray(pictures.decode(content, PREVIEW))
+    image.thumbnail((PREVIEW, PREVIEW))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=88)
+    return out.getvalue()
+
+
+def show(captioner: Captioner, sources: Sequence[Source], options: dict[str, Any], most_bytes: int) -> str:
+    """Cards of pictures with their captions, in order; what could not be captioned has a line."""
+    waiting, cards, errors = [], [], []
+    for source in sources[:MOST_SHOWN]:
+        try:
+            content = source.read(most_bytes)
+            waiting.append((source.name, content, captioner.submit(content, source.name, options)))
+        except UserError as error:
+            errors.append(str(error))
+    if len(sources) > MOST_SHOWN:
+        errors.append(f"{MOST_SHOWN} of {len(sources)} pictures are shown: the Folder tab takes any number")
+    for name, content, captions in waiting:
+        config = captioner.model.config  # type: ignore[union-attr]
+        try:
+            cards.append(card(name, preview(content), config.image_size / (config.resize_size or 1), captions.result()))
+        except UserError as error:
+            errors.append(str(error))
+    return results(cards, errors)
+
+
+def caption_folder(
+    captioner: Captioner, sources: Sequence[Source], options: dict[str, Any], table: Path
+) -> Iterator[str]:
+    """Writes a CSV of file, caption and confidence, and yields how far it is, as HTML."""
+    wanted = [
+        s for s in sources if Path(s.name).suffix.lower() in PICTURE_SUFFIXES and not Path(s.name).name.startswith(".")
+    ]
+    done: list[tuple[str, Caption]] = []
+    errors: list[str] = []
+    waiting: deque[tuple[str, Future[list[Caption]]]] = deque()
+    started = said = time.monotonic()
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "caption", "confidence"])
+        for source in [*wanted, None]:
+            if source is not None:
+                try:
+                    waiting.append((source.name, captioner.submit(str(source.path), source.name, options)))
+                except UserError as error:
+                    errors.append(str(error))
+            while waiting and (source is None or len(waiting) > 2 * MOST_AT_ONCE):
+                name, captions = waiting.popleft()
+                done.append((name, captions.result()[0]))
+                writer.writerow([name, done[-1][1].text, f"{done[-1][1].score:.4f}"])
+                if time.monotonic() - said > 0.3:
+                    said = time.monotonic()
+                    rate = len(done) / (said - started)
+                    left = (len(wanted) - len(done) - len(errors)) / rate
+                    text = f"{len(done) + len(errors):,} of {len(wanted):,} · {rate:.1f} pictures/s · {left:.0f} s left"
+                    yield progress(len(done) + len(errors), len(wanted), text, done[:-9:-1], errors)
+    rest = len(sources) - len(wanted)
+    text = f"{len(done):,} of {len(wanted):,} pictures captioned in {time.monotonic() - started:.1f} s"
+    text += f"; {rest} other file{'s' if rest > 1 else ''} left out" if rest else ""
+    yield progress(1, 1, text, done[:-9:-1], errors)
+
+
+class Training:
+    """The demo, trained by a process of its own."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        self.line = "starting"
+        self.lock = threading.Lock()
+
+    def start(self) -> None:
+        """Starts it, unless it runs already."""
+        with self.lock:
+            if self.running:
+                return
+            pipes: dict[str, Any] = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.STDOUT,
+            }
+            self.process = subprocess.Popen(DEMO, text=True, encoding="utf-8", errors="replace", **pipes)
+            threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:  # a progress bar's carriage returns end lines too
+            self.line = line.strip() or self.line
+
+    @property
+    def running(self) -> bool:
+        """Whether it has been started and has not ended."""
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self) -> None:
+        """Has it save what it has, and end."""
+        if self.running and self.process is not None:
+            self.process.terminate()
+            self.process.wait()
