@@ -188,7 +188,7 @@ def find_run(path: Path) -> Path | None:
 
 
 def code_files(names: Sequence[str]) -> list[str]:
-    """The files of these modules and of those that they import, below the repository, folders' own included."""
+    """The files of these modules and of those that they import, with the texts beside them and folders' own files."""
     found: set[str] = set()
     todo = list(names)
     while todo:
@@ -199,7 +199,10 @@ def code_files(names: Sequence[str]) -> list[str]:
         if path in found or not file.is_file():
             continue
         found.add(path)
-        todo += [name.rpartition(".")[0]] if "." in name else []
+        if "." in name:  # in a folder: at the top, such names are of models and logs
+            todo.append(name.rpartition(".")[0])
+            texts = [text for end in ("css", "html", "js", "txt") for text in file.parent.glob(f"{file.stem}.*{end}")]
+            found |= {text.relative_to(ROOT).as_posix() for text in texts}
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 todo += [alias.name for alias in node.names]
