@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,8 +30,8 @@ import tyro
 from tqdm import tqdm
 
 from captioning.models import is_model, load_model, newest_model
-from captioning.outputs import draw_words, open_output
-from captioning.pipeline import Caption, caption_batch, caption_pictures, picture_names, picture_source
+from captioning.outputs import CaptionFile, Sidecars, draw_words, open_output
+from captioning.pipeline import Result, caption_batch, caption_pictures, picture_names, picture_source
 from config import UserError
 from data.pictures import PictureSource, in_one_line
 from data.scenes import draw, make_scene
@@ -128,26 +130,22 @@ class CaptionConfig:
         return options | {"precision": self.precision, "scores": self.scores, "attention": self.heatmap is not None}
 
 
-def report(config: CaptionConfig, name: str, captions: list[Caption], several: bool) -> None:
+def say(result: Result, several: bool) -> None:
     """Prints a picture's captions, with its name where there are several pictures."""
-    for caption in captions:
-        about = [in_one_line(name)] if several else []
+    for caption in result.captions:
+        about = [in_one_line(result.name)] if several else []
         score = [f"{caption.score:.4f}"] if caption.score is not None else []
         tqdm.write("\t".join([*about, caption.text, *score]), file=sys.stdout)
 
 
 def caption_all(
-    config: CaptionConfig, model: ImageCaptionModel, names: list[str], sources: dict[str, PictureSource]
+    config: CaptionConfig,
+    model: ImageCaptionModel,
+    names: list[str],
+    output: CaptionFile | Sidecars | None,
+    source: Callable[[str], PictureSource],
 ) -> int:
-    """Captions these pictures into what the config asks for. Returns an exit code."""
-
-    def source(name: str) -> PictureSource:
-        return sources[name] if sources else picture_source(name, config.allow_private_urls)
-
-    output = None
-    if config.output and not sources:
-        names = list(dict.fromkeys(names))
-        output = open_output(config.output, names, config.num_captions, config.scores)
+    """Captions these pictures, but for those that the output has, into the output or to be read. Returns an exit code."""
     wanted = [name for name in names if output is None or name not in output]
     size = None if config.batch_size == "auto" else config.batch_size
     results = caption_pictures(model, wanted, batch_size=size, source=source, **config.decoding())
@@ -166,15 +164,14 @@ def caption_all(
                 if output:
                     output.add(result.name, result.captions)
                 else:
-                    report(config, result.name, result.captions, len(names) > 1)
+                    say(result, len(names) > 1)
                 if config.heatmap:
                     draw_words(config.heatmap, source(result.name), result.captions[0], model.config)
     except KeyboardInterrupt:
         if output is None:
             raise
-        print(
-            f"stopped: {captioned:,} more captioned in {output}; the same command goes on from there", file=sys.stderr
-        )
+        said = f"stopped: {captioned:,} more captioned in {output}; the same command goes on from there"
+        print(said, file=sys.stderr)
         return 130
     if output:
         before = f", {already:,} were there" if already else ""
@@ -188,18 +185,21 @@ def main() -> int:
     config = parse_flags(CaptionConfig, __doc__)
     inputs = list(config.inputs)
     model_source = inputs.pop() if inputs and is_model(inputs[-1]) else newest_model()
-    names = picture_names(inputs)
-    scenes: dict[str, PictureSource] = {}
+    names, output = picture_names(inputs), None
+    source: Callable[[str], PictureSource] = partial(picture_source, allow_private=config.allow_private_urls)
     if not inputs:
         scene, _, rng = make_scene(0, "example", 0)
-        scenes = {f"a drawn scene ({scene.captions(rng)[0]})": draw(scene, rng)}
-        names = list(scenes)
+        drawn = {f"a drawn scene ({scene.captions(rng)[0]})": draw(scene, rng)}
+        names, source = list(drawn), drawn.__getitem__
     if config.heatmap and len(names) != 1:
         raise UserError(f"a heat map is of a single picture, and there are {len(names):,}: name one, or leave it out")
+    if config.output and inputs:
+        names = list(dict.fromkeys(names))
+        output = open_output(config.output, names, config.num_captions, config.scores)
     model = load_model(model_source, str(choose_device(config.device)[0]), config.base_dir)
     if not inputs:
         print(f"{names[0]}, captioned by {model_source}:")
-    return caption_all(config, model, names, scenes)
+    return caption_all(config, model, names, output, source)
 
 
 if __name__ == "__main__":

@@ -226,6 +226,14 @@ def test_what_cannot_be_done_is_said_in_one_line(line, said, model, tmp_path, mo
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 
+def test_a_wrong_output_is_said_before_a_model_is_loaded(tmp_path, monkeypatch):
+    """Which takes seconds, or a download. It once was said after."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["example_usage.py", "a.png", "absent.safetensors", "--output", "captions.xlsx"])
+    with pytest.raises(UserError, match=r"name a \.csv or a \.jsonl file"):
+        example_usage.main()
+
+
 # Stopped and run again
 
 
