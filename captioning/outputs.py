@@ -25,6 +25,7 @@ from captioning.pipeline import Caption, is_url
 from config import UserError, ViTGPT2Config
 from data.pictures import PictureSource, decode, in_one_line
 from files import write_text
+from utils import first_line
 
 PANEL = 360  # pixels of a picture's longer side in a figure
 
@@ -197,5 +198,5 @@ def draw_words(path: Path, source: PictureSource, caption: Caption, config: ViTG
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:  # no such folder; no such format
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: the heat map cannot be written ({reason})") from error

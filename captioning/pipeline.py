@@ -30,7 +30,7 @@ from data.layouts import PICTURE_SUFFIXES, clean, pictures_below
 from data.pictures import PictureSource, prepare_picture
 from dataset import decode
 from model import ImageCaptionModel
-from utils import autocast, choose_precision
+from utils import autocast, choose_precision, first_line
 
 # Pictures at a time where nothing is said: as many as make the device fast; memory is found out by trying.
 BATCH_SIZES = {"cuda": 256, "mps": 64, "cpu": 32}
@@ -214,8 +214,8 @@ def _captioned(
             if not is_out_of_memory(error):
                 raise
             if len(names) == 1:
-                said = next(iter(str(error).splitlines()), type(error).__name__)
-                raise UserError(f"not enough memory for a single picture ({said}): use fewer --num-beams") from error
+                said = f"not enough memory for a single picture ({first_line(error)}): use fewer --num-beams"
+                raise UserError(said) from error
         if not captions:  # here the error, and what it held, is gone
             size = len(names) // 2
             if model.device.type == "cuda":

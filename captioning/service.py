@@ -216,14 +216,15 @@ def caption_folder(
                     errors.append(str(error))
             while waiting and (source is None or len(waiting) > 2 * MOST_AT_ONCE):
                 name, captions = waiting.popleft()
-                done.append((name, captions.result()[0]))
-                writer.writerow([name, done[-1][1].text, f"{done[-1][1].score:.4f}"])
+                best = captions.result()[0]
+                done.append((name, best))
+                writer.writerow([name, best.text, f"{best.score:.4f}"])
                 if time.monotonic() - said > 0.3:
                     said = time.monotonic()
-                    rate = len(done) / (said - started)
-                    left = (len(wanted) - len(done) - len(errors)) / rate
-                    text = f"{len(done) + len(errors):,} of {len(wanted):,} · {rate:.1f} pictures/s · {left:.0f} s left"
-                    yield progress(len(done) + len(errors), len(wanted), text, done[:-9:-1], errors)
+                    rate, ended = len(done) / (said - started), len(done) + len(errors)
+                    left = (len(wanted) - ended) / rate
+                    text = f"{ended:,} of {len(wanted):,} · {rate:.1f} pictures/s · {left:.0f} s left"
+                    yield progress(ended, len(wanted), text, done[:-9:-1], errors)
     rest = len(sources) - len(wanted)
     text = f"{len(done):,} of {len(wanted):,} pictures captioned in {time.monotonic() - started:.1f} s"
     text += f"; {rest} other file{'s' if rest > 1 else ''} left out" if rest else ""
