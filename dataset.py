@@ -27,20 +27,23 @@ from data.pictures import crop, load_picture, prepare_picture
 from data.pixels import Augmenter, Pixels, cut_out
 from data.sources import load_table, load_tables
 from data.table import CaptionTable
+from data.tokenizer import decode, train_tokenizer
 from utils import STOP_SIGNALS
 from weights.file import gpt2_tokenizer
 
 __all__ = [
     "CaptionDataset",
+    "decode",
     "download_coco_dataset",
     "load_picture",
     "load_table",
     "load_tables",
+    "load_tokenizer",
     "make_dataloader",
     "prepare_picture",
+    "train_tokenizer",
 ]
 
-END_OF_TEXT = "<|endoftext|>"
 IGNORE = -100
 POSITIONS_MULTIPLE = 64  # M is rounded up to this, so that compiled code sees few shapes
 POOL = 50  # batches that are sorted by length together
@@ -49,37 +52,9 @@ UNUSED = np.random.default_rng(0)
 SIDES = re.compile(r"\b(left|right)(?=\b|most\b|hand|side|ward)", re.IGNORECASE)
 
 
-# Tokenizers
-
-
 def load_tokenizer(name: str, captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """GPT-2's byte-level BPE: trained on these captions for the name "train", else a local folder or a Hub name."""
     return train_tokenizer(captions, vocab_size) if name == "train" else gpt2_tokenizer(name)
-
-
-def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most vocab_size entries (at least 257: the bytes and the end token, which is the last).
-
-    Unlike GPT-2's it puts a space before the first word, so that a word is one token wherever it stands.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    if vocab_size < 257:
-        raise UserError(f"vocab_size {vocab_size} is too small to train a tokenizer: it needs at least 257")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(captions, trainer)
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def decode(tokenizer: PreTrainedTokenizerFast, sequences: Tensor) -> list[str]:
-    """Token ids (N, L) -> N captions, without special tokens and outer spaces."""
-    return [text.strip() for text in tokenizer.batch_decode(sequences, skip_special_tokens=True)]
 
 
 # Samples

@@ -28,7 +28,8 @@ from transformers import PreTrainedTokenizerFast
 
 from config import UserError
 from data.skipped import BadPictures, check_overlap, pictures_seen
-from dataset import CaptionDataset, decode, load_picture, load_table, make_dataloader, to_device
+from data.tokenizer import decode
+from dataset import CaptionDataset, load_picture, load_table, make_dataloader, to_device
 from files import writable_directory, write_json
 from model import ImageCaptionModel
 from scoring.metrics import CiderD

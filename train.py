@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from config import TrainConfig, UserError, ViTGPT2Config
 from data.scenes import mark, scene_from_dict, score_scenes
-from dataset import decode, make_dataloader, micro_batches, to_device
+from data.tokenizer import decode
+from dataset import make_dataloader, micro_batches, to_device
 from evaluate import caption_loader, caption_loss, evaluate_dataset
 from files import put_in_place, write_json
 from model import ImageCaptionModel, use_flash_attention

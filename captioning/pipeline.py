@@ -28,7 +28,7 @@ from config import UserError, ViTGPT2Config
 from data.fetch import fetch_picture
 from data.layouts import PICTURE_SUFFIXES, clean, pictures_below
 from data.pictures import PictureSource, prepare_picture
-from dataset import decode
+from data.tokenizer import decode
 from model import ImageCaptionModel
 from utils import autocast, choose_precision, first_line
 

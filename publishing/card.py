@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from config import PRETRAINED, UserError, ViTGPT2Config
 from data.pictures import prepare_picture
-from dataset import decode
+from data.tokenizer import decode
 from model import ImageCaptionModel
 from scoring.report import METRICS
 from scoring.results import warnings_about

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from config import TrainConfig
 from data.table import CaptionTable
-from dataset import IGNORE, decode, rounded_up
+from data.tokenizer import decode
+from dataset import IGNORE, rounded_up
 from model import ImageCaptionModel
 from scoring.metrics import CiderD, tokenize
 from utils import autocast
