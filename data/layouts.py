@@ -145,6 +145,11 @@ def split_of(*names: str) -> str:
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")
 
 
+def _places(root: Path) -> list[Path]:
+    """The folder, and those in it that are called after a part."""
+    return [root, *sorted(path for path in root.iterdir() if path.is_dir() and split_of(path.name))]
+
+
 def _read_text(path: Path) -> str:
     """A whole text file, with or without a byte order mark."""
     try:
@@ -243,10 +248,8 @@ def _read_karpathy(root: Path, files: list[Path], columns: Columns) -> Iterator[
     source = files[0]
     (images,) = _lists(_json(_read_text(source), source), source, "images")
     listed = functools.cache(lambda folder: file_names(root / folder))
-    names = (
-        image["filename"] for image in images if isinstance(image, dict) and isinstance(image.get("filename"), str)
-    )
-    flickr = _first_folder(root, FLICKR_FOLDERS.split(), names)
+    named = (image.get("filename") for image in images if isinstance(image, dict))
+    flickr = _first_folder(root, FLICKR_FOLDERS.split(), (name for name in named if isinstance(name, str)))
     for i, image in enumerate(images):
         where = f"{source}: images[{i}]"
         name = _checked(_field(image, "filename", str, where), where)
@@ -444,8 +447,7 @@ def _find_columns(root: Path, columns: Columns) -> list[Path]:
 
 def _find_imagefolder(root: Path, columns: Columns) -> list[Path]:
     names = [f"metadata.{suffix}" for suffix in ("jsonl", "csv", "parquet")]
-    places = [root, *sorted(path for path in root.iterdir() if path.is_dir() and split_of(path.name))]
-    return [place / name for place in places for name in names if (place / name).is_file()]
+    return [place / name for place in _places(root) for name in names if (place / name).is_file()]
 
 
 def _read_columns(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
@@ -475,11 +477,9 @@ def _read_columns(root: Path, files: list[Path], columns: Columns) -> Iterator[R
             known[2].extend(texts)
         folders = [(near / inside).as_posix() for near in (base, Path()) for inside in (".", "images", "Images")]
         folder = _first_folder(root, folders, found) or f"{base.as_posix()}/"
+        of_file = split_of(source.stem if len(files) > 1 else "", source.parent.name if base != Path() else "")
         for name, (split, number, texts) in found.items():
-            split = split or split_of(
-                source.stem if len(files) > 1 else "", source.parent.name if base != Path() else ""
-            )
-            split = split or SPLIT_WORDS.get(name.split("/")[0].lower(), "")
+            split = split or of_file or SPLIT_WORDS.get(name.split("/")[0].lower(), "")
             yield Row(split, (folder + name).removeprefix("./"), number, texts)
 
 
@@ -517,8 +517,7 @@ def _read_sidecars(root: Path, files: list[Path], columns: Columns) -> Iterator[
 
 
 def _find_shards(root: Path, columns: Columns) -> list[Path]:
-    places = [root, *sorted(path for path in root.iterdir() if path.is_dir() and split_of(path.name))]
-    return [path for place in places for path in sorted(place.glob("*.tar"))]
+    return [path for place in _places(root) for path in sorted(place.glob("*.tar"))]
 
 
 def _read_shards(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
