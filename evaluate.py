@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from config import UserError
 from data.skipped import BadPictures, check_overlap, pictures_seen
+from data.table import CaptionTable
 from data.tokenizer import decode
 from dataset import CaptionDataset, load_picture, load_table, make_dataloader, to_device
 from files import writable_directory, write_json
@@ -183,6 +184,18 @@ def contact_sheet(
         pyplot.close(figure)
 
 
+def sample_sheet(path: Path, captioned: Captioned, table: CaptionTable) -> None:
+    """A contact sheet of a dozen pictures spread over the set: good and bad as they fall."""
+    number = len(captioned.captions)
+    chosen = range(0, number, max(1, number // 12))[:12]
+    contact_sheet(
+        path,
+        [load_picture(table.picture(captioned.rows[i]), 256) for i in chosen],
+        [captioned.captions[i] for i in chosen],
+        [captioned.references[i] for i in chosen],
+    )
+
+
 def evaluate_dataset(
     model: ImageCaptionModel,
     dataset: CaptionDataset,
@@ -234,14 +247,7 @@ def evaluate_dataset(
         more,
         lambda i: table.picture(rows[i]),
     )
-    number = len(captioned.captions)
-    chosen = range(0, number, max(1, number // 12))[:12]  # spread over the set: good and bad as they fall
-    contact_sheet(
-        directory / "samples.png",
-        [load_picture(table.picture(rows[i]), 256) for i in chosen],
-        [captioned.captions[i] for i in chosen],
-        [captioned.references[i] for i in chosen],
-    )
+    sample_sheet(directory / "samples.png", captioned, table)
     return captioned, metrics
 
 
@@ -327,61 +333,65 @@ def main() -> None:
     """The command line."""
     config = parse_flags(EvaluateConfig, __doc__)
     frequencies = CiderD.load(config.document_frequencies) if config.document_frequencies else None
-    more = MoreScores(config.java, config.instances, config.clip, frequencies)
     if config.compare and config.references:
         differences = compare(*config.compare, config.references, frequencies)
         write_json(writable_directory(config.output_dir) / "comparison.json", differences)
         return
+    more = MoreScores(config.java, config.instances, config.clip, frequencies)
     if config.results and config.references:
-        names, captions, known = read_results(config.results, config.references)
-        directory = writable_directory(config.output_dir)
-        title = f"{config.results.name} against {config.references.name}"
-        about = {"results": str(config.results), "references": str(config.references), **about_results(config.results)}
-        captioned = Captioned([], captions, known, [], frequencies=frequencies)
-        metrics = write_evaluation(directory, title, captioned, names, {}, about, more)
+        metrics = score_results(config, config.results, config.references, more)
     elif config.model and (config.data_dir or "/" in config.dataset):
-        model = ImageCaptionModel.from_pretrained(config.model, config.base_dir)
-        columns = {"image_column": config.image_column, "caption_column": config.caption_column}
-        data_dir = config.data_dir or Path()
-        table = load_table(config.dataset, data_dir, config.split, **columns)
-        check_overlap(model.trained_on, table, config.allow_overlap)
-        if table.split == "test":
-            print("the test part is for the number at the end: choose models and settings on val")
-        if table.split != "train":
-            with contextlib.suppress(UserError):  # no such part, or none of its pictures: then it is left out
-                trained = load_table(config.dataset, data_dir, "train", **columns)
-                more = dataclasses.replace(more, training_captions=trained.captions().to_pylist())
-        device, _ = choose_device(config.device)
-        dtype, _ = choose_precision(config.precision, device)
-        directory = writable_directory(config.output_dir)
-        data = CaptionDataset(table, model.tokenizer, model.config)
-        sampling: dict[str, Any] = {
-            "do_sample": True,
-            "temperature": config.temperature,
-            "top_k": config.top_k,
-            "top_p": config.top_p,
-        }
-        _, metrics = evaluate_dataset(
-            model.to(device),
-            data,
-            device,
-            dtype,
-            directory,
-            config.batch_size,
-            BadPictures(directory / "bad_samples.csv", [table], config.max_bad_share),
-            more,
-            num_beams=config.num_beams,
-            length_penalty=config.length_penalty,
-            max_length=config.max_length,
-            num_return_sequences=None if config.num_captions == 1 else config.num_captions,
-            int8=config.precision == "int8",
-            **(sampling if config.do_sample else {}),
-        )
+        metrics = score_model(config, config.model, more)
     else:
         raise UserError("name a model and --data-dir, or --results (or --compare) and --references (see --help)")
-    write_json(directory / "metrics.json", metrics)
+    write_json(config.output_dir / "metrics.json", metrics)
     print_metrics(metrics)
-    print(f"written to {directory}")
+    print(f"written to {config.output_dir}")
+
+
+def score_results(config: EvaluateConfig, results: Path, references: Path, more: MoreScores) -> dict[str, Any]:
+    """Scores a file of captions; writes what write_evaluation does."""
+    names, captions, known = read_results(results, references)
+    title = f"{results.name} against {references.name}"
+    about = {"results": str(results), "references": str(references)}
+    captioned = Captioned([], captions, known, [], frequencies=more.frequencies)
+    directory = writable_directory(config.output_dir)
+    return write_evaluation(directory, title, captioned, names, {}, about | about_results(results), more)
+
+
+def score_model(config: EvaluateConfig, source: str, more: MoreScores) -> dict[str, Any]:
+    """Scores a model on a part of a data set; writes what evaluate_dataset does."""
+    model = ImageCaptionModel.from_pretrained(source, config.base_dir)
+    columns = {"image_column": config.image_column, "caption_column": config.caption_column}
+    folder = config.data_dir or Path()
+    table = load_table(config.dataset, folder, config.split, **columns)
+    check_overlap(model.trained_on, table, config.allow_overlap)
+    if table.split == "test":
+        print("the test part is for the number at the end: choose models and settings on val")
+    if table.split != "train":
+        with contextlib.suppress(UserError):  # no such part, or none of its pictures: then it is left out
+            trained = load_table(config.dataset, folder, "train", **columns)
+            more = dataclasses.replace(more, training_captions=trained.captions().to_pylist())
+    device, _ = choose_device(config.device)
+    dtype, _ = choose_precision(config.precision, device)
+    directory = writable_directory(config.output_dir)
+    sampling = ("do_sample", "temperature", "top_k", "top_p") if config.do_sample else ()
+    return evaluate_dataset(
+        model.to(device),
+        CaptionDataset(table, model.tokenizer, model.config),
+        device,
+        dtype,
+        directory,
+        config.batch_size,
+        BadPictures(directory / "bad_samples.csv", [table], config.max_bad_share),
+        more,
+        num_beams=config.num_beams,
+        length_penalty=config.length_penalty,
+        max_length=config.max_length,
+        num_return_sequences=None if config.num_captions == 1 else config.num_captions,
+        int8=config.precision == "int8",
+        **{name: getattr(config, name) for name in sampling},
+    )[1]
 
 
 if __name__ == "__main__":
