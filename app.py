@@ -56,7 +56,7 @@ def gradio() -> Any:
     try:
         import gradio
     except ImportError:
-        raise UserError("the web page is made with gradio: pip install -r requirements-app.txt") from None
+        raise UserError("the web page is made with gradio: pip install -r requirements/app.txt") from None
     return gradio
 
 

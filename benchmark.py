@@ -493,7 +493,7 @@ class MetricsBenchmark:
         try:
             import pycocoevalcap.cider.cider  # noqa: F401
         except ImportError:
-            raise UserError("pycocoevalcap is not installed: pip install -r requirements-full.txt") from None
+            raise UserError("pycocoevalcap is not installed: pip install -r requirements/full.txt") from None
         captions = made_up_captions(self.pictures, self.references)
         print(f"{self.pictures:,} pictures with {self.references} references")
         return {"scores": self.scores(*captions), "reward": self.reward(*captions)}

@@ -296,7 +296,7 @@ class EvaluateConfig:
     document_frequencies: Path | None = None
     """A .npz of metrics.CiderD(...).save: CIDEr-D with its frequencies, not those of the pictures evaluated."""
     java: bool = False
-    """Also METEOR and SPICE, where Java and pycocoevalcap are (requirements-full.txt)."""
+    """Also METEOR and SPICE, where Java and pycocoevalcap are (requirements/full.txt)."""
     instances: Path | None = None
     """COCO's instances_*.json of the pictures, for CHAIR: objects that are named and not there."""
     clip: str | None = None

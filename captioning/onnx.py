@@ -2,7 +2,7 @@
 
     python convert.py onnx vit-gpt2-captioning.safetensors my-captioner-onnx
 
-Torch's exporter needs onnx and onnxscript, eight-bit files onnxruntime (requirements-onnx.txt). The folder is the one
+Torch's exporter needs onnx and onnxscript, eight-bit files onnxruntime (requirements/onnx.txt). The folder is the one
 that convert's to-transformers writes, with onnx/ in the place of the weights, and has the names that transformers.js
 looks for.
 
@@ -46,7 +46,7 @@ def save_onnx(model: ImageCaptionModel, directory: str | os.PathLike[str], int8:
         raise UserError("ONNX files are made of models with cross-attention: this one reads a prefix")
     needed = ["onnx", "onnxscript", *(["onnxruntime"] if int8 else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise UserError(f"ONNX files need {', '.join(missing)}: pip install -r requirements-onnx.txt")
+        raise UserError(f"ONNX files need {', '.join(missing)}: pip install -r requirements/onnx.txt")
     with new_folder(directory, [*(name for name in WRITTEN if name != WEIGHTS), "onnx"], MARKER) as folder:
         write_their_files(model.saved(), folder)  # first, as the tokenizer may be missing
         (folder / "onnx").mkdir()

@@ -342,7 +342,7 @@ def print_report(report: Report) -> None:
         near = "" if number["near"] is None else f", {number['near']:,} near"
         lines += [("duplicates", f"{pair.replace('/', ' and ')}: {number['exact']:,} exact{near}")]
     if any(number["near"] is None for number in copies.values()):
-        lines += [("duplicates", "near ones not looked for, without ImageHash: pip install -r requirements-data.txt")]
+        lines += [("duplicates", "near ones not looked for, without ImageHash: pip install -r requirements/data.txt")]
     lines += [("warning", warning) for warning in report.warnings]
     for name, text in lines:
         print(f"{name:11} {text}")

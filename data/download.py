@@ -122,7 +122,7 @@ def download_flickr30k() -> Path:
         import kagglehub
     except ImportError:
         raise UserError(
-            f"Flickr30k comes through kagglehub: pip install -r requirements-data.txt, or {by_hand}"
+            f"Flickr30k comes through kagglehub: pip install -r requirements/data.txt, or {by_hand}"
         ) from None
     try:
         # With its version, kagglehub asks the server only for what the cache lacks; without, every time.

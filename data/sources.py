@@ -207,7 +207,7 @@ def _read_hub(source: str, columns: Columns) -> dict[str, CaptionTable]:
         import datasets
     except ImportError:
         raise UserError(
-            f"{source} is read with Hugging Face's datasets: pip install -r requirements-data.txt"
+            f"{source} is read with Hugging Face's datasets: pip install -r requirements/data.txt"
         ) from None
     refusal = None
     try:

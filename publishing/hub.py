@@ -83,7 +83,7 @@ class UploadConfig:
     pr: bool = False
     """Open a pull request instead of changing the repository."""
     onnx: bool = False
-    """Add ONNX files for browsers (requirements-onnx.txt)."""
+    """Add ONNX files for browsers (requirements/onnx.txt)."""
     space: bool = False
     """Also make a Gradio Space of the same name: the web page, with this model, for anybody to try."""
     dry_run: bool = False

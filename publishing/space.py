@@ -1,7 +1,7 @@
 """A Space of the Hugging Face Hub: the web page of app.py with a published model, for anybody to try.
 
-publish.py calls it, puts the project's code beside what it writes, and uploads the folder. The Space's log is where its
-errors are read, so it starts as the scripts do.
+publishing/hub.py puts the project's code beside what is written here, and uploads the folder. The Space's log is where
+its errors are read, so it starts as the scripts do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def gradio_version() -> str:
     try:
         return importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError:
-        raise UserError("a Space is made with gradio: pip install -r requirements-app.txt") from None
+        raise UserError("a Space is made with gradio: pip install -r requirements/app.txt") from None
 
 
 def write_space(folder: Path, repository: str, adapters: dict[str, Any] | None) -> None:
@@ -52,7 +52,8 @@ def write_space(folder: Path, repository: str, adapters: dict[str, Any] | None) 
     start += "from app import main\nfrom utils import run_script\n\n"
     start += f'sys.argv[1:] = ["--model", "{repository}", "--host", "0.0.0.0"]\nrun_script(main)\n'
     write_text(folder / START, start)
-    needed = ["requirements.txt", *(["requirements-qlora.txt"] if adapters and adapters["quantized"] else [])]
+    needed = ["requirements.txt", *(["requirements/qlora.txt"] if adapters and adapters["quantized"] else [])]
     lines = [line for name in needed for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
-    packages = [line for line in lines if not line.startswith(("#", "wandb"))]  # a Space does not train
+    # Of the lists themselves only the packages; and a Space does not train.
+    packages = [line for line in lines if not line.startswith(("#", "-r", "wandb"))]
     write_text(folder / "requirements.txt", "\n".join(packages) + "\n")

@@ -66,7 +66,7 @@ def _objects_in_pictures(instances_json: Path) -> dict[Any, set[str]]:
     try:
         from pycocotools.coco import COCO  # type: ignore[import-untyped]
     except ImportError:
-        raise UserError("CHAIR needs pycocotools: pip install -r requirements-full.txt") from None
+        raise UserError("CHAIR needs pycocotools: pip install -r requirements/full.txt") from None
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it reports every step
             coco = COCO(str(instances_json))

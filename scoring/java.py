@@ -1,6 +1,6 @@
 """METEOR, SPICE and the Java tokenizer.
 
-Java runs the jars that lie inside an installed pycocoevalcap (requirements-full.txt), driven from here because its own
+Java runs the jars that lie inside an installed pycocoevalcap (requirements/full.txt), driven from here because its own
 drivers know no time limit, let the machine's language into the numbers and may block on a full pipe. What a metric needs
 and does not find is said in one line, and then the metric is left out: it is never imitated, and nothing is downloaded.
 """
@@ -139,7 +139,7 @@ def _jar(*parts: str) -> Path:
     """A jar inside the installed pycocoevalcap."""
     package = importlib.util.find_spec("pycocoevalcap")
     if package is None or not package.submodule_search_locations:
-        raise UserError("pycocoevalcap is not installed: pip install -r requirements-full.txt")
+        raise UserError("pycocoevalcap is not installed: pip install -r requirements/full.txt")
     jar = Path(next(iter(package.submodule_search_locations)), *parts)
     if not jar.is_file():
         raise UserError(f"{jar} is missing: install pycocoevalcap 1.2")

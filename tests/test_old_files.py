@@ -82,7 +82,7 @@ def test_a_run_stopped_half_way_goes_on(script, tmp_path, kind):
     """Days of training. The same command must find the run, by its fingerprint, and go on with its weights, moments and
     order of pictures; adapters also need their bases to be known again. A field more in TrainConfig loses every run."""
     if kind == "adapters":
-        pytest.importorskip("peft", reason="needs requirements-qlora.txt")
+        pytest.importorskip("peft", reason="needs requirements/qlora.txt")
     shutil.copytree(OLD / kind, tmp_path, symlinks=True, dirs_exist_ok=True)
     run = tmp_path / "runs" / NAME
     state = json.loads((run / "checkpoints/latest/state.json").read_text())

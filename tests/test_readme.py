@@ -55,16 +55,15 @@ def test_every_flag_and_file_it_names_exists():
 
 
 def test_every_dependency_has_its_reason():
-    requirements = "".join(
-        (ROOT / f"requirements{kind}.txt").read_text() for kind in ("", "-dev", "-data", "-onnx", "-full", "-app")
-    )
+    files = [ROOT / "requirements.txt", *(ROOT / "requirements").iterdir()]
+    requirements = "".join(path.read_text() for path in files)
     section = TEXT.split("## Dependencies")[1].split("## ")[0]
     for name in re.findall(r"^([\w-]+)>=", requirements, re.M):
         assert name in section, name
 
 
 def test_ci_runs_the_test_command_as_it_stands_here():
-    command = next(command for command in COMMANDS if "requirements-dev.txt" in command)
+    command = next(command for command in COMMANDS if "requirements/dev.txt" in command)
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
@@ -157,7 +156,7 @@ HERE = list(dict.fromkeys(filter(runs_here, COMMANDS)))
 def test_every_other_command_runs(user, command):
     """As it stands in the README, in a user's folder and without a network; trainings are cut short."""
     if "onnx" in command:
-        pytest.importorskip("onnxscript", reason="needs requirements-onnx.txt")
+        pytest.importorskip("onnxscript", reason="needs requirements/onnx.txt")
     if "main.py" in command:
         command += " --max-steps 2 --batch-size 4 --wandb off --resume never --output-dir out"
         command += "" if "--init-model" in command else f" {TINY}"

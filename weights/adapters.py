@@ -1,7 +1,7 @@
 """Adapters (LoRA) on the linear layers of a pretrained model, whose own weights rest, in 4 bits if wanted: their file, and
 how loading merges it.
 
-peft and bitsandbytes (requirements-qlora.txt) are imported late. A file of adapters has, for each adapted layer, its two
+peft and bitsandbytes (requirements/qlora.txt) are imported late. A file of adapters has, for each adapted layer, its two
 small matrices, and in full what no pretrained model brings: the projection, the cross-attention. Its metadata name the
 pretrained models. Whatever captions meets plain layers; they are rounded to 4 bits first where they were while the
 adapters learned.
@@ -27,7 +27,7 @@ from weights.huggingface import read_captioner
 from weights.pretrained import read_parts
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as it is imported, it recommends a package of kernels
-INSTALL = "pip install -r requirements-qlora.txt"
+INSTALL = "pip install -r requirements/qlora.txt"
 
 
 # On a model that is to learn

@@ -114,7 +114,7 @@ def test_the_precision_benchmark(scenes_dir, scenes_tokenizer, tmp_path, capsys)
 
 
 def test_the_metrics_benchmark(tmp_path):
-    pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is of requirements-full.txt")
+    pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is of requirements/full.txt")
     sizes = ("--pictures", "40", "--rewarded", "6", "--samples", "4", "--rounds", "1")
     done = run("metrics", *sizes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -126,7 +126,7 @@ def test_the_metrics_benchmark(tmp_path):
 
 def test_the_metrics_benchmark_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
-    with pytest.raises(UserError, match=r"pip install -r requirements-full\.txt"):
+    with pytest.raises(UserError, match=r"pip install -r requirements/full\.txt"):
         benchmark.MetricsBenchmark().run()
 
 
@@ -169,7 +169,7 @@ def test_the_training_benchmark(tmp_path):
 @pytest.mark.slow
 def test_the_training_benchmark_of_adapters(tmp_path):
     """Adapters begin as nothing, so the first loss is the whole model's (of weights in 4 bits, nearly)."""
-    pytest.importorskip("peft", reason="peft is of requirements-qlora.txt")
+    pytest.importorskip("peft", reason="peft is of requirements/qlora.txt")
     flags = ("--steps", "1", "--rounds", "1", "--batch-size", "2", "--tokens", "5", "--precisions", "bf16")
     more = ("--no-transformers", "--adapters", "--model.bridge", "prefix", "--model.prefix-length", "4")
     done = run("train", *flags, *more, *TINY, cwd=tmp_path)

@@ -36,8 +36,8 @@ from example_usage import caption_image
 from model import ImageCaptionModel
 from weights.file import MODEL_FILE
 
-pytest.importorskip("gradio", reason="gradio is of requirements-app.txt")
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is of requirements-dev.txt")
+pytest.importorskip("gradio", reason="gradio is of requirements/app.txt")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is of requirements/dev.txt")
 from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
@@ -682,4 +682,4 @@ def test_a_missing_gradio_is_one_line(tmp_path):
     command = [sys.executable, ROOT / "app.py"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "pip install -r requirements-app.txt" in done.stderr
+    assert "pip install -r requirements/app.txt" in done.stderr

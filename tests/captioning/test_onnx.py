@@ -164,7 +164,7 @@ def test_a_missing_package_is_one_line(exported, tmp_path):
     )
     command = [sys.executable, ROOT / "convert.py", "onnx", tmp_path / "m.safetensors", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 2 and "requirements-onnx.txt" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "requirements/onnx.txt" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -267,7 +267,7 @@ def test_without_imagehash_one_line_says_so(tmp_path, monkeypatch, capsys):
     report = report_of(root)
     print_report(report)
     lines = [line for line in capsys.readouterr().out.splitlines() if "ImageHash" in line]
-    assert len(lines) == 1 and "pip install -r requirements-data.txt" in lines[0]
+    assert len(lines) == 1 and "pip install -r requirements/data.txt" in lines[0]
     assert report.figures["duplicates"] == {"train/val": {"exact": 1, "near": None}}
 
 

@@ -597,7 +597,7 @@ def kaggle_away(kaggle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_flickr30k_without_kagglehub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kagglehub", None)
     assert error_of(download_flickr30k) == (
-        "Flickr30k comes through kagglehub: pip install -r requirements-data.txt, or download "
+        "Flickr30k comes through kagglehub: pip install -r requirements/data.txt, or download "
         "hsankesara/flickr-image-dataset yourself and name its folder with --data-dir"
     )
 

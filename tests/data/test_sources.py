@@ -1039,7 +1039,7 @@ def test_wrong_words(tmp_path: Path) -> None:
 def test_the_hub_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     message = error_of(lambda: load_tables("somebody/data", "ignored"))
-    assert message.startswith("somebody/data is read with") and "pip install -r requirements-data.txt" in message
+    assert message.startswith("somebody/data is read with") and "pip install -r requirements/data.txt" in message
 
 
 def test_the_hub_without_a_network(hub_cache: None) -> None:

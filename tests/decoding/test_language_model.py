@@ -119,7 +119,7 @@ def test_cross_attention_is_gpt2s_alone(tmp_path, scenes_tokenizer):
 @pytest.mark.parametrize("kind", [*KINDS, "gpt2"])
 def test_a_whole_run(scenes_dir, scenes_tokenizer, tmp_path, monkeypatch, kind):
     """--decoder with --qlora and --prompt, to the finished file of adapters and back; GPT-2 is this project's own there too."""
-    pytest.importorskip("peft", reason="needs requirements-qlora.txt")
+    pytest.importorskip("peft", reason="needs requirements/qlora.txt")
     from train import train
 
     bases = write_bases(tmp_path / "bases", 48, 8, len(scenes_tokenizer), 64)

@@ -31,6 +31,7 @@ from model import ImageCaptionModel
 from publishing import hub as publish
 from publishing.card import HUB
 from publishing.hub import UploadConfig
+from publishing.space import write_space
 from training.checkpoint import save_checkpoint
 from weights import adapters
 
@@ -200,7 +201,7 @@ def test_a_model_with_a_prefix_brings_its_code(hub, cwd, tmp_path, scenes_tokeni
 
 def test_adapters_are_published_as_adapters(hub, scenes_dir, tmp_path, scenes_tokenizer):
     """Trained on models of the Hub, uploaded without them, and merged into them again by whoever loads them."""
-    pytest.importorskip("peft", reason="needs requirements-qlora.txt")
+    pytest.importorskip("peft", reason="needs requirements/qlora.txt")
     bases = write_bases(tmp_path / "bases", vocab_size=len(scenes_tokenizer), positions=64)
     scenes_tokenizer.backend_tokenizer.model.save(bases["decoder"])
     for folder in bases.values():
@@ -270,7 +271,7 @@ def test_another_language_model_goes_as_it_is(hub, cwd, upload, scenes_tokenizer
 
 def test_a_space_shows_the_model(hub, cwd, tmp_path):
     """Its files alone, started as the Hub starts them, serve the page with the model of the Hub."""
-    gradio_client = pytest.importorskip("gradio_client", reason="needs requirements-app.txt")
+    gradio_client = pytest.importorskip("gradio_client", reason="needs requirements/app.txt")
     said = script(hub, cwd, "upload_to_hf.py", "ann/model", "--space")
     checked, sent = (
         [n for n, line in enumerate(hub.lines()) if name in line] for name in ("POST /api/validate-yaml", "/commit/")
@@ -299,6 +300,15 @@ def test_a_space_shows_the_model(hub, cwd, tmp_path):
     assert answer["caption"] == caption_image(
         space / "photo.png", cwd / MODEL, max_length=24, do_sample=False, num_beams=3
     )
+
+
+def test_a_space_installs_packages_by_name(tmp_path):
+    """The lists name each other by paths that a Space does not have."""
+    pytest.importorskip("gradio", reason="needs requirements/app.txt")
+    write_space(tmp_path, "ann/model", {"quantized": True})
+    lines = (tmp_path / "requirements.txt").read_text().splitlines()
+    assert all(re.match(r"\w[\w-]*>=[\d.]+$", line) for line in lines), lines
+    assert {"torch", "peft", "bitsandbytes"} <= {line.split(">=")[0] for line in lines}
 
 
 def test_a_space_of_another_make_is_left_alone(hub, cwd):

@@ -329,7 +329,7 @@ def split(drawn: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
 @given(pictures)
 def test_scores_equal_pycocoevalcap(drawn: list[tuple[Any, Any]]) -> None:
     """Where it has an answer: its ROUGE-L takes an empty caption for one word, its CIDEr fails without any n-gram."""
-    bleu_module = pytest.importorskip("pycocoevalcap.bleu.bleu", reason="pycocoevalcap is of requirements-full.txt")
+    bleu_module = pytest.importorskip("pycocoevalcap.bleu.bleu", reason="pycocoevalcap is of requirements/full.txt")
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 

@@ -29,7 +29,7 @@ from scoring.metrics import score_captions, tokenize
 
 PACKAGE = importlib.util.find_spec("pycocoevalcap")
 needs_java = pytest.mark.skipif(
-    shutil.which("java") is None or PACKAGE is None, reason="needs java and pycocoevalcap (requirements-full.txt)"
+    shutil.which("java") is None or PACKAGE is None, reason="needs java and pycocoevalcap (requirements/full.txt)"
 )
 
 
@@ -142,7 +142,7 @@ def test_without_pycocoevalcap(monkeypatch):
     scores = java_scores(["a"], [["a"]])
     assert not scores.corpus and not scores.per_picture
     assert scores.notes == [
-        "METEOR and SPICE left out: pycocoevalcap is not installed: pip install -r requirements-full.txt"
+        "METEOR and SPICE left out: pycocoevalcap is not installed: pip install -r requirements/full.txt"
     ]
 
 
@@ -289,7 +289,7 @@ def test_every_phrase_means_one_thing():
 @pytest.fixture
 def instances(tmp_path) -> Path:
     """Picture 1: a dog and a person; 2: a cat; 3: nothing."""
-    pytest.importorskip("pycocotools", reason="needs pycocotools (requirements-full.txt)")
+    pytest.importorskip("pycocotools", reason="needs pycocotools (requirements/full.txt)")
     path = tmp_path / "instances.json"
     names = {1: "person", 17: "cat", 18: "dog"}
     path.write_text(
@@ -332,13 +332,13 @@ def test_chair_errors_are_one_line(instances, tmp_path, monkeypatch):
             chair(captions, path)
         assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    with pytest.raises(UserError, match=r"pip install -r requirements-full\.txt"):
+    with pytest.raises(UserError, match=r"pip install -r requirements/full\.txt"):
         chair({1: "a cat"}, instances)
 
 
 def test_people_invent_little():
     """COCO's own captions name what is there; those of other pictures do not."""
-    pytest.importorskip("pycocotools", reason="needs pycocotools (requirements-full.txt)")
+    pytest.importorskip("pycocotools", reason="needs pycocotools (requirements/full.txt)")
     annotations = needs_shared("tiny_coco") / "annotations"
     content = json.loads((annotations / "captions_val2017.json").read_text())
     references: dict[int, list[str]] = {}

@@ -33,7 +33,7 @@ from weights import adapters
 from weights.adapters import adapt, check_adapters, find_base
 from weights.file import METADATA_KEY, MODEL_FILE
 
-pytest.importorskip("peft", reason="needs requirements-qlora.txt")
+pytest.importorskip("peft", reason="needs requirements/qlora.txt")
 CPU = torch.device("cpu")
 PICTURES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 IDS = torch.randint(0, 61, (4, 2, 7), generator=torch.Generator().manual_seed(2))
@@ -191,10 +191,10 @@ def test_what_cannot_be_is_refused_in_one_line(bases, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="int8"):
         model.generate(PICTURES, int8=True)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"peft.*pip install -r requirements-qlora\.txt"):
+    with pytest.raises(UserError, match=r"peft.*pip install -r requirements/qlora\.txt"):
         check_adapters(settings(lora=True), CPU)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=r"peft.*pip install -r requirements-qlora\.txt"):
+    with pytest.raises(UserError, match=r"peft.*pip install -r requirements/qlora\.txt"):
         train(settings(qlora=True, output_dir=tmp_path / "out", dataset="flickr30k"))  # and nothing is downloaded first
 
 
