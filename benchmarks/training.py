@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -181,6 +181,16 @@ def load_peer(folder: Path, sizes: ViTGPT2Config) -> Any:
     return model
 
 
+def start_process(target: Callable[..., None], *arguments: Any, daemon: bool = False) -> tuple[Any, Connection]:
+    """A process that was not forked, and the pipe to it, whose other end is the target's last argument."""
+    context = multiprocessing.get_context("spawn")
+    pipe, end = context.Pipe()
+    process = context.Process(target=target, args=(*arguments, end), daemon=daemon)
+    process.start()
+    end.close()
+    return process, pipe
+
+
 def receive(pipe: Connection, name: str) -> Any:
     """What a loop's process has sent. Raises UserError where it ended instead."""
     try:
@@ -273,12 +283,7 @@ class TrainBenchmark:
                 write_transformers(start.saved(), model_file.parent / "theirs")
             del start
             for precision in self.precisions or (("bf16",) if cuda else ("fp32", "bf16")):
-                settings: dict[str, Any] = {
-                    "precision": precision,
-                    "device": device.type,
-                    "tokens": self.tokens,
-                    "model": self.model,
-                }
+                settings: Any = dict(precision=precision, device=device.type, tokens=self.tokens, model=self.model)
                 wanted = self.captions or ((5, 1) if cuda else (5,))
                 ours = [Loop("ours", pictures, captions, compile=self.compile, **settings) for captions in wanted]
                 sizes = dict.fromkeys((pictures, *(loop.pairs for loop in ours)))
@@ -302,13 +307,9 @@ class TrainBenchmark:
 
     def turns(self, loops: list[Loop], model_file: Path) -> list[dict[str, Any]]:
         """The figures of loops that take turns, each in a process of its own."""
-        context = multiprocessing.get_context("spawn")
         pipes, processes, losses = [], [], []
         for loop in loops:
-            pipe, end = context.Pipe()
-            process = context.Process(target=serve, args=(loop, model_file, self.steps, end), daemon=True)
-            process.start()
-            end.close()
+            process, pipe = start_process(serve, loop, model_file, self.steps, daemon=True)
             pipes.append(pipe)
             processes.append(process)
             losses.append(receive(pipe, loop.whose))  # one after the other
@@ -429,7 +430,7 @@ class RaceBenchmark:
 
     def run(self) -> dict[str, Any]:
         """Each racer's steps, pairs seen and scores."""
-        context, found, waiting = multiprocessing.get_context("spawn"), {}, dict(RACERS)
+        found, waiting = {}, dict(RACERS)
         running: dict[str, tuple[Any, Connection]] = {}
         chosen, reason = choose_precision("auto", torch.device("cpu"))
         precision: Any = next(name for name, dtype in PRECISIONS.items() if dtype == chosen)
@@ -443,11 +444,7 @@ class RaceBenchmark:
                         PRESETS["flickr8k"], data_dir=self.data_dir, captions_per_image=captions, precision=precision
                     )
                     (own := Path(folder) / str(len(waiting))).mkdir()
-                    pipe, end = context.Pipe()
-                    process = context.Process(target=race, args=(racer, config, 60 * self.core_minutes, own, end))
-                    process.start()
-                    end.close()
-                    running[racer] = process, pipe
+                    running[racer] = start_process(race, racer, config, 60 * self.core_minutes, own)
                 ready = multiprocessing.connection.wait([pipe for _, pipe in running.values()])
                 for racer in [name for name, (_, pipe) in running.items() if pipe in ready]:
                     process, own_pipe = running.pop(racer)
@@ -470,6 +467,18 @@ GOLDEN = [
 
 OPTIMIZERS = ("adamw", "muon")
 EXACT = ("--device", "cpu", "--precision", "fp32")
+
+
+def golden_code(commit: str | None, directory: Path) -> Path:
+    """The folder of a commit's files, written there; of the files as they are, theirs. Raises UserError."""
+    if commit is None:
+        return ROOT
+    directory.mkdir()
+    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True)
+    if archive.returncode:
+        raise UserError(f"{commit}: {archive.stderr.decode().strip().splitlines()[-1]}")
+    subprocess.run(["tar", "-x"], cwd=directory, input=archive.stdout, check=True)
+    return directory
 
 
 def golden_script(code: Path, directory: Path, *arguments: str) -> None:
@@ -529,16 +538,8 @@ class GoldenBenchmark:
         with tempfile.TemporaryDirectory() as folder:
             versions = []
             for name, commit in (("before", self.before), ("after", self.after)):
-                code, run = ROOT, Path(folder) / name
-                run.mkdir()
-                if commit is not None:
-                    code = run / "code"
-                    code.mkdir()
-                    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True)
-                    if archive.returncode:
-                        raise UserError(f"{commit}: {archive.stderr.decode().strip().splitlines()[-1]}")
-                    subprocess.run(["tar", "-x"], cwd=code, input=archive.stdout, check=True)
-                versions.append((code, run))
+                (run := Path(folder) / name).mkdir()
+                versions.append((golden_code(commit, run / "code"), run))
             for optimizer in OPTIMIZERS:
                 (before, before_hash), (after, after_hash) = (golden_run(*each, optimizer) for each in versions)
                 print(f"{optimizer:>5} {self.before:>24} {self.after or 'these files':>24}")

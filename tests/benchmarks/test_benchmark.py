@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, random_model, tiny_config
 
-import benchmark
+from benchmarks import captions
+from benchmarks.captions import FolderBenchmark, GenerateBenchmark, PrecisionBenchmark
+from benchmarks.metrics import MetricsBenchmark
 from benchmarks.training import golden_run
 from captioning.pipeline import caption_pictures
 from config import UserError
+from dataset import load_table
 from decoding.packed import available
 from model import ImageCaptionModel
 
@@ -40,13 +43,13 @@ def test_the_caption_benchmark(monkeypatch, scenes_tokenizer, capsys):
     """On a tiny model, because the base one takes minutes."""
     ids = dict.fromkeys(("start_token_id", "end_token_id", "pad_token_id"), scenes_tokenizer.eos_token_id)
     config = tiny_config(vocab_size=len(scenes_tokenizer), vision_embed_dim=64, decoder_embed_dim=64, **ids)
-    monkeypatch.setattr(benchmark, "ViTGPT2Config", lambda: config)
-    monkeypatch.setattr(benchmark, "load_tokenizer", lambda *_: scenes_tokenizer)
-    job = benchmark.GenerateBenchmark(batch_sizes=(1, 2), num_beams=(1, 2), length=5, rounds=2, device="cpu")
+    monkeypatch.setattr(captions, "ViTGPT2Config", lambda: config)
+    monkeypatch.setattr(captions, "load_tokenizer", lambda *_: scenes_tokenizer)
+    job = GenerateBenchmark(batch_sizes=(1, 2), num_beams=(1, 2), length=5, rounds=2, device="cpu")
     figures = job.run()["generate"]
     assert [(f["pictures"], f["beams"]) for f in figures] == [(1, 1), (1, 2), (2, 1)]
     for figure in figures:
-        assert figure["equal"] and all(figure[name]["ratio"] > 0 for name in benchmark.packed_precisions())
+        assert figure["equal"] and all(figure[name]["ratio"] > 0 for name in captions.packed_precisions())
     assert "captions/s" in capsys.readouterr().out
 
 
@@ -56,7 +59,7 @@ def test_the_folder_benchmark(scenes_dir, scenes_tokenizer, tmp_path, capsys):
     model.tokenizer = scenes_tokenizer
     model.save_file(tmp_path / "model.safetensors")
     job = {"model": str(tmp_path / "model.safetensors"), "folder": scenes_dir / "train2017", "device": "cpu"}
-    figures = benchmark.FolderBenchmark(**job, pictures=20, batch_size=8, rounds=1).run()["folder"]
+    figures = FolderBenchmark(**job, pictures=20, batch_size=8, rounds=1).run()["folder"]
     assert figures["pictures"] == 20 and figures["share"] == figures["folder"] / min(
         figures["decoding"], figures["model"]
     )
@@ -64,7 +67,7 @@ def test_the_folder_benchmark(scenes_dir, scenes_tokenizer, tmp_path, capsys):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/a.png").touch()
     with pytest.raises(UserError, match="no picture can be read"):
-        benchmark.FolderBenchmark(**job | {"folder": tmp_path / "damaged"}).run()
+        FolderBenchmark(**job | {"folder": tmp_path / "damaged"}).run()
 
 
 def test_the_precision_benchmark(scenes_dir, scenes_tokenizer, tmp_path, capsys):
@@ -88,7 +91,7 @@ def test_the_precision_benchmark(scenes_dir, scenes_tokenizer, tmp_path, capsys)
         shutil.copy(path, tmp_path / path.name)
     (tmp_path / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
     job = {"model": str(tmp_path / "model.safetensors"), "data_dir": tmp_path, "device": "cpu"}
-    figures = benchmark.PrecisionBenchmark(**job, num_beams=(1, 3)).run()["precision"]
+    figures = PrecisionBenchmark(**job, num_beams=(1, 3)).run()["precision"]
     assert figures["pictures"] == 12
     assert figures["fp32"][0] > 8 > figures["fp32"][1]  # 10, but for captions of fewer than four words
     out = capsys.readouterr().out
@@ -99,18 +102,18 @@ def test_the_precision_benchmark(scenes_dir, scenes_tokenizer, tmp_path, capsys)
     for image in images:
         image["split"] = "val"  # which serves as test, too, but not twice
     (tmp_path / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
-    assert benchmark.PrecisionBenchmark(**job, num_beams=(1,)).run()["precision"]["pictures"] == 12
-    model.trained_on = benchmark.load_table("auto", tmp_path, "val").keys()[:3]
+    assert PrecisionBenchmark(**job, num_beams=(1,)).run()["precision"]["pictures"] == 12
+    model.trained_on = load_table("auto", tmp_path, "val").keys()[:3]
     model.save_file(job["model"])
     with pytest.raises(UserError, match=r"3 of the 12 val pictures .* trained on"):
-        benchmark.PrecisionBenchmark(**job).run()
+        PrecisionBenchmark(**job).run()
     for image in images:
         image["sentences"] = [{"raw": "nothing of the kind"}]
     (tmp_path / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
     with pytest.raises(UserError, match="no caption has a word of its references"):
-        benchmark.PrecisionBenchmark(**job, num_beams=(1,), allow_overlap=True).run()
+        PrecisionBenchmark(**job, num_beams=(1,), allow_overlap=True).run()
     with pytest.raises(UserError, match="need an entry each"):
-        benchmark.PrecisionBenchmark(**job, splits=())
+        PrecisionBenchmark(**job, splits=())
 
 
 def test_the_metrics_benchmark(tmp_path):
@@ -127,7 +130,7 @@ def test_the_metrics_benchmark(tmp_path):
 def test_the_metrics_benchmark_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
     with pytest.raises(UserError, match=r"pip install -r requirements/full\.txt"):
-        benchmark.MetricsBenchmark().run()
+        MetricsBenchmark().run()
 
 
 def test_the_metrics_benchmark_names_a_batch_that_is_too_large(tmp_path):
@@ -205,7 +208,7 @@ def test_two_versions_are_compared_to_the_bit(tmp_path):
     assert {f"{run}/{name}.json" for run in ("golden", "sampled") for name in ("captions", "metrics")} < files
     assert {"greedy.jsonl", *(f"upload/user/name/{name}" for name in ("README.md", "model.safetensors"))} < files
     assert not any(name.endswith(".py") for name in files)
-    path = repository / "optimizers.py"
+    path = repository / "training/optimizers.py"
     path.write_text(path.read_text().replace("(0.9, 0.95)", "(0.9, 0.951)"))
     done = subprocess.run(command, cwd=repository, text=True, capture_output=True)
     assert done.returncode == 2 and "   differs\n" in done.stdout and "not the same to the bit" in done.stderr

@@ -1,0 +1,232 @@
+"""benchmark.py generate, folder and precision: captions beside transformers', of a folder, and in fewer bits."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.timing import fastest, timed
+from captioning.pipeline import BATCH_SIZES, caption_batch, caption_pictures, picture_names, prepared
+from config import UserError, ViTGPT2Config
+from data.skipped import check_overlap
+from dataset import CaptionDataset, load_table, load_tokenizer, make_dataloader
+from decoding.packed import Precision, available
+from evaluate import caption_loader
+from model import ImageCaptionModel
+from scoring.metrics import interval_of, resampled_sums
+from utils import PRECISIONS, choose_device
+from weights.huggingface import write_transformers
+
+
+def packed_precisions() -> list[str]:
+    """What this CPU captions in: fp32 always, if need be by torch's plain layers."""
+    halves: tuple[Precision, ...] = ("bf16", "int8")
+    return ["fp32", *(name for name in halves if available(name))]
+
+
+@dataclass(kw_only=True)
+class GenerateBenchmark:
+    """Captions of 20 tokens by transformers and by ours, from the same random weights, in turn: on a CPU transformers in
+    fp32 and ours in fp32, bf16 and int8, on a GPU both in bf16."""
+
+    batch_sizes: tuple[int, ...] = (1, 8)
+    """Pictures captioned at a time; on a GPU also try 512."""
+    num_beams: tuple[int, ...] = (1, 3)
+    """Beams; 1 is greedy. More than one only with the smallest batch."""
+    length: int = 20
+    """Tokens of a caption."""
+    rounds: int = 5
+    """Times that each captions them; a ratio is the median over pairs, in each of which both take their turn."""
+    tokenizer: str = "gpt2"
+    """GPT-2's tokenizer: from the Hub, or a folder with vocab.json and merges.txt."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run."""
+    output: Path = Path("benchmark-generate.json")
+    """Where the figures are written to."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+    def run(self) -> dict[str, Any]:
+        """Seconds and ratios."""
+        from transformers import VisionEncoderDecoderModel
+
+        torch.manual_seed(0)
+        model = ImageCaptionModel(ViTGPT2Config()).eval()
+        model.tokenizer = load_tokenizer(self.tokenizer, [], model.config.vocab_size)
+        with tempfile.TemporaryDirectory() as folder:
+            write_transformers(model.saved(), Path(folder) / "theirs")
+            theirs = VisionEncoderDecoderModel.from_pretrained(Path(folder) / "theirs").eval()
+        device, _ = choose_device(self.device)
+        model.to(device)
+        theirs.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        figures = []
+        for pictures in self.batch_sizes:
+            for beams in self.num_beams if pictures == min(self.batch_sizes) else (1,):
+                figures.append(self.compare(model, theirs, pictures, beams))
+        return {"generate": figures}
+
+    def compare(self, model: ImageCaptionModel, theirs: Any, pictures: int, beams: int) -> dict[str, Any]:
+        """One batch size and number of beams."""
+        cpu = model.device.type == "cpu"
+        pixels = torch.randn(pictures, 3, model.config.image_size, model.config.image_size).to(model.device)
+        lengths = {"min_new_tokens": self.length, "max_new_tokens": self.length}
+        ids = {"eos_token_id": model.config.end_token_id, "pad_token_id": model.config.pad_token_id}
+        ids["decoder_start_token_id"] = model.config.start_token_id
+
+        def peer() -> Any:
+            return theirs.generate(pixels.to(theirs.dtype), num_beams=beams, do_sample=False, **lengths, **ids)
+
+        def ours(precision: str) -> Any:
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=precision != "fp32"):
+                options = {"min_length": self.length, "max_length": self.length, "num_beams": beams}
+                return model.generate(pixels, int8=precision == "int8", **options).sequences
+
+        precisions = packed_precisions() if cpu else ["bf16"]
+        equal = torch.equal(peer()[:, 1:], ours(precisions[0]))
+        print(f"{pictures} pictures, {beams} beams, {self.length} tokens ({precisions[0]} tokens equal: {equal})")
+        figures: dict[str, Any] = {"pictures": pictures, "beams": beams, "equal": equal}
+        for name in precisions:  # twins are kept for one precision at a time
+            ours(name)
+            pairs = np.array([[timed(peer), timed(functools.partial(ours, name))] for _ in range(self.rounds)])
+            theirs_seconds, seconds = np.median(pairs, 0)
+            ratio = float(np.median(pairs[:, 0] / pairs[:, 1]))
+            figures[name] = {"seconds": float(seconds), "transformers": float(theirs_seconds), "ratio": ratio}
+            rate = f"{pictures / seconds:8.1f} captions/s"
+            print(f"  {name} {seconds:8.4f} s {rate}   transformers {theirs_seconds:8.4f} s   {ratio:5.2f}x")
+        return figures
+
+
+@dataclass(kw_only=True)
+class FolderBenchmark:
+    """Captions of a folder's pictures as example_usage.py makes them, where decoding and captioning overlap; against the
+    model alone, on pictures decoded before, and against decoding alone."""
+
+    model: str
+    """The model: a file, a folder or a Hub name."""
+    folder: Path
+    """Folder of pictures."""
+    pictures: int = 256
+    """How many of them to caption: the first ones."""
+    batch_size: int | None = None
+    """Pictures captioned at a time (default: what suits the device)."""
+    num_beams: int = 3
+    """Beams; 1 is greedy."""
+    rounds: int = 3
+    """Times that each is done; the best counts."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run."""
+    precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = "auto"
+    """Of matrix products."""
+    output: Path = Path("benchmark-folder.json")
+    """Where the figures are written to."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+    def run(self) -> dict[str, Any]:
+        """Pictures a second, and the share that the whole has of its slower part."""
+        device, _ = choose_device(self.device)
+        model = ImageCaptionModel.from_pretrained(self.model).to(device)
+        names = picture_names([str(self.folder)])[: self.pictures]
+        size = self.batch_size or BATCH_SIZES[device.type]
+        options: dict[str, Any] = {"num_beams": self.num_beams, "precision": self.precision}
+        pixels = [picture for _, picture in prepared(names, model.config) if isinstance(picture, torch.Tensor)]
+        if not pixels:
+            raise UserError(f"{self.folder}: no picture can be read")
+
+        def model_alone() -> None:
+            for start in range(0, len(pixels), size):
+                caption_batch(model, torch.stack(pixels[start : start + size]), **options)
+
+        work: dict[str, Callable[[], Any]] = {
+            "decoding": lambda: list(prepared(names, model.config)),
+            "model": model_alone,
+            "folder": lambda: list(caption_pictures(model, names, batch_size=size, **options)),
+        }
+        model_alone()  # once, for what is prepared at the first time
+        rates = {name: len(pixels) / seconds for name, seconds in fastest(work, self.rounds).items()}
+        share = rates["folder"] / min(rates["decoding"], rates["model"])
+        for name, rate in rates.items():
+            print(f"{name:12}{rate:10.1f} pictures/s")
+        print(f"the folder runs at {share:.0%} of its slower part ({len(pixels)} pictures, {size} at a time, {device})")
+        return {"folder": rates | {"share": share, "pictures": len(pixels), "batch_size": size, "device": str(device)}}
+
+
+@dataclass(kw_only=True)
+class PrecisionBenchmark:
+    """CIDEr-D of one model in each precision. Any rounding turns near ties the other way, which moves the number of a single
+    search by a percent up or down; so the cost is a mean over several numbers of beams, with the interval that other
+    pictures would give."""
+
+    model: str
+    """The model: a file, a folder or a Hub name."""
+    data_dir: Path
+    """Pictures with captions, in any layout that training reads."""
+    dataset: str = "auto"
+    """Its layout; auto recognises it."""
+    splits: tuple[str, ...] = ("val", "test")
+    """The parts to caption."""
+    num_beams: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Beams; 1 is greedy."""
+    batch_size: int = 64
+    """Pictures captioned at a time."""
+    allow_overlap: bool = False
+    """Caption pictures that the model was trained on too: what rounding costs there is of use, the scores are not."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to run."""
+    output: Path = Path("benchmark-precision.json")
+    """Where the figures are written to."""
+    debug: bool = False
+    """Show tracebacks of errors."""
+
+    def __post_init__(self) -> None:
+        if not self.splits or not self.num_beams or min(self.batch_size, *self.num_beams) < 1:
+            raise UserError("splits and num_beams need an entry each, and num_beams and batch_size must be at least 1")
+
+    def run(self) -> dict[str, Any]:
+        """CIDEr-D by beams and precision, and how much less than fp32 each has, as a share of fp32's."""
+        scores = self.scores()
+        figures: dict[str, Any] = {"beams": self.num_beams, "pictures": len(scores["fp32"][0])}
+        figures |= {name: [float(each.mean()) for each in own] for name, own in scores.items()}
+        plain = np.mean(scores.pop("fp32"), 0)
+        if not plain.any():
+            raise UserError(f"{self.model}: no caption has a word of its references, so there is nothing to lose")
+        for name, own in scores.items():
+            cost = plain - np.mean(own, 0)
+            drawn = resampled_sums(np.stack([cost, plain], 1), 1000, seed=0)
+            share, (low, high) = float(cost.sum() / plain.sum()), interval_of(drawn[:, 0] / drawn[:, 1])
+            figures[f"{name}_cost"] = {"share": share, "interval": (low, high)}
+            print(f"{name} costs {share:.2%} of CIDEr-D (95 % interval {low:.2%} to {high:.2%})")
+        return {"precision": figures}
+
+    def scores(self) -> dict[str, list[np.ndarray]]:
+        """CIDEr-D by precision, fp32 first: for each number of beams (pictures,)."""
+        device, _ = choose_device(self.device)
+        model = ImageCaptionModel.from_pretrained(self.model).to(device)
+        precisions = packed_precisions() if device.type == "cpu" else ["fp32", "fp16", "bf16"]
+        # By the part that each is: val serves as test where a data set has none.
+        tables = {table.split: table for table in (load_table(self.dataset, self.data_dir, s) for s in self.splits)}
+        loaders = []
+        for table in tables.values():
+            check_overlap(model.trained_on, table, self.allow_overlap)
+            loaders.append(make_dataloader(CaptionDataset(table, model.tokenizer, model.config), self.batch_size))
+        scores: dict[str, list[np.ndarray]] = {name: [] for name in precisions}
+        print(f"{'beams':>5} " + "".join(f"{name:>9}" for name in precisions))
+        for beams in self.num_beams:
+            for name in precisions:
+                dtype = PRECISIONS.get(name, torch.float32)
+                options: dict[str, Any] = {"progress": False, "num_beams": beams, "int8": name == "int8"}
+                captioned = [
+                    caption_loader(model, loader, model.tokenizer, device, dtype, **options)
+                    for loader in tqdm(loaders, f"{beams} beams, {name}", leave=False)
+                ]
+                scores[name].append(np.concatenate([own.statistics.per_picture()["cider_d"] for own in captioned]))
+            print(f"{beams:5} " + "".join(f"{scores[name][-1].mean():9.4f}" for name in precisions), flush=True)
+        return scores
