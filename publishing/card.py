@@ -58,36 +58,12 @@ HUB_METRICS = {
     "cider_d": "cider",
     "scene_accuracy": "accuracy",
 }
-PROTOCOL = [
-    "pictures",
-    "references_per_picture",
-    "decoding",
-    "precision",
-    "tokenizer",
-    "document_frequencies",
-    "left_out",
-]
-SETTINGS = [
-    "epochs",
-    "max_steps",
-    "batch_size",
-    "accumulation_steps",
-    "captions_per_image",
-    "optimizer",
-    "learning_rate",
-]
-SETTINGS += [
-    "objective",
-    "prompt",
-    "warmup_steps",
-    "weight_decay",
-    "gradient_clip",
-    "word_dropout",
-    "label_smoothing",
-    "caption_length",
-    "seed",
-]
-OF_ADAPTERS = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets"]
+PROTOCOL = "pictures references_per_picture decoding precision tokenizer document_frequencies left_out"
+SETTINGS = (
+    "epochs max_steps batch_size accumulation_steps captions_per_image optimizer learning_rate objective prompt warmup_steps "
+    "weight_decay gradient_clip word_dropout label_smoothing caption_length seed"
+)
+OF_ADAPTERS = "lora_rank lora_alpha lora_dropout lora_targets"
 ON_THE_HUB = {"gpt2": "openai-community/gpt2"}
 
 
@@ -180,9 +156,11 @@ def local(name: str) -> bool:
     return path or unowned or Path(name).exists()
 
 
-def bases_of(adapters: dict[str, Any]) -> list[str]:
-    """The models that adapters are for."""
-    return hub_names(adapters["bases"].get(part) for part in ("model", *PRETRAINED))
+def base_models(model: ImageCaptionModel, run: Run | None) -> list[str]:
+    """The models that its adapters are for, or those that its run started from."""
+    if model.merged:
+        return hub_names(model.merged["bases"].get(part) for part in ("model", *PRETRAINED))
+    return run.base_models if run else []
 
 
 def hub_names(names: Iterable[str | None]) -> list[str]:
@@ -232,25 +210,22 @@ def write_card(
     The metadata has the evaluation results as a model-index, which holds for any data set. The newer form,
     .eval_results, is for benchmarks that are registered on the Hub, so somebody has to name one.
     """
-    base_models = bases_of(model.merged) if model.merged else run.base_models if run else []
-    browser = (folder / "onnx").is_dir()
     pixels = prepare_picture(folder / "example.png", model.config)[None]
     caption = plain(decode(model.tokenizer, model.generate(pixels, num_beams=3).sequences)[0])
-    language = language or (run.data.language if run else "") or None
-    about = metadata(model, run, repository, license, language, base_models, browser, caption)
+    browser = (folder / "onnx").is_dir()
+    about = metadata(model, run, repository, license, language, browser, caption)
     sections = {
         "": opening(model.config, run, caption, repository if space else None),
         "Use it": usage(repository, model, browser),
         "Results": numbers(run) if run and run.metrics else "",
         "Samples": samples(run, folder) if run else "",
-        "The model": architecture(model, base_models),
+        "The model": architecture(model, run),
         "Training": training(run, model) if run else "",
         "Limitations and biases": limitations(model, run),
-        "Licence": rights(license, base_models, run),
+        "Licence": rights(license, model, run),
         "Citation": citation(repository, model),
     }
-    title = repository.split("/")[1]
-    body = [f"# {title}"]
+    body = [f"# {repository.split('/')[1]}"]
     body += [f"## {name}\n\n{text}" if name else text for name, text in sections.items() if text]
     content = f"---\n{about.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"
     (folder / "README.md").write_text(content, encoding="utf-8")
@@ -264,26 +239,24 @@ def metadata(
     repository: str,
     license: str,
     language: str | None,
-    base_models: list[str],
     browser: bool,
     caption: str,
 ) -> ModelCardData:
     """The card's head, as the Hub reads it; `caption` is what the model says of the example."""
     from huggingface_hub import ModelCardData
 
-    metrics = run.metrics if run else {}
     results = measured(run) if run else []
     data_set = run.config.get("dataset", "") if run else ""
-    kinds = {kind for name, kind in HUB_METRICS.items() if name in metrics and kind in ("bleu", "rouge")}
+    kinds = {result.metric_type for result in results} & {"bleu", "rouge"}
     example = {"src": f"{HUB}/{repository}/resolve/main/example.png", "example_title": "drawn shapes"}
     decoder = decoder_name(model.config).lower().replace("-", "")
     about = ModelCardData(
         license=license,
-        language=language,
+        language=language or (run.data.language if run else "") or None,
         library_name="transformers" if layout_of(model) in ("transformers", "remote code") else None,
         pipeline_tag="image-to-text",
         tags=["image-captioning", "vit", decoder, *(["onnx", "transformers.js"] if browser else [])],
-        base_model=[name for name in base_models if "/" in name] or None,
+        base_model=[name for name in base_models(model, run) if "/" in name] or None,
         base_model_relation="adapter" if model.merged else None,
         datasets=[data_set] if "/" in data_set else None,
         metrics=sorted(kinds) or None,
@@ -294,6 +267,11 @@ def metadata(
     if not results:
         about.pop("model_name")
     return about
+
+
+def label(metric: str) -> str:
+    """A metric's name for people."""
+    return METRICS[metric].label if metric in METRICS else metric.replace("_", " ")
 
 
 def measured(run: Run) -> list[EvalResult]:
@@ -308,7 +286,7 @@ def measured(run: Run) -> list[EvalResult]:
             dataset_name=run.tested_on,
             dataset_split=run.metrics.get("split"),
             metric_type=kind,
-            metric_name=METRICS[name].label if name in METRICS else name.replace("_", " "),
+            metric_name=label(name),
             metric_value=round(run.metrics[name], 4),
             metric_args={"max_order": int(name[-1])} if kind == "bleu" else None,
         )
@@ -377,7 +355,7 @@ def usage(repository: str, model: ImageCaptionModel, browser: bool) -> str:
         how = by_transformers(repository, "AutoModel", trust, f", max_new_tokens={longest}, num_beams=3")
         ways.append(f"With transformers, by the code that is here:\n\n{how}")
     if model.merged:
-        bases = " and ".join(map(escape, bases_of(model.merged)))
+        bases = " and ".join(map(escape, base_models(model, None)))
         rounded = ", rounded to 4 bits as in training (`pip install bitsandbytes`)"
         ways.append(
             f"These are adapters (LoRA), and what joins picture and text; the rest is {bases}, which the project loads and "
@@ -417,20 +395,15 @@ print(tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip())
 
 def in_browser(repository: str, model: ImageCaptionModel, browser: bool) -> str:
     """JavaScript that captions a picture, or how to get the files for it."""
-    return (
-        f"""```js
+    if not browser:
+        command = f"python convert.py onnx {repository} captioner-onnx --int8"
+        return f"There are no ONNX files here; the project makes them for transformers.js:\n\n```\n{command}\n```"
+    return f"""```js
 import {{ pipeline }} from '@huggingface/transformers';
 
 const captioner = await pipeline('image-to-text', '{repository}', {{ dtype: 'q8' }});
 const [{{ generated_text }}] = await captioner('photo.jpg', {{ max_new_tokens: {min(32, model.config.max_length)} }});
 ```"""
-        if browser
-        else f"""There are no ONNX files here; the project makes them for transformers.js:
-
-```
-python convert.py onnx {repository} captioner-onnx --int8
-```"""
-    )
 
 
 def numbers(run: Run) -> str:
@@ -440,8 +413,7 @@ def numbers(run: Run) -> str:
         if name in metrics:
             low, high = (metrics.get(f"{name}_{end}") for end in ("low", "high"))
             interval = "" if low is None else f"{low:.4f} to {high:.4f}"
-            label = METRICS[name].label if name in METRICS else name.replace("_", " ")
-            rows.append((label, f"{metrics[name]:.4f}", interval))
+            rows.append((label(name), f"{metrics[name]:.4f}", interval))
     found = table(("metric", "value", "95 % interval"), rows)
     where = f"{metrics.get('split', '')} pictures of {run.tested_on}"
     return (
@@ -452,24 +424,22 @@ def numbers(run: Run) -> str:
 
 def protocol(metrics: dict[str, Any]) -> str:
     """How metrics were made, in one line."""
-    said = [(name.replace("_", " "), metrics[name]) for name in PROTOCOL if name in metrics]
+    said = [(name.replace("_", " "), metrics[name]) for name in PROTOCOL.split() if name in metrics]
     return "; ".join(f"{name}: {escape(str(value))}" for name, value in said)
 
 
 def samples(run: Run, folder: Path) -> str:
     """Captions of pictures that were not trained on: with the pictures where they may be shown, otherwise alone."""
     if (folder / "samples.png").is_file():
-        return (
-            "Chosen by their place in the test set, not by how good they are; references in grey.\n\n![](samples.png)"
-        )
+        how = "Chosen by their place in the test set, not by how good they are; references in grey."
+        return f"{how}\n\n![](samples.png)"
     captions = run.captions[:: max(1, len(run.captions) // SHOWN)][:SHOWN]
     listed = "\n".join(f"- {escape(caption)}" for caption in captions)
-    return (
-        listed and f"Captions of test pictures, chosen by their place; the pictures are not ours to show.\n\n{listed}"
-    )
+    how = "Captions of test pictures, chosen by their place; the pictures are not ours to show."
+    return listed and f"{how}\n\n{listed}"
 
 
-def architecture(model: ImageCaptionModel, base_models: list[str]) -> str:
+def architecture(model: ImageCaptionModel, run: Run | None) -> str:
     """Sizes."""
     c = model.config
     how = "with cross-attention in every layer" if c.bridge == "cross_attention" else "after a prefix of the picture"
@@ -480,20 +450,14 @@ def architecture(model: ImageCaptionModel, base_models: list[str]) -> str:
         "adapters": "adapters, in one safetensors file of the project's own",
         "project": "one safetensors file of the project's own",
     }
+    vision = f"{c.vision_num_layers} layers, width {c.vision_embed_dim}"
+    text = f"{c.decoder_num_layers} layers, width {c.decoder_embed_dim}"
     rows = [
         ("parameters", f"{model.num_parameters:,}"),
-        (
-            "encoder",
-            f"ViT, {c.vision_num_layers} layers, width {c.vision_embed_dim}, {c.vision_num_heads} heads, "
-            f"patches of {c.patch_size} x {c.patch_size}",
-        ),
-        (
-            "decoder",
-            f"{decoder_name(c)} {how}, {c.decoder_num_layers} layers, width {c.decoder_embed_dim}, "
-            f"{heads}{c.max_length} positions",
-        ),
+        ("encoder", f"ViT, {vision}, {c.vision_num_heads} heads, patches of {c.patch_size} x {c.patch_size}"),
+        ("decoder", f"{decoder_name(c)} {how}, {text}, {heads}{c.max_length} positions"),
         ("vocabulary", f"{c.vocab_size:,}" + ("" if c.language_model else " (byte-level BPE)")),
-        ("base models", ", ".join(map(escape, base_models))),
+        ("base models", ", ".join(map(escape, base_models(model, run)))),
         ("layout", layouts[layout_of(model)]),
     ]
     return table(("", ""), [row for row in rows if row[1]])
@@ -511,7 +475,8 @@ def training(run: Run, model: ImageCaptionModel) -> str:
             rows.append((name, escape(str(run.about[name]))))
     if seconds := run.about.get("seconds") or run.seconds:
         rows.append(("time in training", f"{seconds / 60:.1f} minutes"))
-    settings = {name: run.config.get(name) for name in [*SETTINGS, *(OF_ADAPTERS if model.merged else [])]}
+    names = [*SETTINGS.split(), *(OF_ADAPTERS.split() if model.merged else [])]
+    settings = {name: run.config.get(name) for name in names}
     if settings["max_steps"]:
         del settings["epochs"]
     rows += [(name.replace("_", " "), str(value)) for name, value in settings.items() if value not in (None, "")]
@@ -532,9 +497,10 @@ def limitations(model: ImageCaptionModel, run: Run | None) -> str:
     return "\n".join(f"- {text}" for text in said if text)
 
 
-def rights(license: str, base_models: list[str], run: Run | None) -> str:
+def rights(license: str, model: ImageCaptionModel, run: Run | None) -> str:
     """Whose terms hold."""
-    others = [*(name for name in base_models if "/" in name), *([run.data.name] if run and not run.drawn else [])]
+    others = [name for name in base_models(model, run) if "/" in name]
+    others += [run.data.name] if run and not run.drawn else []
     also = f" The terms of {', '.join(map(escape, others))} hold besides." if others else ""
     return f"{license} for the weights, [Apache 2.0](https://www.apache.org/licenses/LICENSE-2.0) for the Python files.{also}"
 
