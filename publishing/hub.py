@@ -139,9 +139,8 @@ def publish(config: UploadConfig, message: str = "Upload the model") -> str:
     with tempfile.TemporaryDirectory(prefix="upload-") as temporary:
         for kind in kinds:
             WRITERS[kind](Path(temporary) / kind, config, model, run)
-            patiently(
-                config.repository, partial(check_card, api, Path(temporary) / kind, kind)
-            )  # before gigabytes go out
+            # Before gigabytes go out.
+            patiently(config.repository, partial(check_card, api, Path(temporary) / kind, kind))
         for kind in kinds:
             folder = Path(temporary) / kind
             after, where = again(config.repository, partial(send, api, config, folder, message, kind))
@@ -216,9 +215,8 @@ def repository_folder(directory: Path, names: Sequence[str], modules: Sequence[s
     """A folder to fill with these names; the modules and what they import, and the manifest, come into it as well."""
     code = code_files(modules)
     earlier = files_of(directory) or OLDER_FILES
-    with new_folder(
-        directory, [*names, MANIFEST, *(Path(name).parts[0] for name in (*code, *earlier))], MARKER
-    ) as folder:
+    written = [*names, MANIFEST, *(Path(name).parts[0] for name in (*code, *earlier))]
+    with new_folder(directory, written, MARKER) as folder:
         yield folder
         for name in code:
             (folder / name).parent.mkdir(exist_ok=True)
@@ -271,16 +269,8 @@ def write_model_folder(directory: Path, config: UploadConfig, model: ImageCaptio
                 write_json(folder / "metrics.json", scrubbed(run.metrics))
             if run.samples and (run.drawn or config.sample_pictures):
                 shutil.copyfile(run.samples, folder / SAMPLES)
-        write_card(
-            folder,
-            model,
-            run,
-            config.repository,
-            license=config.license,
-            language=config.language,
-            benchmark=config.benchmark,
-            space=config.space,
-        )
+        options = (config.license, config.language, config.benchmark, config.space)
+        write_card(folder, model, run, config.repository, *options)
 
 
 WRITERS = {"model": write_model_folder, "space": write_space_folder}
@@ -324,10 +314,8 @@ def make_ready(api: HfApi, config: UploadConfig, kind: Kind) -> str | None:
     inside = {file.rfilename for file in info.siblings or []} - made_by_the_hub
     if inside and MARKER not in inside and not (config.pr or config.force):
         some = ", ".join(sorted(inside)[:3])
-        raise UserError(
-            f"{what} holds files that were not written here ({some}): name another, or add --force"
-            f"{'' if config.space else ' (or --pr)'}"
-        )
+        advice = f"name another, or add --force{'' if config.space else ' (or --pr)'}"
+        raise UserError(f"{what} holds files that were not written here ({some}): {advice}")
     if config.revision and not config.revision.startswith("refs/"):
         api.create_branch(name, branch=config.revision, exist_ok=True)
     return look(name, revision=config.revision).sha if config.revision else info.sha
@@ -410,9 +398,8 @@ def once(name: str, action: Callable[[], T]) -> T:
         lost = type(cause).__module__.startswith(("httpx", "hf_xet")) or isinstance(cause, json.JSONDecodeError)
         if status in PASSING or (status is None and lost):
             reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-            raise HubAwayError(
-                f"{name}: the Hub is away ({reason}): run again, only what is missing will be sent"
-            ) from error
+            again = "run again, only what is missing will be sent"
+            raise HubAwayError(f"{name}: the Hub is away ({reason}): {again}") from error
         if status in (401, 403):
             why = "does not know this token" if status == 401 else "does not allow this token to write there"
             advice = "run `hf auth login` or set another HF_TOKEN"
