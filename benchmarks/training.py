@@ -35,10 +35,10 @@ from evaluate import caption_loader, caption_loss
 from files import file_hash, write_json
 from model import ImageCaptionModel
 from publishing.hub import MANIFEST
-from train import Learner, blank_words
 from training.distributed import ALONE
 from training.estimates import peak_rate, step_operations
 from training.job import Job, prepare
+from training.learner import Learner, blank_words
 from training.optimizers import Muon, learning_rate_at, product_dtype
 from utils import PRECISIONS, ROOT, autocast, choose_device, choose_precision, keep_freed_memory, read_log
 from weights.adapters import adapt, check_adapters
@@ -109,7 +109,7 @@ class Loop:
     def ours(
         self, folder: Path, model_file: Path, data: CaptionDataset, device: torch.device, dtype: torch.dtype
     ) -> Any:
-        """The step that train.py makes."""
+        """The step that training makes."""
         model = ImageCaptionModel.from_pretrained(model_file)
         if device.type == "cpu":
             keep_freed_memory()

@@ -175,6 +175,11 @@ class Job:
         """Pictures whose gradients make one update."""
         return self.config.batch_size * self.config.accumulation_steps
 
+    @property
+    def caption_length(self) -> int:
+        """The longest caption to write: as asked for, within the model's positions."""
+        return min(self.config.caption_length, self.model.config.text_positions)
+
 
 def choose_where(config: TrainConfig, run: Path) -> tuple[torch.device, str, torch.dtype, str]:
     """Device and precision with their reasons; a run that goes on keeps the precision that `auto` once chose."""
@@ -413,8 +418,3 @@ def plan(job: Job, step: int) -> str:
         f"and {kept / 2**30:.1f} GiB for pictures kept in memory\n"
         f"output      {job.run}"
     )
-
-
-def caption_length(job: Job) -> int:
-    """The longest caption to write: as asked for, within the model's positions."""
-    return min(job.config.caption_length, job.model.config.text_positions)

@@ -22,11 +22,11 @@ from data.table import make_table
 from dataset import CaptionDataset, collate, decode
 from files import file_hash
 from model import CrossAttention, EncoderBlock, ImageCaptionModel
-from train import Learner, Step, blank_words
 from training import job as job_module
 from training.checkpoint import checkpoints, load_checkpoint
 from training.distributed import ALONE
 from training.estimates import duration, step_operations
+from training.learner import Learner, Step, blank_words
 from training.optimizers import Average, Muon, Updater, build_optimizers, freeze, learning_rate_at, orthogonalized
 from utils import read_log
 

@@ -1,0 +1,166 @@
+"""One step of training: forward, backward, update; and all that a checkpoint needs of it."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from config import UserError, ViTGPT2Config
+from dataset import micro_batches, to_device
+from model import ImageCaptionModel
+from training.checkpoint import link_all, load_checkpoint, load_optimizers, optimizer_tensors, save_checkpoint
+from training.job import Job
+from training.optimizers import Average, Updater
+from training.scst import SelfCritic
+from utils import autocast
+
+
+@dataclass
+class Step:
+    """What one step gave, on the device: its mean loss, its gradients' norm; and from this process's share which pictures
+    (rows of the table) and how many pairs it learned from, and the sum of the rewards of sampled captions."""
+
+    loss: Tensor
+    norm: Tensor
+    rows: list[int]
+    pairs: int
+    rewards: float = 0.0
+
+
+class Learner:
+    """This process's part of every step: forward, backward, update."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.model, config = job, job.model, job.config
+        self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.dtype == torch.float16)
+        self.updater = Updater(job.model, config, self.scaler, job.dtype)
+        self.average = Average(job.model, config.ema) if config.ema else None
+        self.critic = None
+        if config.objective == "scst":
+            self.critic = SelfCritic(job.datasets["train"].table, config, job.caption_length)
+        self.module: Any = job.model
+        if job.world.size > 1:
+            ids = [job.device.index or torch.cuda.current_device()] if job.device.type == "cuda" else None
+            self.module = DistributedDataParallel(
+                job.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        if config.compile:
+            self.module = torch.compile(self.module)
+
+    @property
+    def judged(self) -> ImageCaptionModel:
+        """The model that is evaluated and kept: the average, where there is one."""
+        return self.average.model if self.average else self.model
+
+    def step(self, batch: dict[str, Any], step: int, rate: float) -> Step:
+        """Learns from a batch, this process's share of the step's, at a learning rate. Every token of the step weighs the
+        same, whichever process and part of the batch it is in."""
+        job, config, world = self.job, self.job.config, self.job.world
+        # Dropout and samples are functions of the step: resuming needs no state of a generator.
+        torch.manual_seed(
+            int(np.random.SeedSequence((config.seed, step, world.rank)).generate_state(1, np.uint64)[0] >> 1)
+        )
+        parts = list(micro_batches(batch, -(-config.batch_size // world.size)))
+        if self.critic:
+            parts = [self.critic.sample(self.model, self.moved(part), job.device, job.dtype) for part in parts]
+        words_blanked, smoothing = (0.0, 0.0) if self.critic else (config.word_dropout, config.label_smoothing)
+        counts = [int(part["lengths"].sum()) for part in parts]
+        (total,) = world.sum(sum(counts))
+        loss = torch.zeros((), device=job.device)
+        for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
+            part = part if self.critic else self.moved(part)
+            last = number == len(parts) - 1
+            with contextlib.nullcontext() if last or world.size == 1 else self.module.no_sync():
+                with autocast(job.device, job.dtype):
+                    part_loss = self.module(
+                        part["pixel_values"],
+                        blank_words(part["input_ids"], words_blanked, self.model.config),
+                        part["lengths"],
+                        part["labels"],
+                        part["positions"],
+                        label_smoothing=smoothing,
+                        weights=part.get("weights"),
+                    ).loss
+                share = count / max(total, 1)  # no tokens where no picture of the step can be read
+                self.scaler.scale(part_loss * (share * world.size)).backward()  # gradients are averaged over processes
+            loss += part_loss.detach() * share
+        norm = self.updater.update(loss, rate)
+        if self.average:
+            self.average.update(self.model, step)
+        pairs = sum(int((part["lengths"] > 0).sum()) for part in parts)
+        rewards = sum(part["rewards"].sum().item() for part in parts) if self.critic else 0.0
+        return Step(loss, norm, batch["rows"], pairs, rewards)
+
+    def moved(self, part: dict[str, Any]) -> dict[str, Any]:
+        """The part of a batch on the device."""
+        return to_device(part, self.job.device, self.job.datasets["train"])
+
+    def save(self, state: dict[str, Any], best: bool) -> None:
+        """Writes a checkpoint; the first process does. `state` is what the loop itself has to remember."""
+        job, world = self.job, self.job.world
+        if world.main:
+            tensors = optimizer_tensors(self.updater.optimizers)
+            if self.average:
+                tensors |= {f"weights.{name}": tensor.cpu() for name, tensor in self.model.own_state().items()}
+            size = sum(tensor.nbytes for tensor in (*tensors.values(), *self.model.own_state().values()))
+            scaling = {"scaler": self.scaler.state_dict(), "overflows": self.updater.overflows.item()}
+            keep = job.config.keep_checkpoints
+            save_checkpoint(
+                job.run, state["step"], self.judged.save_file, tensors, state | scaling, size, best=best, keep=keep
+            )
+        world.wait()
+
+    def load(self) -> dict[str, Any]:
+        """Goes back to the newest whole checkpoint; returns the loop's own state, {} where there is none."""
+        found = load_checkpoint(self.job.run)
+        if found is None:
+            return {}
+        folder, weights, tensors, state = found
+        if self.job.world.main:  # a process that was killed may not have come to it
+            link_all(folder, state["best_checkpoint"])
+        if self.average:
+            self.average.model.load_own_state(weights)
+            weights = {name: tensors.pop(f"weights.{name}") for name in weights}
+        self.model.load_own_state(weights)
+        load_optimizers(tensors, self.updater.optimizers)
+        self.updater.overflows.fill_(state["overflows"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        return state
+
+    def check(self, steps: list[tuple[int, Step]]) -> None:
+        """Raises UserError when one of the latest steps was not finite, and names it; no weights were changed since."""
+        job, table = self.job, self.job.datasets["train"].table
+        overflows = int(self.updater.overflows.item())
+        if overflows >= job.config.overflow_limit:
+            raise UserError(
+                f"the gradients of {overflows} steps in a row up to {steps[-1][0]} overflowed in fp16, down to a scale of "
+                f"{self.scaler.get_scale():g}: use --precision bf16, or lower --learning-rate"
+            )
+        if not self.updater.broken.item():
+            return
+        for number, step in steps:
+            if not (step.loss.isfinite() and step.norm.isfinite()):
+                rows = [row for some in job.world.gather(step.rows) for row in some]
+                names = [str(table.id_of(row)) for row in rows]
+                more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+                what = "gradient" if step.loss.isfinite() else "loss"
+                raise UserError(
+                    f"the {what} is not finite at step {number:,}, of the pictures {', '.join(names[:20])}{more}; the "
+                    "weights are as they were before it: look at those, lower --learning-rate, or use --precision fp32"
+                )
+
+
+def blank_words(input_ids: Tensor, share: float, config: ViTGPT2Config) -> Tensor:
+    """input_ids with a share of its tokens, never the first, replaced by the padding token."""
+    if not share:
+        return input_ids
+    blank = torch.rand(input_ids.shape, device=input_ids.device) < share
+    blank[..., 0] = False
+    return input_ids.masked_fill(blank, config.pad_token_id or 0)
