@@ -35,13 +35,13 @@ from evaluate import caption_loader, caption_loss
 from files import file_hash, write_json
 from model import ImageCaptionModel
 from publishing.hub import MANIFEST
+from training.adapters import adapt, check_adapters
 from training.distributed import ALONE
 from training.estimates import peak_rate, step_operations
 from training.job import Job, prepare
 from training.learner import Learner, blank_words
 from training.optimizers import Muon, learning_rate_at, product_dtype
 from utils import PRECISIONS, ROOT, autocast, choose_device, choose_precision, keep_freed_memory, read_log
-from weights.adapters import adapt, check_adapters
 from weights.file import MODEL_FILE
 from weights.huggingface import read_transformers, write_transformers
 

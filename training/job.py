@@ -28,13 +28,14 @@ from data.table import CaptionTable
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
 from files import writable_directory, write_json
 from model import ImageCaptionModel, choose_attention
+from training.adapters import adapt, check_adapters
 from training.checkpoint import checkpoints, in_use
 from training.distributed import World
 from training.estimates import duration, estimated_memory, estimated_seconds
 from training.optimizers import freeze
 from training.start import initialise
 from utils import PRECISIONS, available_memory, choose_device, choose_precision
-from weights.adapters import adapt, check_adapters, find_base
+from weights.adapters import find_base
 from weights.pretrained import is_language_model
 
 COCO_PICTURES = 118_287

@@ -24,13 +24,14 @@ from files import file_hash
 from model import ImageCaptionModel
 from publishing.hub import UploadConfig, publish
 from train import train
+from training.adapters import adapt, check_adapters
 from training.checkpoint import checkpoints
 from training.job import pretrained_parts
 from training.optimizers import Average, Updater, freeze
 from training.start import initialise
 from utils import read_log
 from weights import adapters
-from weights.adapters import adapt, check_adapters, find_base
+from weights.adapters import find_base
 from weights.file import METADATA_KEY, MODEL_FILE
 
 pytest.importorskip("peft", reason="needs requirements/qlora.txt")
@@ -149,7 +150,7 @@ def test_going_on_from_a_checkpoint(bases, kind):
 
 def test_under_two_percent_learn_at_base_size(monkeypatch):
     """Rank 16 on every q, k, v of encoder and decoder, and the projection, of ViT-B/16 and GPT-2; nothing is computed."""
-    monkeypatch.setattr(adapters, "fingerprint", lambda model: "")
+    monkeypatch.setattr("training.adapters.fingerprint", lambda model: "")
     with torch.device("meta"):
         model = ImageCaptionModel(bridge="prefix")
         said = adapt(model, TrainConfig(init="pretrained", lora=True), {}, CPU)

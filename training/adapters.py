@@ -1,0 +1,74 @@
+"""Adapters (LoRA) on the linear layers of a pretrained model that is to learn; its own weights rest, in 4 bits if wanted.
+
+peft and bitsandbytes (requirements-qlora.txt) are imported late. weights/adapters.py has their file and its references.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from config import TrainConfig, UserError
+from weights.adapters import INSTALL, find_base, fingerprint, four_bit_layer, resting_layers, why_not_4_bits
+from weights.file import MODEL_FILE, part_of
+
+
+def check_adapters(config: TrainConfig, device: torch.device) -> None:
+    """Raises UserError where a run with adapters lacks a package, or would end by replacing the model that they are for."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"adapters need peft ({error}): {INSTALL}") from error
+    if config.qlora and device.type == "cuda" and (reason := why_not_4_bits(device)):
+        raise UserError(f"qlora needs bitsandbytes ({reason}): {INSTALL}, or use --lora")
+    base = Path(find_base(config.init_model or "", config.base_dir))
+    if config.init_model and base.resolve() == Path(MODEL_FILE).resolve():
+        raise UserError(
+            f"{base} is where the run will put its adapters, and they are nothing without it: give it another name first"
+        )
+
+
+def adapt(model: Any, config: TrainConfig, bases: dict[str, str | None], device: torch.device) -> str:
+    """Puts fresh adapters on the model, in place, after which they and what is new are all that learns. Says what it did.
+
+    bases: what the weights came from, by name: an encoder and a decoder, or a whole model. Parts that config freezes get
+    none. Raises UserError where the targets fit no layer.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = resting_layers(model)
+    targets = [n for n in layers if re.fullmatch(config.lora_targets, n) and part_of(n) not in config.freeze]
+    if not targets:
+        raise UserError(f"lora_targets {config.lora_targets!r} fits no pretrained linear layer that is not frozen")
+    key = fingerprint(model)
+    whole = {name for name, parameter in model.named_parameters() if part_of(name) == "new" and parameter.requires_grad}
+    reason = why_not_4_bits(device) if config.qlora else ""
+    quantized = config.qlora and not reason
+    if quantized:
+        for name in layers:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            model.set_submodule(name, four_bit_layer(layer, device))
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft asks for it
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a factor like any other
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+    )
+    inject_adapter_in_model(lora, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name or name in whole)
+        if ".lora_" in name:  # over layers in 4 bits peft makes them bf16, too coarse to learn in
+            parameter.data = parameter.data.float()
+    scale = config.lora_alpha / config.lora_rank
+    model.adapters = {"bases": bases, "key": key, "scale": scale, "quantized": quantized}
+    learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    how = "the layers under them in 4 bits" if quantized else "the weights under them as they are"
+    how += f" and not in 4 bits ({reason})" if reason else ""
+    share = f"{learned:,} of {model.num_parameters:,} numbers learn ({learned / model.num_parameters:.2%})"
+    return f"LoRA of rank {config.lora_rank}, {how}: {share}"
