@@ -9,9 +9,7 @@ finished model to main. It only reads the run, and what cannot be sent now is ke
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import threading
 import time
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from pathlib import Path
 
 from config import UserError
 from publishing.hub import HubAwayError, Stage, UploadConfig, logged_in, publish
+from training.run import Run
 from utils import StopSignal, parse_flags, run_script
 from weights.file import MODEL_FILE
 
@@ -39,13 +38,6 @@ class AutoConfig(UploadConfig):
             raise UserError("watch publishes a run as it goes: leave out --pr, --dry-run and --model-path")
 
 
-def finished(run: Path) -> bool:
-    """Whether the run says that it is."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # not there yet
-        return bool(json.loads((run / "run.json").read_text(encoding="utf-8")).get("finished"))
-    return False
-
-
 def watch(config: AutoConfig, run: Path) -> int:
     """Publishes checkpoints until the run is finished and all is uploaded. Returns 0, or 130/143 when stopped."""
     logged_in()  # or all of the waiting would be for nothing
@@ -62,7 +54,7 @@ def watch(config: AutoConfig, run: Path) -> int:
     wait, plain = LOOK_EVERY, dataclasses.replace(config, watch=None)
     try:
         while stop.received is None:
-            end = finished(run)  # before looking for the last checkpoint
+            end = Run(run).finished  # before looking for the last checkpoint
             stage.gather()
             try:
                 for path in stage.waiting():

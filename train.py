@@ -29,12 +29,13 @@ from evaluate import caption_loader, caption_loss, evaluate_dataset
 from files import put_in_place, write_json
 from model import ImageCaptionModel, use_flash_attention
 from scoring.results import MoreScores, print_metrics
-from training.checkpoint import checkpoints, clean, training_in
+from training.checkpoint import clean, training_in
 from training.distributed import World, join_world, leave_world
-from training.job import Job, choose_where, find_run, plan, prepare, write_run
+from training.job import Job, choose_where, plan, prepare, write_run
 from training.learner import Learner
 from training.optimizers import learning_rate_at
 from training.progress import Meter, Progress
+from training.run import Run
 from training.tracking import Log, SilentLog, draw_curves
 from utils import StopSignal, autocast, keep_freed_memory
 from weights.file import MODEL_FILE
@@ -48,8 +49,8 @@ def train(config: TrainConfig) -> int:
     with contextlib.ExitStack() as stack:
         chosen: Any = None
         if world.main:
-            run = find_run(config)
-            stack.enter_context(training_in(run))
+            run = Run.find(config)
+            stack.enter_context(training_in(run.folder))
             chosen = run, choose_where(config, run)
         else:  # what is said is said once
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -61,7 +62,7 @@ def train(config: TrainConfig) -> int:
         if world.size > 1:
             print(f"processes   {world.size}, {world.local_size} on this machine")
         if world.main:
-            clean(run)
+            clean(run.folder)
             job = prepare(config, world, run, device, dtype)
         known = world.agree(job.tokenizer if world.main else None)  # the others find what the first one has made
         if not world.main:
@@ -95,14 +96,14 @@ class Training:
         known = {name: value for name, value in state.items() if name in ("step", "best", "waited")}
         self.progress = Progress(job.steps, config.patience, **known)
         step = self.first_step = self.progress.step
-        if len(set(world.gather((step, job.run.is_dir())))) > 1:
+        if len(set(world.gather((step, job.run.folder.is_dir())))) > 1:
             raise UserError(
-                f"{job.run}: not all processes see the same there: the folder must be on a disk that they share"
+                f"{job.run.folder}: not all processes see the same there: the folder must be on a disk that they share"
             )
         print(plan(job, step), flush=True)
         if world.main:
             write_run(job, finished=False)
-        self.log = Log(job.run, step, config) if world.main else SilentLog()
+        self.log = Log(job.run.folder, step, config) if world.main else SilentLog()
         self.look_first = bool(config.init_model) and not state  # where a trained model starts from is of interest
         self.batches = iter(training_batches(job, step))
         self.stop = StopSignal(grace=5.0 if world.size > 1 else 0.0)
@@ -190,7 +191,7 @@ class Training:
         self.log.write(step, epoch=step / job.steps_per_epoch, **values)
         epoch, rest = divmod(step, job.steps_per_epoch)
         if model.adapters is not None and epoch and not rest and job.world.main:  # a few MB: each is kept
-            model.save_file(job.run / f"{job.config.preset}_epoch_{epoch}.safetensors")
+            model.save_file(job.run.folder / f"{job.config.preset}_epoch_{epoch}.safetensors")
         said = f"step {step:,}: validation loss {values['val_loss']:.3f}"
         said += f", CIDEr-D {values['val_cider_d']:.3f}" if "val_cider_d" in values else ""
         tell(job.world, said + ("" if train_loss is None else f", training loss {train_loss:.3f}"))
@@ -207,8 +208,8 @@ class Training:
 def learn(job: Job) -> int | None:
     """Trains from the newest checkpoint, or from the start, to the last step. Returns an exit code when it was stopped."""
     if job.config.resume == "never" and job.world.main:
-        shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
-        (job.run / "wandb.id").unlink(missing_ok=True)
+        shutil.rmtree(job.run.folder / "checkpoints", ignore_errors=True)
+        (job.run.folder / "wandb.id").unlink(missing_ok=True)
     job.world.wait()
     return Training(job).run()
 
@@ -279,7 +280,7 @@ def sample_captions(job: Job, model: ImageCaptionModel) -> dict[str, str]:
 
 def finish(job: Job) -> None:
     """Puts the best model in place, evaluates it on the test pictures, draws the curves and says where everything is."""
-    run, config, test = job.run, job.config, job.datasets["test"]
+    run, config, test = job.run.folder, job.config, job.datasets["test"]
     model, previous = finished_model(job)
     captioned, metrics = evaluate_dataset(
         model,
@@ -298,7 +299,7 @@ def finish(job: Job) -> None:
         metrics |= score_drawn_scenes(config.data_dir or run / "scenes", run, captioned.captions)
     write_json(run / "metrics.json", metrics)
     draw_curves(run)
-    state = json.loads((checkpoints(run)[-1] / "state.json").read_text(encoding="utf-8"))
+    state = job.run.state
     write_run(job, finished=True, steps=state["step"], seconds=round(state["seconds"]))
     print_metrics(metrics)
     if previous:
@@ -311,7 +312,7 @@ def finish(job: Job) -> None:
 
 def finished_model(job: Job) -> tuple[ImageCaptionModel, Path | None]:
     """The best model, which also comes into the run's folder and here; and where another run's that stood here is now."""
-    best, model = job.run / "checkpoints" / "best" / "model.safetensors", job.model
+    best, model = job.run.folder / "checkpoints" / "best" / "model.safetensors", job.model
     if job.config.merge:
         model = ImageCaptionModel.from_pretrained(best, job.config.base_dir).to(job.device)
         model.merged = None  # from here on it is one model
@@ -321,10 +322,10 @@ def finished_model(job: Job) -> tuple[ImageCaptionModel, Path | None]:
     if not job.world.main:
         return model, None
     if job.config.merge:
-        model.save_file(job.run / MODEL_FILE)
+        model.save_file(job.run.folder / MODEL_FILE)
     else:
-        put_in_place(best, job.run / MODEL_FILE)
-    return model, put_in_place(job.run / MODEL_FILE, Path(MODEL_FILE))
+        put_in_place(best, job.run.folder / MODEL_FILE)
+    return model, put_in_place(job.run.folder / MODEL_FILE, Path(MODEL_FILE))
 
 
 def score_drawn_scenes(directory: Path, run: Path, captions: list[str]) -> dict[str, float]:

@@ -41,6 +41,7 @@ from training.estimates import peak_rate, step_operations
 from training.job import Job, prepare
 from training.learner import Learner, blank_words
 from training.optimizers import Muon, learning_rate_at, product_dtype
+from training.run import Run
 from utils import PRECISIONS, ROOT, autocast, choose_device, choose_precision, keep_freed_memory, read_log
 from weights.file import MODEL_FILE
 from weights.huggingface import read_transformers, write_transformers
@@ -133,7 +134,7 @@ class Loop:
         job = Job(
             config=config,
             world=ALONE,
-            run=folder,
+            run=Run(folder),
             device=device,
             dtype=dtype,
             model=model,
@@ -357,7 +358,7 @@ def race(racer: str, config: TrainConfig, seconds: float, folder: Path, pipe: Co
     torch.set_num_threads(1)
     keep_freed_memory()
     device, dtype = torch.device("cpu"), PRECISIONS[config.precision]
-    job = prepare(config, ALONE, folder, device, dtype)
+    job = prepare(config, ALONE, Run(folder), device, dtype)
     learner, steps, pairs = Learner(job), 0, 0
     train_set, model = job.datasets["train"], job.model.train()
     step = learner.step

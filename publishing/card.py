@@ -68,7 +68,7 @@ ON_THE_HUB = {"gpt2": "openai-community/gpt2"}
 
 
 @dataclass(kw_only=True)
-class Run:
+class Facts:
     """What a run's folder says of a model; metrics, captions and samples only where they are of these very weights."""
 
     about: dict[str, Any]
@@ -125,7 +125,7 @@ class Run:
         return total
 
 
-def read_run(folder: Path, weights_sha256: str, step: int | None = None) -> Run:
+def read_facts(folder: Path, weights_sha256: str, step: int | None = None) -> Facts:
     """A run's folder, its log up to this step, for a file with these weights. Raises UserError where its files cannot be
     read."""
     try:
@@ -140,7 +140,7 @@ def read_run(folder: Path, weights_sha256: str, step: int | None = None) -> Run:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: its JSON files cannot be read ({type(error).__name__}: {error})") from error
     samples = folder / "samples.png"
-    return Run(
+    return Facts(
         about=about,
         history=history,
         metrics=metrics if same else {},
@@ -156,7 +156,7 @@ def local(name: str) -> bool:
     return path or unowned or Path(name).exists()
 
 
-def base_models(model: ImageCaptionModel, run: Run | None) -> list[str]:
+def base_models(model: ImageCaptionModel, run: Facts | None) -> list[str]:
     """The models that its adapters are for, or those that its run started from."""
     if model.merged:
         return hub_names(model.merged["bases"].get(part) for part in ("model", *PRETRAINED))
@@ -197,7 +197,7 @@ def layout_of(model: ImageCaptionModel) -> Layout:
 def write_card(
     folder: Path,
     model: ImageCaptionModel,
-    run: Run | None,
+    run: Facts | None,
     repository: str,
     license: str = "apache-2.0",
     language: str | None = None,
@@ -235,7 +235,7 @@ def write_card(
 
 def metadata(
     model: ImageCaptionModel,
-    run: Run | None,
+    run: Facts | None,
     repository: str,
     license: str,
     language: str | None,
@@ -274,7 +274,7 @@ def label(metric: str) -> str:
     return METRICS[metric].label if metric in METRICS else metric.replace("_", " ")
 
 
-def measured(run: Run) -> list[EvalResult]:
+def measured(run: Facts) -> list[EvalResult]:
     """The run's metrics, as the Hub lists them."""
     from huggingface_hub import EvalResult
 
@@ -325,7 +325,7 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def opening(config: ViTGPT2Config, run: Run | None, caption: str, space: str | None) -> str:
+def opening(config: ViTGPT2Config, run: Facts | None, caption: str, space: str | None) -> str:
     """What it is, and an example."""
     data = f", trained on {escape(run.data.name)}" if run else ""
     writer = f"a {decoder_name(config)}"
@@ -406,7 +406,7 @@ const [{{ generated_text }}] = await captioner('photo.jpg', {{ max_new_tokens: {
 ```"""
 
 
-def numbers(run: Run) -> str:
+def numbers(run: Facts) -> str:
     """The caption metrics with their intervals, and how they were made."""
     metrics, rows = run.metrics, []
     for name in HUB_METRICS:
@@ -428,7 +428,7 @@ def protocol(metrics: dict[str, Any]) -> str:
     return "; ".join(f"{name}: {escape(str(value))}" for name, value in said)
 
 
-def samples(run: Run, folder: Path) -> str:
+def samples(run: Facts, folder: Path) -> str:
     """Captions of pictures that were not trained on: with the pictures where they may be shown, otherwise alone."""
     if (folder / "samples.png").is_file():
         how = "Chosen by their place in the test set, not by how good they are; references in grey."
@@ -439,7 +439,7 @@ def samples(run: Run, folder: Path) -> str:
     return listed and f"{how}\n\n{listed}"
 
 
-def architecture(model: ImageCaptionModel, run: Run | None) -> str:
+def architecture(model: ImageCaptionModel, run: Facts | None) -> str:
     """Sizes."""
     c = model.config
     how = "with cross-attention in every layer" if c.bridge == "cross_attention" else "after a prefix of the picture"
@@ -463,7 +463,7 @@ def architecture(model: ImageCaptionModel, run: Run | None) -> str:
     return table(("", ""), [row for row in rows if row[1]])
 
 
-def training(run: Run, model: ImageCaptionModel) -> str:
+def training(run: Facts, model: ImageCaptionModel) -> str:
     """Data, settings, hardware and time, as far as the run has written them down."""
     steps = max((line["step"] for line in run.history), default=0)
     seen = len(model.trained_on)
@@ -483,7 +483,7 @@ def training(run: Run, model: ImageCaptionModel) -> str:
     return table(("", ""), rows)
 
 
-def limitations(model: ImageCaptionModel, run: Run | None) -> str:
+def limitations(model: ImageCaptionModel, run: Facts | None) -> str:
     """What to know before relying on captions."""
     said = [
         "It names what it has learned to name, and may state with the same ease what is not there. Do not rely on its "
@@ -497,7 +497,7 @@ def limitations(model: ImageCaptionModel, run: Run | None) -> str:
     return "\n".join(f"- {text}" for text in said if text)
 
 
-def rights(license: str, model: ImageCaptionModel, run: Run | None) -> str:
+def rights(license: str, model: ImageCaptionModel, run: Facts | None) -> str:
     """Whose terms hold."""
     others = [name for name in base_models(model, run) if "/" in name]
     others += [run.data.name] if run and not run.drawn else []

@@ -27,10 +27,11 @@ import tyro
 from config import UserError
 from data.scenes import draw, make_scene
 from evaluate import weights_sha256
-from files import file_hash, write_json
+from files import write_json
 from model import ImageCaptionModel
-from publishing.card import Run, layout_of, local, read_run, scrubbed, write_card
+from publishing.card import Facts, layout_of, local, read_facts, scrubbed, write_card
 from publishing.space import SPACE_FILES, gradio_version, write_space
+from training.run import Run
 from utils import ROOT, first_line, module_file, new_folder
 from weights.file import MODEL_FILE
 from weights.huggingface import MARKER, WRITTEN, write_transformers
@@ -152,7 +153,7 @@ def publish(config: UploadConfig, message: str = "Upload the model") -> str:
 # What there is to publish
 
 
-def find_model(config: UploadConfig) -> tuple[ImageCaptionModel, Run | None]:
+def find_model(config: UploadConfig) -> tuple[ImageCaptionModel, Facts | None]:
     """The model, and the run that made it where that is known. Raises UserError, also for what is of no use to others."""
     from captioning.models import newest_model
 
@@ -168,22 +169,9 @@ def find_model(config: UploadConfig) -> tuple[ImageCaptionModel, Run | None]:
             raise UserError(f"{source}: adapters for {base}, which nobody else has: {whole}")
     if config.onnx and layout_of(model) != "transformers":
         raise UserError(f"{source}: only whole models with cross-attention have ONNX files: leave out --onnx")
-    folder = config.run or find_run(Path(source))
+    found = Run(config.run) if config.run else Run.of_model(Path(source))
     step = re.search(r"step-(\d+)", source)  # of a checkpoint
-    return model, read_run(folder, weights_sha256(model), int(step[1]) if step else None) if folder else None
-
-
-def find_run(path: Path) -> Path | None:
-    """The run that a model's file lies in, or one in runs/ here with the same file; None where there is neither."""
-    if not path.is_file():
-        return None
-    for folder in path.absolute().parents[:3]:  # of the model, or of a checkpoint's
-        if (folder / "run.json").is_file():
-            return folder
-    size = path.stat().st_size
-    candidates = [file for file in Path("runs").glob(f"*/{MODEL_FILE}") if file.stat().st_size == size]
-    same = [file.parent for file in candidates if file_hash(file) == file_hash(path)]
-    return same[0] if same and (same[0] / "run.json").is_file() else None
+    return model, read_facts(found.folder, weights_sha256(model), int(step[1]) if step else None) if found else None
 
 
 def code_files(names: Sequence[str]) -> list[str]:
@@ -234,14 +222,14 @@ def files_of(folder: Path) -> list[str]:
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def write_space_folder(directory: Path, config: UploadConfig, model: ImageCaptionModel, run: Run | None) -> None:
+def write_space_folder(directory: Path, config: UploadConfig, model: ImageCaptionModel, run: Facts | None) -> None:
     """Everything that is uploaded to a Space."""
     with repository_folder(directory, [MARKER, "README.md", *SPACE_FILES], SPACE_CODE) as folder:
         write_space(folder, config.repository, model.merged)
         write_json(folder / MARKER, {})
 
 
-def write_model_folder(directory: Path, config: UploadConfig, model: ImageCaptionModel, run: Run | None) -> None:
+def write_model_folder(directory: Path, config: UploadConfig, model: ImageCaptionModel, run: Facts | None) -> None:
     """Everything that is uploaded of a model. Equal models give equal folders: no dates, no paths of this machine."""
     layout = layout_of(model)
     model.tokenizer = model.tokenizer  # GPT-2's, where none came with the weights

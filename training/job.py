@@ -7,10 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import itertools
-import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +23,13 @@ from data.scenes import draw_scenes
 from data.skipped import BadPictures, check_overlap
 from data.table import CaptionTable
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
-from files import writable_directory, write_json
+from files import write_json
 from model import ImageCaptionModel, choose_attention
 from training.adapters import adapt, check_adapters
-from training.checkpoint import checkpoints, in_use
 from training.distributed import World
 from training.estimates import duration, estimated_memory, estimated_seconds
 from training.optimizers import freeze
+from training.run import Run
 from training.start import initialise
 from utils import PRECISIONS, available_memory, choose_device, choose_precision
 from weights.adapters import find_base
@@ -44,53 +41,6 @@ TYPICAL_CAPTION = 14  # tokens, for estimates made before the captions are read
 KEPT_SHARE_OF_MEMORY = 0.4  # up to which pictures are kept there
 
 
-# Runs on disk
-
-
-def find_run(config: TrainConfig) -> Path:
-    """The folder of this run: the one asked for, an unfinished one of the same settings to go on with, or a new one."""
-    if config.resume not in ("auto", "never"):
-        run = Path(config.resume)
-        if not checkpoints(run):
-            raise UserError(f"{run}: no checkpoint to resume from there: name a run's folder, auto or never")
-        check_fingerprint(run, config)
-        return run
-    if config.output_dir is not None:
-        if config.resume == "auto" and checkpoints(config.output_dir):
-            check_fingerprint(config.output_dir, config)
-        return writable_directory(config.output_dir)
-    if config.resume == "auto":
-        for run in sorted(Path("runs").glob("*-*"), reverse=True):
-            about = read_run(run)
-            unfinished = about.get("fingerprint") == config.fingerprint and not about.get("finished")
-            if unfinished and checkpoints(run):
-                if not in_use(run):
-                    return run
-                print(f"{run} is unfinished too, but another process is training there: this is a run of its own")
-    writable_directory(Path("runs"))
-    name = f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in itertools.count(1):  # runs that start in the same second get folders of their own
-        run = Path(name if number == 1 else f"{name}-{number}")
-        with contextlib.suppress(FileExistsError):
-            run.mkdir()
-            break
-    return run
-
-
-def read_run(run: Path) -> dict[str, Any]:
-    """run.json of a run, empty where there is none that can be read."""
-    try:
-        about: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        return about
-    except (OSError, ValueError):
-        return {}
-
-
-def going_on(config: TrainConfig, run: Path) -> bool:
-    """Whether the run has checkpoints that it is to go on from."""
-    return config.resume != "never" and bool(checkpoints(run))
-
-
 def write_run(job: Job, finished: bool, **more: Any) -> None:
     """run.json: which run this is, what it must go on with to reach the same bits, and `more` to know of it."""
     precision = next(name for name, dtype in PRECISIONS.items() if dtype == job.dtype)
@@ -100,15 +50,7 @@ def write_run(job: Job, finished: bool, **more: Any) -> None:
     about["hardware"] = f"{f'{job.world.size} x ' if cuda else ''}{hardware}, torch {torch.__version__}"
     about |= {"precision": precision, "tokenizer": job.tokenizer, "data": job.data_key, "config": job.config.to_dict()}
     about |= {"adapters": job.model.adapters} if job.config.adapts else {}
-    write_json(job.run / "run.json", about)
-
-
-def check_fingerprint(run: Path, config: TrainConfig) -> None:
-    """Raises UserError when a run was started with other settings."""
-    if read_run(run).get("fingerprint") != config.fingerprint:
-        raise UserError(
-            f"{run} holds a run with other settings: choose another --output-dir, or --resume never to replace it"
-        )
+    write_json(job.run.folder / "run.json", about)
 
 
 # Data
@@ -156,7 +98,7 @@ class Job:
 
     config: TrainConfig
     world: World
-    run: Path
+    run: Run
     device: torch.device
     dtype: torch.dtype
     model: ImageCaptionModel
@@ -182,10 +124,10 @@ class Job:
         return min(self.config.caption_length, self.model.config.text_positions)
 
 
-def choose_where(config: TrainConfig, run: Path) -> tuple[torch.device, str, torch.dtype, str]:
+def choose_where(config: TrainConfig, run: Run) -> tuple[torch.device, str, torch.dtype, str]:
     """Device and precision with their reasons; a run that goes on keeps the precision that `auto` once chose."""
     device, device_reason = choose_device(config.device)
-    began = read_run(run) if going_on(config, run) else {}
+    began = run.began(config)
     if config.precision == "auto" and began.get("device") == device.type:
         return device, device_reason, choose_precision(began["precision"], device)[0], "as this run began"
     return device, device_reason, *choose_precision(config.precision, device)
@@ -194,7 +136,7 @@ def choose_where(config: TrainConfig, run: Path) -> tuple[torch.device, str, tor
 def prepare(
     config: TrainConfig,
     world: World,
-    run: Path,
+    run: Run,
     device: torch.device,
     dtype: torch.dtype,
     tokenizer_name: str | None = None,
@@ -204,20 +146,22 @@ def prepare(
         raise UserError(f"cache_on_gpu on the device {device}: it needs a GPU, leave it out")
     if config.adapts:  # before anything is downloaded for it
         check_adapters(config, device)
-    began = read_run(run) if going_on(config, run) else {}
-    tables = find_tables(config, run)
+    began = run.began(config)
+    tables = find_tables(config, run.folder)
     keys = {split: table.keys() for split, table in tables.items()}
     data_key = key_of([hashlib.sha256(own.tobytes()).hexdigest() for own in keys.values()])
     if began.get("data", data_key) != data_key:
         raise UserError(
-            f"the pictures or captions have changed since {run} began, so it cannot go on: start a new run with --resume "
+            f"the pictures or captions have changed since {run.folder} began, so it cannot go on: start a new run with --resume "
             "never (or another --output-dir)"
         )
     name, model = start_model(config, run, began, tables, keys["train"], device, tokenizer_name)
     datasets = make_datasets(config, world, tables, model)
     if config.cache_on_gpu:
         keep_on_gpu(datasets["train"], device)
-    bad = BadPictures(run / "bad_samples.csv", tables.values(), config.max_bad_share, bool(began) or not world.main)
+    bad = BadPictures(
+        run.folder / "bad_samples.csv", tables.values(), config.max_bad_share, bool(began) or not world.main
+    )
     if world.main:
         for data in datasets.values():
             bad.add_known(data.table, data.pixels.bad)
@@ -242,7 +186,7 @@ def prepare(
 
 def start_model(
     config: TrainConfig,
-    run: Path,
+    run: Run,
     began: dict[str, Any],
     tables: dict[str, CaptionTable],
     keys: np.ndarray,
@@ -264,7 +208,7 @@ def start_model(
         print(f"adapters    {adapt(model, config, bases, device)}")
         if began.get("adapters", model.adapters) != model.adapters:
             raise UserError(
-                f"the pretrained models are not those that {run} began on, or not in 4 bits as there: bring those back, or "
+                f"the pretrained models are not those that {run.folder} began on, or not in 4 bits as there: bring those back, or "
                 "start a new run with --resume never"
             )
     return name, model
@@ -298,12 +242,12 @@ def make_datasets(
     return {split: of_table[id(table)] for split, table in tables.items()}
 
 
-def go_on_with(run: Path) -> tuple[str, ImageCaptionModel]:
+def go_on_with(run: Run) -> tuple[str, ImageCaptionModel]:
     """The model of the newest checkpoint: what a run began from may have changed meanwhile. Its weights come later."""
-    for folder in reversed(checkpoints(run)):
+    for folder in reversed(run.checkpoints):
         with contextlib.suppress(UserError):  # damaged, as load_checkpoint will say
-            return read_run(run)["tokenizer"], ImageCaptionModel.from_pretrained(folder / "model.safetensors")
-    raise UserError(f"{run}: no checkpoint can be read: --resume never starts anew")
+            return run.about["tokenizer"], ImageCaptionModel.from_pretrained(folder / "model.safetensors")
+    raise UserError(f"{run.folder}: no checkpoint can be read: --resume never starts anew")
 
 
 def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> tuple[str, ImageCaptionModel]:
@@ -417,5 +361,5 @@ def plan(job: Job, step: int) -> str:
         f"{job.steps_per_epoch:,} an epoch{f'; going on at step {step:,}' if step else ''}\n"
         f"estimate    about {duration(seconds)} of training, about {memory / 2**30:.1f} GiB for the model "
         f"and {kept / 2**30:.1f} GiB for pictures kept in memory\n"
-        f"output      {job.run}"
+        f"output      {job.run.folder}"
     )

@@ -112,13 +112,20 @@ class Learner:
             scaling = {"scaler": self.scaler.state_dict(), "overflows": self.updater.overflows.item()}
             keep = job.config.keep_checkpoints
             save_checkpoint(
-                job.run, state["step"], self.judged.save_file, tensors, state | scaling, size, best=best, keep=keep
+                job.run.folder,
+                state["step"],
+                self.judged.save_file,
+                tensors,
+                state | scaling,
+                size,
+                best=best,
+                keep=keep,
             )
         world.wait()
 
     def load(self) -> dict[str, Any]:
         """Goes back to the newest whole checkpoint; returns the loop's own state, {} where there is none."""
-        found = load_checkpoint(self.job.run)
+        found = load_checkpoint(self.job.run.folder)
         if found is None:
             return {}
         folder, weights, tensors, state = found

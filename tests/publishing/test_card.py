@@ -16,8 +16,9 @@ from config import PRESETS, UserError
 from evaluate import about_decoding
 from model import ImageCaptionModel
 from publishing import card
-from publishing.card import Run, read_run, scrubbed, write_card
-from publishing.hub import UploadConfig, check_card, find_run, write_model_folder
+from publishing.card import Facts, read_facts, scrubbed, write_card
+from publishing.hub import UploadConfig, check_card, write_model_folder
+from training.run import Run
 from weights.file import weights_hash
 
 METRICS = {"bleu_4": 0.28764321, "cider_d": 0.9, "bleu_4_low": 0.27, "bleu_4_high": 0.3, "pictures": 12, "split": "val"}
@@ -61,11 +62,11 @@ def make_run(folder: Path, model: ImageCaptionModel, metrics: dict, **settings) 
     return folder
 
 
-def of_run(folder: Path, model: ImageCaptionModel, step: int | None = None) -> Run:
-    return read_run(folder, weights_hash(model.own_state()), step)
+def of_run(folder: Path, model: ImageCaptionModel, step: int | None = None) -> Facts:
+    return read_facts(folder, weights_hash(model.own_state()), step)
 
 
-def written(folder: Path, model: ImageCaptionModel, run: Run | None, **options) -> ModelCard:
+def written(folder: Path, model: ImageCaptionModel, run: Facts | None, **options) -> ModelCard:
     write_card(folder, model, run, "ann/shapes", **options)
     return ModelCard.load(folder / "README.md")
 
@@ -197,16 +198,16 @@ def test_a_run_is_found_by_the_same_file(folder, model, monkeypatch):
     model.save_file(run / "vit-gpt2-captioning.safetensors")
     model.save_file(folder / "copy.safetensors")
     assert (
-        find_run(Path("copy.safetensors")).resolve()
+        Run.of_model(Path("copy.safetensors")).folder.resolve()
         == run.resolve()
-        == find_run(run / "vit-gpt2-captioning.safetensors")
+        == Run.of_model(run / "vit-gpt2-captioning.safetensors").folder
     )
     (run / "run.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         of_run(run, model)
     model.decoder.ln_f.bias.data += 1
     model.save_file(folder / "copy.safetensors")
-    assert find_run(Path("copy.safetensors")) is None
+    assert Run.of_model(Path("copy.safetensors")) is None
 
 
 def test_text_of_anybody_is_only_shown():

@@ -22,12 +22,12 @@ from data.table import make_table
 from dataset import CaptionDataset, collate, decode
 from files import file_hash
 from model import CrossAttention, EncoderBlock, ImageCaptionModel
-from training import job as job_module
 from training.checkpoint import checkpoints, load_checkpoint
 from training.distributed import ALONE
 from training.estimates import duration, step_operations
 from training.learner import Learner, Step, blank_words
 from training.optimizers import Average, Muon, Updater, build_optimizers, freeze, learning_rate_at, orthogonalized
+from training.run import Run
 from utils import read_log
 
 
@@ -293,18 +293,18 @@ def test_runs_find_their_own_continuation(tmp_path, monkeypatch, whole_run):
     (unfinished / "checkpoints/step-00000003").mkdir(parents=True)
     (unfinished / "checkpoints/step-00000003/manifest.json").write_text("{}")
     (unfinished / "run.json").write_text(json.dumps({"fingerprint": config.fingerprint, "finished": False}))
-    assert job_module.find_run(config) == unfinished
-    assert job_module.find_run(other) != unfinished
-    assert job_module.find_run(dataclasses.replace(config, resume="never")) != unfinished
+    assert Run.find(config).folder == unfinished
+    assert Run.find(other).folder != unfinished
+    assert Run.find(dataclasses.replace(config, resume="never")).folder != unfinished
     with pytest.raises(UserError, match="other settings"):
-        job_module.find_run(dataclasses.replace(other, output_dir=unfinished))
+        Run.find(dataclasses.replace(other, output_dir=unfinished))
     with pytest.raises(UserError, match="no checkpoint"):
-        job_module.find_run(dataclasses.replace(config, resume="nowhere"))
+        Run.find(dataclasses.replace(config, resume="nowhere"))
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = {job_module.find_run(dataclasses.replace(PRESETS["demo"], seed=seed)) for seed in range(4)}
+    folders = {Run.find(dataclasses.replace(PRESETS["demo"], seed=seed)) for seed in range(4)}
     assert len(folders) == 4
 
 

@@ -1,0 +1,107 @@
+"""A run's folder: which one it is, what run.json says of it, and its checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import TrainConfig, UserError
+from files import file_hash, writable_directory
+from training.checkpoint import checkpoints, in_use
+from weights.file import MODEL_FILE
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk, which may be going on in another process: everything is read when it is asked for."""
+
+    folder: Path
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """run.json, empty where there is none that can be read."""
+        with contextlib.suppress(OSError, ValueError):
+            about = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+            return about if isinstance(about, dict) else {}
+        return {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether it says that it is."""
+        return bool(self.about.get("finished"))
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The whole ones, oldest first."""
+        return checkpoints(self.folder)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the newest checkpoint says of the loop."""
+        state: dict[str, Any] = json.loads((self.checkpoints[-1] / "state.json").read_text(encoding="utf-8"))
+        return state
+
+    def began(self, config: TrainConfig) -> dict[str, Any]:
+        """run.json where there are checkpoints that the run is to go on from, else nothing."""
+        return self.about if config.resume != "never" and self.checkpoints else {}
+
+    def check(self, config: TrainConfig) -> Run:
+        """The run itself. Raises UserError when it was started with other settings."""
+        if self.about.get("fingerprint") != config.fingerprint:
+            raise UserError(
+                f"{self.folder} holds a run with other settings: choose another --output-dir, or --resume never to replace it"
+            )
+        return self
+
+    @classmethod
+    def find(cls, config: TrainConfig) -> Run:
+        """The run asked for, an unfinished one of the same settings to go on with, or a new one."""
+        if config.resume not in ("auto", "never"):
+            run = cls(Path(config.resume))
+            if not run.checkpoints:
+                raise UserError(f"{run.folder}: no checkpoint to resume from there: name a run's folder, auto or never")
+            return run.check(config)
+        if config.output_dir is not None:
+            run = cls(config.output_dir)
+            if config.resume == "auto" and run.checkpoints:
+                run.check(config)
+            return cls(writable_directory(run.folder))
+        if config.resume == "auto":
+            for run in map(cls, sorted(Path("runs").glob("*-*"), reverse=True)):
+                if run.about.get("fingerprint") == config.fingerprint and not run.finished and run.checkpoints:
+                    if not in_use(run.folder):
+                        return run
+                    print(
+                        f"{run.folder} is unfinished too, but another process is training there: this is a run of its own"
+                    )
+        return cls.new(config.preset)
+
+    @classmethod
+    def new(cls, preset: str) -> Run:
+        """A new folder in runs/; runs that start in the same second get folders of their own."""
+        writable_directory(Path("runs"))
+        name = f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for number in itertools.count(1):
+            folder = Path(name if number == 1 else f"{name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                break
+        return cls(folder)
+
+    @classmethod
+    def of_model(cls, path: Path) -> Run | None:
+        """The run that a model's file lies in, or one in runs/ here with the same file; None where there is neither."""
+        if not path.is_file():
+            return None
+        for folder in path.absolute().parents[:3]:  # of the model, or of a checkpoint's
+            if (folder / "run.json").is_file():
+                return cls(folder)
+        size = path.stat().st_size
+        candidates = [file for file in Path("runs").glob(f"*/{MODEL_FILE}") if file.stat().st_size == size]
+        same = [file.parent for file in candidates if file_hash(file) == file_hash(path)]
+        return cls(same[0]) if same and (same[0] / "run.json").is_file() else None
