@@ -17,7 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from config import UserError
 from data.pictures import PictureSource, decode, in_one_line, reason
-from utils import hub_folder
+from utils import first_line, hub_folder
 
 
 class ClipScores(NamedTuple):
@@ -84,15 +84,15 @@ class _Clip:
         from transformers import CLIPModel, CLIPProcessor
 
         try:  # nothing but safetensors: a pickle can run code
-            if not Path(name).is_dir():
-                name = hub_folder(str(name), ["*.json", "model*.safetensors", "merges.txt"])
-            loaded: Any = CLIPModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+            local = Path(name).is_dir()
+            folder = name if local else hub_folder(str(name), ["*.json", "model*.safetensors", "merges.txt"])
+            loaded: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
             self.model, missing = loaded[0].float().to(device).eval(), sorted(loaded[1]["missing_keys"])
             if missing:  # transformers would go on with random weights
                 raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them")
-            self.processor: Any = CLIPProcessor.from_pretrained(name)
+            self.processor: Any = CLIPProcessor.from_pretrained(folder)
         except Exception as error:  # offline, absent, damaged: the Hub client raises many kinds
-            why = str(error).strip().split("\n")[0]
+            why = first_line(error)
             raise UserError(f"CLIP {str(name)!r} cannot be loaded ({why}): name a folder with its weights") from error
         self.device, self.batch_size, self.progress = device, batch_size, progress
 

@@ -1,7 +1,7 @@
 """Captions beside their references, whoever wrote them: scored, compared, read from and written to files.
 
-A folder of results holds captions.json and references.json (COCO's formats), per_picture.csv and report.html. Imports
-config, files, metrics, report, pictures and utils, and scorers where they are asked for; knows nothing of models.
+A folder of results holds captions.json and references.json (COCO's formats), per_picture.csv and report.html. Knows
+nothing of models.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Adapters (LoRA) on the linear layers of a pretrained model that is to learn; its own weights rest, in 4 bits if wanted.
 
-peft and bitsandbytes (requirements-qlora.txt) are imported late. weights/adapters.py has their file and its references.
+peft and bitsandbytes (requirements/qlora.txt) are imported late. weights/adapters.py has their file and its references.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from config import UserError, ViTGPT2Config
-from utils import hub_folder
+from utils import first_line, hub_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -222,7 +222,7 @@ def gpt2_tokenizer(source: str = "gpt2") -> PreTrainedTokenizerFast:
             raise ValueError("no vocab.json and merges.txt there")
         return tokenizer
     except Exception as error:  # offline, absent, damaged: the Hub client and tokenizers raise many kinds
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise UserError(
             f"tokenizer {source!r} cannot be loaded ({reason}): name a folder with vocab.json and merges.txt, "
             "or use --tokenizer train"

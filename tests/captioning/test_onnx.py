@@ -28,7 +28,7 @@ PICTURES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 class Session(torch.nn.Module):
-    """The files through onnxruntime, with as much of a decoder's face as generation.py's loops look at."""
+    """The files through onnxruntime, with as much of a decoder's face as decoding/search.py's loops look at."""
 
     def __init__(self, folder: Path, model: ImageCaptionModel, suffix: str = "") -> None:
         super().__init__()

@@ -163,7 +163,7 @@ def test_cached_equals_uncached_and_scores_are_the_models(pair):
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_static_shapes_give_the_same_tokens(pair, num_beams, monkeypatch):
-    """graphs.py's step, without a graph: a second batch goes through the first one's cache."""
+    """The recorded step, without a graph: a second batch goes through the first one's cache."""
     _, ours = pair
     expected = [ours.generate(part, max_length=9, num_beams=num_beams).sequences for part in PICTURES.split(3)]
     monkeypatch.setattr("decoding.search.fast_copy", lambda model, int8, rows: recorded_model(model, torch.float32))
