@@ -330,8 +330,9 @@ class Adapters:
 class Speed:
     """Time and memory."""
 
-    compile: bool = False
-    """Compile the model with torch.compile (a run that goes on then agrees only to rounding: other kernels may serve)."""
+    compile: bool | None = None
+    """Compile the training step with torch.compile (default: on a GPU, unless adapters or a language model learn). A run
+    that goes on then agrees only to rounding: other kernels may serve."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: slower, less memory."""
     flash_attention: bool = True
@@ -461,6 +462,7 @@ class TrainConfig(
             "wandb_project",
         }
         values = {name: value for name, value in self.to_dict().items() if name not in ignored}
+        values["compile"] = bool(self.compile)  # as it was before the device decided
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -9,6 +9,7 @@ import argparse
 import copy
 import dataclasses
 import os
+import sys
 from typing import Any, Literal
 
 from config import PRESETS, TrainConfig, UserError
@@ -18,6 +19,8 @@ from utils import parse_flags, run_script
 BATCH_SIZE = 128
 EPOCHS = 10
 DEVICE: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+# A switch that the device decides unless told has three values, of which these are the short names.
+SWITCHES = {"--compile": "--compile=True", "--no-compile": "--compile=False"}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
@@ -35,7 +38,8 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
         model.resize_size = None
     model.end_token_id = model.start_token_id = model.pad_token_id = None
     defaults = dataclasses.replace(defaults, device=DEVICE, model=model)
-    return parse_in_groups(defaults, arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    return parse_in_groups(defaults, [SWITCHES.get(argument, argument) for argument in given])
 
 
 def parse_in_groups(defaults: TrainConfig, arguments: list[str] | None) -> TrainConfig:

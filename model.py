@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import ViTGPT2Config
-from decoding.cache import DecoderCache, FastCopies, Looked, Packing, next_logits
+from decoding.cache import ALIGNED, DecoderCache, FastCopies, Looked, Packing, next_logits
 from decoding.search import Generated, generate
 from files import write_json
 from weights.adapters import base_of, merge_adapters
@@ -357,9 +357,15 @@ class TiedHead(nn.Module):
         self.__dict__["embedding"] = embedding  # past nn.Module, which would store it as a part
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> logits (..., V)."""
+        """(..., D) -> logits (..., V).
+
+        A GPU multiplies rows that are aligned: 50,304 columns take an H100 a sixth of the time that 50,257 do.
+        """
         embedding: Any = self.embedding
-        return F.linear(hidden, embedding.weight)
+        weight = embedding.weight  # of a copy made for decoding it has these rows already
+        if weight.device.type == "cuda" and len(weight) % ALIGNED:
+            weight = F.pad(weight, (0, 0, 0, -len(weight) % ALIGNED))
+        return F.linear(hidden, weight)[..., : embedding.num_embeddings]
 
 
 class GPT2Decoder(nn.Module):

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from config import ViTGPT2Config
 
+ALIGNED = 64  # a head with a multiple of so many columns is multiplied fast on a GPU
 Looked = list[tuple[Tensor, ...]]
 """Layers x the keys and values of the pictures."""
 

@@ -20,6 +20,7 @@ from decoding.cache import Decoder
 from decoding.packed import packed_model
 from decoding.recorded import recorded_model
 
+PATIENCE = 4  # tokens after which a GPU is asked again whether all captions have ended: asking makes it wait
 LONGEST = 32  # tokens of a caption unless told otherwise
 NEVER = -1e9  # a score no caption has; finite, so that it can be added to and compared
 Logits = Callable[[Tensor, Tensor], Tensor]
@@ -218,17 +219,32 @@ def token_by_token(
     finished = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
     for place in range(len(start), written.shape[1]):
         logits = choose_from(decoder.next_logits(tokens, cache), written[:, :place])
-        if search.do_sample:
-            chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
-        else:
-            chosen = logits.argmax(-1)
+        chosen = draw(logits.softmax(-1), 1, generator).squeeze(-1) if search.do_sample else logits.argmax(-1)
         chosen = chosen.masked_fill(finished, end)
         written[:, place] = chosen
         tokens = chosen.unsqueeze(-1)
         finished |= chosen == end
-        if finished.all():
+        if is_asked(place - len(start), hidden.device) and finished.all():
             break
-    return Generated(written[:, 1 : place + 1])
+    return Generated(written[:, 1 : len(start) + longest_of(written[:, len(start) :], end)])
+
+
+def is_asked(token: int, device: torch.device) -> bool:
+    """Whether to look after this token if all captions have ended."""
+    return device.type == "cpu" or token % PATIENCE == PATIENCE - 1
+
+
+def longest_of(written: Tensor, end: int) -> int:
+    """Tokens of the longest caption, its end token included where there is room: written (..., L), filled up with it."""
+    return min(int((written != end).sum(-1).max()) + 1, written.shape[-1])
+
+
+def draw(probabilities: Tensor, number: int, generator: torch.Generator | None) -> Tensor:
+    """(rows, V) -> as many different tokens a row, int64 (rows, number), each as likely as its probability says."""
+    if probabilities.device.type == "cpu":
+        return torch.multinomial(probabilities, number, generator=generator)
+    # The same by a race (Efraimidis and Spirakis 2006), which need not wait for the device as multinomial does.
+    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).topk(number).indices
 
 
 # What may follow: each takes logits or log probabilities (rows, V) and what is written so far (rows, T), the start token
@@ -325,7 +341,7 @@ def beam_search(
         log_probs = choose_from(log_probs, beams.running[:, :, : first + length - 1].flatten(0, 1))
         total = (log_probs.view(pictures, num_beams, -1) + beams.running_scores.unsqueeze(-1)).flatten(1)
         if search.do_sample:
-            best = torch.multinomial(total.softmax(-1), 2 * num_beams, generator=generator)
+            best = draw(total.softmax(-1), 2 * num_beams, generator)
             scores, order = total.gather(1, best).sort(descending=True)  # as transformers does since 5.24
             best = best.gather(1, order)
         else:
@@ -351,6 +367,8 @@ class Beams:
         self.ended, self.ended_scores = self.running.clone(), torch.full_like(self.running_scores, NEVER)
         self.has_ended = torch.zeros(pictures, number, dtype=torch.bool, device=device)
         self.improvable = torch.ones(pictures, 1, dtype=torch.bool, device=device)
+        self.done = torch.zeros((), dtype=torch.bool, device=device)
+        """All pictures are: nothing that comes later counts."""
         self.pictures = torch.arange(pictures, device=device).unsqueeze(-1)
         self.ranks = torch.arange(2 * number, device=device)
 
@@ -370,26 +388,25 @@ class Beams:
         self.running = self.choose(candidates, chosen)
 
         new = ends & (self.ranks < number)  # the worse half is only there to go on
-        closed = ~self.improvable | (self.has_ended.all(-1, keepdim=True) & (early is True))
+        closed = self.done | ~self.improvable | (self.has_ended.all(-1, keepdim=True) & (early is True))
         new_scores = scores / length**penalty + closed * NEVER + ~new * NEVER
         self.ended_scores, kept = torch.cat([self.ended_scores, new_scores], 1).topk(number)
         self.ended = self.choose(torch.cat([self.ended, candidates], 1), kept)
         self.has_ended = self.choose(torch.cat([self.has_ended, new], 1), kept)
 
-        never = torch.tensor(NEVER, device=scores.device)
-        worst_ended = self.ended_scores.min(1, keepdim=True).values.where(self.has_ended, never)
+        worst_ended = self.ended_scores.min(1, keepdim=True).values.where(self.has_ended, NEVER)
         final_length = self.max_length if early == "never" and penalty > 0 else length
         reachable = self.running_scores[:, :1] / final_length**penalty
         self.improvable = self.improvable & (reachable > worst_ended).any(-1, True)
-        if not self.improvable.any() or ends.all() or (early is True and self.has_ended.all()):
+        self.done = self.done | ~self.improvable.any() | ends.all() | ((early is True) & self.has_ended.all())
+        if is_asked(length - 1, scores.device) and self.done:
             return None
         return (self.pictures * number + self.choose(beams, chosen)).flatten()
 
     def best(self, captions: int) -> Generated:
         """So many of each picture, the best first."""
         sequences = self.ended[:, :captions].flatten(0, 1)
-        longest = int((sequences[:, self.first :] != self.end).sum(-1).max()) + 1  # the end token too, where it fits
-        longest = min(longest, self.max_length)
+        longest = longest_of(sequences[:, self.first :], self.end)
         return Generated(sequences[:, 1 : self.first + longest], self.ended_scores[:, :captions].flatten())
 
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError, ViTGPT2Config
 from dataset import micro_batches, to_device
-from model import ImageCaptionModel
+from model import ImageCaptionModel, flash_attn_function
 from training.checkpoint import link_all, load_checkpoint, load_optimizers, optimizer_tensors, save_checkpoint
 from training.job import Job
 from training.optimizers import Average, Updater
@@ -50,8 +50,12 @@ class Learner:
             self.module = DistributedDataParallel(
                 job.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        if config.compile:
-            self.module = torch.compile(self.module)
+        self.eager, self.whole = self.module, config.batch_size // job.world.size
+        if compiles(job):
+            flash_attn_function()  # looked for here: a compiler does not see through the import
+            self.module = torch.compile(self.module, fullgraph=True)
+            if job.world.main:
+                print("compile     the first step is compiled: a minute or two on a GPU (--no-compile does without)")
 
     @property
     def judged(self) -> ImageCaptionModel:
@@ -78,15 +82,7 @@ class Learner:
             last = number == len(parts) - 1
             with contextlib.nullcontext() if last or world.size == 1 else self.module.no_sync():
                 with autocast(job.device, job.dtype):
-                    part_loss = self.module(
-                        part["pixel_values"],
-                        blank_words(part["input_ids"], words_blanked, self.model.config),
-                        part["lengths"],
-                        part["labels"],
-                        part["positions"],
-                        label_smoothing=smoothing,
-                        weights=part.get("weights"),
-                    ).loss
+                    part_loss = self.loss(part, words_blanked, smoothing)
                 share = count / max(total, 1)  # no tokens where no picture of the step can be read
                 self.scaler.scale(part_loss * (share * world.size)).backward()  # gradients are averaged over processes
             loss += part_loss.detach() * share
@@ -96,6 +92,26 @@ class Learner:
         pairs = sum(int((part["lengths"] > 0).sum()) for part in parts)
         rewards = sum(part["rewards"].sum().item() for part in parts) if self.critic else 0.0
         return Step(loss, norm, batch["rows"], pairs, rewards)
+
+    def loss(self, part: dict[str, Any], words_blanked: float, smoothing: float) -> Tensor:
+        """The mean loss of a part of a batch, on the device."""
+        input_ids = blank_words(part["input_ids"], words_blanked, self.model.config)
+        module = self.module
+        if module is not self.eager:
+            if len(input_ids) < self.whole:  # an epoch's last batch is not worth a compilation of its own
+                module = self.eager
+            for tensor, axis in ((input_ids, -1), (part["labels"], -1), (part["positions"], 0)):
+                torch._dynamo.maybe_mark_dynamic(tensor, axis % tensor.ndim)  # or a second length compiled anew
+        output = module(
+            part["pixel_values"],
+            input_ids,
+            part["lengths"],
+            part["labels"],
+            part["positions"],
+            label_smoothing=smoothing,
+            weights=part.get("weights"),
+        )
+        return output.loss
 
     def moved(self, part: dict[str, Any]) -> dict[str, Any]:
         """The part of a batch on the device."""
@@ -162,6 +178,13 @@ class Learner:
                     f"the {what} is not finite at step {number:,}, of the pictures {', '.join(names[:20])}{more}; the "
                     "weights are as they were before it: look at those, lower --learning-rate, or use --precision fp32"
                 )
+
+
+def compiles(job: Job) -> bool:
+    """Whether the step is compiled: as asked for; unless told, on a GPU, a model that is written here."""
+    if job.config.compile is None:
+        return job.device.type == "cuda" and not job.config.adapts and not job.model.config.language_model
+    return job.config.compile
 
 
 def blank_words(input_ids: Tensor, share: float, config: ViTGPT2Config) -> Tensor:

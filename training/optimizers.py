@@ -56,10 +56,13 @@ class Muon(torch.optim.Optimizer):
         """params: matrices, or groups of them; dtype: of the products."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
+        # torch's protocol for optimizers that ask the device itself whether to step: `found_inf` is 1 where not.
+        self._step_supports_amp_scaling = self.param_groups[0]["params"][0].device.type == "cuda"
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of the matrices that have a gradient; no closure is called."""
+        stop = getattr(self, "found_inf", None)
         for group in self.param_groups:
             learned = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not learned:
@@ -69,12 +72,18 @@ class Muon(torch.optim.Optimizer):
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             gradients = [parameter.grad for parameter in learned]
             momenta = [self.state[parameter]["momentum_buffer"] for parameter in learned]
-            torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-            updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
-            torch._foreach_mul_(learned, 1 - group["lr"] * group["weight_decay"])
+            moved = torch._foreach_lerp(momenta, gradients, 1 - MOMENTUM)
+            updates = torch._foreach_lerp(gradients, moved, MOMENTUM)  # Nesterov's
+            decay = group["lr"] * group["weight_decay"]
+            if stop is not None:
+                moved = [torch.where(stop > 0, old, new) for old, new in zip(momenta, moved, strict=True)]
+                decay = decay * (1 - stop)
+            torch._foreach_copy_(momenta, moved)
+            torch._foreach_mul_(learned, 1 - decay)
             for shape in dict.fromkeys(update.shape for update in updates):
                 same = [number for number, update in enumerate(updates) if update.shape == shape]
                 made = orthogonalized(torch.stack([updates[number] for number in same]), self.dtype)
+                made = made if stop is None else made.masked_fill(stop > 0, 0)
                 rate = group["lr"] * 0.2 * math.sqrt(max(shape))
                 torch._foreach_add_([learned[number] for number in same], list(made.to(momenta[0].dtype)), alpha=-rate)
 

@@ -12,6 +12,11 @@ from model import GPT2Decoder
 PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
+def latest(model) -> StaticCache:
+    """The cache used last."""
+    return list(model.copies.made[torch.float32].decoder.kept.values())[-1]
+
+
 @pytest.fixture
 def static(monkeypatch):
     """generate by static shapes on a CPU too."""
@@ -27,12 +32,35 @@ def test_static_shapes_give_the_same_tokens(tiny_model, num_beams, prefix, reque
     found, caches = [], set()
     for part in PICTURES.split(3):  # the second goes through the cache of the first
         found.append(tiny_model.generate(part, **options))
-        caches.add(id(tiny_model.copies.made[torch.float32].decoder.kept))
-    assert len(caches) == 1 and isinstance(tiny_model.copies.made[torch.float32].decoder.kept, StaticCache)
+        caches.add(id(latest(tiny_model)))
+    assert len(caches) == 1 and isinstance(latest(tiny_model), StaticCache)
     for ours, plain in zip(found, expected, strict=True):
         assert torch.equal(ours.sequences, plain.sequences)
         assert torch.allclose(ours.token_log_probs, plain.token_log_probs, atol=1e-4)
     assert len({tuple(row.tolist()) for part in found for row in part.sequences}) > 3
+
+
+def test_two_shapes_stay_recorded(tiny_model, static):
+    """Training by rewards draws several captions of a picture and takes the greedy one besides: each was recorded anew at
+    every step."""
+    caches = []
+    for _ in range(2):
+        for options in ({"do_sample": True, "num_return_sequences": 2}, {}):
+            tiny_model.generate(PICTURES, max_length=8, **options)
+            caches.append(latest(tiny_model))
+    assert caches[0] is caches[2] and caches[1] is caches[3] and caches[0] is not caches[1]
+    tiny_model.generate(PICTURES[:2], max_length=8)
+    assert len(tiny_model.copies.made[torch.float32].decoder.kept) == 2, "they take memory"
+
+
+def test_the_copys_head_is_aligned(tiny_model):
+    """50,257 columns took an H100 six times as long as 50,304, in training too."""
+    twin = recorded_model(tiny_model, torch.bfloat16)
+    vocabulary, hidden = tiny_model.config.vocab_size, torch.randn(3, 32).bfloat16()
+    assert len(twin.decoder.decoder.wte.weight) % 64 == 0 and vocabulary % 64
+    logits = twin.decoder.head(hidden)
+    assert logits.shape == (3, vocabulary)
+    torch.testing.assert_close(logits, hidden @ tiny_model.decoder.wte.weight.bfloat16().T)
 
 
 def test_a_broken_picture_spoils_no_later_one(tiny_model, static):
@@ -55,7 +83,7 @@ def test_other_shapes_get_another_cache(tiny_model, static):
     """Lengths are rounded up to a multiple of 8, as attention would copy another mask in every layer."""
     for pictures, length in ((PICTURES, 5), (PICTURES[:2], 7), (PICTURES[:2], 9)):
         rows = tiny_model.generate(pictures, max_length=length).sequences
-        kept = tiny_model.copies.made[torch.float32].decoder.kept
+        kept = latest(tiny_model)
         assert kept.own[0].shape[1] == len(pictures) == len(rows) and kept.own[0].shape[2] == (8 if length < 8 else 16)
 
 
@@ -93,4 +121,4 @@ def test_gpu_graphs_give_the_same_tokens(num_beams):
     model.cuda()
     for part, rows in zip(PICTURES.split(3), expected, strict=True):
         assert torch.equal(model.generate(part.cuda(), **options).sequences.cpu(), rows)
-    assert model.copies.made[torch.float32].decoder.kept.graph is not None
+    assert latest(model).graph is not None
