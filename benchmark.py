@@ -26,8 +26,7 @@ from benchmarks.loader import DataBenchmark
 from benchmarks.metrics import MetricsBenchmark
 from benchmarks.training import GoldenBenchmark, RaceBenchmark, TrainBenchmark
 from config import UserError
-from files import write_json
-from utils import parse_flags, run_script
+from utils import parse_flags, run_script, write_json
 
 COMMANDS = {
     "data": DataBenchmark,

@@ -31,12 +31,11 @@ from data.skipped import BadPictures, check_overlap, pictures_seen
 from data.table import CaptionTable
 from data.tokenizer import decode
 from dataset import CaptionDataset, load_picture, load_table, make_dataloader, to_device
-from files import writable_directory, write_json
 from model import ImageCaptionModel
 from scoring.metrics import CiderD
 from scoring.results import Captioned, MoreScores, about_results, compare, print_metrics, read_results, write_evaluation
 from training.distributed import ALONE, World
-from utils import autocast, choose_device, choose_precision, parse_flags, run_script
+from utils import autocast, choose_device, choose_precision, parse_flags, run_script, writable_directory, write_json
 from weights.file import weights_hash
 
 NUM_BEAMS = 3

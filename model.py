@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from config import ViTGPT2Config
 from decoding.cache import ALIGNED, DecoderCache, FastCopies, Looked, Packing, next_logits
 from decoding.search import Generated, generate
-from files import write_json
+from utils import write_json
 from weights.adapters import base_of, merge_adapters
 from weights.file import MODEL_FILE, Saved, check_shapes, gpt2_tokenizer, part_of, write_model_file
 from weights.huggingface import read_captioner

@@ -26,7 +26,6 @@ from data.scenes import mark, scene_from_dict, score_scenes
 from data.tokenizer import decode
 from dataset import make_dataloader
 from evaluate import caption_loader, caption_loss, evaluate_dataset
-from files import put_in_place, write_json
 from model import ImageCaptionModel, use_flash_attention
 from scoring.results import MoreScores, print_metrics
 from training.checkpoint import clean, training_in
@@ -37,7 +36,7 @@ from training.optimizers import learning_rate_at
 from training.progress import Meter, Progress
 from training.run import Run
 from training.tracking import Log, SilentLog, draw_curves
-from utils import StopSignal, autocast, keep_freed_memory
+from utils import StopSignal, autocast, keep_freed_memory, put_in_place, write_json
 from weights.file import MODEL_FILE
 
 LOG_INTERVAL = 10  # steps

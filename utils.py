@@ -1,4 +1,5 @@
-"""The run's plumbing: device and precision chosen with a reason, the metric log, signals, one-line errors.
+"""What every script stands on: flags, one-line errors, signals, files written whole, the cache on disk, device and
+precision chosen with a reason, the metric log.
 
 Knows nothing of models or data.
 """
@@ -7,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,7 +26,6 @@ from typing import Any, TypeVar
 import torch
 
 from config import UserError
-from files import write_text
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent  # of this repository
@@ -118,6 +120,185 @@ def exit_code_of(number: int) -> int:
     return 130 if number == signal.SIGINT else 143
 
 
+# Errors in one line
+
+
+def some(names: list[str]) -> str:
+    """How many tensors, and the first three by name."""
+    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "nothing"
+
+
+def first_line(error: Exception) -> str:
+    """An error's text without what follows on further lines."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def one_line(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns whatever goes wrong with a config that is none into a UserError that names where it came from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{source}: its JSON files are not as transformers writes them ({reason})") from error
+
+
+# Files and folders
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes all of a file or nothing of it."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    sync(unfinished)  # after a power cut a name without its content would be there
+    unfinished.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON, all of it or nothing."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def writable_directory(path: Path) -> Path:
+    """Makes the folder; raises UserError where it cannot be made or written into."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there ({error.strerror}): choose another --output-dir") from error
+    return path
+
+
+def put_in_place(source: Path, target: Path) -> Path | None:
+    """Copies source to target; a different file standing there is kept as *.previous.*, whose path is returned."""
+    if target.exists() and file_hash(target) == file_hash(source):
+        return None
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.copyfile(source, unfinished)
+    previous = None
+    if target.exists():
+        previous = target.with_name(f"{target.stem}.previous{target.suffix}")
+        target.replace(previous)
+    unfinished.replace(target)
+    return previous
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Returns when a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_folder(directory: str | os.PathLike[str], written: list[str], marker: str) -> Iterator[Path]:
+    """A folder to fill, which takes the directory's place at the end: it appears whole or not at all.
+
+    The directory must be new, empty, or hold these names alone, the marker among them. Raises UserError otherwise.
+    """
+    from safetensors import SafetensorError
+
+    directory = Path(directory).absolute()
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: a file stands there: name another folder")
+    inside = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+    others = [name for name in inside if name not in written or marker not in inside]
+    if others:
+        raise UserError(f"{directory}: holds other files ({', '.join(others[:3])}): name a new or empty folder")
+    unfinished = directory.with_name(f".{directory.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if directory.exists():
+            shutil.rmtree(directory)
+        unfinished.rename(directory)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory}: cannot be written ({first_line(error)}): name another folder") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Holds a lock that one process at a time can have; without waiting, BlockingIOError where another has it.
+
+    It goes with the process, however that ends. (Windows has no such guard.)
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(path, "w") as lock:
+        os.register_at_fork(after_in_child=lock.close)  # or a loader's worker would hold it on for a while
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+# The cache on disk: a folder of files, each named after what went into it, which may be deleted at any time
+
+
+def cache_dir() -> Path:
+    """VIT_GPT2_CACHE from the environment, else vit-gpt2-captioning in the user's cache folder (XDG_CACHE_HOME, ~/.cache,
+    or where the user has no home the folder for temporary files); it may not exist yet."""
+    if chosen := os.environ.get("VIT_GPT2_CACHE"):
+        return Path(chosen).expanduser()
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # a container's user without a home
+        home = Path(tempfile.gettempdir())
+    return home / "vit-gpt2-captioning"
+
+
+def key_of(*parts: Any) -> str:
+    """16 hexadecimal digits that are equal for equal parts (anything JSON can hold, and paths)."""
+    return hashlib.blake2b(json.dumps(parts, default=str, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def stamps(paths: list[Path]) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of files: what a key needs to notice that one was edited."""
+    return [(str(path.absolute()), (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]
+
+
+def kept_file(kind: str, owner: Any, key: str) -> Path:
+    """The file for this key; files of the same kind and owner with other keys are older versions of it."""
+    return cache_dir() / f"{kind}-{key_of(owner)}-{key}"
+
+
+def forget_older(path: Path) -> None:
+    """Deletes the older versions of a kept file."""
+    for other in path.parent.glob(f"{path.name.rpartition('-')[0]}-*"):
+        if not other.name.startswith(path.name) and not other.name.endswith((".part", ".lock")):
+            other.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write to; it becomes `path` when the block ends well, and is deleted when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with open(part, "rb") as written:
+            os.fsync(written.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 # Device and precision
 
 
@@ -195,60 +376,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Mixed precision with this dtype; nothing for float32."""
     half = dtype != torch.float32
     return torch.autocast(device.type, dtype if half else torch.bfloat16, enabled=half)
-
-
-# Folders and errors
-
-
-@contextlib.contextmanager
-def new_folder(directory: str | os.PathLike[str], written: list[str], marker: str) -> Iterator[Path]:
-    """A folder to fill, which takes the directory's place at the end: it appears whole or not at all.
-
-    The directory must be new, empty, or hold these names alone, the marker among them. Raises UserError otherwise.
-    """
-    from safetensors import SafetensorError
-
-    directory = Path(directory).absolute()
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory}: a file stands there: name another folder")
-    inside = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
-    others = [name for name in inside if name not in written or marker not in inside]
-    if others:
-        raise UserError(f"{directory}: holds other files ({', '.join(others[:3])}): name a new or empty folder")
-    unfinished = directory.with_name(f".{directory.name}.unfinished")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        if directory.exists():
-            shutil.rmtree(directory)
-        unfinished.rename(directory)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{directory}: cannot be written ({first_line(error)}): name another folder") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def some(names: list[str]) -> str:
-    """How many tensors, and the first three by name."""
-    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "nothing"
-
-
-def first_line(error: Exception) -> str:
-    """An error's text without what follows on further lines."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-@contextlib.contextmanager
-def one_line(source: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns whatever goes wrong with a config that is none into a UserError that names where it came from."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{source}: its JSON files are not as transformers writes them ({reason})") from error
 
 
 # The Hugging Face Hub

@@ -32,7 +32,6 @@ from data.skipped import BadPictures
 from data.table import make_table
 from dataset import CaptionDataset, load_tokenizer, make_dataloader
 from evaluate import caption_loader, caption_loss
-from files import file_hash, write_json
 from model import ImageCaptionModel
 from publishing.hub import MANIFEST
 from training.adapters import adapt, check_adapters
@@ -42,7 +41,17 @@ from training.job import Job, prepare
 from training.learner import Learner, blank_words
 from training.optimizers import Muon, learning_rate_at, product_dtype
 from training.run import Run
-from utils import PRECISIONS, ROOT, autocast, choose_device, choose_precision, keep_freed_memory, read_log
+from utils import (
+    PRECISIONS,
+    ROOT,
+    autocast,
+    choose_device,
+    choose_precision,
+    file_hash,
+    keep_freed_memory,
+    read_log,
+    write_json,
+)
 from weights.file import MODEL_FILE
 from weights.huggingface import read_transformers, write_transformers
 

@@ -24,8 +24,7 @@ from PIL import Image
 from captioning.pipeline import Caption, is_url
 from config import UserError, ViTGPT2Config
 from data.pictures import PictureSource, decode, in_one_line
-from files import write_text
-from utils import first_line
+from utils import first_line, write_text
 
 PANEL = 360  # pixels of a picture's longer side in a figure
 

@@ -45,8 +45,7 @@ from config import UserError
 from data.pictures import load_picture
 from data.sources import load_tables
 from data.table import CaptionTable
-from files import writable_directory, write_json, write_text
-from utils import parse_flags, run_script
+from utils import parse_flags, run_script, writable_directory, write_json, write_text
 
 SIZE, GRID = 64, 8  # pixels and cells a side of what is remembered of a picture
 MAX_DISTANCE = 4  # bits

@@ -27,7 +27,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from config import UserError
 from data.layouts import file_names, reason, stays_inside
-from files import locked
+from utils import locked
 
 
 @dataclass(frozen=True)

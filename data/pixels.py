@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cache import forget_older, kept_file, key_of, stamps, whole
 from config import Augmentation, UserError
 from data.pictures import crop, load_picture
 from data.table import CaptionTable
-from files import locked
+from utils import forget_older, kept_file, key_of, locked, stamps, whole
 
 VERSION = 1  # of the pictures kept on disk: one more when load_picture gives other pixels
 

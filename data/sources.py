@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache import forget_older, kept_file, key_of, stamps, whole
 from config import UserError
 from data import table
 from data.layouts import (
@@ -34,7 +33,7 @@ from data.layouts import (
     split_word,
 )
 from data.table import SPLITS, CaptionTable, Row
-from utils import ask_hub
+from utils import ask_hub, forget_older, kept_file, key_of, stamps, whole
 
 VERSION = 1  # of the tables kept on disk: one more when a reader or the columns change
 USUAL = Columns()

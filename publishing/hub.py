@@ -27,12 +27,11 @@ import tyro
 from config import UserError
 from data.scenes import draw, make_scene
 from evaluate import weights_sha256
-from files import write_json
 from model import ImageCaptionModel
 from publishing.card import Facts, layout_of, local, read_facts, scrubbed, write_card
 from publishing.space import SPACE_FILES, gradio_version, write_space
 from training.run import Run
-from utils import ROOT, first_line, module_file, new_folder
+from utils import ROOT, first_line, module_file, new_folder, write_json
 from weights.file import MODEL_FILE
 from weights.huggingface import MARKER, WRITTEN, write_transformers
 from weights.remote import MODULE

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
-from files import write_text
-from utils import ROOT
+from utils import ROOT, write_text
 
 START = "serve.py"
 SPACE_FILES = [START, "requirements.txt"]  # beside its README.md and the code

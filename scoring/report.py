@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from data.pictures import decode_pillow
-from files import write_text
 from scoring.metrics import tokenize
+from utils import write_text
 
 SHOWN = 12
 """Captions in each of the three groups."""

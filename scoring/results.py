@@ -20,10 +20,9 @@ from PIL import Image
 from config import UserError
 from data.pictures import PictureSource, in_one_line
 from data.pictures import decode as decode_picture
-from files import file_hash, write_json
 from scoring.metrics import CiderD, Scores, Statistics, diversity, novelty, self_cider, tokenize
 from scoring.report import THUMBNAIL, Report, write_report
-from utils import read_log
+from utils import file_hash, read_log, write_json
 
 ENDS = ("low", "high")  # of a 95 % interval
 

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from config import PRESETS, TrainConfig, ViTGPT2Config
-from files import file_hash
-from utils import read_log, run_script
+from utils import file_hash, read_log, run_script
 from weights.file import MODEL_FILE
 
 ROOT = Path(__file__).resolve().parents[1]

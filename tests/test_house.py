@@ -9,7 +9,6 @@ from conftest import ROOT
 
 ROWS = """
 config
-files cache
 utils
 data decoding
 weights scoring

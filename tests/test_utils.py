@@ -14,8 +14,16 @@ from PIL import Image
 
 import utils
 from config import UserError
-from files import put_in_place, writable_directory
-from utils import MetricLog, StopSignal, choose_device, choose_precision, read_log, run_script
+from utils import (
+    MetricLog,
+    StopSignal,
+    choose_device,
+    choose_precision,
+    put_in_place,
+    read_log,
+    run_script,
+    writable_directory,
+)
 
 CPU = torch.device("cpu")
 

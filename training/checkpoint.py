@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import UserError
-from files import file_hash, locked, sync, write_json
+from utils import file_hash, locked, sync, write_json
 
 ROOM_FOR_JSON = 1 << 20  # bytes, beside the tensors
 

@@ -16,14 +16,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from cache import key_of
 from config import PRETRAINED, TrainConfig, UserError
 from data.download import download_coco_dataset, download_flickr30k
 from data.scenes import draw_scenes
 from data.skipped import BadPictures, check_overlap
 from data.table import CaptionTable
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
-from files import write_json
 from model import ImageCaptionModel, choose_attention
 from training.adapters import adapt, check_adapters
 from training.distributed import World
@@ -31,7 +29,7 @@ from training.estimates import duration, estimated_memory, estimated_seconds
 from training.optimizers import freeze
 from training.run import Run
 from training.start import initialise
-from utils import PRECISIONS, available_memory, choose_device, choose_precision
+from utils import PRECISIONS, available_memory, choose_device, choose_precision, key_of, write_json
 from weights.adapters import find_base
 from weights.pretrained import is_language_model
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from config import TrainConfig, UserError
-from files import file_hash, writable_directory
 from training.checkpoint import checkpoints, in_use
+from utils import file_hash, writable_directory
 from weights.file import MODEL_FILE
 
 

@@ -18,8 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from config import TrainConfig
-from files import write_text
-from utils import MetricLog, read_log
+from utils import MetricLog, read_log, write_text
 
 SERVER = "https://api.wandb.ai"
 SECONDS = 10  # that its server gets to answer, and at a run's end to take what is left

@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import UserError, ViTGPT2Config
-from files import write_json
-from utils import first_line, hub_folder, new_folder, one_line, some
+from utils import first_line, hub_folder, new_folder, one_line, some, write_json
 from weights.file import (
     METADATA_KEY,
     Saved,

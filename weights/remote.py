@@ -13,8 +13,7 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from files import write_json, write_text
-from utils import module_file
+from utils import module_file, write_json, write_text
 from weights.file import MODEL_FILE, Saved, gpt2_tokenizer
 from weights.huggingface import their_files
 

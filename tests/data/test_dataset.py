@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import cache
+import utils
 from config import Augmentation, UserError
 from data import pixels
 from data.table import make_table
@@ -377,7 +377,7 @@ def test_a_passing_fault_is_not_kept_for_ever(kept, scenes_table, scenes_tokeniz
 
 def test_what_a_killed_process_left_is_cleared_away(kept, scenes_table, scenes_tokenizer, monkeypatch):
     name = []
-    monkeypatch.setattr(pixels, "kept_file", lambda *of: name.append(cache.kept_file(*of)) or name[-1])
+    monkeypatch.setattr(pixels, "kept_file", lambda *of: name.append(utils.kept_file(*of)) or name[-1])
     kept.mkdir()
     dataset(scenes_table, scenes_tokenizer, keep="disk")
     name[0].with_name(f"{name[0].name}.1234.part").write_bytes(b"x" * 99)
@@ -508,7 +508,7 @@ def test_reading_a_large_table_copies_nothing():
 
 def test_kept_files_notice_their_sources(tmp_path):
     (tmp_path / "a").write_text("a")
-    first = cache.stamps([tmp_path / "a"])
+    first = utils.stamps([tmp_path / "a"])
     (tmp_path / "a").write_text("ab")
-    assert cache.key_of(first) != cache.key_of(cache.stamps([tmp_path / "a"]))
-    assert cache.key_of([1, "x"]) == cache.key_of([1, "x"])
+    assert utils.key_of(first) != utils.key_of(utils.stamps([tmp_path / "a"]))
+    assert utils.key_of([1, "x"]) == utils.key_of([1, "x"])

@@ -1,4 +1,4 @@
-"""sources.py, table.py and cache.py: every layout read into the same table, every error in one line, tables kept."""
+"""sources.py, table.py and the cache in utils.py: every layout read into the same table, every error in one line, tables kept."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from conftest import needs_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cache
+import utils
 from config import UserError
 from data import layouts, sources, table
 from data.sources import LAYOUTS, load_table, load_tables, recognise
@@ -1260,13 +1260,13 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A container's user may have no home at all, which once ended in a RuntimeError."""
     monkeypatch.delenv("VIT_GPT2_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.cache_dir() == tmp_path / "vit-gpt2-captioning"
+    assert utils.cache_dir() == tmp_path / "vit-gpt2-captioning"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache.cache_dir() == tmp_path / ".cache/vit-gpt2-captioning"
+    assert utils.cache_dir() == tmp_path / ".cache/vit-gpt2-captioning"
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["nobody"])
-    assert cache.cache_dir().is_absolute()
+    assert utils.cache_dir().is_absolute()
 
 
 def test_a_kept_table_follows_pictures_that_move(tmp_path: Path, keeps_all: None) -> None:

@@ -331,7 +331,6 @@ def test_the_published_code_loads_it_too(home, published, tmp_path):
         "config.py",
         "model.py",
         "utils.py",
-        "files.py",
     }
     for path, number in remote(published).items():
         (tmp_path / path).parent.mkdir(exist_ok=True)

@@ -20,7 +20,6 @@ import convert
 from config import PRESETS, TrainConfig, UserError
 from dataset import decode, prepare_picture
 from example_usage import caption_image
-from files import file_hash
 from model import ImageCaptionModel
 from publishing.hub import UploadConfig, publish
 from train import train
@@ -29,7 +28,7 @@ from training.checkpoint import checkpoints
 from training.job import pretrained_parts
 from training.optimizers import Average, Updater, freeze
 from training.start import initialise
-from utils import read_log
+from utils import file_hash, read_log
 from weights import adapters
 from weights.adapters import find_base
 from weights.file import METADATA_KEY, MODEL_FILE

@@ -20,7 +20,6 @@ from conftest import tiny_config
 from processes import await_step, end, ending, flags, fork, forked, run, small_config, start, stop_after
 
 from config import TrainConfig, UserError
-from files import file_hash
 from model import ImageCaptionModel
 from training.checkpoint import (
     checkpoints,
@@ -32,7 +31,7 @@ from training.checkpoint import (
     save_checkpoint,
     training_in,
 )
-from utils import read_log
+from utils import file_hash, read_log
 from weights.file import MODEL_FILE
 
 

@@ -15,9 +15,8 @@ from PIL import Image
 from processes import flags, forked, small_config, start
 
 from config import TrainConfig
-from files import write_text
 from training.tracking import draw_curves
-from utils import read_log
+from utils import read_log, write_text
 
 CANARY = "canary" + "0" * 34  # as long as a real key
 

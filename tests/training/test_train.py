@@ -20,7 +20,6 @@ from processes import run, start, stop_after
 from config import PRESETS, TrainConfig, UserError
 from data.table import make_table
 from dataset import CaptionDataset, collate, decode
-from files import file_hash
 from model import CrossAttention, EncoderBlock, ImageCaptionModel
 from training.checkpoint import checkpoints, load_checkpoint
 from training.distributed import ALONE
@@ -28,7 +27,7 @@ from training.estimates import duration, step_operations
 from training.learner import Learner, Step, blank_words
 from training.optimizers import Average, Muon, Updater, build_optimizers, freeze, learning_rate_at, orthogonalized
 from training.run import Run
-from utils import read_log
+from utils import file_hash, read_log
 
 
 def test_it_learns_to_stop(scenes_table, scenes_tokenizer):
