@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError
-from publishing.hub import HubAwayError, Stage, UploadConfig, logged_in, publish
-from training.run import Run
+from publishing.config import UploadConfig
 from utils import StopSignal, parse_flags, run_script
 from weights.file import MODEL_FILE
 
@@ -40,6 +39,9 @@ class AutoConfig(UploadConfig):
 
 def watch(config: AutoConfig, run: Path) -> int:
     """Publishes checkpoints until the run is finished and all is uploaded. Returns 0, or 130/143 when stopped."""
+    from publishing.hub import HubAwayError, Stage, logged_in, publish  # late: --help is not to wait for torch
+    from training.run import Run
+
     logged_in()  # or all of the waiting would be for nothing
     if not run.is_dir():
         raise UserError(f"{run}: no such folder: name the folder of a run")
@@ -85,6 +87,8 @@ def watch(config: AutoConfig, run: Path) -> int:
 def main() -> int:
     """The command line."""
     config = parse_flags(AutoConfig, __doc__)
+    from publishing.hub import publish
+
     if config.watch:
         return watch(config, config.watch)
     publish(config)

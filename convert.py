@@ -11,27 +11,32 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from safetensors import SafetensorError
 
-from captioning.onnx import save_onnx
 from config import UserError
-from model import ImageCaptionModel
 from utils import first_line, parse_flags, run_script
-from weights.huggingface import read_transformers, write_transformers
+
+if TYPE_CHECKING:  # torch, which --help is not to wait for, comes with it
+    from model import ImageCaptionModel
 
 Source = str | os.PathLike[str]  # a folder, or user/name on the Hugging Face Hub
 
 
 def load_transformers(source: Source, allow_pickle: bool = False) -> ImageCaptionModel:
     """The model in a folder or a Hub repository that transformers wrote, in eval mode: see read_transformers."""
+    from model import ImageCaptionModel
+    from weights.huggingface import read_transformers
+
     return ImageCaptionModel.from_saved(read_transformers(source, allow_pickle)).eval()
 
 
 def save_transformers(model: ImageCaptionModel, directory: Source) -> None:
     """Writes a folder that transformers loads by itself: see write_transformers."""
+    from weights.huggingface import write_transformers
+
     write_transformers(model.saved(), directory)
 
 
@@ -48,6 +53,8 @@ class ToTransformers:
 
     def run(self) -> Path:
         """Converts; returns what was written."""
+        from model import ImageCaptionModel
+
         save_transformers(ImageCaptionModel.from_pretrained(self.model), self.directory)
         return self.directory
 
@@ -93,6 +100,9 @@ class Onnx:
 
     def run(self) -> Path:
         """Converts; returns what was written."""
+        from captioning.onnx import save_onnx
+        from model import ImageCaptionModel
+
         save_onnx(ImageCaptionModel.from_pretrained(self.model), self.directory, self.int8)
         return self.directory
 
@@ -112,6 +122,8 @@ class Merge:
 
     def run(self) -> Path:
         """Merges; returns what was written."""
+        from model import ImageCaptionModel
+
         ImageCaptionModel.from_pretrained(self.adapters, self.base_dir).save_file(self.output)
         return self.output
 

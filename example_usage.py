@@ -23,22 +23,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import tyro
 from tqdm import tqdm
 
 from captioning.models import is_model, load_model, newest_model
-from captioning.outputs import CaptionFile, Sidecars, draw_words, open_output
-from captioning.pipeline import Result, caption_batch, caption_pictures, picture_names, picture_source
 from config import UserError
-from data.pictures import PictureSource, in_one_line
 from data.scenes import draw, make_scene
-from dataset import prepare_picture
-from model import ImageCaptionModel
 from utils import choose_device, parse_flags, run_script
 from weights.file import MODEL_FILE
+
+if TYPE_CHECKING:  # what brings torch along is imported late: --help is not to wait for it
+    from captioning.outputs import CaptionFile, Sidecars
+    from captioning.pipeline import Result
+    from data.pictures import PictureSource
+    from model import ImageCaptionModel
 
 
 def caption_image(
@@ -60,6 +60,11 @@ def caption_image(
     "cuda" means the best there is. URLs of private addresses are refused unless allowed. Raises UserError for a picture
     or a model that cannot be read.
     """
+    import torch
+
+    from captioning.pipeline import caption_batch, picture_source
+    from data.pictures import prepare_picture
+
     if device == "cuda" and not torch.cuda.is_available():
         device = "auto"
     model = load_model(str(model_source), str(choose_device(device)[0]), base_dir)
@@ -132,6 +137,8 @@ class CaptionConfig:
 
 def say(result: Result, several: bool) -> None:
     """Prints a picture's captions, with its name where there are several pictures."""
+    from data.pictures import in_one_line
+
     for caption in result.captions:
         about = [in_one_line(result.name)] if several else []
         score = [f"{caption.score:.4f}"] if caption.score is not None else []
@@ -146,6 +153,9 @@ def caption_all(
     source: Callable[[str], PictureSource],
 ) -> int:
     """Captions these pictures, but for those that the output has, into the output or to be read. Returns an exit code."""
+    from captioning.outputs import draw_words
+    from captioning.pipeline import caption_pictures
+
     wanted = [name for name in names if output is None or name not in output]
     size = None if config.batch_size == "auto" else config.batch_size
     results = caption_pictures(model, wanted, batch_size=size, source=source, **config.decoding())
@@ -183,6 +193,9 @@ def caption_all(
 def main() -> int:
     """The command line. Returns 1 when some of the pictures could not be captioned, 130 when it was stopped."""
     config = parse_flags(CaptionConfig, __doc__)
+    from captioning.outputs import open_output
+    from captioning.pipeline import picture_names, picture_source
+
     inputs = list(config.inputs)
     model_source = inputs.pop() if inputs and is_model(inputs[-1]) else newest_model()
     names, output = picture_names(inputs), None

@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import sys
 
+from captioning.models import newest_model
 from config import UserError
-from publishing.hub import UploadConfig, publish
+from publishing.config import UploadConfig
 from utils import parse_flags, run_script
 
 
 def main() -> None:
     """The command line; without arguments it says how it is used."""
     if not sys.argv[1:]:
-        from captioning.models import newest_model
-
         try:
             model = newest_model()
         except UserError:
             model = "vit-gpt2-captioning.safetensors"
         print(f"usage: python upload_to_hf.py user/name --model-path {model}\n       (--help shows every flag)")
         return
-    publish(parse_flags(UploadConfig, __doc__))
+    config = parse_flags(UploadConfig, __doc__)
+    from publishing.hub import publish  # late: --help is not to wait for torch
+
+    publish(config)
 
 
 if __name__ == "__main__":

@@ -21,18 +21,18 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from config import UserError
+
+if TYPE_CHECKING:  # torch takes a second to import, which --help is not to wait for
+    import torch
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent  # of this repository
 # The last is what Slurm can be told to send before a job's time ends; Windows has none.
 STOP_SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 HUB_SECONDS = 10.0  # that the Hub has to answer in
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def module_file(name: str) -> Path:
@@ -302,6 +302,13 @@ def whole(path: Path) -> Iterator[Path]:
 # Device and precision
 
 
+def dtypes() -> dict[str, torch.dtype]:
+    """The flags' names of dtypes."""
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 @functools.cache
 def matmul_rate(device_type: str, dtype: torch.dtype, size: int = 512) -> float:
     """Floating-point operations a second of a matrix product; 0 where it fails.
@@ -319,6 +326,7 @@ def matmul_rate(device_type: str, dtype: torch.dtype, size: int = 512) -> float:
 
 def timed_product(device_type: str, dtype: torch.dtype, size: int) -> float:
     """Seconds of a matrix product: the best of many, as others use the machine too, or of what 50 ms allow."""
+    import torch
 
     def multiply() -> float:
         start = time.perf_counter()
@@ -335,6 +343,8 @@ def timed_product(device_type: str, dtype: torch.dtype, size: int) -> float:
 
 def choose_device(wanted: str) -> tuple[torch.device, str]:
     """The device and the reason for it. `auto` takes CUDA, else mps where it multiplies faster than the CPU, else the CPU."""
+    import torch
+
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -357,12 +367,14 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, st
     """The dtype of matrix products and the reason: fp16 on CUDA, elsewhere bf16 only where it is measured to be faster.
 
     int8 is for captions on a CPU (generate's int8); whatever else there is to compute gets what auto would."""
+    import torch
+
     if wanted == "fp16" and device.type == "cpu":
         raise UserError("precision fp16 needs a GPU: use --precision auto, bf16 or fp32")
     if wanted == "int8" and device.type != "cpu":
         raise UserError("precision int8 is for a CPU: use --precision auto, or --device cpu")
     if wanted not in ("auto", "int8"):
-        return PRECISIONS[wanted], "asked for"
+        return dtypes()[wanted], "asked for"
     if device.type == "cuda":
         return torch.float16, "the default on CUDA (bf16 by --precision bf16)"
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
@@ -374,6 +386,8 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, st
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Mixed precision with this dtype; nothing for float32."""
+    import torch
+
     half = dtype != torch.float32
     return torch.autocast(device.type, dtype if half else torch.bfloat16, enabled=half)
 

@@ -22,8 +22,10 @@ from decoding.packed import Precision, available
 from evaluate import caption_loader
 from model import ImageCaptionModel
 from scoring.metrics import interval_of, resampled_sums
-from utils import PRECISIONS, choose_device
+from utils import choose_device, dtypes
 from weights.huggingface import write_transformers
+
+PRECISIONS = dtypes()
 
 
 def packed_precisions() -> list[str]:

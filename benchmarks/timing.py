@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 
 def timed(work: Callable[[], Any]) -> float:
     """Seconds that a piece of work takes, on a GPU to its end."""
+    import torch
+
     settle = torch.cuda.synchronize if torch.cuda.is_available() else int
     settle()
     start = time.perf_counter()

@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from benchmarks.captions import PRECISIONS
 from config import PRESETS, TrainConfig, UserError, ViTGPT2Config
 from data.skipped import BadPictures
 from data.table import make_table
@@ -42,7 +43,6 @@ from training.learner import Learner, blank_words
 from training.optimizers import Muon, learning_rate_at, product_dtype
 from training.run import Run
 from utils import (
-    PRECISIONS,
     ROOT,
     autocast,
     choose_device,

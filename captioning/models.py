@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import glob
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from captioning.pipeline import is_url
 from config import UserError
 from data.layouts import PICTURE_SUFFIXES
-from model import ImageCaptionModel
 from weights.file import MODEL_FILE
+
+if TYPE_CHECKING:
+    from model import ImageCaptionModel
 
 
 def load_model(source: str, device: str, base_dir: Path | None = None) -> ImageCaptionModel:
@@ -22,7 +24,14 @@ def load_model(source: str, device: str, base_dir: Path | None = None) -> ImageC
 
 @functools.lru_cache(maxsize=1)
 def _load_model(source: str, device: str, base_dir: Path | None, written: int) -> ImageCaptionModel:
+    from model import ImageCaptionModel
+
     return ImageCaptionModel.from_pretrained(source, base_dir).to(device)
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is an address and not a path."""
+    return "://" in name
 
 
 def is_model(name: str) -> bool:

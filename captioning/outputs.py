@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from captioning.pipeline import Caption, is_url
+from captioning.models import is_url
+from captioning.pipeline import Caption
 from config import UserError, ViTGPT2Config
 from data.pictures import PictureSource, decode, in_one_line
 from utils import first_line, write_text

@@ -11,13 +11,13 @@ import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn.functional import interpolate
 
-from captioning.pipeline import Caption
+if TYPE_CHECKING:
+    from captioning.pipeline import Caption
 
 HEAT_SIDE = 24
 """Numbers along each side of a heat map that is sent to the page; the browser smooths between them."""
@@ -65,6 +65,9 @@ def percent(caption: Caption) -> int:
 def heat_map(seen: NDArray) -> NDArray[np.uint8]:
     """How much the model looked at each patch (rows, columns) -> (HEAT_SIDE, HEAT_SIDE), 255 where most, and 0 where it
     looked no more than at the half of the patches that it looked at least."""
+    import torch
+    from torch.nn.functional import interpolate
+
     least, most = np.median(seen), seen.max()
     heat = torch.from_numpy((seen - least) / max(most - least, 1e-12)).float().clamp(0, 1)
     heat = interpolate(heat[None, None], (HEAT_SIDE, HEAT_SIDE), mode="bicubic")[0, 0].clamp(0, 1)

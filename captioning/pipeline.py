@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from captioning.models import is_url
 from config import UserError, ViTGPT2Config
 from data.fetch import fetch_picture
 from data.layouts import PICTURE_SUFFIXES, clean, pictures_below
@@ -58,11 +59,6 @@ class Result:
 
 
 # Names
-
-
-def is_url(name: str) -> bool:
-    """Whether a name is an address and not a path."""
-    return "://" in name
 
 
 def picture_names(inputs: Iterable[str]) -> list[str]:

@@ -4,7 +4,7 @@
     captioner.load("vit-gpt2-captioning.safetensors")
     captioner.submit("cat.jpg", "cat.jpg", decoding_options("normal", "safe", captions=3)).result()
 
-app.py makes the page. Nothing here knows gradio.
+app.py makes the page. Nothing here knows gradio. What needs torch is imported late, for app.py --help.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from captioning.models import load_model
 from captioning.page import card, progress, results
-from captioning.pipeline import Caption, caption_batch
 from config import UserError
-from data import pictures
-from data.fetch import fetch_picture
 from data.layouts import PICTURE_SUFFIXES
-from dataset import prepare_picture
-from model import ImageCaptionModel
 from utils import ROOT, choose_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from captioning.pipeline import Caption
+    from model import ImageCaptionModel
 
 MOST_AT_ONCE = 16  # pictures that are captioned together
 MOST_SHOWN = 24  # pictures at a time in the page, each with its heat maps; folders have no limit
@@ -78,6 +77,8 @@ class Captioner:
 
     def submit(self, picture: str | bytes, name: str, options: dict[str, Any]) -> Future[list[Caption]]:
         """The captions, the best first, that a picture will have. Raises UserError where it cannot be read."""
+        from data.pictures import prepare_picture
+
         if self.model is None:
             raise UserError("there is no model here yet: python main.py --preset demo trains one")
         with DECODING:
@@ -104,6 +105,10 @@ class Captioner:
                         request.captions.set_exception(error)
 
     def _caption(self, requests: list[Request]) -> list[list[Caption]]:
+        import torch
+
+        from captioning.pipeline import caption_batch
+
         assert self.model is not None
         options = requests[0].options.copy()
         keep, longest_first = options.pop("keep"), options.pop("longest_first")
@@ -156,6 +161,8 @@ class Source:
 
     def read(self, most_bytes: int) -> bytes:
         """The file's content. Raises UserError."""
+        from data.fetch import fetch_picture
+
         if self.url is not None:
             return fetch_picture(self.url, max_bytes=most_bytes)
         try:
@@ -166,8 +173,10 @@ class Source:
 
 def preview(content: bytes) -> bytes:
     """A JPEG of a picture that prepare_picture has read, small enough to stand in the page."""
+    from data.pictures import decode
+
     with DECODING:
-        image = Image.fromarray(pictures.decode(content, PREVIEW))
+        image = Image.fromarray(decode(content, PREVIEW))
     image.thumbnail((PREVIEW, PREVIEW))
     out = io.BytesIO()
     image.save(out, "JPEG", quality=88)

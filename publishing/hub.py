@@ -17,21 +17,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
-
-import tyro
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from config import UserError
 from data.scenes import draw, make_scene
 from evaluate import weights_sha256
 from model import ImageCaptionModel
 from publishing.card import Facts, layout_of, local, read_facts, scrubbed, write_card
-from publishing.space import SPACE_FILES, gradio_version, write_space
+from publishing.config import UploadConfig
+from publishing.space import SPACE_FILES, write_space
 from training.run import Run
-from utils import ROOT, first_line, module_file, new_folder, write_json
+from utils import ROOT, module_file, new_folder, write_json
 from weights.file import MODEL_FILE
 from weights.huggingface import MARKER, WRITTEN, write_transformers
 from weights.remote import MODULE
@@ -62,62 +60,6 @@ PATIENCE = 10.0  # seconds in which a request is tried again; the client's own r
 
 class HubAwayError(UserError):
     """The Hub cannot be reached, or not now: the same command may succeed later."""
-
-
-@dataclass(kw_only=True)
-class UploadConfig:
-    """Publish a model on the Hugging Face Hub. The token comes from HF_TOKEN or from `hf auth login`."""
-
-    repository: Annotated[str, tyro.conf.Positional]
-    """user/name; it is made where there is none."""
-    model_path: str | None = None
-    """The model: a file, a folder or a Hub name (default: the newest file here)."""
-    base_dir: Path | None = None
-    """Folder in which the pretrained models that a file of adapters names are looked for before the Hub is asked."""
-    run: Path | None = None
-    """Folder of the run that made it, for the model card (default: the one in runs/ that has the same file)."""
-    private: bool = False
-    """Make a repository that only its owner sees."""
-    revision: str | None = None
-    """Upload to this branch instead of main."""
-    pr: bool = False
-    """Open a pull request instead of changing the repository."""
-    onnx: bool = False
-    """Add ONNX files for browsers (requirements/onnx.txt)."""
-    space: bool = False
-    """Also make a Gradio Space of the same name: the web page, with this model, for anybody to try."""
-    dry_run: bool = False
-    """Write the folder upload/user/name (and upload/spaces/user/name) and stop: nothing is sent."""
-    force: bool = False
-    """Upload into a repository with files that were not written here; the same names are replaced."""
-    license: str = "apache-2.0"
-    """Licence of the weights, as the Hub names it."""
-    language: str | None = None
-    """Language of the captions, such as en (default: known for the usual data sets)."""
-    sample_pictures: bool = False
-    """Show the run's photographs in the card: only where they may be redistributed. Drawn scenes always are."""
-    benchmark: str | None = None
-    """A benchmark of the Hub that the run was tested on, user/dataset:task:metric, for its leaderboard."""
-    debug: bool = False
-    """Show tracebacks of errors."""
-
-    def __post_init__(self) -> None:
-        from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-        try:
-            validate_repo_id(self.repository)
-        except HFValidationError as error:
-            raise UserError(f"repository {self.repository!r} is no name of the Hub: {first_line(error)}") from error
-        if self.repository.count("/") != 1:
-            raise UserError(f"repository {self.repository!r} needs two parts: user/name")
-        if self.pr and self.revision:
-            raise UserError("pr and revision exclude each other: a pull request is opened against main")
-        if self.space and (self.pr or self.revision):
-            raise UserError("space shows the model at the repository's main branch: leave out revision and pr")
-        if self.space:
-            gradio_version()  # before anything is sent
-        if self.benchmark and (self.benchmark.count(":") != 2 or self.benchmark.split(":")[0].count("/") != 1):
-            raise UserError(f"benchmark {self.benchmark!r}: it must be user/dataset:task:metric")
 
 
 def publish(config: UploadConfig, message: str = "Upload the model") -> str:

@@ -32,6 +32,33 @@ from model import ImageCaptionModel
 MODEL = "vit-gpt2-captioning.safetensors"
 
 
+HELP = """
+import runpy, sys
+name, *sys.argv[1:] = sys.argv[1:]
+try:
+    runpy.run_path(name, run_name="__main__")
+finally:
+    assert not {"torch", "transformers"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["main", "example_usage", "upload_to_hf", "auto_upload", "convert", "convert onnx", "app", "benchmark metrics"],
+)
+def test_help_does_not_wait_for_torch(command):
+    """`--help` took three seconds, most of which went into importing torch and transformers."""
+    name, *command = command.split()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    shown = subprocess.run(
+        [sys.executable, "-c", HELP, ROOT / f"{name}.py", *command, "--help"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert shown.returncode == 0 and "show this help message" in shown.stdout, shown.stderr
+
+
 def script(cwd: Path, *arguments: str | Path, code: int = 0) -> str:
     """Runs a script; returns its standard output, or its standard error when it is meant to fail."""
     command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]

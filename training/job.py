@@ -29,7 +29,7 @@ from training.estimates import duration, estimated_memory, estimated_seconds
 from training.optimizers import freeze
 from training.run import Run
 from training.start import initialise
-from utils import PRECISIONS, available_memory, choose_device, choose_precision, key_of, write_json
+from utils import available_memory, choose_device, choose_precision, dtypes, key_of, write_json
 from weights.adapters import find_base
 from weights.pretrained import is_language_model
 
@@ -41,7 +41,7 @@ KEPT_SHARE_OF_MEMORY = 0.4  # up to which pictures are kept there
 
 def write_run(job: Job, finished: bool, **more: Any) -> None:
     """run.json: which run this is, what it must go on with to reach the same bits, and `more` to know of it."""
-    precision = next(name for name, dtype in PRECISIONS.items() if dtype == job.dtype)
+    precision = next(name for name, dtype in dtypes().items() if dtype == job.dtype)
     about = {"fingerprint": job.config.fingerprint, "finished": finished, "device": job.device.type, **more}
     cuda = job.device.type == "cuda"
     hardware = torch.cuda.get_device_name(job.device) if cuda else f"{os.cpu_count()} CPU cores"

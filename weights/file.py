@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from config import UserError, ViTGPT2Config
 from utils import first_line, hub_folder
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 MODEL_FILE = "vit-gpt2-captioning.safetensors"

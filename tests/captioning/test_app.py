@@ -301,7 +301,7 @@ def test_the_address_of_a_picture(open_page, client, web, monkeypatch):
     assert line.startswith(f"{url}: leads to an address that is not public") and "\n" not in line
     with pytest.raises(AppError, match="not public"):
         client.predict(picture=None, url=url, api_name="/caption")
-    monkeypatch.setattr(service, "fetch_picture", functools.partial(fetch_picture, allow_private=True))
+    monkeypatch.setattr("data.fetch.fetch_picture", functools.partial(fetch_picture, allow_private=True))
     page.get_by_label("Or the address of a picture").press("Enter")
     page.locator(".card").wait_for()
     (found,) = client.predict(picture=None, url=url, api_name="/caption")
