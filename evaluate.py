@@ -35,7 +35,16 @@ from model import ImageCaptionModel
 from scoring.metrics import CiderD
 from scoring.results import Captioned, MoreScores, about_results, compare, print_metrics, read_results, write_evaluation
 from training.distributed import ALONE, World
-from utils import autocast, choose_device, choose_precision, parse_flags, run_script, writable_directory, write_json
+from utils import (
+    autocast,
+    choose_device,
+    choose_precision,
+    parse_flags,
+    run_script,
+    whole,
+    writable_directory,
+    write_json,
+)
 from weights.file import weights_hash
 
 NUM_BEAMS = 3
@@ -179,7 +188,8 @@ def contact_sheet(
             grey = "\n".join(textwrap.shorten(text, 44, placeholder="…") for text in known[:2])
             axis.text(0, -0.05 - 0.075 * len(lines), grey, color="0.4", size=8, **place)
         figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.1, hspace=0.45, wspace=0.1)
-        figure.savefig(path, dpi=90)
+        with whole(path) as unfinished:
+            figure.savefig(unfinished, format="png", dpi=90)
         pyplot.close(figure)
 
 

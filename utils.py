@@ -7,18 +7,21 @@ Knows nothing of models or data.
 from __future__ import annotations
 
 import contextlib
+import csv
 import functools
+import glob
 import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +35,7 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent  # of this repository
 # The last is what Slurm can be told to send before a job's time ends; Windows has none.
 STOP_SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+LEFT_AFTER = 24 * 60 * 60  # seconds after which what is unfinished is taken for a killed process's
 HUB_SECONDS = 10.0  # that the Hub has to answer in
 
 
@@ -63,8 +67,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     except Exception as error:
         if debug:
             raise
-        reason = next(iter(str(error).strip().splitlines()), "")
-        print(f"error: {type(error).__name__}: {reason} (--debug shows where)", file=sys.stderr)
+        print(f"error: {named(error)} (--debug shows where)", file=sys.stderr)
         code = 1
     sys.exit(code)
 
@@ -128,9 +131,15 @@ def some(names: list[str]) -> str:
     return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "nothing"
 
 
-def first_line(error: Exception) -> str:
-    """An error's text without what follows on further lines."""
+def first_line(error: BaseException) -> str:
+    """An error's text without what follows on further lines; its kind where it has no text."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def named(error: BaseException) -> str:
+    """An error's kind and the first line of its text."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
 
 
 @contextlib.contextmanager
@@ -141,24 +150,61 @@ def one_line(source: str | os.PathLike[str]) -> Iterator[None]:
     except UserError as error:
         raise UserError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{source}: its JSON files are not as transformers writes them ({reason})") from error
+        raise UserError(f"{source}: its JSON files are not as transformers writes them ({named(error)})") from error
 
 
 # Files and folders
 
 
+def unfinished_name(path: Path) -> Path:
+    """A name beside the path that nobody can guess; unfinished_of finds what killed processes have left under such names."""
+    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.unfinished")
+
+
+def unfinished_of(path: Path) -> list[Path]:
+    """Unfinished files or folders of this path, also those of other processes that are at work."""
+    return [*path.parent.glob(f".{glob.escape(path.name[:50])}.*unfinished")]
+
+
+def clear_left(path: Path) -> None:
+    """Deletes unfinished files and folders of the path that are so old that their processes must have been killed."""
+    for left in unfinished_of(path):
+        with contextlib.suppress(OSError):  # one has just been finished, or is somebody else's
+            if time.time() - left.stat().st_mtime > LEFT_AFTER:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A new, empty file to write to, which takes the path's place when the block ends well, and is gone when it does not.
+
+    Several may write to one path at a time: the last one's content stands there, never a mixture.
+    """
+    unfinished = unfinished_name(path)
+    unfinished.touch(exist_ok=False)  # follows no link, and has the permissions that open() gives
+    try:
+        yield unfinished
+        sync(unfinished)  # after a power cut a name without its content would be there
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes all of a file or nothing of it."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    sync(unfinished)  # after a power cut a name without its content would be there
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON, all of it or nothing."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]], line_end: str = "\r\n") -> None:
+    """Writes all of the rows or nothing."""
+    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator=line_end).writerows(rows)
 
 
 def writable_directory(path: Path) -> Path:
@@ -177,13 +223,13 @@ def put_in_place(source: Path, target: Path) -> Path | None:
     """Copies source to target; a different file standing there is kept as *.previous.*, whose path is returned."""
     if target.exists() and file_hash(target) == file_hash(source):
         return None
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.copyfile(source, unfinished)
-    previous = None
-    if target.exists():
-        previous = target.with_name(f"{target.stem}.previous{target.suffix}")
-        target.replace(previous)
-    unfinished.replace(target)
+    previous = target.with_name(f"{target.stem}.previous{target.suffix}") if target.exists() else None
+    clear_left(target)
+    with whole(target) as unfinished:
+        shutil.copyfile(source, unfinished)
+        if previous:
+            sync(unfinished)  # which takes a while, in which there is to be a target
+            target.replace(previous)
     return previous
 
 
@@ -217,9 +263,9 @@ def new_folder(directory: str | os.PathLike[str], written: list[str], marker: st
     others = [name for name in inside if name not in written or marker not in inside]
     if others:
         raise UserError(f"{directory}: holds other files ({', '.join(others[:3])}): name a new or empty folder")
-    unfinished = directory.with_name(f".{directory.name}.unfinished")
+    unfinished = unfinished_name(directory)
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        clear_left(directory)
         unfinished.mkdir(parents=True)
         yield unfinished
         if directory.exists():
@@ -283,20 +329,6 @@ def forget_older(path: Path) -> None:
     for other in path.parent.glob(f"{path.name.rpartition('-')[0]}-*"):
         if not other.name.startswith(path.name) and not other.name.endswith((".part", ".lock")):
             other.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A name to write to; it becomes `path` when the block ends well, and is deleted when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        with open(part, "rb") as written:
-            os.fsync(written.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # Device and precision

@@ -42,16 +42,7 @@ from training.job import Job, prepare
 from training.learner import Learner, blank_words
 from training.optimizers import Muon, learning_rate_at, product_dtype
 from training.run import Run
-from utils import (
-    ROOT,
-    autocast,
-    choose_device,
-    choose_precision,
-    file_hash,
-    keep_freed_memory,
-    read_log,
-    write_json,
-)
+from utils import ROOT, autocast, choose_device, choose_precision, file_hash, keep_freed_memory, read_log, write_json
 from weights.file import MODEL_FILE
 from weights.huggingface import read_transformers, write_transformers
 

@@ -22,9 +22,7 @@ another: hence the colours.
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
-import io
 import itertools
 import os
 import re
@@ -45,7 +43,7 @@ from config import UserError
 from data.pictures import load_picture
 from data.sources import load_tables
 from data.table import CaptionTable
-from utils import parse_flags, run_script, writable_directory, write_json, write_text
+from utils import parse_flags, run_script, whole, writable_directory, write_csv, write_json
 
 SIZE, GRID = 64, 8  # pixels and cells a side of what is remembered of a picture
 MAX_DISTANCE = 4  # bits
@@ -358,21 +356,14 @@ def excerpt(caption: str) -> str:
 def write_report(report: Report, directory: Path) -> None:
     """check.json, bad_samples.csv, duplicates.csv, lengths.png and, where there are duplicates, duplicates.png."""
     write_json(directory / "check.json", report.figures)
-    write_csv(directory / "bad_samples.csv", [BadPicture._fields, *report.bad])
+    write_csv(directory / "bad_samples.csv", [BadPicture._fields, *report.bad], "\n")
     rows: list[Sequence[Any]] = [("part", "picture", "same_as_part", "same_as_picture", "kind", "bits")]
     for part, row, other, other_row, distance in report.duplicates:
         kind = ("exact", 0) if distance is None else ("near", distance)
         rows.append((part, report.tables[part].name_of(row), other, report.tables[other].name_of(other_row), *kind))
-    write_csv(directory / "duplicates.csv", rows)
+    write_csv(directory / "duplicates.csv", rows, "\n")
     draw_lengths(directory / "lengths.png", report.figures["captions"])
     draw_duplicates(directory / "duplicates.png", report)
-
-
-def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    """Writes all of the rows or nothing."""
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, text.getvalue())
 
 
 def draw_lengths(path: Path, captions: dict[str, Any]) -> None:
@@ -393,7 +384,8 @@ def draw_lengths(path: Path, captions: dict[str, Any]) -> None:
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=120)
 
 
 def draw_duplicates(path: Path, report: Report) -> None:
@@ -417,7 +409,8 @@ def draw_duplicates(path: Path, report: Report) -> None:
             label = name if len(name) <= 34 else f"{name[:16]}…{name[-16:]}"
             axes.set_xlabel(f"{part}: {label}", size=8, parse_math=False)
             axes.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=90)
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=90)
 
 
 # The command

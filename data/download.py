@@ -27,7 +27,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from config import UserError
 from data.layouts import file_names, reason, stays_inside
-from utils import locked
+from utils import locked, sync
 
 
 @dataclass(frozen=True)
@@ -247,8 +247,7 @@ def _fetch(archive: Archive, url: str, root: Path) -> None:
     if _sha256(part) != archive.sha256:
         part.unlink()
         raise UserError(f"{url} sent something else than COCO's archive (SHA-256 differs), now deleted: run it again")
-    with open(part, "r+b") as file:  # a power cut must not leave the new name on a file that never reached the disk
-        os.fsync(file.fileno())
+    sync(part)  # a power cut must not leave the new name on a file that never reached the disk
     part.replace(target)
 
 

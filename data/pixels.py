@@ -23,7 +23,7 @@ from tqdm import tqdm
 from config import Augmentation, UserError
 from data.pictures import crop, load_picture
 from data.table import CaptionTable
-from utils import forget_older, kept_file, key_of, locked, stamps, whole
+from utils import forget_older, kept_file, key_of, locked, stamps, unfinished_of, whole, write_text
 
 VERSION = 1  # of the pictures kept on disk: one more when load_picture gives other pixels
 
@@ -109,7 +109,8 @@ class Pixels:
             path.parent.mkdir(parents=True, exist_ok=True)
             with locked(path.with_name(f"{path.name}.lock")):
                 if not path.exists():
-                    for left in path.parent.glob(f"{path.name}.*.part"):  # by a process that was killed
+                    # By a process that was killed, and by one of an earlier version.
+                    for left in [*unfinished_of(path), *path.parent.glob(f"{path.name}.*.part")]:
                         left.unlink()
                     free = shutil.disk_usage(path.parent).free
                     if needed > free:
@@ -117,12 +118,11 @@ class Pixels:
                             f"no room to keep {needed / 1e9:.1f} GB of pictures in {path.parent} ({free / 1e9:.1f} GB "
                             "are free): leave --cache out, or set VIT_GPT2_CACHE to a folder on another disk"
                         )
-                    with whole(path) as part:
+                    with whole(path) as unfinished:
                         self._decode_into(
-                            torch.from_numpy(np.memmap(part, np.uint8, "w+", shape=shape)), range(shape[0])
+                            torch.from_numpy(np.memmap(unfinished, np.uint8, "w+", shape=shape)), range(shape[0])
                         )
-                        with whole(about) as notes:
-                            notes.write_text(json.dumps(list(self.bad.items())))
+                        write_text(about, json.dumps(list(self.bad.items())))
                     forget_older(path)
                     print(f"cache       {path} ({needed / 1e9:.1f} GB, may be deleted at any time)")
             # Copy on write: pages are shared with every process, and torch is spared a warning about read-only memory.

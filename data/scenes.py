@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from config import UserError
+from utils import write_text
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -208,9 +209,7 @@ def draw_scenes(directory: Path, sizes: dict[str, int], seed: int = 0) -> None:
             draw(scene, rng).save(folder / name, compress_level=1)
             images.append({"id": index, "file_name": name, "height": SIDE, "width": SIDE, "scene": asdict(scene)})
             captions += [{"id": 5 * index + k, "image_id": index, "caption": text} for k, text in enumerate(texts)]
-        unfinished = annotations.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps({"info": recipe, "images": images, "annotations": captions}), encoding="utf-8")
-        unfinished.replace(annotations)
+        write_text(annotations, json.dumps({"info": recipe, "images": images, "annotations": captions}))
 
 
 # Marking captions

@@ -10,6 +10,7 @@ import numpy as np
 
 from config import UserError
 from data.table import CaptionTable
+from utils import write_csv
 
 
 def pictures_seen(trained_on: np.ndarray, table: CaptionTable) -> list[int]:
@@ -64,10 +65,7 @@ class BadPictures:
         if not new:
             return
         self.found |= new
-        with open(self.path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(
-                [("part", "picture", "reason"), *((*key, why) for key, why in self.found.items())]
-            )
+        write_csv(self.path, [("part", "picture", "reason"), *((*key, why) for key, why in self.found.items())])
         if (number := len(self.found)) > self.most * self.total:
             raise UserError(
                 f"{number:,} of {self.total:,} pictures are missing or damaged, {number / self.total:.1%} where "

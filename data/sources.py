@@ -143,8 +143,9 @@ def _packed(name: str, root: Path, files: list[Path], columns: Columns) -> tuple
         pass  # not there yet, or damaged: made anew below
     rows, about = _settled(LAYOUTS[name].read(root, files, columns), files[0])
     try:
-        with whole(kept) as part:
-            table.write_table(rows, part, about)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with whole(kept) as unfinished:
+            table.write_table(rows, unfinished, about)
         forget_older(kept)
         return table.read_table(kept)
     except OSError:

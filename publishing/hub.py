@@ -29,7 +29,7 @@ from publishing.card import Facts, layout_of, local, read_facts, scrubbed, write
 from publishing.config import UploadConfig
 from publishing.space import SPACE_FILES, write_space
 from training.run import Run
-from utils import ROOT, module_file, new_folder, write_json
+from utils import ROOT, first_line, module_file, new_folder, whole, write_json
 from weights.file import MODEL_FILE
 from weights.huggingface import MARKER, WRITTEN, write_transformers
 from weights.remote import MODULE
@@ -326,9 +326,8 @@ def once(name: str, action: Callable[[], T]) -> T:
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         lost = type(cause).__module__.startswith(("httpx", "hf_xet")) or isinstance(cause, json.JSONDecodeError)
         if status in PASSING or (status is None and lost):
-            reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
             again = "run again, only what is missing will be sent"
-            raise HubAwayError(f"{name}: the Hub is away ({reason}): {again}") from error
+            raise HubAwayError(f"{name}: the Hub is away ({first_line(cause)}): {again}") from error
         if status in (401, 403):
             why = "does not know this token" if status == 401 else "does not allow this token to write there"
             advice = "run `hf auth login` or set another HF_TOKEN"
@@ -407,12 +406,11 @@ class Stage:
 
 def take(source: Path, target: Path) -> None:
     """Gives a file a second name, or copies it; the target appears whole."""
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    unfinished.unlink(missing_ok=True)
-    try:
-        os.link(source, unfinished)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        shutil.copyfile(source, unfinished)
-    unfinished.replace(target)
+    with whole(target) as unfinished:
+        unfinished.unlink()
+        try:
+            os.link(source, unfinished)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            shutil.copyfile(source, unfinished)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from config import UserError
 from scoring.ngrams import MAX_N, Counts, Floats, Integers, References, Table, Vocabulary, sum_by
 from scoring.tokens import tokenize as tokenize
+from utils import first_line, whole
 
 Caption: TypeAlias = str | Sequence[str]
 
@@ -212,13 +213,8 @@ class CiderD:
         for n in range(MAX_N):
             arrays |= {f"keys_{n + 1}": vocabulary.keys[n], f"numbers_{n + 1}": vocabulary.numbers[n]}
             arrays[f"pictures_with_{n + 1}"] = self._frequencies.pictures_with[n]
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with open(part, "wb") as file:
-                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub thinks of its flags
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with whole(path) as unfinished, unfinished.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub thinks of its flags
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], references: Sequence[Sequence[Caption]] | None = None) -> CiderD:
@@ -243,8 +239,9 @@ class CiderD:
                     raise ValueError("its tables do not fit together")
             loaded._frequencies = _Frequencies(num_pictures, pictures_with)
         except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path} holds no frequencies ({reason}): write it again with CiderD.save") from error
+            raise UserError(
+                f"{path} holds no frequencies ({first_line(error)}): write it again with CiderD.save"
+            ) from error
         loaded.path, loaded._references, loaded._norms = Path(path), None, []
         if references is not None:
             loaded._references = own = References(_reference_words(references), vocabulary)

@@ -6,7 +6,6 @@ nothing of models.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from data.pictures import PictureSource, in_one_line
 from data.pictures import decode as decode_picture
 from scoring.metrics import CiderD, Scores, Statistics, diversity, novelty, self_cider, tokenize
 from scoring.report import THUMBNAIL, Report, write_report
-from utils import file_hash, read_log, write_json
+from utils import file_hash, read_log, write_csv, write_json
 
 ENDS = ("low", "high")  # of a 95 % interval
 
@@ -202,10 +201,8 @@ def write_per_picture(
     path: Path, names: Sequence[int | str], captions: Sequence[str], each: dict[str, Sequence[float]]
 ) -> None:
     """A CSV of every picture's caption and scores."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["picture", "caption", *each])
-        writer.writerows(zip(names, captions, *([f"{x:.6f}" for x in scores] for scores in each.values()), strict=True))
+    rows = zip(names, captions, *([f"{x:.6f}" for x in scores] for scores in each.values()), strict=True)
+    write_csv(path, [("picture", "caption", *each), *rows])
 
 
 def warnings_about(metrics: dict[str, Any]) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,11 +21,15 @@ from utils import (
     StopSignal,
     choose_device,
     choose_precision,
+    new_folder,
     put_in_place,
     read_log,
     run_script,
+    whole,
     writable_directory,
+    write_text,
 )
+from weights.file import write_tensors
 
 CPU = torch.device("cpu")
 
@@ -119,6 +125,54 @@ def test_another_runs_model_is_kept(tmp_path):
     assert target.read_text() == "1" and (tmp_path / "model.previous.safetensors").read_text() == "0"
     assert put_in_place(tmp_path / "a", target) is None  # the same run again moves nothing
     assert (tmp_path / "model.previous.safetensors").read_text() == "0"
+
+
+def test_two_that_write_one_file_never_mix(tmp_path):
+    """All wrote to one name, .metrics.json.unfinished, before it became metrics.json: two evaluations of a run left a
+    mixture, or one took the other's half for its own."""
+    texts = [letter * 200_000 for letter in "ab"]
+    with ThreadPoolExecutor(4) as pool:
+        writing = [pool.submit(write_text, tmp_path / "metrics.json", texts[n % 2]) for n in range(40)]
+        while not all(one.done() for one in writing):
+            assert not (tmp_path / "metrics.json").exists() or (tmp_path / "metrics.json").read_text() in texts
+    assert [one.result() for one in writing] == [None] * 40 and len([*tmp_path.iterdir()]) == 1
+
+
+def test_a_link_at_an_unfinished_name_is_not_followed(tmp_path, monkeypatch):
+    """In a folder where others may write, a link planted at the name that was to be written to had its target lost."""
+    (tmp_path / "diary").write_text("mine")
+    (tmp_path / ".metrics.json.unfinished").symlink_to("diary")
+    write_text(tmp_path / "metrics.json", "{}")
+    monkeypatch.setattr(utils, "unfinished_name", lambda path: path.with_name(f".{path.name}.unfinished"))  # guessed
+    with pytest.raises(FileExistsError):
+        write_text(tmp_path / "metrics.json", "new")
+    assert (tmp_path / "diary").read_text() == "mine" and (tmp_path / "metrics.json").read_text() == "{}"
+
+
+def test_files_are_whole_and_for_others_to_read(tmp_path):
+    """A model's file could be read by its owner only: safetensors 0.8 makes them so, and training left it at that."""
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "a.json", "{}")
+        write_tensors({"x": torch.zeros(2)}, tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+    with pytest.raises(OSError, match="full"), whole(tmp_path / "a.json") as unfinished:
+        unfinished.write_text("ha")
+        raise OSError("the disk is full")
+    assert (tmp_path / "a.json").read_text() == "{}" and len([*tmp_path.iterdir()]) == 2
+
+
+def test_what_killed_processes_left_of_a_folder_goes(tmp_path):
+    """But not what another one is just writing."""
+    old, busy = (tmp_path / f".model.{name}.unfinished" for name in ("0123abcd", "4567abcd"))
+    for folder in (old, busy):
+        folder.mkdir()
+    os.utime(old, (1e9, 1e9))
+    with new_folder(tmp_path / "model", ["a"], "a") as folder:
+        (folder / "a").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", busy.name}
 
 
 def test_the_log_survives_a_crash_and_forgets_what_will_be_done_again(tmp_path):

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from config import UserError
-from utils import file_hash, locked, sync, write_json
+from utils import file_hash, first_line, locked, sync, write_json
+from weights.file import write_tensors
 
 ROOM_FOR_JSON = 1 << 20  # bytes, beside the tensors
 
@@ -84,11 +85,9 @@ def save_checkpoint(
     try:
         unfinished.mkdir()
         save_model(unfinished / "model.safetensors")
-        save_file(tensors, unfinished / "optimizer.safetensors")
+        write_tensors(tensors, unfinished / "optimizer.safetensors")
         write_json(unfinished / "state.json", state | {"best_checkpoint": kept})
         written = sorted(unfinished.iterdir())
-        for path in written[:-1]:  # the last, the JSON, is
-            sync(path)
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in written}
         write_json(unfinished / "manifest.json", manifest)
         sync(unfinished)
@@ -98,7 +97,7 @@ def save_checkpoint(
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise no_room(folder, needed, shutil.disk_usage(run).free, str(error)) from error
+        raise no_room(folder, needed, shutil.disk_usage(run).free, error) from error
     link_all(folder, kept)
     newest = [path for path in checkpoints(run) if path.name <= folder.name][-keep:]
     for path in checkpoints(run):
@@ -106,9 +105,9 @@ def save_checkpoint(
             remove(path)
 
 
-def no_room(folder: Path, needed: int, free: int, reason: str = "") -> UserError:
+def no_room(folder: Path, needed: int, free: int, error: Exception | None = None) -> UserError:
     """What to say when a checkpoint cannot be written."""
-    said = f" ({reason.splitlines()[0]})" if reason else ""
+    said = f" ({first_line(error)})" if error else ""
     return UserError(
         f"{folder} cannot be written{said}: it needs {needed:,} bytes and {free:,} are free. The checkpoint before it is "
         "whole: make room, and the same command goes on from there"
@@ -156,7 +155,7 @@ def load_checkpoint(run: Path) -> tuple[Path, dict[str, Tensor], dict[str, Tenso
             weights = load_file(folder / "model.safetensors")
             return folder, weights, load_file(folder / "optimizer.safetensors"), state
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            print(f"{folder} is damaged ({str(error).splitlines()[0]}): going back to the one before")
+            print(f"{folder} is damaged ({first_line(error)}): going back to the one before")
     return None
 
 

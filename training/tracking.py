@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from config import TrainConfig
-from utils import MetricLog, read_log, write_text
+from utils import MetricLog, named, read_log, whole, write_text
 
 SERVER = "https://api.wandb.ai"
 SECONDS = 10  # that its server gets to answer, and at a run's end to take what is left
@@ -111,7 +111,7 @@ def start_wandb(run: Path, config: TrainConfig) -> Any:
                 print(f"wandb       {chosen} ({reason})", flush=True)
                 return started
             except Exception as error:
-                reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+                reason = named(error)
                 with contextlib.suppress(Exception):
                     wandb.teardown()  # or the run counts as in use
         mode = "off"
@@ -159,5 +159,6 @@ def draw_curves(run: Path) -> None:
         axes[1].legend()
     rates.set_ylabel("learning rate")
     rates.set_xlabel("step")
-    figure.savefig(run / "curves.png", dpi=100)
+    with whole(run / "curves.png") as unfinished:
+        figure.savefig(unfinished, format="png", dpi=100)
     pyplot.close(figure)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import UserError, ViTGPT2Config
-from utils import first_line, hub_folder
+from utils import clear_left, first_line, hub_folder, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,8 +110,6 @@ def read_model_file(path: Path) -> Saved:
 
 def write_model_file(saved: Saved, path: Path) -> None:
     """Writes one safetensors file, all of it or nothing: equal models give equal files."""
-    from safetensors.torch import save_file
-
     about: dict[str, Any] = {"config": saved.config.to_dict()}
     if saved.tokenizer is not None:
         about["tokenizer"] = json.loads(saved.tokenizer.backend_tokenizer.to_str())
@@ -121,13 +119,18 @@ def write_model_file(saved: Saved, path: Path) -> None:
         about["trained_on"] = keys_to_text(saved.trained_on)
     # One entry, because safetensors writes several in an order that changes from call to call.
     metadata = {METADATA_KEY: json.dumps(about, sort_keys=True)}
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}
-    try:
-        save_file(weights, unfinished, metadata=metadata)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}, path, metadata)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, all of it or nothing, with the permissions of any other file."""
+    from safetensors.torch import save_file
+
+    clear_left(path)
+    with whole(path) as unfinished:
+        permissions = unfinished.stat().st_mode
+        save_file(tensors, unfinished, metadata=metadata)
+        unfinished.chmod(permissions)  # since safetensors 0.8 nobody else may read what it writes
 
 
 def not_ours(path: Path, reason: object) -> UserError:

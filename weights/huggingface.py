@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from config import UserError, ViTGPT2Config
@@ -31,6 +31,7 @@ from weights.file import (
     keys_to_text,
     read_model_file,
     tokenizer_from_json,
+    write_tensors,
 )
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def write_transformers(saved: Saved, directory: Source) -> None:
     weights["encoder.pooler.dense.weight"] = torch.zeros(width, width, dtype=dtype)
     weights["encoder.pooler.dense.bias"] = torch.zeros(width, dtype=dtype)
     with new_folder(directory, WRITTEN, MARKER) as folder:
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(weights, folder / WEIGHTS, {"format": "pt"})
         write_their_files(saved, folder)
 
 
