@@ -36,7 +36,7 @@ from training.optimizers import learning_rate_at
 from training.progress import Meter, Progress
 from training.run import Run
 from training.tracking import Log, SilentLog, draw_curves
-from utils import StopSignal, autocast, keep_freed_memory, put_in_place, write_json
+from utils import StopSignal, autocast, keep_freed_memory, named, put_in_place, write_json
 from weights.file import MODEL_FILE
 
 LOG_INTERVAL = 10  # steps
@@ -75,8 +75,7 @@ def train(config: TrainConfig) -> int:
                 raise
             if config.debug:
                 traceback.print_exc()
-            reason = next(iter(str(error).strip().splitlines()), "")
-            print(f"error: process {world.rank}: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)
+            print(f"error: process {world.rank}: {named(error)}", file=sys.stderr, flush=True)
             os._exit(1)  # kernels that wait for a process that is gone would keep this one from ending
         leave_world(world)
     return stopped or 0

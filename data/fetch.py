@@ -30,6 +30,7 @@ from PIL import Image
 
 from config import UserError
 from data.pictures import FORMATS, in_one_line, reason
+from utils import first_line
 
 SECONDS = 20.0  # for all of it
 BYTES = 50 << 20  # on the wire, and after what the wire's bytes unpack to
@@ -55,8 +56,8 @@ def fetch_picture(url: str, *, allow_private: bool = False, seconds: float = SEC
     fetch.stop()
     error = fetch.error if fetch.content is None else None
     if fetch.content is None and (late or not isinstance(error, UserError)):
-        late = late or error is None or time.monotonic() >= fetch.deadline
-        why = f"it took longer than {seconds:g} s" if late else _why(error)
+        late = late or time.monotonic() >= fetch.deadline
+        why = f"it took longer than {seconds:g} s" if late or error is None else _why(error)
         error = UserError(f"cannot be fetched ({why})")
     if error is not None:
         raise UserError(in_one_line(f"{url if len(url) < 500 else url[:500] + '...'}: {error}")) from None
@@ -224,10 +225,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _why(error: BaseException | None) -> str:
+def _why(error: BaseException) -> str:
     """What urllib's error is about."""
     if isinstance(error, urllib.error.HTTPError):
         return f"answer {error.code} {error.reason}".split("\n")[0][:200]
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, OSError):
         error = error.reason
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)[:200]
+    return str(getattr(error, "strerror", None) or first_line(error))[:200]

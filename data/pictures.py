@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from config import UserError, ViTGPT2Config
+from utils import first_line
 
 __all__ = ["FORMATS", "MAX_PIXELS", "PictureSource", "crop", "load_picture", "prepare_picture"]
 
@@ -197,7 +198,7 @@ def reason(error: Exception) -> str:
         return "not enough memory"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    return str(error).split("\n")[0] or type(error).__name__
+    return first_line(error)
 
 
 def in_one_line(message: str) -> str:
