@@ -152,13 +152,7 @@ def caption_loss(
             pixels, other = pixels.roll(1, 0) if len(pixels) > 1 or other is None else other, pixels[-1:]
         tokens = int(batch["lengths"].sum())
         with autocast(device, dtype):
-            output = model(
-                pixels,
-                batch["input_ids"],
-                batch["lengths"],
-                batch["labels"],
-                batch["positions"],
-            )
+            output = model(pixels, batch["input_ids"], batch["lengths"], batch["labels"], batch["positions"])
         total, count = total + output.loss.item() * tokens, count + tokens
     model.train(was_training)
     loss, tokens_of_all = world.sum(total, count)

@@ -249,10 +249,7 @@ def validate_captions(job: Job, model: ImageCaptionModel) -> dict[str, float]:
     if not captioned.captions:
         return {}
     score = world.agree(captioned.metrics()["cider_d"] if world.main else 0.0)
-    return {
-        "val_cider_d": score,
-        "val_unique_captions": len(set(captioned.captions)) / len(captioned.captions),
-    }
+    return {"val_cider_d": score, "val_unique_captions": len(set(captioned.captions)) / len(captioned.captions)}
 
 
 def tell(world: World, text: str) -> None:

@@ -377,11 +377,7 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
     """The device and the reason for it. `auto` takes CUDA, else mps where it multiplies faster than the CPU, else the CPU."""
     import torch
 
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted != "auto":
         if not available.get(wanted, False):
             raise UserError(f"device {wanted} is not available here: use --device auto")

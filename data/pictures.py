@@ -29,22 +29,7 @@ PictureSource = str | os.PathLike[str] | bytes | Image.Image  # bytes are a file
 MAX_PIXELS = 80_000_000
 
 # Tried in this order; TGA has no signature and must be last. PPM stands for its whole family, JPEG for MPO too.
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "TIFF",
-    "BMP",
-    "AVIF",
-    "JPEG2000",
-    "ICO",
-    "PPM",
-    "QOI",
-    "SGI",
-    "PCX",
-    "TGA",
-)
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "ICO", "PPM", "QOI", "SGI", "PCX", "TGA")
 
 # Opening an icon, an animation or a WebP file already allocates its pixels, so Pillow has to know the limit as well.
 # It refuses what is above twice its setting and warns below that; these and its other warnings (about unknown tags and

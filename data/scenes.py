@@ -214,9 +214,7 @@ def draw_scenes(directory: Path, sizes: dict[str, int], seed: int = 0) -> None:
 
 # Marking captions
 
-_GROUP = re.compile(
-    rf"\b({'|'.join(COUNTS)}) ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})",
-)
+_GROUP = re.compile(rf"\b({'|'.join(COUNTS)}) ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
 
 
 def parse_caption(caption: str) -> Scene | None:
@@ -262,8 +260,4 @@ def score_scenes(truths: Sequence[Scene], captions: Sequence[str]) -> dict[str, 
         chosen = [r for r, truth in zip(right, truths, strict=True) if groups in (None, len(truth.groups))]
         return sum(chosen) / max(1, len(chosen))
 
-    return {
-        "scene_accuracy": share(None),
-        "scene_accuracy_one_group": share(1),
-        "scene_accuracy_two_groups": share(2),
-    }
+    return {"scene_accuracy": share(None), "scene_accuracy_one_group": share(1), "scene_accuracy_two_groups": share(2)}

@@ -27,9 +27,7 @@ class Chair(NamedTuple):
 
 
 def chair(
-    captions: Mapping[Any, str],
-    instances_json: Path,
-    references: Mapping[Any, Sequence[str]] | None = None,
+    captions: Mapping[Any, str], instances_json: Path, references: Mapping[Any, Sequence[str]] | None = None
 ) -> Chair:
     """How often captions name one of COCO's 80 kinds of objects that the picture has not got.
 

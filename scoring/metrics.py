@@ -296,10 +296,7 @@ class Statistics:
     """
 
     def __init__(
-        self,
-        candidates: Sequence[Caption],
-        references: Sequence[Sequence[Caption]],
-        frequencies: CiderD | None = None,
+        self, candidates: Sequence[Caption], references: Sequence[Sequence[Caption]], frequencies: CiderD | None = None
     ) -> None:
         """CIDEr-D has the document frequencies given, else those of the references. Raises what score_captions does."""
         self.candidates, words = _as_words(candidates, references)
