@@ -163,28 +163,24 @@ def contact_sheet(
     path: Path, pictures: Sequence[Tensor], captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> None:
     """Pictures (uint8 (3, S, S)) in a grid, each with its caption and, in grey, two references."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     columns, width = 4, 34
     rows = -(-len(pictures) // columns)
-    with pyplot.rc_context({"text.parse_math": False}):  # a $ in a caption is no formula
-        figure, axes = pyplot.subplots(rows, columns, figsize=(columns * 3.2, rows * 4.1), squeeze=False)
-        for axis in axes.flat:
-            axis.axis("off")
-        for axis, picture, caption, known in zip(axes.flat, pictures, captions, references, strict=False):
-            axis.imshow(picture.permute(1, 2, 0).numpy())
-            lines = textwrap.wrap(caption, width) or ["(nothing)"]
-            place = {"transform": axis.transAxes, "va": "top"}
-            axis.text(0, -0.03, "\n".join(lines), weight="bold", size=9.5, **place)
-            grey = "\n".join(textwrap.shorten(text, 44, placeholder="…") for text in known[:2])
-            axis.text(0, -0.05 - 0.075 * len(lines), grey, color="0.4", size=8, **place)
-        figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.1, hspace=0.45, wspace=0.1)
-        with whole(path) as unfinished:
-            figure.savefig(unfinished, format="png", dpi=90)
-        pyplot.close(figure)
+    figure = Figure(figsize=(columns * 3.2, rows * 4.1))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.axis("off")
+    for axis, picture, caption, known in zip(axes, pictures, captions, references, strict=False):
+        axis.imshow(picture.permute(1, 2, 0).numpy())
+        lines = textwrap.wrap(caption, width) or ["(nothing)"]
+        how = {"transform": axis.transAxes, "va": "top", "parse_math": False}  # a $ in a caption is no formula
+        axis.text(0, -0.03, "\n".join(lines), weight="bold", size=9.5, **how)
+        grey = "\n".join(textwrap.shorten(text, 44, placeholder="…") for text in known[:2])
+        axis.text(0, -0.05 - 0.075 * len(lines), grey, color="0.4", size=8, **how)
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.1, hspace=0.45, wspace=0.1)
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=90)
 
 
 def sample_sheet(path: Path, captioned: Captioned, table: CaptionTable) -> None:

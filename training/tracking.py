@@ -129,17 +129,13 @@ def run_id(run: Path) -> str:
 
 def draw_curves(run: Path) -> None:
     """curves.png: losses, CIDEr-D on validation pictures and the learning rate, against the step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     lines = read_log(run / "metrics.jsonl")
     scored = any("val_cider_d" in line or "reward" in line for line in lines)
     heights = [3, 2, 1] if scored else [3, 1]
-    figure, axes = pyplot.subplots(
-        len(heights), 1, figsize=(8, 2 + len(heights) * 2), sharex=True, height_ratios=heights, layout="constrained"
-    )
+    figure = Figure(figsize=(8, 2 + len(heights) * 2), layout="constrained")
+    axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     losses, rates = axes[0], axes[-1]
     dots = {"color": "black", "marker": "o", "linestyle": "--"}
     for axis, name, style, label in (
@@ -161,4 +157,3 @@ def draw_curves(run: Path) -> None:
     rates.set_xlabel("step")
     with whole(run / "curves.png") as unfinished:
         figure.savefig(unfinished, format="png", dpi=100)
-    pyplot.close(figure)
