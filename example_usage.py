@@ -31,7 +31,7 @@ from tqdm import tqdm
 from captioning.models import is_model, load_model, newest_model
 from config import UserError
 from data.scenes import draw, make_scene
-from utils import choose_device, parse_flags, run_script
+from utils import choose_device, in_one_line, parse_flags, run_script
 from weights.file import MODEL_FILE
 
 if TYPE_CHECKING:  # what brings torch along is imported late: --help is not to wait for it
@@ -137,8 +137,6 @@ class CaptionConfig:
 
 def say(result: Result, several: bool) -> None:
     """Prints a picture's captions, with its name where there are several pictures."""
-    from data.pictures import in_one_line
-
     for caption in result.captions:
         about = [in_one_line(result.name)] if several else []
         score = [f"{caption.score:.4f}"] if caption.score is not None else []

@@ -142,6 +142,11 @@ def named(error: BaseException) -> str:
     return kind if line == kind else f"{kind}: {line}"
 
 
+def in_one_line(message: str) -> str:
+    """With line breaks, lone surrogates and the like, which a file's name may hold, written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in message)
+
+
 @contextlib.contextmanager
 def one_line(source: str | os.PathLike[str]) -> Iterator[None]:
     """Turns whatever goes wrong with a config that is none into a UserError that names where it came from."""
@@ -278,8 +283,8 @@ def new_folder(directory: str | os.PathLike[str], written: list[str], marker: st
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Holds a lock that one process at a time can have; without waiting, BlockingIOError where another has it.
+def locked(path: Path, taken: str | None = None) -> Iterator[None]:
+    """Holds a lock that one process at a time can have. Waits for it; or where another has it raises UserError(taken).
 
     It goes with the process, however that ends. (Windows has no such guard.)
     """
@@ -290,7 +295,10 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         return
     with open(path, "w") as lock:
         os.register_at_fork(after_in_child=lock.close)  # or a loader's worker would hold it on for a while
-        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB if taken else fcntl.LOCK_EX)
+        except BlockingIOError:
+            raise UserError(taken) from None
         yield
 
 

@@ -24,8 +24,8 @@ from PIL import Image
 from captioning.models import is_url
 from captioning.pipeline import Caption
 from config import UserError, ViTGPT2Config
-from data.pictures import PictureSource, decode, in_one_line
-from utils import first_line, write_text
+from data.pictures import PictureSource, decode
+from utils import first_line, in_one_line, write_text
 
 PANEL = 360  # pixels of a picture's longer side in a figure
 

@@ -6,7 +6,6 @@ given to download_coco_dataset, or into kagglehub's own cache.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import hashlib
 import http.client
@@ -19,7 +18,8 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,15 +202,9 @@ def _cannot(what: str, root: Path) -> str:
     )
 
 
-@contextlib.contextmanager
-def _one_at_a_time(root: Path) -> Iterator[None]:
+def _one_at_a_time(root: Path) -> AbstractContextManager[None]:
     """Two downloads into one folder would write into each other's .part files."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(root / ".download.lock", wait=False))
-        except BlockingIOError:
-            raise UserError(f"another download into {root} is running: wait for it to end") from None
-        yield
+    return locked(root / ".download.lock", f"another download into {root} is running: wait for it to end")
 
 
 def _fetch(archive: Archive, url: str, root: Path) -> None:

@@ -29,8 +29,8 @@ from typing import Any
 from PIL import Image
 
 from config import UserError
-from data.pictures import FORMATS, in_one_line, reason
-from utils import first_line
+from data.pictures import FORMATS, reason
+from utils import first_line, in_one_line
 
 SECONDS = 20.0  # for all of it
 BYTES = 50 << 20  # on the wire, and after what the wire's bytes unpack to

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from config import UserError, ViTGPT2Config
-from utils import first_line
+from utils import first_line, in_one_line
 
 __all__ = ["FORMATS", "MAX_PIXELS", "PictureSource", "crop", "load_picture", "prepare_picture"]
 
@@ -184,8 +184,3 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return first_line(error)
-
-
-def in_one_line(message: str) -> str:
-    """With line breaks, lone surrogates and the like, which a file's name may hold, written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in message)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import UserError
-from data.pictures import in_one_line
 from scoring.metrics import tokenize
+from utils import in_one_line
 
 
 class Chair(NamedTuple):

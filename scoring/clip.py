@@ -16,8 +16,8 @@ from torch.nn.functional import normalize
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from config import UserError
-from data.pictures import PictureSource, decode, in_one_line, reason
-from utils import first_line, hub_folder
+from data.pictures import PictureSource, decode, reason
+from utils import first_line, hub_folder, in_one_line
 
 
 class ClipScores(NamedTuple):

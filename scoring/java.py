@@ -25,7 +25,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from config import UserError
-from data.pictures import in_one_line
+from utils import in_one_line
 
 SECONDS = 1800.0
 """Longest that one Java program may run unless told otherwise, in seconds; SPICE, which parses every caption, needs the most."""

@@ -17,11 +17,11 @@ from typing import Any
 from PIL import Image
 
 from config import UserError
-from data.pictures import PictureSource, in_one_line
+from data.pictures import PictureSource
 from data.pictures import decode as decode_picture
 from scoring.metrics import CiderD, Scores, Statistics, diversity, novelty, self_cider, tokenize
 from scoring.report import THUMBNAIL, Report, write_report
-from utils import file_hash, read_log, write_csv, write_json
+from utils import file_hash, in_one_line, read_log, write_csv, write_json
 
 ENDS = ("low", "high")  # of a 95 % interval
 
@@ -165,7 +165,8 @@ def write_evaluation(
     each |= {name: scores.tolist() for name, scores in scored.items()} | added_each
     if captioned.self_cider:
         each["self_cider"] = captioned.self_cider.per_picture.tolist()
-    write_per_picture(directory / "per_picture.csv", names, captions, each)
+    rows = zip(names, captions, *([f"{x:.6f}" for x in scores] for scores in each.values()), strict=True)
+    write_csv(directory / "per_picture.csv", [("picture", "caption", *each), *rows])
     intervals = captioned.statistics.intervals()
     report = Report(
         title=title,
@@ -195,14 +196,6 @@ def write_captions(directory: Path, captioned: Captioned, names: Sequence[int | 
     if captioned.several:
         several = zip(names, captioned.several, strict=True)
         write_json(directory / "all_captions.json", [{"image_id": name, "captions": own} for name, own in several])
-
-
-def write_per_picture(
-    path: Path, names: Sequence[int | str], captions: Sequence[str], each: dict[str, Sequence[float]]
-) -> None:
-    """A CSV of every picture's caption and scores."""
-    rows = zip(names, captions, *([f"{x:.6f}" for x in scores] for scores in each.values()), strict=True)
-    write_csv(path, [("picture", "caption", *each), *rows])
 
 
 def warnings_about(metrics: dict[str, Any]) -> list[str]:

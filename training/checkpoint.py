@@ -11,11 +11,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,9 @@ from weights.file import write_tensors
 ROOM_FOR_JSON = 1 << 20  # bytes, beside the tensors
 
 
-@contextlib.contextmanager
-def training_in(run: Path) -> Iterator[None]:
+def training_in(run: Path) -> AbstractContextManager[None]:
     """Keeps a second process from training in the same folder. Raises UserError where one does already."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(run / ".lock", wait=False))
-        except BlockingIOError:
-            raise UserError(
-                f"{run}: another process is training there: stop it, or choose another --output-dir"
-            ) from None
-        yield
+    return locked(run / ".lock", f"{run}: another process is training there: stop it, or choose another --output-dir")
 
 
 def in_use(run: Path) -> bool:

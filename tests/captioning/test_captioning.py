@@ -31,10 +31,10 @@ from captioning import pipeline as captioning
 from captioning.outputs import CaptionFile, open_output
 from captioning.pipeline import Caption, caption_batch, caption_pictures, picture_names, prepared, words_seen
 from config import UserError
-from data.pictures import in_one_line
 from data.sources import load_table
 from dataset import prepare_picture
 from model import ImageCaptionModel
+from utils import in_one_line
 
 
 @pytest.fixture(scope="module")
