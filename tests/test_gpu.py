@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from conftest import random_model, tiny_config
-from processes import run, small_config
 from processes import flags as flags_of
+from processes import run, small_config
 
 from config import TrainConfig
 from decoding.recorded import recorded_model
@@ -101,7 +101,9 @@ def test_a_compiled_run_on_the_gpu_learns_as_a_plain_one(tmp_path, scenes_dir):
 
 
 def test_prefix_and_self_critical_runs_on_the_gpu(tmp_path, scenes_dir):
-    losses = trained(tmp_path, scenes_dir, "prefix", bridge="prefix", prefix_length=4, precision="fp16", optimizer="muon")
+    losses = trained(
+        tmp_path, scenes_dir, "prefix", bridge="prefix", prefix_length=4, precision="fp16", optimizer="muon"
+    )
     assert losses[-1] < losses[0]
     options = {"objective": "scst", "init_model": MODEL_FILE, "learning_rate": 1e-5}
     trained(tmp_path, scenes_dir, "scst", bridge="prefix", prefix_length=4, **options)

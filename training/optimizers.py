@@ -76,7 +76,7 @@ class Muon(torch.optim.Optimizer):
             updates = torch._foreach_lerp(gradients, moved, MOMENTUM)  # Nesterov's
             decay = group["lr"] * group["weight_decay"]
             if stop is not None:
-                moved = [torch.where(stop > 0, old, new) for old, new in zip(momenta, moved, strict=True)]
+                moved = tuple(torch.where(stop > 0, old, new) for old, new in zip(momenta, moved, strict=True))
                 decay = decay * (1 - stop)
             torch._foreach_copy_(momenta, moved)
             torch._foreach_mul_(learned, 1 - decay)
