@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,14 @@ PRETRAINED = {"encoder": "google/vit-base-patch16-224-in21k", "decoder": "gpt2"}
 
 class UserError(ValueError):
     """Something the user can put right. Its message is one line: what, where, what to do."""
+
+
+def check_fields(config: Any, names: str, fits: Callable[[Any], bool], what: str) -> None:
+    """Raises UserError for the first of these fields whose value does not fit; None always does."""
+    for name in names.split():
+        value = getattr(config, name)
+        if value is not None and not fits(value):
+            raise UserError(f"{name} is {value}: it must be {what}")
 
 
 @dataclass(kw_only=True)
@@ -108,9 +117,7 @@ class ViTGPT2Config:
             raise UserError(f"a special token's id lies outside the vocabulary of {self.vocab_size}")
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or not all(self.image_std):
             raise UserError("image_mean and image_std need three numbers each, and no image_std may be zero")
-        for name in ("dropout", "vision_dropout", "vision_drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        check_fields(self, "dropout vision_dropout vision_drop_path", lambda x: 0 <= x < 1, "at least 0 and below 1")
         if self.resample not in ("bicubic", "bilinear"):
             raise UserError(f"resample {self.resample!r} is unknown: use bicubic or bilinear")
         if self.bridge not in ("cross_attention", "prefix"):
@@ -169,9 +176,8 @@ class Augmentation:
     """Magnitude of RandAugment (Cubuk et al. 2019, arXiv:1909.13719), of 30."""
 
     def __post_init__(self) -> None:
-        for name, most in (("flip", 1), ("random_resized_crop", 1), ("color_jitter", 1), ("rand_augment", 30)):
-            if not 0 <= getattr(self, name) <= most:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be between 0 and {most}")
+        check_fields(self, "flip random_resized_crop color_jitter", lambda x: 0 <= x <= 1, "between 0 and 1")
+        check_fields(self, "rand_augment", lambda x: 0 <= x <= 30, "between 0 and 30")
 
     @property
     def moves_pixels_only(self) -> bool:
@@ -380,22 +386,15 @@ class TrainConfig(
     """Sizes of the model."""
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("num_workers", "warmup_steps", "weight_decay", "seed", "val_pictures"), 0)
-        least |= dict.fromkeys(("epochs", "max_steps", "batch_size", "captions_per_image", "accumulation_steps"), 1)
-        least |= dict.fromkeys(("eval_interval", "checkpoint_interval", "keep_checkpoints", "num_scenes"), 1)
-        least |= dict.fromkeys(("caption_length", "patience", "overflow_limit", "lora_rank"), 1)
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise UserError(f"{name} is {value}: it must be at least {lowest}")
-        if self.seed >= 1 << 31:
-            raise UserError(f"seed is {self.seed}: it must be below 2147483648")
-        rates = ("learning_rate", "encoder_learning_rate", "decoder_learning_rate")
-        for name in (*rates, "layer_decay", "gradient_clip", "lora_alpha"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be positive")
-        if self.layer_decay > 1:
-            raise UserError(f"layer_decay is {self.layer_decay}: it must be at most 1")
+        from_0 = "num_workers warmup_steps weight_decay seed val_pictures"
+        from_1 = "epochs max_steps batch_size captions_per_image accumulation_steps eval_interval checkpoint_interval "
+        from_1 += "keep_checkpoints num_scenes caption_length patience overflow_limit lora_rank"
+        above_0 = "learning_rate encoder_learning_rate decoder_learning_rate layer_decay gradient_clip lora_alpha"
+        check_fields(self, from_0, lambda x: x >= 0, "at least 0")
+        check_fields(self, from_1, lambda x: x >= 1, "at least 1")
+        check_fields(self, "seed", lambda x: x < 1 << 31, "below 2147483648")
+        check_fields(self, above_0, lambda x: x > 0, "positive")
+        check_fields(self, "layer_decay", lambda x: x <= 1, "at most 1")
         if self.objective == "scst":
             if self.init_model is None:
                 raise UserError("objective scst needs a trained model to improve: name it with --init-model")
@@ -425,9 +424,8 @@ class TrainConfig(
             raise UserError("merge has no effect without adapters: add --lora or --qlora, or leave it out")
         if self.cache_on_gpu and not self.augmentation.moves_pixels_only:
             raise UserError("cache_on_gpu crops and mirrors only: leave it out, or the other kinds of augmentation")
-        for name in ("word_dropout", "label_smoothing", "max_bad_share", "ema", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        shares = "word_dropout label_smoothing max_bad_share ema lora_dropout"
+        check_fields(self, shares, lambda x: 0 <= x < 1, "at least 0 and below 1")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
@@ -442,28 +440,20 @@ class TrainConfig(
     @property
     def fingerprint(self) -> str:
         """Equal for two configs whose runs learn the same; where they write and what they print does not count."""
-        ignored = {
-            "output_dir",
-            "resume",
-            "yes",
-            "debug",
-            "num_workers",
-            "eval_interval",
-            "keep_checkpoints",
-            "checkpoint_interval",
-            "cache",
-            "cache_on_gpu",
-            "max_bad_share",
-            "allow_overlap",
-            "no_upload",
-            "base_dir",
-            "merge",
-            "wandb",
-            "wandb_project",
-        }
-        values = {name: value for name, value in self.to_dict().items() if name not in ignored}
+        elsewhere = (
+            "output_dir resume yes debug num_workers eval_interval keep_checkpoints checkpoint_interval cache cache_on_gpu "
+            "max_bad_share allow_overlap no_upload base_dir merge wandb wandb_project"
+        )
+        values = {name: value for name, value in self.to_dict().items() if name not in elsewhere.split()}
         values["compile"] = bool(self.compile)  # as it was before the device decided
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sizes(encoder: tuple[int, int, int], decoder: tuple[int, int, int], **others: Any) -> ViTGPT2Config:
+    """A model whose encoder and decoder each have this width, so many layers and so many heads."""
+    for part, numbers in (("vision", encoder), ("decoder", decoder)):
+        others |= zip((f"{part}_embed_dim", f"{part}_num_layers", f"{part}_num_heads"), numbers, strict=True)
+    return ViTGPT2Config(**others)
 
 
 PRESETS = {
@@ -481,19 +471,7 @@ PRESETS = {
         warmup_steps=30,
         val_pictures=0,
         eval_interval=200,
-        model=ViTGPT2Config(
-            image_size=48,
-            patch_size=8,
-            vision_embed_dim=128,
-            vision_num_layers=4,
-            vision_num_heads=4,
-            vocab_size=512,
-            max_length=32,
-            decoder_embed_dim=128,
-            decoder_num_layers=2,
-            decoder_num_heads=4,
-            dropout=0.0,
-        ),
+        model=sizes((128, 4, 4), (128, 2, 4), image_size=48, patch_size=8, vocab_size=512, max_length=32, dropout=0.0),
     ),
     # A pretrained ViT and GPT-2, joined by a prefix and fine-tuned on one small GPU.
     "img2gpt": TrainConfig(
@@ -520,19 +498,6 @@ PRESETS = {
         weight_decay=0.05,
         word_dropout=0.1,
         augmentation=Augmentation(flip=0.5),
-        model=ViTGPT2Config(
-            image_size=128,
-            resize_size=144,
-            patch_size=16,
-            vision_embed_dim=192,
-            vision_num_layers=6,
-            vision_num_heads=3,
-            vocab_size=4096,
-            max_length=64,
-            decoder_embed_dim=192,
-            decoder_num_layers=4,
-            decoder_num_heads=3,
-            dropout=0.1,
-        ),
+        model=sizes((192, 6, 3), (192, 4, 3), image_size=128, resize_size=144, vocab_size=4096, max_length=64),
     ),
 }

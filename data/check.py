@@ -39,7 +39,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from config import UserError
+from config import UserError, check_fields
 from data.pictures import load_picture
 from data.sources import load_tables
 from data.table import CaptionTable
@@ -441,12 +441,8 @@ class CheckConfig:
     """Show tracebacks of errors."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"max_bad_share is {self.max_bad_share}: it must be between 0 and 1")
-        for name in ("max_words", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
+        check_fields(self, "max_bad_share", lambda x: 0 <= x <= 1, "between 0 and 1")
+        check_fields(self, "max_words num_workers", lambda x: x >= 1, "at least 1")
         if self.data_dir is None and "/" not in self.dataset:
             raise UserError("name the folder of the data: python dataset.py check DIR")
 

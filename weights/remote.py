@@ -19,7 +19,7 @@ from weights.huggingface import their_files
 
 MODULE = "modeling_img2gpt"
 SOURCES = {
-    "config": ("UserError", "ViTGPT2Config"),
+    "config": ("UserError", "check_fields", "ViTGPT2Config"),
     "decoding.cache": (),
     "model": (),
     "decoding.search": (),
