@@ -40,6 +40,10 @@ PLACES = ("at the top", "at the bottom", "on the left", "on the right", "in the 
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # and their inverses
 SIDE = 96
 TWO_GROUPS = (1, 3)  # of every five scenes, these have two groups
+ONE_GROUP = (
+    "{one} {where}; there {is_} {one} {where}; {where} there {is_} {one}; {where} {one}; a picture of {one} {where}"
+)
+TWO_GROUPS_TOLD = "{one} {where} {other}; there {is_} {one} {where} {other}; a picture of {one} {where} {other}"
 SPLITS = {"train": "train2017", "val": "val2017", "test": "test2017"}
 
 
@@ -77,25 +81,13 @@ class Scene:
     def statements(self) -> list[str]:
         """Every caption that states the whole scene: five of one group, six of two."""
         if len(self.groups) == 1:
-            group = self.groups[0]
-            verb = "is" if group.count == 1 else "are"
-            return [
-                f"{group} {self.where}",
-                f"there {verb} {group} {self.where}",
-                f"{self.where} there {verb} {group}",
-                f"{self.where} {group}",
-                f"a picture of {group} {self.where}",
-            ]
-        texts = []
-        for scene in (self, self.inverse):
-            first, second = scene.groups
-            verb = "is" if first.count == 1 else "are"
-            texts += [
-                f"{first} {scene.where} {second}",
-                f"there {verb} {first} {scene.where} {second}",
-                f"a picture of {first} {scene.where} {second}",
-            ]
-        return texts
+            return self._told(ONE_GROUP)
+        return self._told(TWO_GROUPS_TOLD) + self.inverse._told(TWO_GROUPS_TOLD)
+
+    def _told(self, forms: str) -> list[str]:
+        one, other = self.groups[0], self.groups[-1]
+        is_ = "is" if one.count == 1 else "are"
+        return [form.format(one=one, is_=is_, where=self.where, other=other) for form in forms.split("; ")]
 
     def captions(self, rng: random.Random) -> list[str]:
         """Five different captions."""
