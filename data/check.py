@@ -24,11 +24,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import os
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -41,6 +40,7 @@ from tqdm import tqdm
 
 from config import UserError, check_fields
 from data.pictures import load_picture
+from data.pixels import in_threads
 from data.sources import load_tables
 from data.table import CaptionTable
 from utils import parse_flags, run_script, whole, writable_directory, write_csv, write_json
@@ -48,7 +48,6 @@ from utils import parse_flags, run_script, whole, writable_directory, write_csv,
 SIZE, GRID = 64, 8  # pixels and cells a side of what is remembered of a picture
 MAX_DISTANCE = 4  # bits
 MAX_DIFFERENCE = 24  # of a cell's colour, of 255
-ROWS_A_TASK = 32
 SHOWN = 5  # examples printed
 PAIRS_SHOWN = 8
 ODD = "[^ -~]"  # what is not printable ASCII
@@ -124,7 +123,8 @@ def check_tables(
     off = None if progress is None else not progress
     with tqdm(desc="reading pictures", total=sum(map(len, parts.values())), unit="picture", disable=off) as bar:
         for split, table in parts.items():
-            views[split] = look_at(table, phash, num_workers or min(16, os.cpu_count() or 1), bar)
+            views[split] = view = View(len(table))
+            in_threads(partial(look_at, table, phash, view), range(len(table)), bar, num_workers)
     bad, duplicates, copies = [], [], {}
     for split, table in parts.items():
         bad += [BadPicture(split, str(table.root / name), "no such file") for name in table.missing]
@@ -159,27 +159,8 @@ class View:
         self.bad: dict[int, str] = {}  # row -> why it cannot be decoded
 
 
-def look_at(table: CaptionTable, phash: PHash | None, num_workers: int, bar: tqdm[Any]) -> View:
-    """Reads and decodes every picture once. In threads, since decoding and hashing let go of Python's lock."""
-    view = View(len(table))
-
-    def look(start: int) -> int:
-        rows = range(start, min(start + ROWS_A_TASK, len(table)))
-        for row in rows:
-            look_at_one(table, row, phash, view)
-        return len(rows)
-
-    pool = ThreadPoolExecutor(num_workers)
-    try:
-        for number in pool.map(look, range(0, len(table), ROWS_A_TASK)):
-            bar.update(number)
-    finally:
-        pool.shutdown(cancel_futures=True)  # on Ctrl-C, without the pictures that are still to come
-    return view
-
-
-def look_at_one(table: CaptionTable, row: int, phash: PHash | None, view: View) -> None:
-    """Fills in a row of the view."""
+def look_at(table: CaptionTable, phash: PHash | None, view: View, row: int) -> None:
+    """Reads and decodes a picture, and fills in its row of the view."""
     name = table.name_of(row)
     try:
         source = table.picture(row)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,16 @@ from data.table import CaptionTable
 from utils import forget_older, kept_file, key_of, locked, stamps, unfinished_of, whole, write_text
 
 VERSION = 1  # of the pictures kept on disk: one more when load_picture gives other pixels
+
+
+def in_threads(work: Callable[[int], object], rows: Sequence[int], bar: tqdm[Any], number: int | None = None) -> None:
+    """Does the work for every row, moving the bar; in threads, since decoding and hashing let go of Python's lock."""
+    pool = ThreadPoolExecutor(number or min(16, os.cpu_count() or 1))
+    try:
+        for _ in pool.map(work, rows):
+            bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)  # on Ctrl-C, without the pictures that are still to come
 
 
 class Pixels:
@@ -80,16 +90,9 @@ class Pixels:
                 self.bad[row] = str(error)
                 target[row] = 0
 
-        label = f"reading {self.table.split} pictures"
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            try:
-                for _ in tqdm(
-                    pool.map(decode, rows), label, len(rows), unit="picture", disable=None if self.progress else True
-                ):
-                    pass
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        label, off = f"reading {self.table.split} pictures", None if self.progress else True
+        with tqdm(desc=label, total=len(rows), unit="picture", disable=off) as bar:
+            in_threads(decode, rows, bar)
 
     def _key(self) -> str:
         """Changes with the pictures' files, their order and the size."""
