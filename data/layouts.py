@@ -27,12 +27,10 @@ import pyarrow as pa
 from config import UserError
 from data.table import Row
 
-PICTURE_SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pcx", ".pgm", ".png", ".ppm", ".qoi"),
-    *(".tga", ".tif", ".tiff", ".webp"),
-)
-SPLIT_WORDS = {"train": "train", "training": "train", "restval": "train", "val": "val", "valid": "val"}
-SPLIT_WORDS |= {"validation": "val", "dev": "val", "test": "test", "testing": "test"}
+SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pcx .pgm .png .ppm .qoi .tga .tif .tiff .webp"
+PICTURE_SUFFIXES = tuple(SUFFIXES.split())
+WORDS = {"train": "train training restval", "val": "val valid validation dev", "test": "test testing"}
+SPLIT_WORDS = {word: split for split, words in WORDS.items() for word in words.split()}
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 PICTURE_COLUMN = re.compile(r"(image|img|picture|photo|file)([ _-]?(name|file|path))?|path|filepath", re.IGNORECASE)
 CAPTION_WORDS = ("caption", "text", "sentence", "comment", "description", "title")  # the first that is there counts
@@ -148,6 +146,11 @@ def split_of(*names: str) -> str:
 def _places(root: Path) -> list[Path]:
     """The folder, and those in it that are called after a part."""
     return [root, *sorted(path for path in root.iterdir() if path.is_dir() and split_of(path.name))]
+
+
+def _files(root: Path, *names: str) -> list[Path]:
+    """Those of the names that are files in the folder."""
+    return [path for name in names if (path := root / name).is_file()]
 
 
 def _read_text(path: Path) -> str:
@@ -269,9 +272,7 @@ def _read_karpathy(root: Path, files: list[Path], columns: Columns) -> Iterator[
 # Flickr30k and Flickr8k
 
 
-def _find_flickr30k(root: Path, columns: Columns) -> list[Path]:
-    found = [root / place / "results.csv" for place in (".", "flickr30k_images", "flickr30k_images/flickr30k_images")]
-    return [path for path in found if path.is_file()][:1]
+FLICKR30K_PLACES = [f"{place}/results.csv" for place in (".", "flickr30k_images", "flickr30k_images/flickr30k_images")]
 
 
 def _read_flickr30k(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
@@ -298,15 +299,12 @@ def _read_flickr30k(root: Path, files: list[Path], columns: Columns) -> Iterator
         yield Row("", (folder or "flickr30k_images/").removeprefix("./") + name, name, own)
 
 
-FLICKR8K_LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt"}
-FLICKR8K_LISTS |= {"test": "Flickr_8k.testImages.txt"}
+FLICKR8K_LISTS = {split: f"Flickr_8k.{split.replace('val', 'dev')}Images.txt" for split in ("train", "val", "test")}
 
 
 def _find_flickr8k(root: Path, columns: Columns) -> list[Path]:
-    folder = root if (root / "captions.txt").is_file() else root / "flickr8k"
-    lists = [folder / name for name in FLICKR8K_LISTS.values()]
-    captions = folder / "captions.txt"
-    return [captions, *(path for path in lists if path.is_file())] if captions.is_file() else []
+    captions = _files(root, "captions.txt", "flickr8k/captions.txt")[:1]
+    return captions and [*captions, *_files(captions[0].parent, *FLICKR8K_LISTS.values())]
 
 
 def _read_flickr8k(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
@@ -445,9 +443,7 @@ def _find_columns(root: Path, columns: Columns) -> list[Path]:
     return [root / name for name in names if _has_columns(root / name, columns)]
 
 
-def _find_imagefolder(root: Path, columns: Columns) -> list[Path]:
-    names = [f"metadata.{suffix}" for suffix in ("jsonl", "csv", "parquet")]
-    return [place / name for place in _places(root) for name in names if (place / name).is_file()]
+IMAGEFOLDER_FILES = [f"metadata.{suffix}" for suffix in ("jsonl", "csv", "parquet")]
 
 
 def _read_columns(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
@@ -486,20 +482,15 @@ def _read_columns(root: Path, files: list[Path], columns: Columns) -> Iterator[R
 # A person's own folder: name.jpg with name.txt beside it
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Folders below root (hidden ones left out) with their files, in order."""
+def pictures_below(root: Path) -> Iterator[tuple[Path, Path | None]]:
+    """Every picture below root, hidden ones left out, with its text or None."""
     for folder, inside, names in os.walk(root):
         inside[:] = sorted(name for name in inside if not name.startswith("."))
-        yield Path(folder), sorted(name for name in names if not name.startswith("."))
-
-
-def pictures_below(root: Path) -> Iterator[tuple[Path, Path | None]]:
-    """Every picture below root with its text, or None."""
-    for folder, names in _walk(root):
-        texts = {Path(name).stem: folder / name for name in names if name.lower().endswith((".txt", ".caption"))}
-        for name in names:
-            if Path(name).suffix.lower() in PICTURE_SUFFIXES:
-                yield folder / name, texts.get(Path(name).stem) or texts.get(name)
+        files = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+        texts = {file.stem: file for file in files if file.name.lower().endswith((".txt", ".caption"))}
+        for file in files:
+            if file.suffix.lower() in PICTURE_SUFFIXES:
+                yield file, texts.get(file.stem) or texts.get(file.name)
 
 
 def _read_sidecars(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
@@ -514,10 +505,6 @@ def _read_sidecars(root: Path, files: list[Path], columns: Columns) -> Iterator[
 
 
 # WebDataset shards
-
-
-def _find_shards(root: Path, columns: Columns) -> list[Path]:
-    return [path for place in _places(root) for path in sorted(place.glob("*.tar"))]
 
 
 def _read_shards(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
@@ -581,15 +568,21 @@ LAYOUTS = {
     ),
     "karpathy": Layout(
         "Karpathy's split: dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json",
-        lambda root, _: sorted(
-            p for n in ("coco", "flickr8k", "flickr30k") if (p := root / f"dataset_{n}.json").is_file()
-        ),
+        lambda root, _: _files(root, *(f"dataset_{name}.json" for name in ("coco", "flickr30k", "flickr8k"))),
         _read_karpathy,
     ),
-    "flickr30k": Layout("Flickr30k: flickr30k_images/results.csv", _find_flickr30k, _read_flickr30k),
+    "flickr30k": Layout(
+        "Flickr30k: flickr30k_images/results.csv", lambda root, _: _files(root, *FLICKR30K_PLACES)[:1], _read_flickr30k
+    ),
     "flickr8k": Layout("Flickr8k: captions.txt, Images/", _find_flickr8k, _read_flickr8k),
-    "imagefolder": Layout("imagefolder: metadata.jsonl, .csv or .parquet", _find_imagefolder, _read_columns),
-    "webdataset": Layout("WebDataset: *.tar", _find_shards, _read_shards),
+    "imagefolder": Layout(
+        "imagefolder: metadata.jsonl, .csv or .parquet",
+        lambda root, _: [file for place in _places(root) for file in _files(place, *IMAGEFOLDER_FILES)],
+        _read_columns,
+    ),
+    "webdataset": Layout(
+        "WebDataset: *.tar", lambda root, _: [s for p in _places(root) for s in sorted(p.glob("*.tar"))], _read_shards
+    ),
     "csv": Layout("a CSV, TSV or JSON file with a picture's and a caption's column", _find_columns, _read_columns),
     "sidecar": Layout(
         "name.txt beside each name.jpg",
