@@ -15,15 +15,16 @@ import os
 import zipfile
 import zlib
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from config import UserError
-from scoring.ngrams import MAX_N, Counts, Floats, Integers, References, Table, Vocabulary, sum_by
+from scoring.ngrams import MAX_N, Floats, Integers, References, Table, Vocabulary, sum_by
 from scoring.tokens import tokenize as tokenize
 from utils import first_line, whole
 
@@ -39,17 +40,9 @@ class Scores(NamedTuple):
     """(N,) the same metric for each picture by itself."""
 
 
-@overload
-def score_captions(
-    candidates: Sequence[Caption], references: Sequence[Sequence[Caption]], *, per_picture: Literal[False] = False
-) -> dict[str, float]: ...
-@overload
-def score_captions(
-    candidates: Sequence[Caption], references: Sequence[Sequence[Caption]], *, per_picture: Literal[True]
-) -> dict[str, Floats]: ...
 def score_captions(
     candidates: Sequence[Caption], references: Sequence[Sequence[Caption]], *, per_picture: bool = False
-) -> dict[str, float] | dict[str, Floats]:
+) -> dict[str, Any]:
     """bleu_1 ... bleu_4 and rouge_l as fractions, cider_d on its own scale of 0 to 10 (see bleu, rouge_l, cider_d).
 
     One number each, or with per_picture one float64 array (N,) each. Raises UserError when the two lists differ in
@@ -149,8 +142,8 @@ def cider_d(candidates: Sequence[Caption], references: Sequence[Sequence[Caption
     and over n, times 10. The idf comes from the references given: never compare numbers over different sets of
     pictures, or fix it with CiderD. With one picture every idf, and so the score, is 0.
     """
-    table = Table.of(*_as_words(candidates, references))
-    return _mean(_Frequencies.of(table.references).cider_d(table))
+    words, reference_words = _as_words(candidates, references)
+    return _mean(CiderD(reference_words).reward(range(len(words)), words))
 
 
 class CiderD:
@@ -167,23 +160,23 @@ class CiderD:
     path: Path | None = None
     """The file it was loaded from, if it was."""
 
+    _references: References | None = None
+
     def __init__(self, references: Sequence[Sequence[Caption]]) -> None:
         """Counts the references of N pictures; raises UserError where a picture has none."""
-        self._references: References | None = References(_reference_words(references), Vocabulary())
-        self._vocabulary = self._references.vocabulary
-        self._frequencies = _Frequencies.of(self._references)
-        self._norms = self._frequencies.norms(self._references.counts, len(self._references.length))
+        self._vocabulary = Vocabulary()
+        self._references = own = References(_reference_words(references), self._vocabulary)
+        self._know(own.num_pictures, [np.bincount(runs.key // own.num_pictures) for runs in own.runs])
 
-    @property
-    def num_pictures(self) -> int:
-        """How many pictures the frequencies are of."""
-        return self._frequencies.num_pictures
+    def _know(self, num_pictures: int, pictures_with: list[Integers]) -> None:
+        """pictures_with[n - 1] has a number for each n-gram of the vocabulary; those beyond its end stand in none."""
+        self.num_pictures, self._pictures_with = num_pictures, pictures_with
+        self._idf = [np.log(num_pictures) - np.log(np.maximum(np.append(number, 0), 1)) for number in pictures_with]
 
     def score(self, candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> Scores:
         """CIDEr-D of candidates against any references; over those of the object, equal to cider_d."""
         words, reference_words = _as_words(candidates, references)
-        table = Table(words, np.arange(len(words)), References(reference_words, self._vocabulary.copy()))
-        return _mean(self._frequencies.cider_d(table))
+        return _mean(self.of_table(Table(words, np.arange(len(words)), self.counted(reference_words))))
 
     def reward(self, pictures: Sequence[int] | Integers, candidates: Sequence[Caption]) -> Floats:
         """(C,) CIDEr-D of C candidates, each against the references of its picture, 0..N-1 in the object's own order.
@@ -200,8 +193,42 @@ class CiderD:
             raise UserError(
                 f"a picture is outside 0..{num_pictures - 1}: the references are of {num_pictures} pictures"
             )
-        table = Table([_words(caption) for caption in candidates], place, self._references)
-        return self._frequencies.cider_d(table, self._norms)
+        return self.of_table(Table([_words(caption) for caption in candidates], place, self._references))
+
+    def counted(self, references: Sequence[Sequence[Sequence[str]]]) -> References:
+        """References as words, their n-grams numbered as here."""
+        return References(references, self._vocabulary.copy())
+
+    def idf(self, n: int, gram: Integers) -> Floats:
+        """Weights of n-grams, n counted from 0, shaped like gram."""
+        return np.asarray(self._idf[n][np.minimum(gram, len(self._idf[n]) - 1)])
+
+    def norms(self, captions: References | Table) -> list[Floats]:
+        """MAX_N times the lengths of the captions' vectors, (C,) or (R,); 1 for 0, as then the products are 0 as well."""
+        weights = [one.times * self.idf(n, one.gram) for n, one in enumerate(captions.counts)]
+        pairs = zip(captions.counts, weights, strict=True)
+        norms = [np.sqrt(sum_by(counts.caption, w**2, len(captions.length))) for counts, w in pairs]
+        return [np.where(norm > 0, norm, 1.0) for norm in norms]
+
+    @cached_property
+    def _own_norms(self) -> list[Floats]:
+        assert self._references is not None
+        return self.norms(self._references)
+
+    def of_table(self, table: Table) -> Floats:
+        """(C,) CIDEr-D of each candidate."""
+        references, norms = table.references, self.norms(table)
+        reference_norms = self._own_norms if references is self._references else self.norms(references)
+        # The field counts a caption's length in bigrams, so that an empty caption is as long as one word.
+        bigrams, reference_bigrams = np.maximum(table.length - 1, 0), np.maximum(references.length - 1, 0)
+        total = np.zeros(len(table.length))
+        for n, pairs in enumerate(table.pairs()):
+            difference = bigrams[pairs.candidate] - reference_bigrams[pairs.reference]
+            clipped = np.minimum(pairs.times, pairs.reference_times) * pairs.reference_times
+            product = clipped * self.idf(n, pairs.gram) ** 2 * np.exp(difference**2 / (-2 * 6.0**2))
+            cosine = product / (norms[n][pairs.candidate] * reference_norms[n][pairs.reference])
+            total += sum_by(pairs.candidate, cosine, len(total))
+        return 10 / MAX_N * total / references.number[table.picture]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the frequencies, not the references, as .npz; the file appears whole or not at all."""
@@ -209,10 +236,10 @@ class CiderD:
         arrays: dict[str, NDArray[Any]] = {
             "words": np.frombuffer(json.dumps(list(vocabulary.words)).encode(), np.uint8)
         }
-        arrays["num_pictures"] = np.array(self._frequencies.num_pictures)
+        arrays["num_pictures"] = np.array(self.num_pictures)
         for n in range(MAX_N):
             arrays |= {f"keys_{n + 1}": vocabulary.keys[n], f"numbers_{n + 1}": vocabulary.numbers[n]}
-            arrays[f"pictures_with_{n + 1}"] = self._frequencies.pictures_with[n]
+            arrays[f"pictures_with_{n + 1}"] = self._pictures_with[n]
         with whole(path) as unfinished, unfinished.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub thinks of its flags
 
@@ -237,57 +264,15 @@ class CiderD:
             for keys, numbers, pictures in zip(vocabulary.keys, vocabulary.numbers, pictures_with, strict=True):
                 if not len(keys) == len(numbers) >= len(pictures) or (numbers >= len(numbers)).any():
                     raise ValueError("its tables do not fit together")
-            loaded._frequencies = _Frequencies(num_pictures, pictures_with)
+            loaded._know(num_pictures, pictures_with)
         except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(
                 f"{path} holds no frequencies ({first_line(error)}): write it again with CiderD.save"
             ) from error
-        loaded.path, loaded._references, loaded._norms = Path(path), None, []
+        loaded.path = Path(path)
         if references is not None:
-            loaded._references = own = References(_reference_words(references), vocabulary)
-            loaded._norms = loaded._frequencies.norms(own.counts, len(own.length))
+            loaded._references = References(_reference_words(references), vocabulary)
         return loaded
-
-
-class _Frequencies:
-    """In how many of N pictures' references an n-gram stands, and what CIDEr makes of it."""
-
-    def __init__(self, num_pictures: int, pictures_with: list[Integers]) -> None:
-        """pictures_with[n - 1] has a number for each n-gram of a Vocabulary; those beyond its end stand in none."""
-        self.num_pictures, self.pictures_with = num_pictures, pictures_with
-        self._idf = [np.log(num_pictures) - np.log(np.maximum(np.append(number, 0), 1)) for number in pictures_with]
-
-    @classmethod
-    def of(cls, references: References) -> _Frequencies:
-        """The frequencies in these references."""
-        pictures_with = [np.bincount(runs.key // references.num_pictures) for runs in references.runs]
-        return cls(references.num_pictures, pictures_with)
-
-    def idf(self, n: int, gram: Integers) -> Floats:
-        """Weights of n-grams, n counted from 0, shaped like gram."""
-        return np.asarray(self._idf[n][np.minimum(gram, len(self._idf[n]) - 1)])
-
-    def norms(self, counts: list[Counts], num_captions: int) -> list[Floats]:
-        """MAX_N times (num_captions,) lengths of the captions' vectors; 1 for 0, as then the products are 0 as well."""
-        weights = [one.times * self.idf(n, one.gram) for n, one in enumerate(counts)]
-        norms = [np.sqrt(sum_by(c.caption, w**2, num_captions)) for c, w in zip(counts, weights, strict=True)]
-        return [np.where(norm > 0, norm, 1.0) for norm in norms]
-
-    def cider_d(self, table: Table, reference_norms: list[Floats] | None = None) -> Floats:
-        """(C,) CIDEr-D of each candidate; the references' norms may have been worked out before."""
-        references = table.references
-        norms = self.norms(table.counts, len(table.length))
-        reference_norms = reference_norms or self.norms(references.counts, len(references.length))
-        # The field counts a caption's length in bigrams, so that an empty caption is as long as one word.
-        bigrams, reference_bigrams = np.maximum(table.length - 1, 0), np.maximum(references.length - 1, 0)
-        total = np.zeros(len(table.length))
-        for n, pairs in enumerate(table.pairs()):
-            difference = bigrams[pairs.candidate] - reference_bigrams[pairs.reference]
-            clipped = np.minimum(pairs.times, pairs.reference_times) * pairs.reference_times
-            product = clipped * self.idf(n, pairs.gram) ** 2 * np.exp(difference**2 / (-2 * 6.0**2))
-            cosine = product / (norms[n][pairs.candidate] * reference_norms[n][pairs.reference])
-            total += sum_by(pairs.candidate, cosine, len(total))
-        return 10 / MAX_N * total / references.number[table.picture]
 
 
 class Statistics:
@@ -301,11 +286,9 @@ class Statistics:
         """CIDEr-D has the document frequencies given, else those of the references. Raises what score_captions does."""
         self.candidates, words = _as_words(candidates, references)
         self.frequencies = frequencies or CiderD(words)
-        own, norms = self.frequencies._references, self.frequencies._norms
-        if frequencies or own is None:
-            own, norms = References(words, self.frequencies._vocabulary.copy()), []
-        table = Table(self.candidates, np.arange(len(words)), own)
-        cider = self.frequencies._frequencies.cider_d(table, norms)
+        own = None if frequencies else self.frequencies._references  # counted already
+        table = Table(self.candidates, np.arange(len(words)), own or self.frequencies.counted(words))
+        cider = self.frequencies.of_table(table)
         self.number = len(words)
         self.table: Floats = np.column_stack([_bleu_counts(table), _rouge_l(self.candidates, words), cider])  # (N, K)
 
@@ -450,9 +433,9 @@ def self_cider(captions: Sequence[Sequence[Caption]], frequencies: CiderD | None
     for picture, own_words in enumerate(words):
         if len(own_words) < 2:
             raise UserError(f"picture {picture} (counted from 0) has one caption: self-CIDEr compares two or more")
-    own = References(words, frequencies._vocabulary.copy() if frequencies else Vocabulary())
-    weights = frequencies._frequencies if frequencies else _Frequencies.of(own)
-    norms = weights.norms(own.counts, len(own.length))
+    weights = frequencies or CiderD(words)
+    own = (None if frequencies else weights._references) or weights.counted(words)
+    norms = weights.norms(own)
     table = Table(list(chain.from_iterable(words)), own.picture, own)
 
     last = np.cumsum(own.number**2)  # the kernels stand one behind the other, (sum of m^2,)
