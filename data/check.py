@@ -80,23 +80,19 @@ class Duplicate(NamedTuple):
     row: int
     same_as_part: str
     same_as_row: int
-    distance: int | None
-    """Bits in which their perceptual hashes differ; None where the files are equal, byte for byte."""
+    distance: int | None  # bits in which their perceptual hashes differ; None where the files are equal, byte for byte
 
 
 @dataclass
 class Report:
     """What was found."""
 
-    tables: dict[str, CaptionTable]
-    """The parts, without a test part that is val's table."""
-    figures: dict[str, Any]
-    """All counts, as in check.json."""
+    tables: dict[str, CaptionTable]  # the parts, without a test part that is val's table
+    figures: dict[str, Any]  # all counts, as in check.json
     bad: list[BadPicture]
     duplicates: list[Duplicate]
     warnings: list[str]
-    reasons: list[str]
-    """Why the data is not fit to train on; none where it is."""
+    reasons: list[str]  # why the data is not fit to train on; none where it is
 
     @property
     def verdict(self) -> str:

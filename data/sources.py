@@ -15,23 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from config import UserError
-from data import table
-from data.layouts import (
-    LAYOUTS,
-    TABLE_SUFFIXES,
-    Columns,
-    caption_columns,
-    clean_all,
-    columns_like,
-    file_names,
-    id_columns,
-    id_or_name,
-    is_text,
-    pictures_below,
-    reason,
-    split_of,
-    split_word,
-)
+from data import layouts, table
+from data.layouts import LAYOUTS, TABLE_SUFFIXES, Columns, reason
 from data.table import SPLITS, CaptionTable, Row
 from utils import ask_hub, forget_older, kept_file, key_of, stamps, whole
 
@@ -120,7 +105,7 @@ def recognise(path: Path, columns: Columns = USUAL, dataset: str = "auto") -> tu
         return "huggingface", root, []
     if dataset == "auto":
         wanted = "; ".join(f"{layout.shape} ({name})" for name, layout in LAYOUTS.items())
-        pictures = sum(1 for _ in pictures_below(root))
+        pictures = sum(1 for _ in layouts.pictures_below(root))
         beside = f" beside {pictures:,} pictures without captions" if pictures else ""
         raise UserError(f"no captions found in {path}{beside}: looked for {wanted}; or try --preset demo")
     raise UserError(f"{path} is not in the layout {dataset}: expected {LAYOUTS[dataset].shape}")
@@ -189,8 +174,8 @@ def _parts(
 def _there(pictures: pa.ChunkedArray, root: Path) -> pa.ChunkedArray:
     """Which of the files exist: one listing of each folder, since a look at each of 100,000 files is slow."""
     folders = pc.unique(pc.replace_substring_regex(pictures, r"[^/\\]*$", "")).to_pylist()
-    names = [folder + name for folder in folders for name in file_names(root / folder)]
-    return pc.is_in(pictures, pa.array(filter(is_text, names), pa.string()))
+    names = [folder + name for folder in folders for name in layouts.file_names(root / folder)]
+    return pc.is_in(pictures, pa.array(filter(layouts.is_text, names), pa.string()))
 
 
 # Hugging Face's datasets
@@ -198,7 +183,9 @@ def _there(pictures: pa.ChunkedArray, root: Path) -> pa.ChunkedArray:
 
 def _is_saved_dataset(root: Path) -> bool:
     saved = any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    return saved or any(name.endswith(".parquet") for name in file_names(root) | file_names(root / "data"))
+    return saved or any(
+        name.endswith(".parquet") for name in layouts.file_names(root) | layouts.file_names(root / "data")
+    )
 
 
 def _read_hub(source: str, columns: Columns) -> dict[str, CaptionTable]:
@@ -227,22 +214,26 @@ def _read_hub(source: str, columns: Columns) -> dict[str, CaptionTable]:
     parts = found if isinstance(found, dict) else {"train": found}
     features = next(iter(parts.values())).features
     pictures = [n for n, kind in features.items() if n == columns.picture or isinstance(kind, datasets.Image)]
-    captions = caption_columns((n for n in features if n not in pictures), columns.caption)
+    captions = layouts.caption_columns((n for n in features if n not in pictures), columns.caption)
     if not pictures or not captions:
         raise UserError(
             f"{source}: no column for the {'captions' if pictures else 'pictures'} among {', '.join(features)}: name it "
             f"with --{'caption' if pictures else 'image'}-column"
         )
-    ids = id_columns(features) or columns_like(features, re.compile("filename|file_name"), None)
+    ids = layouts.id_columns(features) or layouts.columns_like(features, re.compile("filename|file_name"), None)
 
     def rows() -> Iterator[Row]:
         for part, data in parts.items():
             texts = data.select_columns([*captions, *ids[:1], *(["split"] if "split" in features else [])])
             for number, record in enumerate(texts):
                 where = f"{source}[{part}][{number}]"
-                own = [text for name in captions for text in clean_all(record[name], where)]
-                split = split_word(record.get("split"), where) or (split_of(part) if len(parts) > 1 else "")
-                yield Row(split, part, id_or_name(record[ids[0]] if ids else None, f"{part}-{number}"), own, number)
+                own = [text for name in captions for text in layouts.clean_all(record[name], where)]
+                split = layouts.split_word(record.get("split"), where) or (
+                    layouts.split_of(part) if len(parts) > 1 else ""
+                )
+                yield Row(
+                    split, part, layouts.id_or_name(record[ids[0]] if ids else None, f"{part}-{number}"), own, number
+                )
 
     packed, about = _settled(rows(), source)
     picture = {part: data.select_columns(pictures[:1]) for part, data in parts.items()}

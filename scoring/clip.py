@@ -23,10 +23,8 @@ from utils import first_line, hub_folder, in_one_line
 class ClipScores(NamedTuple):
     """CLIPScore and, with references, RefCLIPScore of N pictures."""
 
-    corpus: dict[str, float]
-    """clip_score and ref_clip_score, the means."""
-    per_picture: dict[str, NDArray[np.float64]]
-    """(N,) each."""
+    corpus: dict[str, float]  # clip_score and ref_clip_score, the means
+    per_picture: dict[str, NDArray[np.float64]]  # (N,) each
 
 
 CLIP_WEIGHT = 2.5

@@ -41,12 +41,9 @@ _SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.ja
 class JavaScores(NamedTuple):
     """METEOR and SPICE, those of them that could be had, under the names "meteor" and "spice"."""
 
-    corpus: dict[str, float]
-    """The numbers papers report, fractions."""
-    per_picture: dict[str, list[float]]
-    """The same metrics for each of the N pictures by itself."""
-    notes: list[str]
-    """One line for what was left out, with the reason."""
+    corpus: dict[str, float]  # the numbers papers report, fractions
+    per_picture: dict[str, list[float]]  # the same metrics for each of the N pictures by itself
+    notes: list[str]  # one line for what was left out, with the reason
 
 
 def java_scores(candidates: Sequence[str], references: Sequence[Sequence[str]], seconds: float = SECONDS) -> JavaScores:

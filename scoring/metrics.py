@@ -34,10 +34,8 @@ Caption: TypeAlias = str | Sequence[str]
 class Scores(NamedTuple):
     """One metric over N pictures."""
 
-    corpus: float
-    """The number papers report. Only for BLEU is it not the mean of per_picture."""
-    per_picture: Floats
-    """(N,) the same metric for each picture by itself."""
+    corpus: float  # the number papers report. Only for BLEU is it not the mean of per_picture
+    per_picture: Floats  # (N,) the same metric for each picture by itself
 
 
 def score_captions(
@@ -157,8 +155,7 @@ class CiderD:
         CiderD.load("coco-train.npz").score(candidates, other_references)
     """
 
-    path: Path | None = None
-    """The file it was loaded from, if it was."""
+    path: Path | None = None  # the file it was loaded from, if it was
 
     _references: References | None = None
 

@@ -23,12 +23,9 @@ MAX_N = 4
 class Counts(NamedTuple):
     """How often each n-gram of one length stands in each caption: E entries, no (caption, n-gram) twice."""
 
-    caption: Integers
-    """(E,)"""
-    gram: Integers
-    """(E,) its number."""
-    times: Integers
-    """(E,)"""
+    caption: Integers  # (E,)
+    gram: Integers  # (E,) its number
+    times: Integers  # (E,)
 
 
 class Vocabulary:
@@ -111,14 +108,10 @@ class Vocabulary:
 class Runs(NamedTuple):
     """The entries of all references for one n, in runs of the same n-gram at the same picture: U runs, E entries."""
 
-    key: Integers
-    """(U,) n-gram * N + picture, ascending."""
-    start: Integers
-    """(U + 1,) where each run begins, and the end."""
-    reference: Integers
-    """(E,) which reference, 0..R-1."""
-    times: Integers
-    """(E,)"""
+    key: Integers  # (U,) n-gram * N + picture, ascending
+    start: Integers  # (U + 1,) where each run begins, and the end
+    reference: Integers  # (E,) which reference, 0..R-1
+    times: Integers  # (E,)
 
     def most(self) -> Integers:
         """(U,) how often the n-gram stands in the picture's reference that has it most."""
@@ -151,16 +144,11 @@ class References:
 class Pairs(NamedTuple):
     """Where a candidate and a reference of its picture share an n-gram: P times."""
 
-    candidate: Integers
-    """(P,)"""
-    reference: Integers
-    """(P,)"""
-    gram: Integers
-    """(P,)"""
-    times: Integers
-    """(P,) how often the candidate has it."""
-    reference_times: Integers
-    """(P,) how often the reference has it."""
+    candidate: Integers  # (P,)
+    reference: Integers  # (P,)
+    gram: Integers  # (P,)
+    times: Integers  # (P,) how often the candidate has it
+    reference_times: Integers  # (P,) how often the reference has it
 
 
 class Table:

@@ -41,8 +41,7 @@ class Metric(NamedTuple):
 
     label: str
     meaning: str = ""
-    top: float | None = None
-    """Where its bar ends; no bar without."""
+    top: float | None = None  # where its bar ends; no bar without
     digits: int = 4
 
 

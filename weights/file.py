@@ -66,22 +66,18 @@ def keys_from_text(text: str) -> np.ndarray:
 
 def find_model_file(source: str | os.PathLike[str]) -> Path:
     """The safetensors file that a path or a Hub name (user/repo) stands for. Raises UserError where there is none."""
-    path = Path(source)
+    path, name = Path(source), str(source)
     if path.is_file():
         return path
-    if path.is_dir():
-        for wanted in (MODEL_FILE, "config.json"):
-            if (path / wanted).is_file():
-                return path / wanted
-        raise UserError(f"{path}: this folder has no {MODEL_FILE} and no config.json: name a folder with a model")
-    name = str(source)
-    if path.suffix == ".safetensors" or name.count("/") != 1 or name.startswith((".", "/")):
+    here = path.is_dir()
+    if not here and (path.suffix == ".safetensors" or name.count("/") != 1 or name.startswith((".", "/"))):
         raise UserError(f"{name}: no such model file or folder: train one (python main.py) or name one")
-    folder = hub_folder(name, [MODEL_FILE, "config.json"])
+    folder = path if here else hub_folder(name, [MODEL_FILE, "config.json"])
     for wanted in (MODEL_FILE, "config.json"):
         if (folder / wanted).is_file():
             return folder / wanted
-    raise UserError(f"{name}: holds no {MODEL_FILE} and no config.json: name a repository with a model")
+    holds, kind = (f"{path}: this folder has", "folder") if here else (f"{name}: holds", "repository")
+    raise UserError(f"{holds} no {MODEL_FILE} and no config.json: name a {kind} with a model")
 
 
 def read_model_file(path: Path) -> Saved:
