@@ -51,12 +51,9 @@ class Columns:
 class Layout:
     """One way to keep pictures with captions."""
 
-    shape: str
-    """What lies in the folder, in words."""
-    find: Callable[[Path, Columns], list[Path]]
-    """The files that hold the captions; none where the folder is not of this layout."""
-    read: Callable[[Path, list[Path], Columns], Iterable[Row]]
-    """The rows of those files, with pictures' paths below the folder."""
+    shape: str  # what lies in the folder, in words
+    find: Callable[[Path, Columns], list[Path]]  # the files that hold the captions; none where it is another layout
+    read: Callable[[Path, list[Path], Columns], Iterable[Row]]  # their rows, with pictures' paths below the folder
 
 
 # What readers share
@@ -515,25 +512,17 @@ def _read_shards(root: Path, files: list[Path], columns: Columns) -> Iterator[Ro
         split = split_of(shard.stem, shard.parent.name if shard.parent != root else "")
         try:
             with tarfile.open(shard, "r:") as tar:
-                sample: dict[str, Any] = {}
-                for member in tar:
-                    if not member.isfile():
-                        continue
-                    folder, _, file = member.name.rpartition("/")
-                    stem, _, suffix = file.partition(".")
-                    key = f"{folder}/{stem}".removeprefix("/")
-                    if sample and sample["key"] != key:
-                        yield _shard_row(sample, split, name, shard)
-                        sample = {}
-                    sample["key"] = key
-                    if f".{suffix.lower()}" in PICTURE_SUFFIXES:
-                        sample["picture"] = member.offset_data, member.size
-                    elif suffix.lower() in ("txt", "caption", "json"):
-                        content = tar.extractfile(member)
-                        assert content is not None
-                        sample[suffix.lower()] = content.read()
-                    tar.members = []  # type: ignore[attr-defined]  # or the list of a long shard's members grows for nothing
-                if sample:
+                for key, members in itertools.groupby(filter(tarfile.TarInfo.isfile, tar), lambda m: _key(m)[0]):
+                    sample: dict[str, Any] = {"key": key}
+                    for member in members:
+                        suffix = _key(member)[1]
+                        if f".{suffix}" in PICTURE_SUFFIXES:
+                            sample["picture"] = member.offset_data, member.size
+                        elif suffix in ("txt", "caption", "json"):
+                            content = tar.extractfile(member)
+                            assert content is not None
+                            sample[suffix] = content.read()
+                        tar.members = []  # type: ignore[attr-defined]  # or a long shard's list grows for nothing
                     yield _shard_row(sample, split, name, shard)
                 with open(shard, "rb") as end:  # tarfile takes a cut header for the end
                     end.seek(tar.offset)
@@ -541,6 +530,13 @@ def _read_shards(root: Path, files: list[Path], columns: Columns) -> Iterator[Ro
                         raise EOFError("it ends in the middle")
         except (tarfile.TarError, EOFError) as error:
             raise UserError(f"{shard}: cut, packed or no tar file ({reason(error)}): get it anew, unpacked") from None
+
+
+def _key(member: tarfile.TarInfo) -> tuple[str, str]:
+    """What a sample's members share, and the ending by which they differ."""
+    folder, _, file = member.name.rpartition("/")
+    stem, _, suffix = file.partition(".")
+    return f"{folder}/{stem}".removeprefix("/"), suffix.lower()
 
 
 def _shard_row(sample: dict[str, Any], split: str, name: str, shard: Path) -> Row:

@@ -57,8 +57,7 @@ class BadPictures:
 
     def add(self, table: CaptionTable, rows: Sequence[tuple[int, str]]) -> None:
         """Takes over a batch's bad rows. Raises UserError where they become too many."""
-        if rows:
-            self._add(table, [(table.name_of(row), reason) for row, reason in rows])
+        self._add(table, [(table.name_of(row), reason) for row, reason in rows])
 
     def _add(self, table: CaptionTable, named: Sequence[tuple[str, str]]) -> None:
         new = {(table.split, name): reason for name, reason in named if (table.split, name) not in self.found}
