@@ -141,18 +141,7 @@ def _plural(phrase: str) -> str:
     return phrase + ("es" if re.search("(s|x|z|ch|sh)$", phrase) else "s")
 
 
-_ENDINGS = {
-    "person": "people",
-    "child": "children",
-    "man": "men",
-    "goose": "geese",
-    "mouse": "mice",
-    "knife": "knives",
-    "calf": "calves",
-    "ox": "oxen",
-    "sheep": "sheep",
-    "scissors": "scissors",
-    "skis": "skis",
-}
+_ENDINGS = {"person": "people", "child": "children", "man": "men", "goose": "geese", "mouse": "mice", "knife": "knives"}
+_ENDINGS |= {"calf": "calves", "ox": "oxen", **{same: same for same in ("sheep", "scissors", "skis")}}
 _YOUNG = ("baby", "mother", "mama", "mommy", "momma", "parent", "father", "daddy", "child", "infant")
 _ANIMALS = frozenset(["bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe"])

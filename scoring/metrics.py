@@ -58,7 +58,7 @@ def bleu(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]])
     corpus, counts and lengths are summed over the pictures first. The two small numbers that keep 0 / 0 away are
     coco-caption's, which only a picture by itself can notice.
     """
-    counts = _bleu_counts(Table.of(*_as_words(candidates, references)))
+    counts = Statistics(candidates, references).table[:, :-2]
     corpus, each = _bleu_of_counts(counts.sum(0)), _bleu_of_counts(counts)
     return [Scores(float(corpus[n]), each[:, n]) for n in range(MAX_N)]
 
@@ -97,7 +97,7 @@ def rouge_l(candidates: Sequence[Caption], references: Sequence[Sequence[Caption
     With P = the longest common subsequence over the candidate's length and R = the same over the reference's length,
     each at its best over the references, the score is (1 + b^2) P R / (R + b^2 P), b = 1.2; the corpus has the mean.
     """
-    return _mean(_rouge_l(*_as_words(candidates, references)))
+    return _mean(Statistics(candidates, references).table[:, -2])
 
 
 def _rouge_l(candidates: list[Sequence[str]], references: list[list[Sequence[str]]]) -> Floats:
@@ -140,8 +140,7 @@ def cider_d(candidates: Sequence[Caption], references: Sequence[Sequence[Caption
     and over n, times 10. The idf comes from the references given: never compare numbers over different sets of
     pictures, or fix it with CiderD. With one picture every idf, and so the score, is 0.
     """
-    words, reference_words = _as_words(candidates, references)
-    return _mean(CiderD(reference_words).reward(range(len(words)), words))
+    return _mean(Statistics(candidates, references).table[:, -1])
 
 
 class CiderD:
@@ -230,10 +229,8 @@ class CiderD:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the frequencies, not the references, as .npz; the file appears whole or not at all."""
         vocabulary, path = self._vocabulary, Path(path)
-        arrays: dict[str, NDArray[Any]] = {
-            "words": np.frombuffer(json.dumps(list(vocabulary.words)).encode(), np.uint8)
-        }
-        arrays["num_pictures"] = np.array(self.num_pictures)
+        words = np.frombuffer(json.dumps(list(vocabulary.words)).encode(), np.uint8)
+        arrays: dict[str, NDArray[Any]] = {"words": words, "num_pictures": np.array(self.num_pictures)}
         for n in range(MAX_N):
             arrays |= {f"keys_{n + 1}": vocabulary.keys[n], f"numbers_{n + 1}": vocabulary.numbers[n]}
             arrays[f"pictures_with_{n + 1}"] = self._pictures_with[n]

@@ -165,11 +165,6 @@ class Table:
         ]
         """[n - 1] (E,) which of the references' runs has the candidates' entry, -1 for none."""
 
-    @classmethod
-    def of(cls, candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> Table:
-        """One candidate a picture, and a vocabulary of their own."""
-        return cls(candidates, np.arange(len(candidates)), References(references, Vocabulary()))
-
     def pairs(self) -> Iterator[Pairs]:
         """The shared n-grams of 1 ... MAX_N words."""
         for counts, runs, run in zip(self.counts, self.references.runs, self.run, strict=True):

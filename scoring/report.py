@@ -24,16 +24,11 @@ from data.pictures import decode_pillow
 from scoring.metrics import tokenize
 from utils import write_text
 
-SHOWN = 12
-"""Captions in each of the three groups."""
-SEED = 0
-"""Of the random captions, and of the order among captions of one score."""
-THUMBNAIL = 320
-"""Longer side of a thumbnail, in pixels."""
-LONGEST = 30
-"""Captions of more words share the histogram's last bar."""
-MOST_POINTS = 300
-"""Points of a curve; of a longer log every second, third, ... is drawn."""
+SHOWN = 12  # captions in each of the three groups
+SEED = 0  # of the random captions, and of the order among captions of one score
+THUMBNAIL = 320  # longer side of a thumbnail, in pixels
+LONGEST = 30  # captions of more words share the histogram's last bar
+MOST_POINTS = 300  # points of a curve; of a longer log every second, third, ... is drawn
 
 
 class Metric(NamedTuple):
@@ -78,28 +73,17 @@ METRICS = {
 class Report:
     """All that the page says of N pictures."""
 
-    title: str
-    """The page's heading."""
-    facts: dict[str, str]
-    """What was evaluated and how, in the order shown."""
-    warnings: list[str]
-    """Sentences that stand before everything else."""
-    metrics: dict[str, float]
-    """Numbers of the whole set, in the order shown."""
-    intervals: dict[str, tuple[float, float]]
-    """95 % bootstrap intervals of some of the metrics."""
-    captions: list[str]
-    """N captions under test."""
-    references: list[list[str]]
-    """What people wrote for each of the N pictures."""
-    per_picture: dict[str, Sequence[float]]
-    """Metrics of each picture, N values each; cider_d says which captions are best and worst."""
-    names: list[str]
-    """N ids or file names."""
-    load: Callable[[int], Image.Image | None] | None
-    """The picture of a number 0 ... N - 1, or None where there is none."""
-    history: list[dict[str, Any]]
-    """Lines of a run's metrics.jsonl, or none."""
+    title: str  # the page's heading
+    facts: dict[str, str]  # what was evaluated and how, in the order shown
+    warnings: list[str]  # sentences that stand before everything else
+    metrics: dict[str, float]  # numbers of the whole set, in the order shown
+    intervals: dict[str, tuple[float, float]]  # 95 % bootstrap intervals of some of the metrics
+    captions: list[str]  # N captions under test
+    references: list[list[str]]  # what people wrote for each of the N pictures
+    per_picture: dict[str, Sequence[float]]  # N values each; cider_d says which captions are best and worst
+    names: list[str]  # N ids or file names
+    load: Callable[[int], Image.Image | None] | None  # the picture of a number 0 ... N - 1, or None where there is none
+    history: list[dict[str, Any]]  # lines of a run's metrics.jsonl, or none
 
     def __post_init__(self) -> None:
         lists: dict[str, Sequence[Any]] = {"references": self.references, "names": self.names, **self.per_picture}
