@@ -43,7 +43,7 @@ from data.pictures import load_picture
 from data.pixels import in_threads
 from data.sources import load_tables
 from data.table import CaptionTable
-from utils import parse_flags, run_script, whole, writable_directory, write_csv, write_json
+from utils import parse_flags, whole, writable_directory, write_csv, write_json
 
 SIZE, GRID = 64, 8  # pixels and cells a side of what is remembered of a picture
 MAX_DISTANCE = 4  # bits
@@ -437,7 +437,3 @@ def main(arguments: list[str] | None = None) -> int:
     print_report(report)
     print(f"written to {directory}\n{report.verdict}")
     return 1 if report.reasons else 0
-
-
-if __name__ == "__main__":
-    run_script(main)

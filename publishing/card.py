@@ -101,9 +101,8 @@ class Facts:
     def tested_on(self) -> str:
         """The data set that the metrics are of, where that is another one by its own name."""
         layout, folder = self.config.get("dataset", ""), self.config.get("data_dir")
-        own = (
-            Path(folder).name if folder else {"scenes": "scenes", "auto": "coco_data", "coco": "coco_data"}.get(layout)
-        )
+        usual = {"scenes": "scenes", "auto": "coco_data", "coco": "coco_data"}
+        own = Path(folder).name if folder else usual.get(layout)
         name = str(self.metrics.get("data", own))
         return self.data.name if own in (None, name) else name
 
@@ -128,25 +127,20 @@ class Facts:
 def read_facts(folder: Path, weights_sha256: str, step: int | None = None) -> Facts:
     """A run's folder, its log up to this step, for a file with these weights. Raises UserError where its files cannot be
     read."""
+
+    def read(name: str) -> Any:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+
     try:
-        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        path = folder / "metrics.json"
-        metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        about, metrics = read("run.json"), read("metrics.json") if (folder / "metrics.json").is_file() else {}
         same = metrics.get("weights_sha256") == weights_sha256
-        path = folder / "captions.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if same and path.is_file() else []
+        known = read("captions.json") if same and (folder / "captions.json").is_file() else []
         captions = [str(entry["caption"]) for entry in known]
         history = [line for line in read_log(folder / "metrics.jsonl") if step is None or line["step"] <= step]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: its JSON files cannot be read ({type(error).__name__}: {error})") from error
-    samples = folder / "samples.png"
-    return Facts(
-        about=about,
-        history=history,
-        metrics=metrics if same else {},
-        captions=captions,
-        samples=samples if same and samples.is_file() else None,
-    )
+    samples = folder / "samples.png" if same and (folder / "samples.png").is_file() else None
+    return Facts(about=about, history=history, metrics=metrics if same else {}, captions=captions, samples=samples)
 
 
 def local(name: str) -> bool:
@@ -250,7 +244,7 @@ def metadata(
     kinds = {result.metric_type for result in results} & {"bleu", "rouge"}
     example = {"src": f"{HUB}/{repository}/resolve/main/example.png", "example_title": "drawn shapes"}
     decoder = decoder_name(model.config).lower().replace("-", "")
-    about = ModelCardData(
+    return ModelCardData(
         license=license,
         language=language or (run.data.language if run else "") or None,
         library_name="transformers" if layout_of(model) in ("transformers", "remote code") else None,
@@ -260,13 +254,10 @@ def metadata(
         base_model_relation="adapter" if model.merged else None,
         datasets=[data_set] if "/" in data_set else None,
         metrics=sorted(kinds) or None,
-        model_name=repository.split("/")[1],
+        model_name=repository.split("/")[1] if results else None,
         eval_results=results or None,
         widget=[example | {"output": {"text": caption}}],
     )
-    if not results:
-        about.pop("model_name")
-    return about
 
 
 def label(metric: str) -> str:

@@ -230,13 +230,13 @@ def make_ready(api: HfApi, config: UploadConfig, kind: Kind) -> str | None:
 
     name = config.repository
     what = f"the Space {name}" if kind == "space" else name
-    look = api.space_info if kind == "space" else api.model_info
+    look = partial(api.space_info if kind == "space" else api.model_info, name)
     try:
-        info = look(name)
+        info = look()
     except RepositoryNotFoundError:
         sdk = "gradio" if kind == "space" else None
         api.create_repo(name, repo_type=kind, space_sdk=sdk, private=config.private or None, exist_ok=True)
-        info = look(name)
+        info = look()
     if config.private and not info.private:
         raise UserError(f"{what} exists and everybody can see it: make it private in its settings, or name another")
     made_by_the_hub = {".gitattributes", *(["README.md"] if kind == "space" else [])}
@@ -247,7 +247,7 @@ def make_ready(api: HfApi, config: UploadConfig, kind: Kind) -> str | None:
         raise UserError(f"{what} holds files that were not written here ({some}): {advice}")
     if config.revision and not config.revision.startswith("refs/"):
         api.create_branch(name, branch=config.revision, exist_ok=True)
-    return look(name, revision=config.revision).sha if config.revision else info.sha
+    return look(revision=config.revision).sha if config.revision else info.sha
 
 
 def check_card(api: HfApi, folder: Path, kind: Kind) -> None:
@@ -285,8 +285,7 @@ def written_before(api: HfApi, config: UploadConfig, kind: Kind) -> list[str]:
     """Patterns of what earlier uploads wrote into the repository: all that its manifest names, and what a model has
     beside its code. None of a repository that was not written here."""
     name, revision = config.repository, config.revision
-    look = api.space_info if kind == "space" else api.model_info
-    files = {file.rfilename for file in look(name, revision=revision).siblings or []}
+    files = set(api.list_repo_files(name, repo_type=kind, revision=revision))
     if MARKER not in files:
         return []
     earlier = OLDER_FILES

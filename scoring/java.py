@@ -27,8 +27,9 @@ import numpy as np
 from config import UserError
 from utils import in_one_line
 
-SECONDS = 1800.0
-"""Longest that one Java program may run unless told otherwise, in seconds; SPICE, which parses every caption, needs the most."""
+SECONDS = (
+    1800.0  # that one Java program may run unless told otherwise; SPICE, which parses every caption, needs the most
+)
 
 # METEOR reads back the numbers it has written, which fails where the language puts a comma for the point.
 _LOCALE = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
@@ -182,7 +183,7 @@ def _java(arguments: Sequence[str], seconds: float, directory: Path | None = Non
         except OSError as error:
             raise UserError(f"{java} cannot be started ({error.strerror})") from error
         program = _Program(process, errors)
-        timer = threading.Timer(seconds, program.time_out)
+        timer = threading.Timer(seconds, program.end, [True])
         timer.daemon = True
         timer.start()
         try:
@@ -194,58 +195,49 @@ def _java(arguments: Sequence[str], seconds: float, directory: Path | None = Non
         finally:
             timer.cancel()
             timer.join()
-            program.kill()
+            program.end()
+            process.wait()
+            for pipe in (program.stdin, program.stdout):
+                with contextlib.suppress(OSError):  # what was still to be sent
+                    pipe.close()
 
 
 class _Program:
     """A running program whose pipes cannot block it or us."""
 
     def __init__(self, process: subprocess.Popen[str], errors: IO[bytes]) -> None:
-        self.process, self.errors, self.late = process, errors, False
+        assert process.stdin is not None and process.stdout is not None
+        self.process, self.stdin, self.stdout = process, process.stdin, process.stdout
+        self.errors, self.late = errors, False
 
     def ask(self, lines: Sequence[str], number: int, last: bool = False) -> list[str]:
         """Sends lines, then end of file if these are the last, and reads `number` lines of answer meanwhile."""
-        assert self.process.stdout is not None
         writer = threading.Thread(target=self._send, args=(lines, last), daemon=True)
         writer.start()
-        answers = [line.rstrip("\n") for line in itertools.islice(self.process.stdout, number)]
+        answers = [line.rstrip("\n") for line in itertools.islice(self.stdout, number)]
         if len(answers) < number:
             raise ValueError(f"{len(answers)} of {number} answers")
         writer.join()
         return answers
 
     def _send(self, lines: Sequence[str], last: bool) -> None:
-        assert self.process.stdin is not None
         # A program that has died is noticed where its answers are read.
         with contextlib.suppress(OSError, ValueError):
-            self.process.stdin.writelines(f"{line}\n" for line in lines)
-            self.process.stdin.flush()
+            self.stdin.writelines(f"{line}\n" for line in lines)
+            self.stdin.flush()
             if last:
-                self.process.stdin.close()
+                self.stdin.close()
 
     def wait(self) -> None:
         """Until it ends by itself; what it prints is thrown away. Raises ValueError for a status other than 0."""
-        assert self.process.stdout is not None
-        for _ in self.process.stdout:
+        for _ in self.stdout:
             pass
         if status := self.process.wait():
             raise ValueError(f"exit status {status}")
 
-    def time_out(self) -> None:
-        """Ends it, and says so."""
-        self.late = True
-        self._signal()
-
-    def kill(self) -> None:
-        """Ends it and its children, and closes the pipes."""
-        self._signal()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(OSError):  # what was still to be sent
-                if pipe is not None:
-                    pipe.close()
-
-    def _signal(self) -> None:
+    def end(self, late: bool = False) -> None:
+        """Ends it and its children; late: as its time is over."""
+        self.late |= late
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.name == "posix":
                 os.killpg(self.process.pid, signal.SIGKILL)

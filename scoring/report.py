@@ -184,9 +184,8 @@ def _bar(value: float, interval: Sequence[float], top: float | None) -> str:
 
 def _facts(facts: Mapping[str, str]) -> str:
     rows = [(_escape(name[:1].upper() + name[1:]), _escape(value)) for name, value in facts.items()]
-    return _table("facts", "Only numbers that share all of this, the model aside, can be compared.", (), rows) * bool(
-        rows
-    )
+    about = "Only numbers that share all of this, the model aside, can be compared."
+    return _table("facts", about, (), rows) if rows else ""
 
 
 def _examples(report: Report) -> dict[str, str]:
