@@ -22,8 +22,6 @@ from torch.nn.functional import interpolate
 from config import UserError, ViTGPT2Config
 from utils import first_line, in_one_line
 
-__all__ = ["FORMATS", "MAX_PIXELS", "PictureSource", "crop", "load_picture", "prepare_picture"]
-
 PictureSource = str | os.PathLike[str] | bytes | Image.Image  # bytes are a file's content
 
 MAX_PIXELS = 80_000_000

@@ -25,6 +25,7 @@ from data.pictures import crop, load_picture
 from data.table import CaptionTable
 from utils import forget_older, kept_file, key_of, locked, stamps, unfinished_of, whole, write_text
 
+Keep = Literal["no", "memory", "disk"]
 VERSION = 1  # of the pictures kept on disk: one more when load_picture gives other pixels
 
 
@@ -42,12 +43,7 @@ class Pixels:
     """The pictures of a table as uint8 (3, size, size), by row."""
 
     def __init__(
-        self,
-        table: CaptionTable,
-        size: int,
-        keep: Literal["no", "memory", "disk"] = "no",
-        progress: bool = True,
-        resample: str = "bicubic",
+        self, table: CaptionTable, size: int, keep: Keep = "no", progress: bool = True, resample: str = "bicubic"
     ) -> None:
         """Decodes everything now, in threads, to keep it in memory or in a file that later runs and other processes
         share; or nothing, and every picture when it is asked for."""

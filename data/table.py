@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,34 +146,32 @@ def make_table(
 def pack(rows: Iterable[Row]) -> tuple[pa.Table, dict[str, int]]:
     """Rows as Arrow, and what was left out of them: empty captions, and pictures that have no other."""
     left_out: Counter[str] = Counter()
-    columns: dict[str, list[Any]] = {name: [] for name in Row._fields}
-    batches: list[pa.RecordBatch] = []
 
-    def flush() -> None:
-        numbers = all(type(i) is int and abs(i) < 1 << 63 for i in columns["id"])
-        columns["id"] = columns["id"] if numbers else list(map(str, columns["id"]))
-        types = (pa.string(), pa.string(), pa.int64() if numbers else pa.string(), pa.list_(pa.string()))
-        arrays = [pa.array(*pair) for pair in zip(columns.values(), (*types, pa.int64(), pa.int64()), strict=True)]
-        batches.append(pa.RecordBatch.from_arrays(arrays, names=Row._fields))
-        for column in columns.values():
-            column.clear()
+    def kept() -> Iterator[Row]:
+        for row in rows:
+            captions = [caption for caption in row.captions if caption]
+            left_out["empty captions"] += len(row.captions) - len(captions)
+            left_out["pictures without a caption"] += not captions
+            if captions:
+                yield row._replace(captions=captions)
 
-    for row in rows:
-        captions = [caption for caption in row.captions if caption]
-        left_out["empty captions"] += len(row.captions) - len(captions)
-        left_out["pictures without a caption"] += not captions
-        if not captions:
-            continue
-        for name, value in zip(columns, row._replace(captions=captions), strict=True):
-            columns[name].append(value)
-        if len(columns["id"]) == BATCH:
-            flush()
-    flush()
-    if len({batch.schema for batch in batches if batch.num_rows}) > 1:  # numbers here and names there: names all over
+    full, batches = kept(), []
+    while batch := list(itertools.islice(full, BATCH)):
+        batches.append(_batch(batch))
+    batches = batches or [_batch([])]
+    if len({batch.schema for batch in batches}) > 1:  # numbers here and names there: names all over
         place = Row._fields.index("id")
         batches = [batch.set_column(place, "id", pc.cast(batch["id"], pa.string())) for batch in batches]
-    tables = [pa.table(batch) for batch in batches if batch.num_rows] or [pa.table(batches[0])]
-    return pa.concat_tables(tables).combine_chunks(), {what: n for what, n in left_out.items() if n}
+    return pa.concat_tables(batches).combine_chunks(), {what: n for what, n in left_out.items() if n}
+
+
+def _batch(rows: list[Row]) -> pa.Table:
+    """Ids are numbers where all of the rows' are."""
+    columns: dict[str, list[Any]] = {name: [row[i] for row in rows] for i, name in enumerate(Row._fields)}
+    numbers = all(type(i) is int and abs(i) < 1 << 63 for i in columns["id"])
+    columns["id"] = columns["id"] if numbers else list(map(str, columns["id"]))
+    types = (pa.string(), pa.string(), pa.int64() if numbers else pa.string(), pa.list_(pa.string()))
+    return pa.table(columns, pa.schema(list(zip(Row._fields, (*types, pa.int64(), pa.int64()), strict=True))))
 
 
 def split_up(packed: pa.Table) -> tuple[pa.Table, str]:

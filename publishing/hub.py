@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from config import UserError
 from data.scenes import draw, make_scene
@@ -319,7 +319,7 @@ def once(name: str, action: Callable[[], T]) -> T:
     except OfflineModeIsEnabled as error:
         raise UserError(f"{name}: HF_HUB_OFFLINE is set: unset it to upload") from error
     except Exception as error:  # the client's own dozen, those of its HTTP library and of its storage's
-        cause: BaseException = error
+        cause: Any = error
         while type(cause) is RuntimeError and cause.__cause__:  # it says which file, not why
             cause = cause.__cause__
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None

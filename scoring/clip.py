@@ -63,12 +63,9 @@ def clip_scores(
         texts = list(dict.fromkeys(itertools.chain.from_iterable(references)))
         place = {text: i for i, text in enumerate(texts)}
         known = clip.captions(texts)
-        nearest = torch.stack(
-            [
-                (known[[place[text] for text in captions]] @ caption).max()
-                for caption, captions in zip(said, references, strict=True)
-            ]
-        ).clamp(min=0)
+        rows = [[place[text] for text in captions] for captions in references]
+        best = [(known[own] @ caption).max() for caption, own in zip(said, rows, strict=True)]
+        nearest = torch.stack(best).clamp(min=0)
         total = clip_score + nearest
         scores["ref_clip_score"] = torch.where(total > 0, 2 * clip_score * nearest / total, torch.zeros(()))
     each = {name: values.numpy() for name, values in scores.items()}

@@ -109,11 +109,12 @@ class MoreScores:
 
 def about_scores(number: int, references: Sequence[Sequence[str]], frequencies: CiderD | None) -> dict[str, Any]:
     """What numbers must share to be compared, whoever wrote the captions."""
+    counted = f"of the {number:,} pictures evaluated"
+    if frequencies:
+        counted = f"of {frequencies.num_pictures:,} pictures, from {frequencies.path}"
     return {
         "tokenizer": "PTB, by metrics.tokenize",
-        "document_frequencies": f"of {frequencies.num_pictures:,} pictures, from {frequencies.path}"
-        if frequencies
-        else f"of the {number:,} pictures evaluated",
+        "document_frequencies": counted,
         "pictures": number,
         "references_per_picture": f"{sum(map(len, references)) / number:.4g}",
     }
