@@ -8,11 +8,12 @@ number of workers, and a run that is killed and resumed, see the same batches.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,7 @@ from utils import STOP_SIGNALS
 from weights.file import gpt2_tokenizer
 
 __all__ = [
+    "Batch",
     "CaptionDataset",
     "decode",
     "download_coco_dataset",
@@ -49,6 +51,7 @@ POSITIONS_MULTIPLE = 64  # M is rounded up to this, so that compiled code sees f
 POOL = 50  # batches that are sorted by length together
 TEXTS_AT_A_TIME = 10_000  # captions tokenized in one go: the tokenizer's own objects are large
 UNUSED = np.random.default_rng(0)
+NOTHING = torch.empty(0, dtype=torch.int64)  # what a batch of somebody's own lacks
 SIDES = re.compile(r"\b(left|right)(?=\b|most\b|hand|side|ward)", re.IGNORECASE)
 
 
@@ -162,7 +165,7 @@ class CaptionDataset(Dataset[Sample]):
         return len(self.table)
 
     def keep_on(self, device: torch.device) -> None:
-        """Moves the kept pictures to the device; batches then hold places, and to_device cuts their pixels out there."""
+        """Moves the kept pictures to the device; batches then hold places, and Batch.to cuts their pixels out there."""
         assert self.pixels.kept is not None
         self.on_gpu = self.pixels.kept.to(device)
 
@@ -255,16 +258,85 @@ class Batches:
             yield [(epoch, *key) for key in zip(rows.tolist(), within.tolist(), strict=True)]
 
 
-def collate(samples: Sequence[Sample], config: ViTGPT2Config, captions_per_image: int) -> dict[str, Any]:
-    """Samples -> a batch.
+@dataclass(kw_only=True)
+class Batch:
+    """N pictures with K captions each of at most T tokens."""
 
-    pixel_values uint8 (N, 3, S, S); input_ids and labels int64 (N, K, T), T the longest caption with its start (or
-    end) token; lengths int64 (N, K), 0 for an empty place; positions int64 (M,): where labels.flatten() has targets,
-    rounded up to a multiple of 64 with N * K * T; rows: the table's row of each picture; captions: all its captions;
-    bad: (row, what is wrong) of pictures that cannot be decoded, which have no captions to learn. Where the pictures
-    are kept on the GPU, pixel_values is missing until to_device makes it from rows and places int64 (N, 3). No samples,
-    as a process's share of the last batch may be, give one black picture without captions, and no rows.
-    """
+    pixel_values: Tensor
+    """uint8 (N, 3, S, S); empty where the pictures are kept on the GPU, until `to` makes them from rows and places."""
+    places: Tensor = NOTHING
+    """int64 (N, 3): what to cut out there: top, left, and whether it is mirrored."""
+    input_ids: Tensor = NOTHING
+    """int64 (N, K, T), T the longest caption with its start token."""
+    labels: Tensor = NOTHING
+    """int64 (N, K, T), the same with its end token; IGNORE where there is no target."""
+    lengths: Tensor = NOTHING
+    """int64 (N, K), 0 for an empty place."""
+    positions: Tensor = NOTHING
+    """int64 (M,): where labels.flatten() has targets, rounded up to a multiple of 64 with N * K * T."""
+    rows: list[int]
+    """The table's row of each picture."""
+    captions: list[list[str]] = field(default_factory=list)
+    """All captions of each picture."""
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    """(row, what is wrong) of pictures that cannot be decoded, which have no captions to learn."""
+    weights: Tensor | None = None
+    """float (N, K), of sampled captions: what each scored above its baseline."""
+    rewards: Tensor | None = None
+    """float (N, K), of sampled captions: the scores themselves."""
+
+    @classmethod
+    def of(cls, batch: Batch | Mapping[str, Any]) -> Batch:
+        """A batch as our loaders give it; of somebody's own loader also a dictionary with some of the fields."""
+        if isinstance(batch, Batch):
+            return batch
+        return cls(**{each.name: batch[each.name] for each in dataclasses.fields(cls) if each.name in batch})
+
+    def __getitem__(self, name: str) -> Any:
+        """The field of this name, for scripts that read a batch as a dictionary."""
+        return getattr(self, name)
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the model takes to give a loss, in its order."""
+        return self.pixel_values, self.input_ids, self.lengths, self.labels, self.positions
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {n: change(each) for n, each in vars(self).items() if isinstance(each, Tensor)}
+        return replace(self, **changed)
+
+    def pin_memory(self) -> Batch:
+        """The batch in memory that a GPU copies from by itself; a DataLoader calls it."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def to(self, device: torch.device, dataset: CaptionDataset | None = None) -> Batch:
+        """The batch with its tensors on the device. Pixels that the dataset keeps there are cut out there."""
+        moved = self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        if not len(self.pixel_values):
+            assert dataset is not None and dataset.on_gpu is not None
+            rows = torch.tensor(self.rows).to(device, non_blocking=True)
+            top, left, flip = moved.places.unbind(1)
+            moved.pixel_values = cut_out(dataset.on_gpu, rows, top, left, flip.bool(), dataset.config.image_size)
+        return moved
+
+    def micro(self, size: int) -> Iterator[Batch]:
+        """The batch in parts of at most `size` pictures each, for gradients that are added up."""
+        pictures, captions, length = self.input_ids.shape
+        if pictures <= size:
+            yield self
+            return
+        whole = ("positions", "bad")
+        by_picture = {name: values for name, values in vars(self).items() if name not in whole and values is not None}
+        for start in range(0, pictures, size):
+            part = replace(self, **{name: values[start : start + size] for name, values in by_picture.items()})
+            shifted, tokens = self.positions - start * captions * length, part.input_ids.numel()
+            part.positions = rounded_up(shifted[(shifted >= 0) & (shifted < tokens)], tokens)
+            yield part
+
+
+def collate(samples: Sequence[Sample], config: ViTGPT2Config, captions_per_image: int) -> Batch:
+    """Samples -> a batch. No samples, as a process's share of the last batch may be, give one black picture without
+    captions, and no rows."""
     assert config.start_token_id is not None and config.end_token_id is not None and config.pad_token_id is not None
     lengths = np.zeros((max(1, len(samples)), captions_per_image), dtype=np.int64)
     for n, sample in enumerate(samples):
@@ -278,19 +350,18 @@ def collate(samples: Sequence[Sample], config: ViTGPT2Config, captions_per_image
             labels[n, k, len(tokens)] = config.end_token_id
     positions = (np.arange(input_ids.shape[2]) < lengths[..., None]).reshape(-1).nonzero()[0]
     pixels = [sample.pixels for sample in samples if sample.pixels is not None]
-    if not samples:
-        pixels = [torch.zeros(3, config.image_size, config.image_size, dtype=torch.uint8)]
-    return {
-        **({"pixel_values": torch.stack(pixels)} if pixels else {}),
-        "places": torch.tensor([sample.place for sample in samples], dtype=torch.int64).view(-1, 3),
-        "input_ids": torch.from_numpy(input_ids),
-        "labels": torch.from_numpy(labels),
-        "lengths": torch.from_numpy(lengths),
-        "positions": rounded_up(torch.from_numpy(positions), input_ids.size),
-        "rows": [sample.row for sample in samples],
-        "captions": [sample.captions for sample in samples],
-        "bad": [(sample.row, sample.bad) for sample in samples if sample.bad],
-    }
+    none = torch.zeros(0 if samples else 1, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    return Batch(
+        pixel_values=torch.stack(pixels) if pixels else none,
+        places=torch.tensor([sample.place for sample in samples], dtype=torch.int64).view(-1, 3),
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        lengths=torch.from_numpy(lengths),
+        positions=rounded_up(torch.from_numpy(positions), input_ids.size),
+        rows=[sample.row for sample in samples],
+        captions=[sample.captions for sample in samples],
+        bad=[(sample.row, sample.bad) for sample in samples if sample.bad],
+    )
 
 
 def rounded_up(positions: Tensor, nothing: int) -> Tensor:
@@ -305,7 +376,7 @@ class Collate:
     config: ViTGPT2Config
     captions_per_image: int
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
         return collate(samples, self.config, self.captions_per_image)
 
 
@@ -339,36 +410,10 @@ def make_dataloader(
     )
 
 
-def micro_batches(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
-    """A batch in parts of at most `size` pictures each, for gradients that are added up."""
-    pictures, captions, length = batch["input_ids"].shape
-    if pictures <= size:
-        yield batch
-        return
-    for start in range(0, pictures, size):
-        by_picture = {name: values for name, values in batch.items() if name not in ("positions", "bad")}
-        part = {name: values[start : start + size] for name, values in by_picture.items()} | {"bad": batch["bad"]}
-        shifted = batch["positions"] - start * captions * length
-        tokens = part["input_ids"].numel()
-        part["positions"] = rounded_up(shifted[(shifted >= 0) & (shifted < tokens)], tokens)
-        yield part
-
-
 def ignore_interrupts(worker: int) -> None:
     """Leaves the wishes to stop, which may reach the workers too, to the process that they work for."""
     for name in STOP_SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def to_device(batch: dict[str, Any], device: torch.device, dataset: CaptionDataset | None = None) -> dict[str, Any]:
-    """The batch with its tensors on the device; what is not a tensor stays. Pixels kept there are cut out there."""
-    moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    if "pixel_values" not in moved:
-        assert dataset is not None and dataset.on_gpu is not None
-        rows = torch.tensor(batch["rows"]).to(device, non_blocking=True)
-        top, left, flip = moved["places"].unbind(1)
-        moved["pixel_values"] = cut_out(dataset.on_gpu, rows, top, left, flip.bool(), dataset.config.image_size)
-    return moved
 
 
 def main() -> int:

@@ -30,7 +30,7 @@ from config import UserError
 from data.skipped import BadPictures, check_overlap, pictures_seen
 from data.table import CaptionTable
 from data.tokenizer import decode
-from dataset import CaptionDataset, load_picture, load_table, make_dataloader, to_device
+from dataset import Batch, CaptionDataset, load_picture, load_table, make_dataloader
 from model import ImageCaptionModel
 from scoring.metrics import CiderD
 from scoring.results import Captioned, MoreScores, about_results, compare, print_metrics, read_results, write_evaluation
@@ -73,17 +73,17 @@ def caption_loader(
     result = Captioned([], [], [], [])
     was_training = model.training
     model.eval()  # for all of them: in training mode generate keeps nothing from batch to batch
-    for batch in tqdm(dataloader, "captioning", unit="batch", disable=not progress):
+    for batch in map(Batch.of, tqdm(dataloader, "captioning", unit="batch", disable=not progress)):
         with autocast(device, dtype):
-            sequences = model.generate(batch["pixel_values"].to(device), **decoding).sequences.cpu()
-        bad = {row for row, _ in batch.get("bad", ())}
-        good = [place for place, row in enumerate(batch["rows"]) if row not in bad]
+            sequences = model.generate(batch.pixel_values.to(device), **decoding).sequences.cpu()
+        bad = {row for row, _ in batch.bad}
+        good = [place for place, row in enumerate(batch.rows) if row not in bad]
         texts = decode(tokenizer, sequences)
         captions = [texts[number * place : number * (place + 1)] for place in good]
-        result.rows += [batch["rows"][place] for place in good]
+        result.rows += [batch.rows[place] for place in good]
         result.captions += [own[0] for own in captions]
         result.several += captions if number > 1 else []
-        result.references += [batch["captions"][place] for place in good]
+        result.references += [batch.captions[place] for place in good]
         result.cut += sequences[::number][good].ne(model.config.end_token_id or 0).all(-1).tolist()
     model.train(was_training)
     return result if world.size == 1 else gathered(world.gather(result))
@@ -145,14 +145,14 @@ def caption_loss(
     model.eval()
     total, count = 0.0, 0
     other = None
-    for batch in dataloader:
-        batch = to_device(batch, device)
-        pixels: Tensor = batch["pixel_values"]
+    for batch in map(Batch.of, dataloader):
+        batch = batch.to(device)
+        pixels, *texts = batch.inputs
         if shuffle_pictures:  # a batch of one takes the last picture of the batch before it
             pixels, other = pixels.roll(1, 0) if len(pixels) > 1 or other is None else other, pixels[-1:]
-        tokens = int(batch["lengths"].sum())
+        tokens = int(batch.lengths.sum())
         with autocast(device, dtype):
-            output = model(pixels, batch["input_ids"], batch["lengths"], batch["labels"], batch["positions"])
+            output = model(pixels, *texts)
         total, count = total + output.loss.item() * tokens, count + tokens
     model.train(was_training)
     loss, tokens_of_all = world.sum(total, count)

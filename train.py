@@ -143,8 +143,8 @@ class Training:
         asked = time.perf_counter()
         batch = next(self.batches)
         meter.waiting += time.perf_counter() - asked
-        if job.world.sum(len(batch["bad"]))[0]:
-            for bad in job.world.gather(batch["bad"]):
+        if job.world.sum(len(batch.bad))[0]:
+            for bad in job.world.gather(batch.bad):
                 if job.world.main:
                     job.bad.add(job.datasets["train"].table, bad)
         logging = (step + 1) % LOG_INTERVAL == 0 or step + 1 == job.steps

@@ -31,7 +31,7 @@ from benchmarks.captions import PRECISIONS
 from config import PRESETS, TrainConfig, UserError, ViTGPT2Config
 from data.skipped import BadPictures
 from data.table import make_table
-from dataset import CaptionDataset, load_tokenizer, make_dataloader
+from dataset import Batch, CaptionDataset, load_tokenizer, make_dataloader
 from evaluate import caption_loader, caption_loss
 from model import ImageCaptionModel
 from publishing.hub import MANIFEST
@@ -157,9 +157,9 @@ class Loop:
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-        def step(batch: dict[str, Any], number: int) -> torch.Tensor:
-            pixels = batch["pixel_values"].to(device, non_blocking=True).repeat_interleave(self.captions, 0)
-            labels = batch["labels"].flatten(0, 1).to(device, non_blocking=True)
+        def step(batch: Batch, number: int) -> torch.Tensor:
+            pixels = batch.pixel_values.to(device, non_blocking=True).repeat_interleave(self.captions, 0)
+            labels = batch.labels.flatten(0, 1).to(device, non_blocking=True)
             with autocast(device, dtype):
                 loss: torch.Tensor = model(pixel_values=(pixels / 255 - 0.5) / 0.5, labels=labels).loss
             scaler.scale(loss).backward()
@@ -369,7 +369,7 @@ def race(racer: str, config: TrainConfig, seconds: float, folder: Path, pipe: Co
     while share < 1:
         batch = next(batches)
         step(batch, steps, learning_rate_at(int(share * 10_000), 10_000, dataclasses.replace(config, warmup_steps=500)))
-        steps, pairs = steps + 1, pairs + int((batch["lengths"] > 0).sum())
+        steps, pairs = steps + 1, pairs + int((batch.lengths > 0).sum())
         share = (time.process_time() - began) / seconds
     if racer == "transformers":
         model.save_pretrained(folder / "trained")
@@ -397,12 +397,12 @@ def transformers_step(job: Job, folder: Path) -> tuple[Any, Any]:
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 
-    def step(batch: dict[str, Any], number: int, rate: float) -> None:
+    def step(batch: Batch, number: int, rate: float) -> None:
         torch.manual_seed(number)
-        ids = blank_words(batch["input_ids"].flatten(0, 1), config.word_dropout, sizes)
+        ids = blank_words(batch.input_ids.flatten(0, 1), config.word_dropout, sizes)
         with autocast(job.device, job.dtype):
-            pixels = (batch["pixel_values"] / 255 - 0.5) / 0.5
-            model(pixel_values=pixels, decoder_input_ids=ids, labels=batch["labels"].flatten(0, 1)).loss.backward()
+            pixels = (batch.pixel_values / 255 - 0.5) / 0.5
+            model(pixel_values=pixels, decoder_input_ids=ids, labels=batch.labels.flatten(0, 1)).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
         for optimizer in optimizers:
             for group in optimizer.param_groups:

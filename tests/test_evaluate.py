@@ -58,7 +58,7 @@ def test_evaluate_is_bleu_4_as_a_float(model_and_loader):
 def test_a_model_that_repeats_a_reference_scores_one(model_and_loader, monkeypatch):
     """The whole chain, from tokens to score: a model that writes each picture's first reference has BLEU 1."""
     model, loader = model_and_loader
-    firsts = iter([list(batch["labels"][:, 0]) for batch in loader])
+    firsts = iter([list(batch.labels[:, 0]) for batch in loader])
 
     def copy_first(pixels, **options):
         rows = torch.stack(next(firsts))
@@ -74,6 +74,16 @@ def test_caption_loss_is_the_mean_over_tokens_whatever_the_batches(model_and_loa
     first, second = (caption_loss(model, each, CPU, torch.float32) for each in (loader, other))
     assert first == pytest.approx(second, rel=1e-5)
     assert caption_loss(model, loader, CPU, torch.float32, shuffle_pictures=True) != first
+
+
+def test_a_loader_of_ones_own_may_give_dictionaries(model_and_loader):
+    model, loader = model_and_loader
+    own = [vars(batch) | {"names": "of no use"} for batch in loader]
+    pictures = [{name: batch[name] for name in ("pixel_values", "rows", "captions")} for batch in own]
+    given = evaluate_captions(model, loader, model.tokenizer, "cpu", max_length=6)
+    assert evaluate_captions(model, pictures, model.tokenizer, "cpu", max_length=6) == given
+    losses = [caption_loss(model, each, CPU, torch.float32) for each in (loader, own)]
+    assert losses[0] == losses[1]
 
 
 def test_a_batch_of_one_is_shuffled_too(model_and_loader):

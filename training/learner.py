@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError, ViTGPT2Config
-from dataset import micro_batches, to_device
+from dataset import Batch
 from model import ImageCaptionModel, flash_attn_function
 from training.checkpoint import link_all, load_checkpoint, load_optimizers, optimizer_tensors, save_checkpoint
 from training.job import Job
@@ -62,7 +62,7 @@ class Learner:
         """The model that is evaluated and kept: the average, where there is one."""
         return self.average.model if self.average else self.model
 
-    def step(self, batch: dict[str, Any], step: int, rate: float) -> Step:
+    def step(self, batch: Batch, step: int, rate: float) -> Step:
         """Learns from a batch, this process's share of the step's, at a learning rate. Every token of the step weighs the
         same, whichever process and part of the batch it is in."""
         job, config, world = self.job, self.job.config, self.job.world
@@ -70,11 +70,11 @@ class Learner:
         torch.manual_seed(
             int(np.random.SeedSequence((config.seed, step, world.rank)).generate_state(1, np.uint64)[0] >> 1)
         )
-        parts = list(micro_batches(batch, -(-config.batch_size // world.size)))
+        parts = list(batch.micro(-(-config.batch_size // world.size)))
         if self.critic:
             parts = [self.critic.sample(self.model, self.moved(part), job.device, job.dtype) for part in parts]
         words_blanked, smoothing = (0.0, 0.0) if self.critic else (config.word_dropout, config.label_smoothing)
-        counts = [int(part["lengths"].sum()) for part in parts]
+        counts = [int(part.lengths.sum()) for part in parts]
         (total,) = world.sum(sum(counts))
         loss = torch.zeros((), device=job.device)
         for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
@@ -89,33 +89,24 @@ class Learner:
         norm = self.updater.update(loss, rate)
         if self.average:
             self.average.update(self.model, step)
-        pairs = sum(int((part["lengths"] > 0).sum()) for part in parts)
-        rewards = sum(part["rewards"].sum().item() for part in parts) if self.critic else 0.0
-        return Step(loss, norm, batch["rows"], pairs, rewards)
+        pairs = sum(int((part.lengths > 0).sum()) for part in parts)
+        rewards = sum(part.rewards.sum().item() for part in parts if part.rewards is not None)
+        return Step(loss, norm, batch.rows, pairs, rewards)
 
-    def loss(self, part: dict[str, Any], words_blanked: float, smoothing: float) -> Tensor:
+    def loss(self, part: Batch, words_blanked: float, smoothing: float) -> Tensor:
         """The mean loss of a part of a batch, on the device."""
-        input_ids = blank_words(part["input_ids"], words_blanked, self.model.config)
-        module = self.module
+        input_ids, module = blank_words(part.input_ids, words_blanked, self.model.config), self.module
         if module is not self.eager:
             if len(input_ids) < self.whole:  # an epoch's last batch is not worth a compilation of its own
                 module = self.eager
-            for tensor, axis in ((input_ids, -1), (part["labels"], -1), (part["positions"], 0)):
-                torch._dynamo.maybe_mark_dynamic(tensor, axis % tensor.ndim)  # or a second length compiled anew
-        output = module(
-            part["pixel_values"],
-            input_ids,
-            part["lengths"],
-            part["labels"],
-            part["positions"],
-            label_smoothing=smoothing,
-            weights=part.get("weights"),
-        )
-        return output.loss
+            for tensor, axis in ((input_ids, 2), (part.labels, 2), (part.positions, 0)):
+                torch._dynamo.maybe_mark_dynamic(tensor, axis)  # or a second length compiled anew
+        pixels, _, *about = part.inputs
+        return module(pixels, input_ids, *about, label_smoothing=smoothing, weights=part.weights).loss
 
-    def moved(self, part: dict[str, Any]) -> dict[str, Any]:
+    def moved(self, part: Batch) -> Batch:
         """The part of a batch on the device."""
-        return to_device(part, self.job.device, self.job.datasets["train"])
+        return part.to(self.job.device, self.job.datasets["train"])
 
     def save(self, state: dict[str, Any], best: bool) -> None:
         """Writes a checkpoint; the first process does. `state` is what the loop itself has to remember."""

@@ -7,6 +7,7 @@ caption is a word, for the metric as for the loss: else nothing speaks against c
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from config import TrainConfig
 from data.table import CaptionTable
 from data.tokenizer import decode
-from dataset import IGNORE, rounded_up
+from dataset import IGNORE, Batch, rounded_up
 from model import ImageCaptionModel
 from scoring.metrics import CiderD, tokenize
 from utils import autocast
@@ -39,16 +40,14 @@ class SelfCritic:
         texts = decode(model.tokenizer, sequences)
         return [tokenize(text) + [END] * end for text, end in zip(texts, ended, strict=True)]
 
-    def sample(
-        self, model: ImageCaptionModel, batch: dict[str, Any], device: torch.device, dtype: torch.dtype
-    ) -> dict[str, Any]:
+    def sample(self, model: ImageCaptionModel, batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
         """A batch (on the device) whose captions are K samples of each of its pictures, with `weights` (N, K): what each
         scored above its baseline; and `rewards` (N, K), the scores themselves."""
-        pixels, rows = batch["pixel_values"], np.array(batch["rows"])
+        pixels, rows = batch.pixel_values, np.array(batch.rows)
         number, captions = len(rows), self.config.captions_per_image
         if not number:  # a process's share may be nothing: the collate's black picture
             nothing = torch.zeros(1, captions, device=device)
-            return batch | {"weights": nothing, "rewards": nothing[:0]}
+            return replace(batch, weights=nothing, rewards=nothing[:0])
         options: dict[str, Any] = {"max_length": self.max_length}
         model.eval()  # by itself generate keeps nothing for a model in training; here the next step comes at once
         with autocast(device, dtype):
@@ -62,10 +61,10 @@ class SelfCritic:
         else:
             baseline = (rewards.sum(1, keepdims=True) - rewards) / (captions - 1)
         weights = torch.from_numpy(rewards - baseline).float()
-        weights[np.isin(rows, [row for row, _ in batch["bad"]])] = 0  # pictures that were not seen
-        learned = as_captions(drawn.cpu().reshape(number, captions, -1), model)
+        weights[np.isin(rows, [row for row, _ in batch.bad])] = 0  # pictures that were not seen
+        learned: dict[str, Any] = as_captions(drawn.cpu().reshape(number, captions, -1), model)
         learned |= {"weights": weights, "rewards": torch.from_numpy(rewards).float()}
-        return batch | {name: value.to(device) for name, value in learned.items()}
+        return replace(batch, **learned).to(device)
 
 
 def as_captions(sequences: Tensor, model: ImageCaptionModel) -> dict[str, Tensor]:

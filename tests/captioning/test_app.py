@@ -58,7 +58,7 @@ def model_file(tmp_path_factory, scenes_table, scenes_tokenizer) -> str:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(120):
         optimizer.zero_grad()
-        loss = model(batch["pixel_values"], batch["input_ids"], labels=batch["labels"]).loss
+        loss = model(batch.pixel_values, batch.input_ids, labels=batch.labels).loss
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.8

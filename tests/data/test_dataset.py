@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ from conftest import ROOT, needs_shared, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
 import utils
 from config import Augmentation, UserError
@@ -33,10 +35,8 @@ from dataset import (
     load_table,
     load_tokenizer,
     make_dataloader,
-    micro_batches,
     mirrored,
     prepare_picture,
-    to_device,
     train_tokenizer,
 )
 from model import ImageCaptionModel
@@ -103,20 +103,20 @@ def test_a_batch_is_what_its_docstring_says(scenes_table, scenes_tokenizer):
     data = dataset(scenes_table, scenes_tokenizer)
     batch = collate([data[0, row] for row in range(4)], data.config, 6)
     end = scenes_tokenizer.eos_token_id
-    assert batch["pixel_values"].shape == (4, 3, 16, 16) and batch["pixel_values"].dtype == torch.uint8
-    assert batch["input_ids"].shape == batch["labels"].shape == (4, 6, batch["lengths"].max())
-    assert (batch["lengths"][:, 5] == 0).all()  # scenes have five captions: the sixth place is empty
+    assert batch.pixel_values.shape == (4, 3, 16, 16) and batch.pixel_values.dtype == torch.uint8
+    assert batch.input_ids.shape == batch.labels.shape == (4, 6, batch.lengths.max())
+    assert (batch.lengths[:, 5] == 0).all()  # scenes have five captions: the sixth place is empty
     for n in range(4):
         for k in range(5):
-            length = batch["lengths"][n, k]
+            length = batch.lengths[n, k]
             ids = scenes_tokenizer(scenes_table.captions_of(n)[k]).input_ids
-            assert batch["input_ids"][n, k, :length].tolist() == [end, *ids]
-            assert batch["labels"][n, k, :length].tolist() == [*ids, end]  # the end token is a target
-            assert (batch["labels"][n, k, length:] == -100).all()
-    real = batch["positions"][batch["positions"] < batch["labels"].numel()]
-    assert torch.equal(real, (batch["labels"].flatten() != -100).nonzero().squeeze(-1))
-    assert len(batch["positions"]) % 64 == 0
-    assert batch["captions"] == [scenes_table.captions_of(row) for row in range(4)]
+            assert batch.input_ids[n, k, :length].tolist() == [end, *ids]
+            assert batch.labels[n, k, :length].tolist() == [*ids, end]  # the end token is a target
+            assert (batch.labels[n, k, length:] == -100).all()
+    real = batch.positions[batch.positions < batch.labels.numel()]
+    assert torch.equal(real, (batch.labels.flatten() != -100).nonzero().squeeze(-1))
+    assert len(batch.positions) % 64 == 0
+    assert batch.captions == [scenes_table.captions_of(row) for row in range(4)]
 
 
 ODD = ["", " \t", "\u200f\u202eabc", "red " * 10_000, "🙂" * 50, "東京の猫", "שלום", "a\0b", "3.5", "e\u0301" * 9]
@@ -128,11 +128,11 @@ def test_odd_captions_give_finite_losses(scenes_dir, scenes_tokenizer, scenes_ta
     data = dataset(table, scenes_tokenizer, captions_per_image=12)
     assert data.tokens.cut == 3  # the red, the smiling and, in bytes, the Japanese one
     batch = collate([data[0, 0], data[0, 1]], data.config, 12)
-    assert batch["input_ids"].shape[-1] == data.config.max_length
-    ends = batch["labels"].gather(2, (batch["lengths"] - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    assert (ends[batch["lengths"] > 0] == data.config.end_token_id).all()
+    assert batch.input_ids.shape[-1] == data.config.max_length
+    ends = batch.labels.gather(2, (batch.lengths - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    assert (ends[batch.lengths > 0] == data.config.end_token_id).all()
     model = ImageCaptionModel(data.config)
-    loss = model(*(batch[name] for name in ("pixel_values", "input_ids", "lengths", "labels", "positions"))).loss
+    loss = model(*batch.inputs).loss
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
 
@@ -146,8 +146,7 @@ def test_any_captions_give_finite_losses(texts, scenes_table, scenes_tokenizer):
     data = dataset(table, scenes_tokenizer)
     batch = collate([data[0, row] for row in range(len(table))], data.config, 5)
     model = ImageCaptionModel(data.config)
-    names = ("pixel_values", "input_ids", "lengths", "labels", "positions")
-    assert model(*(batch[name] for name in names)).loss.isfinite()
+    assert model(*batch.inputs).loss.isfinite()
 
 
 def test_a_batch_without_any_target_has_the_loss_zero(scenes_table, scenes_tokenizer, tmp_path):
@@ -155,15 +154,15 @@ def test_a_batch_without_any_target_has_the_loss_zero(scenes_table, scenes_token
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     data = dataset(make_table([(tmp_path / "bad.jpg", 0, ["red"])]), scenes_tokenizer)
     batch = collate([data[0, 0]], data.config, 5)
-    assert batch["lengths"].sum() == 0 and (batch["labels"] == -100).all()
+    assert batch.lengths.sum() == 0 and (batch.labels == -100).all()
     model = ImageCaptionModel(data.config)
-    loss = model(*(batch[name] for name in ("pixel_values", "input_ids", "lengths", "labels", "positions"))).loss
+    loss = model(*batch.inputs).loss
     loss.backward()
     assert loss.item() == 0 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def batches(data, **options):
-    return [(b["rows"], b["pixel_values"], b["input_ids"]) for b in make_dataloader(data, 7, shuffle=True, **options)]
+    return [(b.rows, b.pixel_values, b.input_ids) for b in make_dataloader(data, 7, shuffle=True, **options)]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -195,36 +194,47 @@ def test_processes_share_the_global_batches(scenes_table, scenes_tokenizer, pict
 
 def test_an_epoch_visits_everything_once(scenes_table, scenes_tokenizer):
     data = dataset(scenes_table, scenes_tokenizer)
-    rows = [row for batch in make_dataloader(data, 7, shuffle=True) for row in batch["rows"]]
+    rows = [row for batch in make_dataloader(data, 7, shuffle=True) for row in batch.rows]
     assert sorted(rows) == list(range(len(scenes_table)))
     one = dataset(scenes_table, scenes_tokenizer, captions_per_image=1)
-    rows = [row for batch in make_dataloader(one, 7, shuffle=True) for row in batch["rows"]]
+    rows = [row for batch in make_dataloader(one, 7, shuffle=True) for row in batch.rows]
     assert sorted(rows) == sorted(list(range(len(scenes_table))) * 5)
 
 
 def test_micro_batches_add_up_to_the_batch(scenes_table, scenes_tokenizer):
     """Gradients of the parts, weighed by their tokens, are those of the whole batch."""
     data = dataset(scenes_table, scenes_tokenizer)
-    batch = collate([data[0, row] for row in range(7)], data.config, 5) | {"bad": [(6, "cut")]}
-    assert [part["bad"] for part in micro_batches(batch, 3)] == [[(6, "cut")]] * 3  # by row, whichever part has it
+    batch = dataclasses.replace(collate([data[0, row] for row in range(7)], data.config, 5), bad=[(6, "cut")])
+    assert [part.bad for part in batch.micro(3)] == [[(6, "cut")]] * 3  # by row, whichever part has it
     model = ImageCaptionModel(data.config)
-    names = ("pixel_values", "input_ids", "lengths", "labels", "positions")
     gradients = []
     for size in (7, 3):
         model.zero_grad()
-        for part in micro_batches(batch, size):
-            loss = model(*(part[name] for name in names)).loss
-            (loss * (part["lengths"].sum() / batch["lengths"].sum())).backward()
+        for part in batch.micro(size):
+            loss = model(*part.inputs).loss
+            (loss * (part.lengths.sum() / batch.lengths.sum())).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loader_pins_a_batch(scenes_table, scenes_tokenizer, monkeypatch):
+    """torch's loader leaves what it does not know as it is: pages that no GPU copies from by itself."""
+    data = dataset(scenes_table, scenes_tokenizer)
+    batch = collate([data[0, 0]], data.config, 5)
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: pinned.append(tensor) or tensor.clone())
+    moved = pin_memory(batch)
+    assert [id(tensor) for tensor in pinned] == [id(each) for each in vars(batch).values() if torch.is_tensor(each)]
+    assert moved is not batch and torch.equal(moved.pixel_values, batch.pixel_values) and moved.rows == batch.rows
+    assert moved["pixel_values"] is moved.pixel_values  # as scripts read it that know a batch as a dictionary
 
 
 def padding(data, batch_size: int) -> float:
     loader = make_dataloader(data, batch_size, shuffle=True)
     real, room = 0, 0
     for batch in loader:
-        real, room = real + int(batch["lengths"].sum()), room + batch["input_ids"].numel()
+        real, room = real + int(batch.lengths.sum()), room + batch.input_ids.numel()
     return 1 - real / room
 
 
@@ -320,10 +330,10 @@ def test_cutting_out_on_the_device_gives_the_same_batch(scenes_table, scenes_tok
     data[1].keep_on(device)
     loaders = [make_dataloader(d, 7, shuffle=True) for d in data]
     for batch, other in zip(*loaders, strict=True):
-        assert "pixel_values" not in other
-        assert torch.equal(batch["pixel_values"], to_device(other, device, data[1])["pixel_values"].cpu())
-        parts = [to_device(part, device, data[1])["pixel_values"].cpu() for part in micro_batches(other, 3)]
-        assert torch.equal(batch["pixel_values"], torch.cat(parts))
+        assert not len(other.pixel_values)
+        assert torch.equal(batch.pixel_values, other.to(device, data[1]).pixel_values.cpu())
+        parts = [part.to(device, data[1]).pixel_values.cpu() for part in other.micro(3)]
+        assert torch.equal(batch.pixel_values, torch.cat(parts))
 
 
 # Pictures kept on disk
@@ -457,10 +467,10 @@ def test_damaged_pictures_are_black_untaught_and_named(kept, scenes_dir, tmp_pat
     for workers in (0, 2):
         found, targets = {}, 0
         for batch in make_dataloader(data, 5, shuffle=True, num_workers=workers):
-            found |= dict(batch["bad"])
-            targets += int(batch["lengths"].sum())
-            for place, row in enumerate(batch["rows"]):
-                assert (row in (0, 1)) == (int(batch["lengths"][place].sum()) == 0)
+            found |= dict(batch.bad)
+            targets += int(batch.lengths.sum())
+            for place, row in enumerate(batch.rows):
+                assert (row in (0, 1)) == (int(batch.lengths[place].sum()) == 0)
         assert sorted(found) == [0, 1] and "000000000001.png" in found[1]
         assert targets == len(data.tokens.ids) + 18 * 5 - sum(len(data.tokens[n]) for n in range(10))
 

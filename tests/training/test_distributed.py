@@ -14,7 +14,7 @@ from conftest import tiny_config
 from processes import await_step, end, ending, flags, fork, forked, losses, ranks_of, small_config, start, together
 
 from config import TrainConfig
-from dataset import collate, micro_batches
+from dataset import collate
 from model import ImageCaptionModel
 from training.checkpoint import checkpoints, load_checkpoint
 from utils import read_log
@@ -67,12 +67,10 @@ def test_a_share_of_nothing_is_a_batch_that_teaches_nothing():
     """Every process must call the model as often as the others, or they wait for it for ever."""
     config = tiny_config()
     batch = collate([], config, 5)
-    (part,) = micro_batches(batch, 4)
-    assert part["pixel_values"].shape == (1, 3, 16, 16) and part["rows"] == [] and not part["lengths"].any()
+    (part,) = batch.micro(4)
+    assert part.pixel_values.shape == (1, 3, 16, 16) and part.rows == [] and not part.lengths.any()
     model = ImageCaptionModel(config)
-    loss = model(
-        part["pixel_values"], part["input_ids"], part["lengths"], part["labels"], part["positions"], weights=None
-    ).loss
+    loss = model(*part.inputs, weights=None).loss
     loss.backward()
     assert loss == 0 and all(parameter.grad is not None for parameter in model.parameters())
     assert not any(parameter.grad.any() for parameter in model.parameters())

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_config
 
 from config import PRESETS, UserError
-from dataset import CaptionDataset, collate, to_device
+from dataset import CaptionDataset, collate
 from model import ImageCaptionModel
 from scoring.metrics import tokenize
 from training.scst import END, SelfCritic, as_captions
@@ -37,12 +37,12 @@ def test_samples_are_laid_out_as_the_collate_lays_out_captions(small):
     """A target that is one place off teaches every word the one before it."""
     model, batch, _, _ = small
     end = model.config.end_token_id
-    tokens = batch["labels"].masked_fill(batch["labels"] < 0, end)  # as generate gives them
+    tokens = batch.labels.masked_fill(batch.labels < 0, end)  # as generate gives them
     made = as_captions(tokens, model)
     for name in ("labels", "lengths", "positions"):
-        assert torch.equal(made[name], batch[name]), name
-    real = torch.arange(tokens.shape[-1]) < batch["lengths"][..., None]
-    assert torch.equal(made["input_ids"][real], batch["input_ids"][real])
+        assert torch.equal(made[name], getattr(batch, name)), name
+    real = torch.arange(tokens.shape[-1]) < batch.lengths[..., None]
+    assert torch.equal(made["input_ids"][real], batch.input_ids[real])
     cut = as_captions(torch.full((1, 1, 4), 5), model)
     assert cut["lengths"].item() == 4 and (cut["labels"] == 5).all(), "a caption that never ended has no end to learn"
 
@@ -52,16 +52,16 @@ def test_a_sample_is_worth_what_it_has_above_its_baseline(small, baseline):
     model, batch, config, critic = small
     critic.config = dataclasses.replace(config, baseline=baseline)
     drawn = critic.sample(model, batch, CPU, FP32)
-    assert drawn["input_ids"].shape[:2] == drawn["weights"].shape == drawn["rewards"].shape == (8, 5)
-    ids = drawn["labels"].masked_fill(drawn["labels"] < 0, model.config.end_token_id)
-    rewards = critic.cider.reward(np.repeat(batch["rows"], 5), critic.words(model, ids.flatten(0, 1)))
-    assert torch.allclose(drawn["rewards"].flatten(), torch.from_numpy(rewards).float())
+    assert drawn.input_ids.shape[:2] == drawn.weights.shape == drawn.rewards.shape == (8, 5)
+    ids = drawn.labels.masked_fill(drawn.labels < 0, model.config.end_token_id)
+    rewards = critic.cider.reward(np.repeat(batch.rows, 5), critic.words(model, ids.flatten(0, 1)))
+    assert torch.allclose(drawn.rewards.flatten(), torch.from_numpy(rewards).float())
     if baseline == "others":
-        assert drawn["weights"].sum(1).abs().max() < 1e-4
-        first = drawn["rewards"][0]
-        assert drawn["weights"][0, 0] == pytest.approx((first[0] - first[1:].mean()).item(), abs=1e-5)
+        assert drawn.weights.sum(1).abs().max() < 1e-4
+        first = drawn.rewards[0]
+        assert drawn.weights[0, 0] == pytest.approx((first[0] - first[1:].mean()).item(), abs=1e-5)
     else:
-        above = drawn["rewards"] - drawn["weights"]
+        above = drawn.rewards - drawn.weights
         assert torch.allclose(above, above[:, :1].expand_as(above), atol=1e-5)
     assert model.training
 
@@ -79,11 +79,9 @@ def test_weights_multiply_each_captions_loss(small):
     model, batch, _, _ = small
     model.eval()
     weights = torch.randn(8, 5)
-    loss = model(
-        **{k: batch[k] for k in ("pixel_values", "input_ids", "lengths", "labels", "positions")}, weights=weights
-    ).loss
-    logits = model(batch["pixel_values"], batch["input_ids"]).logits.log_softmax(-1)
-    labels, real = batch["labels"].clamp(min=0), batch["labels"] >= 0
+    loss = model(*batch.inputs, weights=weights).loss
+    logits = model(batch.pixel_values, batch.input_ids).logits.log_softmax(-1)
+    labels, real = batch.labels.clamp(min=0), batch.labels >= 0
     chosen = logits.gather(-1, labels[..., None]).squeeze(-1)
     expected = -(chosen * real * weights[..., None]).sum() / real.sum()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
@@ -91,30 +89,29 @@ def test_weights_multiply_each_captions_loss(small):
 
 def test_a_picture_that_cannot_be_read_teaches_nothing(small):
     model, batch, _, critic = small
-    drawn = critic.sample(model, batch | {"bad": [(batch["rows"][3], "damaged")]}, CPU, FP32)
-    assert (drawn["weights"][3] == 0).all() and drawn["weights"].abs().sum() > 0
+    drawn = critic.sample(model, dataclasses.replace(batch, bad=[(batch.rows[3], "damaged")]), CPU, FP32)
+    assert (drawn.weights[3] == 0).all() and drawn.weights.abs().sum() > 0
 
 
 def test_learning_from_rewards_raises_them(small):
     """From random captions up, on eight pictures, by nothing but their rewards. By how much depends on how the machine
     rounds (a half, it once had to be); that they rise does not."""
     model, batch, _, critic = small
-    fields = ("pixel_values", "input_ids", "lengths", "labels", "positions")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(40):  # enough for words, far from enough for the right ones
-        model(*(batch[name] for name in fields)).loss.backward()
+        model(*batch.inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     for group in optimizer.param_groups:
         group["lr"] = 5e-4
     rewards = []
     for _ in range(60):
-        drawn = to_device(critic.sample(model, batch, CPU, FP32), CPU)
-        model(*(drawn[name] for name in fields), weights=drawn["weights"]).loss.backward()
+        drawn = critic.sample(model, batch, CPU, FP32).to(CPU)
+        model(*drawn.inputs, weights=drawn.weights).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        rewards.append(drawn["rewards"].mean().item())
+        rewards.append(drawn.rewards.mean().item())
     first, last = np.array(rewards[:20]), np.array(rewards[-20:])
     assert last.mean() - first.mean() > 3 * np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / 20)  # standard errors
 

@@ -44,14 +44,12 @@ def test_it_learns_to_stop(scenes_table, scenes_tokenizer):
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):
-        model(
-            batch["pixel_values"], batch["input_ids"], batch["lengths"], batch["labels"], batch["positions"]
-        ).loss.backward()
+        model(*batch.inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    sequences = model.generate(batch["pixel_values"], max_length=48).sequences
+    sequences = model.generate(batch.pixel_values, max_length=48).sequences
     assert decode(scenes_tokenizer, sequences) == [text for (text,) in texts]
-    for row, tokens in zip(sequences.tolist(), batch["lengths"].flatten().tolist(), strict=True):
+    for row, tokens in zip(sequences.tolist(), batch.lengths.flatten().tolist(), strict=True):
         assert row.index(config.end_token_id) == tokens - 1
 
 
