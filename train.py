@@ -7,6 +7,7 @@ was stopped anywhere goes on as if it had not been, with any number of processes
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -50,22 +51,24 @@ def train(config: TrainConfig) -> int:
         if world.main:
             run = Run.find(config)
             stack.enter_context(training_in(run.folder))
-            chosen = run, choose_where(config, run)
+            chosen = choose_where(config, run)
         else:  # what is said is said once
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        run, (device, device_reason, dtype, precision_reason) = world.agree(chosen)
-        if device.type == "cpu":
+        chosen = world.agree(chosen)
+        if chosen.device.type == "cpu":
             keep_freed_memory()
         use_flash_attention(config.flash_attention)
-        print(f"device      {device} ({device_reason})\nprecision   {str(dtype)[6:]} ({precision_reason})", flush=True)
+        print(f"device      {chosen.device} ({chosen.device_reason})")
+        print(f"precision   {str(chosen.dtype)[6:]} ({chosen.precision_reason})", flush=True)
         if world.size > 1:
             print(f"processes   {world.size}, {world.local_size} on this machine")
         if world.main:
             clean(run.folder)
-            job = prepare(config, world, run, device, dtype)
-        known = world.agree(job.tokenizer if world.main else None)  # the others find what the first one has made
+            job = prepare(config, world, chosen)
+            chosen = dataclasses.replace(chosen, tokenizer=job.tokenizer)
+        chosen = world.agree(chosen)  # the others find what the first one has made
         if not world.main:
-            job = prepare(config, world, run, device, dtype, known)
+            job = prepare(config, world, chosen)
         try:
             stopped = learn(job)
             if stopped is None:

@@ -38,7 +38,7 @@ from publishing.hub import MANIFEST
 from training.adapters import adapt, check_adapters
 from training.distributed import ALONE
 from training.estimates import peak_rate, step_operations
-from training.job import Job, prepare
+from training.job import Chosen, Job, prepare
 from training.learner import Learner, blank_words
 from training.optimizers import Muon, learning_rate_at, product_dtype
 from training.run import Run
@@ -358,7 +358,7 @@ def race(racer: str, config: TrainConfig, seconds: float, folder: Path, pipe: Co
     torch.set_num_threads(1)
     keep_freed_memory()
     device, dtype = torch.device("cpu"), PRECISIONS[config.precision]
-    job = prepare(config, ALONE, Run(folder), device, dtype)
+    job = prepare(config, ALONE, Chosen(Run(folder), device, dtype))
     learner, steps, pairs = Learner(job), 0, 0
     train_set, model = job.datasets["train"], job.model.train()
     step = learner.step

@@ -90,6 +90,19 @@ def ask_before_download(config: TrainConfig) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What a run's first process has chosen for all of them."""
+
+    run: Run
+    device: torch.device
+    dtype: torch.dtype
+    device_reason: str = ""
+    precision_reason: str = ""
+    tokenizer: str | None = None
+    """See Job.tokenizer; None: it is still to be chosen."""
+
+
 @dataclass
 class Job:
     """A run made ready: its folder, where and how it computes, the model, the data and the number of steps."""
@@ -122,30 +135,25 @@ class Job:
         return min(self.config.caption_length, self.model.config.text_positions)
 
 
-def choose_where(config: TrainConfig, run: Run) -> tuple[torch.device, str, torch.dtype, str]:
+def choose_where(config: TrainConfig, run: Run) -> Chosen:
     """Device and precision with their reasons; a run that goes on keeps the precision that `auto` once chose."""
     device, device_reason = choose_device(config.device)
     began = run.began(config)
     if config.precision == "auto" and began.get("device") == device.type:
-        return device, device_reason, choose_precision(began["precision"], device)[0], "as this run began"
-    return device, device_reason, *choose_precision(config.precision, device)
+        dtype, precision_reason = choose_precision(began["precision"], device)[0], "as this run began"
+    else:
+        dtype, precision_reason = choose_precision(config.precision, device)
+    return Chosen(run, device, dtype, device_reason, precision_reason)
 
 
-def prepare(
-    config: TrainConfig,
-    world: World,
-    run: Run,
-    device: torch.device,
-    dtype: torch.dtype,
-    tokenizer_name: str | None = None,
-) -> Job:
-    """The run's data, tokenizer and fresh model. `tokenizer_name` is the choice of another process of the run."""
+def prepare(config: TrainConfig, world: World, chosen: Chosen) -> Job:
+    """The run's data, tokenizer and fresh model."""
+    run, device = chosen.run, chosen.device
     if config.cache_on_gpu and device.type != "cuda":  # said before gigabytes of pictures are decoded for it
         raise UserError(f"cache_on_gpu on the device {device}: it needs a GPU, leave it out")
     if config.adapts:  # before anything is downloaded for it
         check_adapters(config, device)
-    began = run.began(config)
-    tables = find_tables(config, run.folder)
+    began, tables = run.began(config), find_tables(config, run.folder)
     keys = {split: table.keys() for split, table in tables.items()}
     data_key = key_of([hashlib.sha256(own.tobytes()).hexdigest() for own in keys.values()])
     if began.get("data", data_key) != data_key:
@@ -153,7 +161,7 @@ def prepare(
             f"the pictures or captions have changed since {run.folder} began, so it cannot go on: start a new run with --resume "
             "never (or another --output-dir)"
         )
-    name, model = start_model(config, run, began, tables, keys["train"], device, tokenizer_name)
+    name, model = start_model(config, chosen, tables, keys["train"])
     datasets = make_datasets(config, world, tables, model)
     if config.cache_on_gpu:
         keep_on_gpu(datasets["train"], device)
@@ -170,7 +178,7 @@ def prepare(
         world=world,
         run=run,
         device=device,
-        dtype=dtype,
+        dtype=chosen.dtype,
         model=model.to(device),
         datasets=datasets,
         steps_per_epoch=steps_per_epoch,
@@ -183,27 +191,23 @@ def prepare(
 
 
 def start_model(
-    config: TrainConfig,
-    run: Run,
-    began: dict[str, Any],
-    tables: dict[str, CaptionTable],
-    keys: np.ndarray,
-    device: torch.device,
-    tokenizer_name: str | None,
+    config: TrainConfig, chosen: Chosen, tables: dict[str, CaptionTable], keys: np.ndarray
 ) -> tuple[str, ImageCaptionModel]:
     """The model before the run's next step, with what is frozen and what has adapters, and its tokenizer's name. `keys`
     are those of the training pictures."""
+    run = chosen.run
+    began = run.began(config)
     if began and not config.adapts:  # a file of adapters is loaded as the plain model that they make of their base
         name, model = go_on_with(run)
     else:
-        name, model = make_model(config, tables["train"], tokenizer_name or began.get("tokenizer"))
+        name, model = make_model(config, tables["train"], chosen.tokenizer or began.get("tokenizer"))
     model.trained_on = np.union1d(model.trained_on, keys)
     check_overlap(model.trained_on, tables["test"], config.allow_overlap)
     model.set_gradient_checkpointing(config.gradient_checkpointing)
     freeze(model, config.freeze)
     if config.adapts:
         bases: dict[str, str | None] = {"model": config.init_model} if config.init_model else pretrained_parts(config)
-        print(f"adapters    {adapt(model, config, bases, device)}")
+        print(f"adapters    {adapt(model, config, bases, chosen.device)}")
         if began.get("adapters", model.adapters) != model.adapters:
             raise UserError(
                 f"the pretrained models are not those that {run.folder} began on, or not in 4 bits as there: bring those back, or "
