@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from captioning.models import newest_model
 from captioning.page import COLOURS, HEADER, NO_MODEL, PAGE, STYLE, WORDS, results, working
 from captioning.service import Captioner, Length, Source, Style, Training, caption_folder, decoding_options, show
-from config import UserError
+from config import NUM_BEAMS, UserError
 from utils import StopSignal, choose_precision, parse_flags, run_script
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def endpoint(captioner: Captioner, most_bytes: int, length: Any, style: Any) -> 
         length,
         style,
         gr.Number(1, label="captions", minimum=1, maximum=5, precision=0, visible=False),
-        gr.Number(3, label="beams", minimum=1, maximum=10, precision=0, visible=False),
+        gr.Number(NUM_BEAMS, label="beams", minimum=1, maximum=10, precision=0, visible=False),
     ]
     answer = gr.JSON(label="captions", visible=False)
     ask = gr.Button(visible=False)

@@ -16,6 +16,10 @@ from typing import Any, Literal
 
 PRETRAINED = {"encoder": "google/vit-base-patch16-224-in21k", "decoder": "gpt2"}
 """What --init pretrained starts from, by their names on the Hub."""
+NUM_BEAMS = 3
+"""Beams that scripts and evaluations search with unless told otherwise."""
+LONGEST = 32
+"""Tokens of the longest caption unless told otherwise, with the end token."""
 
 
 class UserError(ValueError):
@@ -183,6 +187,43 @@ class Augmentation:
     def moves_pixels_only(self) -> bool:
         """Whether crops and flips are all there is: what can be done to a batch on the GPU in one go."""
         return not (self.random_resized_crop or self.color_jitter or self.rand_augment)
+
+
+@dataclass(kw_only=True)
+class Decoding:
+    """How captions are searched for or drawn, as flags of a script."""
+
+    num_captions: int = 1
+    """Captions of each picture, the best first."""
+    num_beams: int | None = None
+    """Beams; 1 is greedy (default: 3, or as many as captions; 1 when sampling)."""
+    length_penalty: float = 1.0
+    """Above 0, longer captions win more often in beam search."""
+    max_length: int | None = None
+    """Longest caption, in tokens (default: 32, or what the model can hold)."""
+    do_sample: bool = False
+    """Draw each token by its probability instead of searching with beams."""
+    temperature: float = 1.0
+    """Of sampling: above 1 bolder, below 1 safer."""
+    top_k: int = 50
+    """Sampling draws from so many of the likeliest tokens; 0 is all."""
+    top_p: float = 1.0
+    """Sampling draws from the likeliest tokens that share this probability, 0 to 1."""
+
+    def options(self, **more: Any) -> dict[str, Any]:
+        """The flags, and `more`, as options of model.generate."""
+        options = {name: getattr(self, name) for name in ("num_beams", "length_penalty", "max_length")}
+        options |= {"num_return_sequences": self.num_captions if self.num_captions > 1 else None} | more
+        if self.do_sample:
+            options |= {name: getattr(self, name) for name in ("do_sample", "temperature", "top_k", "top_p")}
+        return default_decoding(options)
+
+
+def default_decoding(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of model.generate that are given (None: not), and as many beams as scripts search with."""
+    given = {name: value for name, value in options.items() if value is not None}
+    beams = 1 if given.get("do_sample") else max(NUM_BEAMS, given.get("num_return_sequences", 1))
+    return {"num_beams": beams} | given
 
 
 # A run. Its fields stand in the groups of `main.py --help`.
@@ -356,7 +397,7 @@ class Watching:
     chosen (0: none, and the best has the lowest validation loss)."""
     patience: int | None = None
     """Stop after so many epochs without a better one (default: never)."""
-    caption_length: int = 32
+    caption_length: int = LONGEST
     """Longest caption to write when evaluating, in tokens."""
     checkpoint_interval: int | None = None
     """Steps between checkpoints (default: one at every epoch's end)."""

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from config import UserError
+from config import LONGEST, Decoding, UserError, default_decoding
 from data.skipped import BadPictures, check_overlap, pictures_seen
 from data.table import CaptionTable
 from data.tokenizer import decode
@@ -47,7 +47,6 @@ from utils import (
 )
 from weights.file import weights_hash
 
-NUM_BEAMS = 3
 SEED = 0  # of sampling
 
 
@@ -94,13 +93,6 @@ def gathered(shares: list[Captioned]) -> Captioned:
     columns = [[s.rows, s.captions, s.references, s.cut, *([s.several] if s.several else [])] for s in shares]
     entries = sorted((entry for own in columns for entry in zip(*own, strict=True)), key=lambda entry: entry[0])
     return Captioned(*map(list, zip(*entries, strict=True))) if entries else shares[0]  # type: ignore[arg-type]
-
-
-def default_decoding(decoding: dict[str, Any]) -> dict[str, Any]:
-    """The options given, and as many beams as evaluations search with."""
-    given = {name: value for name, value in decoding.items() if value is not None}
-    beams = 1 if given.get("do_sample") else max(NUM_BEAMS, given.get("num_return_sequences", 1))
-    return {"num_beams": beams} | given
 
 
 def evaluate_captions(
@@ -257,7 +249,7 @@ def weights_sha256(model: ImageCaptionModel) -> str:
 
 def about_decoding(model: ImageCaptionModel, decoding: dict[str, Any]) -> dict[str, str]:
     """Which weights wrote captions, and how."""
-    options = {"max_length": min(32, model.config.text_positions)} | default_decoding(decoding)
+    options = {"max_length": min(LONGEST, model.config.text_positions)} | default_decoding(decoding)
     if options.get("do_sample"):
         options["seed"] = SEED
     said = ", ".join(f"{name} {value}" for name, value in options.items() if value is not False)
@@ -265,8 +257,8 @@ def about_decoding(model: ImageCaptionModel, decoding: dict[str, Any]) -> dict[s
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig:
-    """Score a model on a data set, or a file of captions against references."""
+class Scored:
+    """What is scored, against what, and by which metrics."""
 
     model: Annotated[str | None, tyro.conf.Positional] = None
     """The model: a file, a folder or a Hub name."""
@@ -302,22 +294,16 @@ class EvaluateConfig:
     """A CLIP by its Hub name or folder, such as openai/clip-vit-base-patch32, for CLIPScore."""
     output_dir: Path = Path("evaluation")
     """Folder for metrics.json, captions.json, per_picture.csv, report.html and samples.png."""
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(Decoding, Scored):  # dataclass takes the last one's fields first
+    """Score a model on a data set, or a file of captions against references."""
+
     num_captions: int = 1
     """Captions of each picture: the first is scored, and self-CIDEr says how much they differ."""
-    num_beams: int | None = None
-    """Beams; 1 is greedy (default: 3, or as many as captions; 1 when sampling)."""
-    length_penalty: float = 1.0
-    """Above 0, longer captions win more often."""
-    max_length: int | None = None
-    """Longest caption, in tokens (default: 32, or what the model can hold)."""
     do_sample: bool = False
     """Draw each token by its probability, the same way every time."""
-    temperature: float = 1.0
-    """Of sampling; below 1 likely tokens become likelier."""
-    top_k: int = 50
-    """Sampling draws from so many tokens; 0 is all."""
-    top_p: float = 1.0
-    """Sampling draws from the likeliest tokens that share this probability, 0 to 1."""
     batch_size: int = 64
     """Pictures decoded at a time."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -374,7 +360,6 @@ def score_model(config: EvaluateConfig, source: str, more: MoreScores) -> dict[s
     device, _ = choose_device(config.device)
     dtype, _ = choose_precision(config.precision, device)
     directory = writable_directory(config.output_dir)
-    sampling = ("do_sample", "temperature", "top_k", "top_p") if config.do_sample else ()
     return evaluate_dataset(
         model.to(device),
         CaptionDataset(table, model.tokenizer, model.config),
@@ -384,12 +369,7 @@ def score_model(config: EvaluateConfig, source: str, more: MoreScores) -> dict[s
         config.batch_size,
         BadPictures(directory / "bad_samples.csv", [table], config.max_bad_share),
         more,
-        num_beams=config.num_beams,
-        length_penalty=config.length_penalty,
-        max_length=config.max_length,
-        num_return_sequences=None if config.num_captions == 1 else config.num_captions,
-        int8=config.precision == "int8",
-        **{name: getattr(config, name) for name in sampling},
+        **config.options(int8=config.precision == "int8"),
     )[1]
 
 

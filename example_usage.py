@@ -29,7 +29,7 @@ import tyro
 from tqdm import tqdm
 
 from captioning.models import is_model, load_model, newest_model
-from config import UserError
+from config import LONGEST, Decoding, UserError
 from data.scenes import draw, make_scene
 from utils import choose_device, in_one_line, parse_flags, run_script
 from weights.file import MODEL_FILE
@@ -45,7 +45,7 @@ def caption_image(
     image_path: str | Path,
     model_source: str | Path = MODEL_FILE,
     device: str = "cuda",
-    max_length: int = 32,
+    max_length: int = LONGEST,
     temperature: float = 1.0,
     do_sample: bool = True,
     top_k: int = 50,
@@ -77,8 +77,8 @@ def caption_image(
 
 
 @dataclass(kw_only=True)
-class CaptionConfig:
-    """Caption pictures: paths, folders, patterns or URLs, and the model last."""
+class Captioned:
+    """Which pictures are captioned, and where to."""
 
     inputs: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
     """Pictures, folders (with all below them), patterns such as "*.jpg", URLs, or - for a list of them on standard input;
@@ -86,26 +86,18 @@ class CaptionConfig:
     output: str | None = None
     """captions.csv or captions.jsonl, a line for each picture, or sidecar, name.txt beside each name.jpg (default: print
     them). What is there already is not done again."""
-    num_captions: int = 1
-    """Captions of each picture, the best first."""
     scores: bool = False
     """Also each caption's confidence: the geometric mean of its words' probabilities, 0 to 1."""
     heatmap: Path | None = None
     """Of a single picture, draw where the model looked while it wrote each word."""
+
+
+@dataclass(kw_only=True)
+class CaptionConfig(Decoding, Captioned):  # dataclass takes the last one's fields first
+    """Caption pictures: paths, folders, patterns or URLs, and the model last."""
+
     num_beams: Annotated[int | None, tyro.conf.arg(aliases=["--beams"])] = None
-    """Beams; 1 is greedy (default: 3, or as many as captions; 1 when sampling)."""
-    do_sample: bool = False
-    """Sample instead of searching with beams."""
-    temperature: float = 1.0
-    """Above 1 bolder, below 1 safer samples."""
-    top_k: int = 50
-    """Sample among this many best words only (0: all)."""
     top_p: float = 0.95
-    """Sample among the fewest words that hold this much probability."""
-    length_penalty: float = 1.0
-    """Above 0, longer captions win more often in beam search."""
-    max_length: int | None = None
-    """Longest caption, in tokens (default: 32, or what the model can hold)."""
     batch_size: int | Literal["auto"] = "auto"
     """Pictures captioned at a time; halved where memory does not suffice."""
     base_dir: Path | None = None
@@ -124,15 +116,6 @@ class CaptionConfig:
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
-
-    def decoding(self) -> dict[str, Any]:
-        """What caption_batch is to do."""
-        beams = self.num_beams or (1 if self.do_sample else max(3, self.num_captions))
-        options: dict[str, Any] = {"num_beams": beams, "max_length": self.max_length}
-        options |= {"num_return_sequences": self.num_captions, "length_penalty": self.length_penalty}
-        if self.do_sample:
-            options |= {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return options | {"precision": self.precision, "scores": self.scores, "attention": self.heatmap is not None}
 
 
 def say(result: Result, several: bool) -> None:
@@ -156,7 +139,8 @@ def caption_all(
 
     wanted = [name for name in names if output is None or name not in output]
     size = None if config.batch_size == "auto" else config.batch_size
-    results = caption_pictures(model, wanted, batch_size=size, source=source, **config.decoding())
+    options = config.options(precision=config.precision, scores=config.scores, attention=config.heatmap is not None)
+    results = caption_pictures(model, wanted, batch_size=size, source=source, **options)
     captioned = failed = 0
     start, already, few = time.monotonic(), len(names) - len(wanted), len(wanted) <= 16
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two looks of the bar; it is not to fill a log

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.timing import fastest, timed
 from captioning.pipeline import BATCH_SIZES, caption_batch, caption_pictures, picture_names, prepared
-from config import UserError, ViTGPT2Config
+from config import NUM_BEAMS, UserError, ViTGPT2Config
 from data.skipped import check_overlap
 from dataset import CaptionDataset, load_table, load_tokenizer, make_dataloader
 from decoding.packed import Precision, available
@@ -119,7 +119,7 @@ class FolderBenchmark:
     """How many of them to caption: the first ones."""
     batch_size: int | None = None
     """Pictures captioned at a time (default: what suits the device)."""
-    num_beams: int = 3
+    num_beams: int = NUM_BEAMS
     """Beams; 1 is greedy."""
     rounds: int = 3
     """Times that each is done; the best counts."""

@@ -26,7 +26,7 @@ from PIL import Image
 
 from captioning.models import load_model
 from captioning.page import card, progress, results
-from config import UserError
+from config import NUM_BEAMS, UserError
 from data.layouts import PICTURE_SUFFIXES
 from utils import ROOT, choose_device
 
@@ -125,7 +125,7 @@ class Captioner:
 
 
 def decoding_options(
-    length: Length, style: Style, captions: int, beams: int = 3, attention: bool = False
+    length: Length, style: Style, captions: int, beams: int = NUM_BEAMS, attention: bool = False
 ) -> dict[str, Any]:
     """What Captioner.submit is to be told. Safe captions are searched with beams (1: the likeliest word every time);
     longer or shorter ones are the best of more beams by another length_penalty. Others are drawn, and longer or shorter

@@ -15,13 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from config import UserError
+from config import LONGEST, UserError
 from decoding.cache import Decoder
 from decoding.packed import packed_model
 from decoding.recorded import recorded_model
 
 PATIENCE = 4  # tokens after which a GPU is asked again whether all captions have ended: asking makes it wait
-LONGEST = 32  # tokens of a caption unless told otherwise
 NEVER = -1e9  # a score no caption has; finite, so that it can be added to and compared
 Logits = Callable[[Tensor, Tensor], Tensor]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from config import PRETRAINED, UserError, ViTGPT2Config
+from config import LONGEST, NUM_BEAMS, PRETRAINED, UserError, ViTGPT2Config
 from data.pictures import prepare_picture
 from data.tokenizer import decode
 from model import ImageCaptionModel
@@ -205,7 +205,7 @@ def write_card(
     .eval_results, is for benchmarks that are registered on the Hub, so somebody has to name one.
     """
     pixels = prepare_picture(folder / "example.png", model.config)[None]
-    caption = plain(decode(model.tokenizer, model.generate(pixels, num_beams=3).sequences)[0])
+    caption = plain(decode(model.tokenizer, model.generate(pixels, num_beams=NUM_BEAMS).sequences)[0])
     browser = (folder / "onnx").is_dir()
     about = metadata(model, run, repository, license, language, browser, caption)
     sections = {
@@ -341,9 +341,9 @@ def usage(repository: str, model: ImageCaptionModel, browser: bool) -> str:
         how = by_transformers(repository, "AutoModelForImageTextToText", "", "")
         ways.append(f"With transformers, and no code from here:\n\n{how}")
     if layout == "remote code":
-        longest = min(32, model.config.text_positions)
+        longest = min(LONGEST, model.config.text_positions)
         trust = ", trust_remote_code=True"
-        how = by_transformers(repository, "AutoModel", trust, f", max_new_tokens={longest}, num_beams=3")
+        how = by_transformers(repository, "AutoModel", trust, f", max_new_tokens={longest}, num_beams={NUM_BEAMS}")
         ways.append(f"With transformers, by the code that is here:\n\n{how}")
     if model.merged:
         bases = " and ".join(map(escape, base_models(model, None)))
@@ -360,7 +360,7 @@ on training (`run.json`, where there is one, has the settings):
 from model import ImageCaptionModel
 
 model = ImageCaptionModel.from_pretrained("{repository}")
-sequences = model.generate(pixel_values, num_beams=3).sequences  # model.tokenizer decodes them
+sequences = model.generate(pixel_values, num_beams={NUM_BEAMS}).sequences  # model.tokenizer decodes them
 ```"""
     )
     if layout == "transformers":
@@ -393,7 +393,7 @@ def in_browser(repository: str, model: ImageCaptionModel, browser: bool) -> str:
 import {{ pipeline }} from '@huggingface/transformers';
 
 const captioner = await pipeline('image-to-text', '{repository}', {{ dtype: 'q8' }});
-const [{{ generated_text }}] = await captioner('photo.jpg', {{ max_new_tokens: {min(32, model.config.max_length)} }});
+const [{{ generated_text }}] = await captioner('photo.jpg', {{ max_new_tokens: {min(LONGEST, model.config.max_length)} }});
 ```"""
 
 

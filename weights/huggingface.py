@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from config import UserError, ViTGPT2Config
+from config import LONGEST, NUM_BEAMS, UserError, ViTGPT2Config
 from utils import first_line, hub_folder, new_folder, one_line, some, write_json
 from weights.file import (
     METADATA_KEY,
@@ -234,8 +234,8 @@ def their_files(config: ViTGPT2Config, tokenizer: PreTrainedTokenizerFast) -> di
         },
         "generation_config.json": {
             "decoder_start_token_id": start,
-            "max_new_tokens": min(32, config.max_length),
-            "num_beams": 3,
+            "max_new_tokens": min(LONGEST, config.max_length),
+            "num_beams": NUM_BEAMS,
             **ids,
         },
         "preprocessor_config.json": processor,
