@@ -190,8 +190,8 @@ class Augmentation:
 
 
 @dataclass(kw_only=True)
-class Decoding:
-    """How captions are searched for or drawn, as flags of a script."""
+class Captioning:
+    """How and where captions are made: flags that scripts share."""
 
     num_captions: int = 1
     """Captions of each picture, the best first."""
@@ -209,6 +209,14 @@ class Decoding:
     """Sampling draws from so many of the likeliest tokens; 0 is all."""
     top_p: float = 1.0
     """Sampling draws from the likeliest tokens that share this probability, 0 to 1."""
+    base_dir: Path | None = None
+    """Folder in which the pretrained models that a file of adapters names are looked for before the Hub is asked."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to run."""
+    precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = "auto"
+    """Of matrix products; auto: fp16 on CUDA, elsewhere bf16 where that is faster. int8: on a CPU, for large models."""
+    debug: bool = False
+    """Show tracebacks of errors."""
 
     def options(self, **more: Any) -> dict[str, Any]:
         """The flags, and `more`, as options of model.generate."""

@@ -9,11 +9,13 @@ number of workers, and a run that is killed and resumed, see the same batches.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -87,7 +89,8 @@ class Tokens:
         lengths: list[int] = []
         self.cut = 0
         """How many texts were longer."""
-        for some in _portions(texts, TEXTS_AT_A_TIME):
+        rest = iter(texts)
+        while some := list(itertools.islice(rest, TEXTS_AT_A_TIME)):
             encoded = [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(some, add_special_tokens=False)]
             self.cut += sum(len(e) > limit for e in encoded)
             ids += [np.fromiter((i for e in encoded for i in e[:limit]), dtype=np.int32)]
@@ -102,17 +105,6 @@ class Tokens:
     def lengths(self) -> np.ndarray:
         """int64, one for each text."""
         return np.diff(self.offsets)
-
-
-def _portions(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    portion: list[str] = []
-    for item in items:
-        portion.append(item)
-        if len(portion) == size:
-            yield portion
-            portion = []
-    if portion:
-        yield portion
 
 
 def mirrored(caption: str) -> str:
@@ -214,18 +206,20 @@ class Batches:
         dataset: CaptionDataset,
         batch_size: int,
         first_step: int,
-        last_step: int,
+        last_step: int | None,
         shuffle: bool,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        """last_step None: the end of the first epoch."""
         self.dataset, self.batch_size, self.shuffle = dataset, batch_size, shuffle
-        self.first_step, self.last_step, self.rank, self.world_size = first_step, last_step, rank, world_size
+        self.first_step, self.rank, self.world_size = first_step, rank, world_size
         lengths = dataset.tokens.lengths
         if dataset.captions_per_image > 1 and len(lengths):
             lengths = np.maximum.reduceat(lengths, dataset.first_caption[:-1])
         self.lengths = lengths
         self.steps_per_epoch = -(-len(lengths) // batch_size)
+        self.last_step = self.steps_per_epoch if last_step is None else last_step
 
     def __len__(self) -> int:
         return self.last_step - self.first_step
@@ -369,17 +363,6 @@ def rounded_up(positions: Tensor, nothing: int) -> Tensor:
     return torch.nn.functional.pad(positions, (0, -len(positions) % POSITIONS_MULTIPLE), value=nothing)
 
 
-@dataclass
-class Collate:
-    """`collate` with its settings, as an object that worker processes can be sent."""
-
-    config: ViTGPT2Config
-    captions_per_image: int
-
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
-        return collate(samples, self.config, self.captions_per_image)
-
-
 def make_dataloader(
     dataset: CaptionDataset,
     batch_size: int,
@@ -396,12 +379,11 @@ def make_dataloader(
 
     batch_size counts the pictures of all world_size processes; this one, number `rank`, gets its share of each batch.
     """
-    batches = Batches(dataset, batch_size, first_step, first_step, shuffle, rank, world_size)
-    batches.last_step = batches.steps_per_epoch if last_step is None else last_step
+    batches = Batches(dataset, batch_size, first_step, last_step, shuffle, rank, world_size)
     return DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # keys are tuples, as __getitem__ takes them
-        collate_fn=Collate(dataset.config, dataset.captions_per_image),
+        collate_fn=partial(collate, config=dataset.config, captions_per_image=dataset.captions_per_image),
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=ignore_interrupts,

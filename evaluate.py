@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from config import LONGEST, Decoding, UserError, default_decoding
+from config import LONGEST, Captioning, UserError, default_decoding
 from data.skipped import BadPictures, check_overlap, pictures_seen
 from data.table import CaptionTable
 from data.tokenizer import decode
@@ -270,8 +270,6 @@ class Scored:
     """Column of the pictures, where a table's has no usual name."""
     caption_column: str | None = None
     """Column of the captions, where a table's has no usual name."""
-    base_dir: Path | None = None
-    """Folder in which the pretrained models that a file of adapters names are looked for before the Hub is asked."""
     max_bad_share: float = 0.01
     """Largest share of pictures that may be missing or damaged; they are left out and counted."""
     allow_overlap: bool = False
@@ -294,24 +292,18 @@ class Scored:
     """A CLIP by its Hub name or folder, such as openai/clip-vit-base-patch32, for CLIPScore."""
     output_dir: Path = Path("evaluation")
     """Folder for metrics.json, captions.json, per_picture.csv, report.html and samples.png."""
+    batch_size: int = 64
+    """Pictures decoded at a time."""
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(Decoding, Scored):  # dataclass takes the last one's fields first
+class EvaluateConfig(Captioning, Scored):  # dataclass takes the last one's fields first
     """Score a model on a data set, or a file of captions against references."""
 
     num_captions: int = 1
     """Captions of each picture: the first is scored, and self-CIDEr says how much they differ."""
     do_sample: bool = False
     """Draw each token by its probability, the same way every time."""
-    batch_size: int = 64
-    """Pictures decoded at a time."""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """Where to run."""
-    precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = "auto"
-    """Of matrix products; int8 for captions on a CPU."""
-    debug: bool = False
-    """Show tracebacks of errors."""
 
 
 def main() -> None:

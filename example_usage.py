@@ -29,7 +29,7 @@ import tyro
 from tqdm import tqdm
 
 from captioning.models import is_model, load_model, newest_model
-from config import LONGEST, Decoding, UserError
+from config import LONGEST, Captioning, UserError
 from data.scenes import draw, make_scene
 from utils import choose_device, in_one_line, parse_flags, run_script
 from weights.file import MODEL_FILE
@@ -77,8 +77,8 @@ def caption_image(
 
 
 @dataclass(kw_only=True)
-class Captioned:
-    """Which pictures are captioned, and where to."""
+class Wanted:
+    """Which pictures are captioned, and where the captions go."""
 
     inputs: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
     """Pictures, folders (with all below them), patterns such as "*.jpg", URLs, or - for a list of them on standard input;
@@ -90,26 +90,18 @@ class Captioned:
     """Also each caption's confidence: the geometric mean of its words' probabilities, 0 to 1."""
     heatmap: Path | None = None
     """Of a single picture, draw where the model looked while it wrote each word."""
+    allow_private_urls: bool = False
+    """Also fetch from addresses that are not public, such as http://localhost, and through the environment's proxies."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Pictures captioned at a time; halved where memory does not suffice."""
 
 
 @dataclass(kw_only=True)
-class CaptionConfig(Decoding, Captioned):  # dataclass takes the last one's fields first
+class CaptionConfig(Captioning, Wanted):  # dataclass takes the last one's fields first
     """Caption pictures: paths, folders, patterns or URLs, and the model last."""
 
     num_beams: Annotated[int | None, tyro.conf.arg(aliases=["--beams"])] = None
     top_p: float = 0.95
-    batch_size: int | Literal["auto"] = "auto"
-    """Pictures captioned at a time; halved where memory does not suffice."""
-    base_dir: Path | None = None
-    """Folder in which the pretrained models that a file of adapters names are looked for before the Hub is asked."""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """Where to run."""
-    precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = "auto"
-    """Of matrix products; auto: bf16 where it is measured to be faster. int8: on a CPU, for large models."""
-    allow_private_urls: bool = False
-    """Also fetch from addresses that are not public, such as http://localhost, and through the environment's proxies."""
-    debug: bool = False
-    """Show tracebacks of errors."""
 
     def __post_init__(self) -> None:
         for name in ("num_captions", "num_beams", "max_length", "batch_size"):
