@@ -278,11 +278,9 @@ def main() -> int:
         precision = str(choose_precision(captioner.precision, captioner.device)[0])[6:]
         print(f"model       {source}, on {captioner.device} in {precision}")
     stop = StopSignal()
-    page = build(captioner, config.max_megabytes << 20, training)
-    print(
-        f"page        {launch(page, config.host, config.port, config.max_megabytes << 20)} (Ctrl-C stops it)",
-        flush=True,
-    )
+    most_bytes = config.max_megabytes << 20
+    page = build(captioner, most_bytes, training)
+    print(f"page        {launch(page, config.host, config.port, most_bytes)} (Ctrl-C stops it)", flush=True)
     try:
         while stop.received is None:
             time.sleep(0.2)

@@ -128,28 +128,20 @@ def _beside(ending: str) -> str:
 
 HEADER, NO_MODEL = _beside(".header.html"), _beside(".untrained.html")
 
-# Names of gradio's theme; light and dark alike have enough contrast to read.
-COLOURS = {
-    "body_text_color_subdued": "*neutral_600",
-    "body_text_color_subdued_dark": "*neutral_300",
-    "block_info_text_color": "*neutral_600",
-    "block_info_text_color_dark": "*neutral_300",
-    "block_title_text_color": "*neutral_800",
-    "block_title_text_color_dark": "*neutral_100",
-    "block_label_text_color": "*neutral_700",
-    "block_label_text_color_dark": "*neutral_200",
-    "input_placeholder_color": "*neutral_500",
-    "input_placeholder_color_dark": "*neutral_400",
-    "checkbox_background_color_selected": "*primary_700",
-    "checkbox_background_color_selected_dark": "*primary_600",
-    "button_primary_background_fill": "*primary_700",
-    "button_primary_background_fill_dark": "*primary_700",
-    "button_primary_background_fill_hover": "*primary_800",
-    "button_primary_background_fill_hover_dark": "*primary_600",
-    "button_primary_text_color": "white",
-    "error_border_color": "#b91c1c",
-    "error_border_color_dark": "#f87171",
+# By gradio's names, light and dark: both have enough contrast to read.
+LIGHT_AND_DARK = {
+    "body_text_color_subdued": ("*neutral_600", "*neutral_300"),
+    "block_info_text_color": ("*neutral_600", "*neutral_300"),
+    "block_title_text_color": ("*neutral_800", "*neutral_100"),
+    "block_label_text_color": ("*neutral_700", "*neutral_200"),
+    "input_placeholder_color": ("*neutral_500", "*neutral_400"),
+    "checkbox_background_color_selected": ("*primary_700", "*primary_600"),
+    "button_primary_background_fill": ("*primary_700", "*primary_700"),
+    "button_primary_background_fill_hover": ("*primary_800", "*primary_600"),
+    "error_border_color": ("#b91c1c", "#f87171"),
 }
+COLOURS = {name: light for name, (light, _) in LIGHT_AND_DARK.items()} | {"button_primary_text_color": "white"}
+COLOURS |= {f"{name}_dark": dark for name, (_, dark) in LIGHT_AND_DARK.items()}
 
 # Only gradio's own variables for colours, so that dark and light are its theme's.
 STYLE = _beside(".css")

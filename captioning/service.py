@@ -114,12 +114,11 @@ class Captioner:
         keep, longest_first = options.pop("keep"), options.pop("longest_first")
         pixels = torch.stack([request.pixels for request in requests])
         answers = caption_batch(self.model, pixels, self.precision, scores=True, **options)
-        if longest_first is not None:
-            for captions in answers:
+        for captions in answers:
+            if longest_first is not None:
                 captions.sort(key=lambda caption: len(caption.text), reverse=longest_first)
-        answers = [captions[:keep] for captions in answers]
-        if "do_sample" in options:  # beams come in order
-            for captions in answers:
+            del captions[keep:]
+            if "do_sample" in options:  # beams come in order
                 captions.sort(key=lambda caption: caption.score or 0, reverse=True)
         return answers
 
