@@ -157,9 +157,16 @@ class CaptionDataset(Dataset[Sample]):
         return len(self.table)
 
     def keep_on(self, device: torch.device) -> None:
-        """Moves the kept pictures to the device; batches then hold places, and Batch.to cuts their pixels out there."""
-        assert self.pixels.kept is not None
-        self.on_gpu = self.pixels.kept.to(device)
+        """Moves the kept pictures to the device; batches then hold places, and Batch.to cuts their pixels out there.
+        Raises UserError where a GPU has no room for them."""
+        kept = self.pixels.kept
+        assert kept is not None
+        if device.type == "cuda" and kept.numel() > (free := torch.cuda.mem_get_info(device)[0]):
+            raise UserError(
+                f"{kept.numel() / 2**30:.1f} GiB of pictures do not fit into the GPU's {free / 2**30:.1f} GiB: use --cache "
+                "instead of --cache-on-gpu"
+            )
+        self.on_gpu = kept.to(device)
 
     def __getitem__(self, key: tuple[int, ...]) -> Sample:
         row = key[1]

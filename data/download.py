@@ -19,7 +19,6 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +100,8 @@ def download_coco_dataset(directory: str | Path = "./coco_data") -> Path:
         if to_fetch and (why := _out_of_reach(f"{server}/{to_fetch[0].path}")):
             raise UserError(_cannot(f"{server} is out of reach ({why})", root))
         root.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(root):
+        # Two downloads into one folder would write into each other's .part files.
+        with locked(root / ".download.lock", f"another download into {root} is running: wait for it to end"):
             for archive in wanted:
                 if not _is_unpacked(archive, root):  # another download may have ended since the first look
                     _fetch(archive, f"{server}/{archive.path}", root)
@@ -200,11 +200,6 @@ def _cannot(what: str, root: Path) -> str:
         f"{what}: put COCO 2017 from elsewhere at {root} as annotations/, train2017/ and val2017/, set COCO_MIRROR to "
         "a server that has it, or try --preset demo"
     )
-
-
-def _one_at_a_time(root: Path) -> AbstractContextManager[None]:
-    """Two downloads into one folder would write into each other's .part files."""
-    return locked(root / ".download.lock", f"another download into {root} is running: wait for it to end")
 
 
 def _fetch(archive: Archive, url: str, root: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from config import PRETRAINED, TrainConfig, UserError
+from config import PRETRAINED, TrainConfig, UserError, ViTGPT2Config
 from data.download import download_coco_dataset, download_flickr30k
 from data.scenes import draw_scenes
 from data.skipped import BadPictures, check_overlap
@@ -28,10 +28,9 @@ from training.distributed import World
 from training.estimates import duration, estimated_memory, estimated_seconds
 from training.optimizers import freeze
 from training.run import Run
-from training.start import initialise
-from utils import available_memory, choose_device, choose_precision, dtypes, key_of, write_json
+from utils import available_memory, choose_device, choose_precision, dtypes, key_of, some, write_json
 from weights.adapters import find_base
-from weights.pretrained import is_language_model
+from weights.pretrained import is_language_model, read_parts
 
 COCO_PICTURES = 118_287
 COCO_DOWNLOAD_GB = 20
@@ -164,7 +163,7 @@ def prepare(config: TrainConfig, world: World, chosen: Chosen) -> Job:
     name, model = start_model(config, chosen, tables, keys["train"])
     datasets = make_datasets(config, world, tables, model)
     if config.cache_on_gpu:
-        keep_on_gpu(datasets["train"], device)
+        datasets["train"].keep_on(device)
     bad = BadPictures(
         run.folder / "bad_samples.csv", tables.values(), config.max_bad_share, bool(began) or not world.main
     )
@@ -297,24 +296,24 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
     return name, model
 
 
+def initialise(
+    config: ViTGPT2Config, encoder: str | None, decoder: str | None
+) -> tuple[ViTGPT2Config, ImageCaptionModel]:
+    """A model with pretrained parts (see weights.pretrained.read_parts) and fresh ones, and its config. Prints what was
+    taken, left out and made new."""
+    parts = read_parts(config, encoder, decoder)
+    model = ImageCaptionModel.from_saved(parts)
+    made = [name for name in model.state_dict() if name not in parts.tensors]
+    print(f"taken       {parts.taken}\nleft out    {parts.left}\nmade new    {some(made)}")
+    return model.config, model
+
+
 def add_prompt(model: ImageCaptionModel, prompt: str) -> None:
     """Has the decoder read this before every caption. Raises UserError where there is no prefix, or no room."""
     if prompt:
         ids = tuple(model.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids)
         dataclasses.replace(model.config, prompt_ids=ids)  # checks it
         model.config.prompt_ids = ids  # of the parts' config too, which is the same one
-
-
-def keep_on_gpu(dataset: CaptionDataset, device: torch.device) -> None:
-    """Moves the kept pictures there. Raises UserError where there is no room for them."""
-    assert dataset.pixels.kept is not None
-    needed, free = dataset.pixels.kept.numel(), torch.cuda.mem_get_info(device)[0]
-    if needed > free:
-        raise UserError(
-            f"{needed / 2**30:.1f} GiB of pictures do not fit into the GPU's {free / 2**30:.1f} GiB: use --cache instead "
-            "of --cache-on-gpu"
-        )
-    dataset.keep_on(device)
 
 
 def pretrained_parts(config: TrainConfig) -> dict[str, str | None]:

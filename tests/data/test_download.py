@@ -432,13 +432,13 @@ def test_download_that_another_one_finished(server: Server, tmp_path: Path, monk
     """Between the first look and the lock another download may end; its folders are not to be fetched again."""
 
     @contextlib.contextmanager
-    def late(root: Path) -> Iterator[None]:
+    def late(lock: Path, busy: str) -> Iterator[None]:
         for archive in download.ARCHIVES:
             with zipfile.ZipFile(io.BytesIO(server.files[archive.name])) as zipped:
-                zipped.extractall(root)
+                zipped.extractall(lock.parent)
         yield
 
-    monkeypatch.setattr(download, "_one_at_a_time", late)
+    monkeypatch.setattr(download, "locked", late)
     download_coco_dataset(tmp_path / "coco")
     assert server.asked == []
 

@@ -26,7 +26,7 @@ from transformers import (
 from config import UserError
 from dataset import train_tokenizer
 from model import ImageCaptionModel
-from training.start import initialise
+from training.job import initialise
 
 VIT_SIZES = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, image_size=24)
 VIT_SIZES |= dict(patch_size=8)
