@@ -208,7 +208,7 @@ def evaluate_dataset(
     """
     table, more = dataset.table, more or MoreScores()
     bad = bad or BadPictures(directory / "bad_samples.csv", [dataset.table])
-    loader = make_dataloader(dataset, batch_size, rank=world.rank, world_size=world.size)
+    loader = make_dataloader(dataset, batch_size, **world.share)
     captioned = caption_loader(model, loader, model.tokenizer, device, dtype, world.main, world, **decoding)
     loss, shuffled = (caption_loss(model, loader, device, dtype, shuffle, world) for shuffle in (False, True))
     if not world.main:

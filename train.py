@@ -30,7 +30,7 @@ from evaluate import caption_loader, caption_loss, evaluate_dataset
 from model import ImageCaptionModel, use_flash_attention
 from scoring.results import MoreScores, print_metrics
 from training.checkpoint import clean, training_in
-from training.distributed import World, join_world, leave_world
+from training.distributed import join_world, leave_world
 from training.job import Job, choose_where, plan, prepare, write_run
 from training.learner import Learner
 from training.optimizers import learning_rate_at
@@ -174,7 +174,7 @@ class Training:
         if (step == job.steps or step % config.eval_interval == 0) and job.world.main:
             samples = sample_captions(job, self.learner.judged)
             self.log.write(step, samples=samples)
-            tell(job.world, "\n".join(f"  {name}: {caption}" for name, caption in samples.items()))
+            tqdm.write("\n".join(f"  {name}: {caption}" for name, caption in samples.items()))  # above the bar
         if config.objective != "scst" or self.learner.judged is not self.learner.model:
             self.learner.judged.copies.drop()  # they are stale after the next step
         if ended or stopping or step % (config.checkpoint_interval or sys.maxsize) == 0:
@@ -185,7 +185,7 @@ class Training:
         """Measures an epoch that has ended, writes it down, and returns what the best checkpoint has most of: CIDEr-D
         where that is measured, else less loss."""
         job, step, model, train_loss = self.job, self.progress.step, self.learner.judged, self.meter.end_epoch()
-        loader = make_dataloader(job.datasets["val"], job.config.batch_size, **own_share(job))
+        loader = make_dataloader(job.datasets["val"], job.config.batch_size, **job.world.share)
         values = {"val_loss": caption_loss(model, loader, job.device, job.dtype, world=job.world)}
         values |= {} if train_loss is None else {"train_loss": train_loss}
         values |= validate_captions(job, model)
@@ -195,7 +195,7 @@ class Training:
             model.save_file(job.run.folder / f"{job.config.preset}_epoch_{epoch}.safetensors")
         said = f"step {step:,}: validation loss {values['val_loss']:.3f}"
         said += f", CIDEr-D {values['val_cider_d']:.3f}" if "val_cider_d" in values else ""
-        tell(job.world, said + ("" if train_loss is None else f", training loss {train_loss:.3f}"))
+        tqdm.write(said + ("" if train_loss is None else f", training loss {train_loss:.3f}"))
         return values.get("val_cider_d", -values["val_loss"])
 
     def save(self, better: bool) -> None:
@@ -228,13 +228,8 @@ def training_batches(job: Job, first_step: int) -> DataLoader[Any]:
         shuffle=True,
         num_workers=0 if at_hand else min(16, cores, config.num_workers),
         pin_memory=job.device.type == "cuda",
-        **own_share(job),
+        **job.world.share,
     )
-
-
-def own_share(job: Job) -> dict[str, Any]:
-    """A loader's options for this process's share of each batch."""
-    return {"rank": job.world.rank, "world_size": job.world.size}
 
 
 def validate_captions(job: Job, model: ImageCaptionModel) -> dict[str, float]:
@@ -244,21 +239,13 @@ def validate_captions(job: Job, model: ImageCaptionModel) -> dict[str, float]:
     if not config.val_pictures:
         return {}
     batches = -(-min(len(val), config.val_pictures) // config.batch_size)
-    loader = make_dataloader(val, config.batch_size, last_step=batches, **own_share(job))
-    options: dict[str, Any] = {"num_beams": 1, "max_length": job.caption_length}
-    captioned = caption_loader(
-        model, loader, model.tokenizer, job.device, job.dtype, progress=False, world=world, **options
-    )
+    loader = make_dataloader(val, config.batch_size, last_step=batches, **world.share)
+    greedy = {"num_beams": 1, "max_length": job.caption_length}
+    captioned = caption_loader(model, loader, model.tokenizer, job.device, job.dtype, False, world, **greedy)
     if not captioned.captions:
         return {}
     score = world.agree(captioned.metrics()["cider_d"] if world.main else 0.0)
     return {"val_cider_d": score, "val_unique_captions": len(set(captioned.captions)) / len(captioned.captions)}
-
-
-def tell(world: World, text: str) -> None:
-    """Prints above the progress bar, once."""
-    if world.main:
-        tqdm.write(text)
 
 
 def sample_captions(job: Job, model: ImageCaptionModel) -> dict[str, str]:

@@ -4,8 +4,7 @@
     if "cat.jpg" not in output: output.add("cat.jpg", captions)
 
 Captions are written picture by picture, so that a run that was stopped, or killed, goes on where it was: what is there
-already is known, and half a line at the end is cut off. The files are layouts that training and evaluation read. Imports
-config, captioning, files and pictures, and matplotlib where it draws.
+already is known, and half a line at the end is cut off. The files are layouts that training and evaluation read.
 """
 
 from __future__ import annotations

@@ -36,6 +36,11 @@ class World:
         """Whether it is this process that prints and writes."""
         return self.rank == 0
 
+    @property
+    def share(self) -> dict[str, Any]:
+        """make_dataloader's options for this process's share of each batch."""
+        return {"rank": self.rank, "world_size": self.size}
+
     def sum(self, *numbers: float) -> list[float]:
         """The numbers, each added up over all processes."""
         if self.size == 1:
