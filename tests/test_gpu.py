@@ -12,7 +12,12 @@ from processes import run, small_config
 
 from config import TrainConfig
 from decoding.recorded import recorded_model
+from train import training_batches
+from training.distributed import ALONE
+from training.job import Chosen, prepare
+from training.learner import Learner
 from training.optimizers import Average, Updater
+from training.run import Run
 from utils import read_log
 from weights.file import MODEL_FILE
 
@@ -98,6 +103,21 @@ def test_a_compiled_run_on_the_gpu_learns_as_a_plain_one(tmp_path, scenes_dir):
     plain = trained(tmp_path, scenes_dir, "plain", compile=False)
     compiled = trained(tmp_path, scenes_dir, "compiled", compile=True, ema=0.9)
     assert compiled == pytest.approx(plain, rel=2e-2) and compiled[-1] < compiled[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_waits_for_nothing_on_the_gpu(tmp_path, scenes_dir, optimizer):
+    """Not even for the optimizer's decision whether to step: torch itself raises here where something waits."""
+    config = small_config(scenes_dir, optimizer=optimizer, device="cuda", ema=0.9, compile=False)
+    job = prepare(config, ALONE, Chosen(Run(tmp_path), torch.device("cuda"), torch.bfloat16))
+    learner, batches = Learner(job), iter(training_batches(job, 0))
+    learner.step(next(batches), 0, 1e-3)
+    second = next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        learner.step(second, 1, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_prefix_and_self_critical_runs_on_the_gpu(tmp_path, scenes_dir):

@@ -35,6 +35,7 @@ from weights.pretrained import is_language_model, read_parts
 COCO_PICTURES = 118_287
 COCO_DOWNLOAD_GB = 20
 TYPICAL_CAPTION = 14  # tokens, for estimates made before the captions are read
+LENGTH_MULTIPLE = 4  # of T on a GPU
 KEPT_SHARE_OF_MEMORY = 0.4  # up to which pictures are kept there
 
 
@@ -162,6 +163,9 @@ def prepare(config: TrainConfig, world: World, chosen: Chosen) -> Job:
         )
     name, model = start_model(config, chosen, tables, keys["train"])
     datasets = make_datasets(config, world, tables, model)
+    if device.type == "cuda":
+        for own in datasets.values():
+            own.length_multiple = LENGTH_MULTIPLE
     if config.cache_on_gpu:
         datasets["train"].keep_on(device)
     bad = BadPictures(

@@ -1,0 +1,100 @@
+"""The compiled step: one graph, the same losses, and nothing that waits for a GPU between two lines of the log."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from processes import flags as flags_of
+from processes import run, small_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from train import training_batches
+from training.distributed import ALONE
+from training.job import Chosen, prepare
+from training.learner import Learner
+from training.run import Run
+from utils import read_log
+
+KINDS = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.1, "word_dropout": 0.2, "ema": 0.9},
+    "checkpointed": {"gradient_checkpointing": True, "bridge": "prefix", "prefix_length": 4},
+}
+
+
+def learner_of(scenes_dir, folder, **changes) -> Learner:
+    # 26 pictures a batch of 96: the last batch of an epoch is smaller
+    config = small_config(scenes_dir, **({"batch_size": 26, "max_steps": 20, "dropout": 0.1} | changes))
+    chosen = Chosen(Run(folder), torch.device("cpu"), torch.float32)
+    return Learner(prepare(config, ALONE, chosen))
+
+
+def losses_of(learner: Learner, steps: int) -> list[float]:
+    learner.job.datasets["train"].length_multiple = 4
+    batches = training_batches(dataclasses.replace(learner.job, steps=steps), 0)
+    return [learner.step(batch, step, 1e-3).loss.item() for step, batch in enumerate(batches)]
+
+
+def compared(scenes_dir, tmp_path, monkeypatch, backend: str, steps: int, **changes) -> None:
+    """Compiled and plain losses, and how many graphs that took."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    plain = losses_of(learner_of(scenes_dir, tmp_path, compile=False, **changes), steps)
+    assert losses_of(learner_of(scenes_dir, tmp_path, compile=True, **changes), steps) == pytest.approx(plain, abs=1e-5)
+    assert counters["stats"]["unique_graphs"] in (1, 2, 3) and not counters["graph_break"], counters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_compiled_step_is_one_graph_and_the_same(scenes_dir, tmp_path, monkeypatch, kind):
+    """`--compile` broke the graph in every layer for as long as no test used it. Here its kernels are torch's own."""
+    compared(scenes_dir, tmp_path, monkeypatch, "aot_eager", 8, **KINDS[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_kernels_give_the_same_losses(scenes_dir, tmp_path, monkeypatch, kind):
+    compared(scenes_dir, tmp_path, monkeypatch, "inductor", 20, **{"dropout": 0.0} | KINDS[kind])
+
+
+@pytest.mark.slow
+def test_a_whole_compiled_run(scenes_dir, tmp_path):
+    """By the flag, as a user would; a run that is gone on with is compiled again."""
+    config = small_config(scenes_dir, compile=True, output_dir="out", max_steps=12)
+    assert "compile     " in run(flags_of(config), tmp_path)
+    assert read_log(tmp_path / "out" / "metrics.jsonl")
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU would have to be waited for: values that are fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "word_dropout": 0.1}], ids=["plain", "average"])
+def test_a_step_fetches_nothing_from_the_device(scenes_dir, tmp_path, changes):
+    """Each `.item()` in the loop makes a GPU idle until Python has the next kernels ready. Lengths are the loader's."""
+    learner = learner_of(scenes_dir, tmp_path, **changes)
+    (first, second) = training_batches(dataclasses.replace(learner.job, steps=2), 0)
+    learner.step(first, 0, 1e-3)
+    counts = Waits()
+    moved = learner.moved(second)
+    with counts:
+        loss = learner.loss(moved, 0.1, 0.0)
+    loss.backward()
+    with counts:
+        learner.updater.update(loss.detach(), 1e-3)
+        if learner.average:
+            learner.average.update(learner.model, 1)
+    assert not counts.found
