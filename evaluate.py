@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -46,6 +45,9 @@ from utils import (
     write_json,
 )
 from weights.file import weights_hash
+
+with contextlib.suppress(ImportError):  # only the command line needs it, and a host for training may lack it
+    import tyro
 
 SEED = 0  # of sampling
 

@@ -12,7 +12,6 @@ import os
 import warnings
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -91,6 +90,8 @@ def decode(source: PictureSource, size: int) -> NDArray[np.uint8]:
 
 def decode_jpeg(data: bytes, size: int) -> NDArray[np.uint8] | None:
     """The fast way for an intact JPEG in grey or colour; None for all others, which Pillow is to judge."""
+    import simplejpeg  # late: a host that only computes may lack it
+
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > MAX_PIXELS or colours in ("CMYK", "YCCK"):
