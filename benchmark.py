@@ -31,7 +31,7 @@ COMMANDS = {  # in which file of benchmarks/ each is; the others, and torch, nee
     "metrics": ("metrics", "MetricsBenchmark"),
     "train": ("training", "TrainBenchmark"),
     "race": ("training", "RaceBenchmark"),
-    "golden": ("training", "GoldenBenchmark"),
+    "golden": ("golden", "GoldenBenchmark"),
 }
 
 

@@ -1,26 +1,24 @@
-"""The training part of benchmark.py: speed beside a transformers loop, and whether a change leaves everything as it was.
+"""benchmark.py train and race: a training step beside transformers', and what equal time teaches.
 
-Every loop has a process of its own, and they take turns.
+Every loop has a process of its own. On a CPU they take turns; on a GPU, whose memory would not hold them all, one begins
+when the one before it has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +31,7 @@ from data.skipped import BadPictures
 from data.table import make_table
 from dataset import Batch, CaptionDataset, load_tokenizer, make_dataloader
 from evaluate import caption_loader, caption_loss
-from model import ImageCaptionModel
-from publishing.hub import MANIFEST
+from model import ImageCaptionModel, choose_attention, use_flash_attention
 from training.adapters import adapt, check_adapters
 from training.distributed import ALONE
 from training.estimates import peak_rate, step_operations
@@ -42,8 +39,7 @@ from training.job import Chosen, Job, prepare
 from training.learner import Learner, blank_words
 from training.optimizers import Muon, learning_rate_at, product_dtype
 from training.run import Run
-from utils import ROOT, autocast, choose_device, choose_precision, file_hash, keep_freed_memory, read_log, write_json
-from weights.file import MODEL_FILE
+from utils import autocast, choose_device, choose_precision, first_line, keep_freed_memory
 from weights.huggingface import read_transformers, write_transformers
 
 RATE = 1e-5
@@ -65,6 +61,8 @@ class Loop:
     tokens: int
     compile: bool
     model: ViTGPT2Config
+    jpegs: bool = False
+    """Photographs of COCO's size, decoded at every step by other processes, instead of pictures kept on the device."""
 
     @property
     def pairs(self) -> int:
@@ -80,42 +78,50 @@ class Loop:
         return rest * self.pictures * step_operations(self.model, self.captions, self.tokens)
 
     def data(self, folder: Path) -> CaptionDataset:
-        """Noise with captions of exactly so many tokens, kept in memory."""
+        """Noise with captions of exactly so many tokens, kept in memory, or as JPEGs; on a GPU, there."""
         rng = np.random.default_rng(0)
-        paths = [folder / f"{n}.png" for n in range(4 * self.pictures)]
+        paths = [folder / f"{n}.{'jpg' if self.jpegs else 'png'}" for n in range(4 * self.pictures)]
         for path in paths:
-            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+            noise = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            (noise.resize((640, 480)) if self.jpegs else noise).save(path)
+        keep: Any = "no" if self.jpegs else "memory"
         table = make_table((path, n, ["a picture"] * self.captions) for n, path in enumerate(paths))
         tokenizer, config = load_tokenizer("train", ["a picture"], 300), self.model
-        data = CaptionDataset(table, tokenizer, config, captions_per_image=self.captions, keep="memory", progress=False)
+        data = CaptionDataset(table, tokenizer, config, captions_per_image=self.captions, keep=keep, progress=False)
         length, number = self.tokens - 1, table.num_captions  # one more position is the start's, or the end's
         data.tokens.ids = rng.integers(0, config.vocab_size - 1, number * length, dtype=np.int32)
         data.tokens.offsets = np.arange(number + 1, dtype=np.int64) * length
+        if self.device == "cuda" and not self.jpegs:
+            data.keep_on(torch.device(self.device))
         return data
 
-    def steps(self, folder: Path, model_file: Path) -> Iterator[tuple[float, float]]:
+    def steps(self, data: CaptionDataset, step: Callable[[Any, int], torch.Tensor]) -> Iterator[tuple[float, float]]:
         """Steps without end: the first one's loss (of the others it is not read back), and the seconds that were spent
         waiting for data."""
-        device, dtype = torch.device(self.device), PRECISIONS[self.precision]
-        data, asked, first = self.data(folder), time.perf_counter(), True
-        make = self.theirs if self.whose == "transformers" else self.ours
-        step = make(folder, model_file, data, device, dtype)
-        loader = make_dataloader(data, self.pictures, last_step=1 << 30, shuffle=True, pin_memory=device.type == "cuda")
+        workers = min(16, os.cpu_count() or 1) if self.jpegs else 0
+        options: dict[str, Any] = {"num_workers": workers, "pin_memory": self.device == "cuda"}
+        loader = make_dataloader(data, self.pictures, last_step=1 << 30, shuffle=True, **options)
+        asked, first = time.perf_counter(), True
         for number, batch in enumerate(loader):
             waited = time.perf_counter() - asked
             loss = step(batch, number)
             yield loss.item() if first else 0.0, waited
             first, asked = False, time.perf_counter()
 
-    def ours(
-        self, folder: Path, model_file: Path, data: CaptionDataset, device: torch.device, dtype: torch.dtype
-    ) -> Any:
-        """The step that training makes."""
+    def ours(self, learner: Learner, data: CaptionDataset) -> Any:
+        """The step that training makes, by a learner that another loop may have used before."""
+        config = dataclasses.replace(learner.job.config, batch_size=self.pictures)
+        learner.job = dataclasses.replace(learner.job, config=config, datasets={"train": data})
+        return lambda batch, step: learner.step(batch, step, RATE).loss
+
+    def learner(self, folder: Path, model_file: Path, data: CaptionDataset) -> Learner:
+        """What learns: a model of its own from the file, made ready as training does it."""
+        device, dtype = torch.device(self.device), PRECISIONS[self.precision]
         model = ImageCaptionModel.from_pretrained(model_file)
         if device.type == "cpu":
             keep_freed_memory()
-        else:
-            data.keep_on(device)
+        use_flash_attention(True)
+        choose_attention(device.type, dtype)  # looked for once, before anything is compiled
         config = TrainConfig(
             batch_size=self.pictures,
             captions_per_image=self.captions,
@@ -146,20 +152,19 @@ class Loop:
             tokenizer="train",
             data_key="",
         )
-        learner = Learner(job)
-        return lambda batch, step: learner.step(batch, step, RATE).loss
+        return Learner(job)
 
-    def theirs(
-        self, folder: Path, model_file: Path, data: CaptionDataset, device: torch.device, dtype: torch.dtype
-    ) -> Any:
+    def theirs(self, model_file: Path, data: CaptionDataset) -> Any:
         """An ordinary step with transformers' model, a picture for each caption."""
+        device, dtype = torch.device(self.device), PRECISIONS[self.precision]
         model = load_peer(model_file.parent / "theirs", data.config).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
         def step(batch: Batch, number: int) -> torch.Tensor:
-            pixels = batch.pixel_values.to(device, non_blocking=True).repeat_interleave(self.captions, 0)
-            labels = batch.labels.flatten(0, 1).to(device, non_blocking=True)
+            batch = batch.to(device, data)
+            pixels = batch.pixel_values.repeat_interleave(self.captions, 0)
+            labels = batch.labels.flatten(0, 1)
             with autocast(device, dtype):
                 loss: torch.Tensor = model(pixel_values=(pixels / 255 - 0.5) / 0.5, labels=labels).loss
             scaler.scale(loss).backward()
@@ -171,6 +176,21 @@ class Loop:
             return loss.detach()
 
         return step
+
+    def figures(self, turns: list[Turn], first_loss: float, rate: float) -> dict[str, Any]:
+        """Medians over turns; utilisation is the share of a rate in floating-point operations a second."""
+        spent, waited, memory = (float(np.median(values)) for values in zip(*turns, strict=True))
+        return {
+            **asdict(self),
+            "pairs": self.pairs,
+            "seconds_per_pair": spent / self.pairs,
+            "pairs_per_second": self.pairs / spent,
+            "images_per_second": self.pictures / spent,
+            "utilisation": self.operations() / spent / rate,
+            "memory_gb": memory / 1e9,
+            "data_wait": waited,
+            "first_loss": first_loss,
+        }
 
 
 def load_peer(folder: Path, sizes: ViTGPT2Config) -> Any:
@@ -193,31 +213,68 @@ def start_process(target: Callable[..., None], *arguments: Any, daemon: bool = F
 
 
 def receive(pipe: Connection, name: str) -> Any:
-    """What a loop's process has sent. Raises UserError where it ended instead."""
+    """What a loop's process has sent. Raises UserError where it ended instead, NoRoomError where its memory did."""
     try:
-        return pipe.recv()
+        answer = pipe.recv()
     except EOFError:
         raise UserError(f"{name}: its process ended before it was done") from None
+    if isinstance(answer, NoRoomError):
+        raise answer
+    return answer
+
+
+class NoRoomError(UserError):
+    """The GPU's memory does not hold a loop's step."""
+
+
+class Turn(NamedTuple):
+    """Seconds a step, the share of them spent waiting for data, and the most memory held so far, in bytes."""
+
+    seconds: float
+    waited: float
+    memory: int
+
+
+class Running:
+    """A loop that has made its first steps, on which kernels are chosen and compiled."""
+
+    def __init__(self, loop: Loop, folder: Path, model_file: Path, learner: Learner | None = None) -> None:
+        torch.manual_seed(0)
+        if loop.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        data = loop.data(folder)
+        self.loop, self.learner = loop, learner
+        if loop.whose == "transformers":
+            step = loop.theirs(model_file, data)
+        else:
+            self.learner = learner or loop.learner(folder, model_file, data)
+            step = loop.ours(self.learner, data)
+        self.steps = loop.steps(data, step)
+        self.first_loss, _ = next(self.steps)
+        for _ in range(2):
+            next(self.steps)
+
+    def turn(self, steps: int) -> Turn:
+        """So many steps more."""
+        settle = torch.cuda.synchronize if self.loop.device == "cuda" else int
+        settle()
+        start = time.perf_counter()
+        waited = sum(next(self.steps)[1] for _ in range(steps))
+        settle()
+        seconds = time.perf_counter() - start
+        return Turn(seconds / steps, waited / seconds, most_memory(self.loop.device))
 
 
 def serve(loop: Loop, model_file: Path, steps: int, pipe: Connection) -> None:
-    """A loop's process: at each word from the pipe so many steps, answered with seconds a step, the share of them spent
-    waiting for data, and the most memory held so far, in bytes. The first answer is the first step's loss."""
-    torch.manual_seed(0)
+    """A loop's process: at each word from the pipe a turn of so many steps. The first answer is the first step's loss."""
     with tempfile.TemporaryDirectory() as folder:
-        running = loop.steps(Path(folder), model_file)
-        loss, _ = next(running)
-        for _ in range(2):  # what is chosen and compiled on the first steps
-            next(running)
-        settle = torch.cuda.synchronize if loop.device == "cuda" else int
-        settle()
-        pipe.send(loss)
-        while pipe.recv():
-            start = time.perf_counter()
-            waited = sum(next(running)[1] for _ in range(steps))
-            settle()
-            seconds = time.perf_counter() - start
-            pipe.send((seconds / steps, waited / seconds, most_memory(loop.device)))
+        try:
+            running = Running(loop, Path(folder), model_file)
+            pipe.send(running.first_loss)
+            while pipe.recv():
+                pipe.send(running.turn(steps))
+        except torch.OutOfMemoryError as error:
+            pipe.send(NoRoomError(first_line(error)))
 
 
 def most_memory(device: str) -> int:
@@ -233,7 +290,7 @@ def most_memory(device: str) -> int:
 @dataclass(kw_only=True)
 class TrainBenchmark:
     """A training step, of base size unless told, from the same weights, by our loop and by transformers' model in an
-    ordinary one, in turn. Theirs has as many pairs as ours has pictures, and as many as ours has pairs; it has no model
+    ordinary one: in turn on a CPU, one loop after another on a GPU. Theirs has as many pairs as ours has pictures, and as many as ours has pairs; it has no model
     with a prefix."""
 
     batch_size: int | None = None
@@ -252,8 +309,8 @@ class TrainBenchmark:
     """Also a step that learns adapters: LoRA, and QLoRA."""
     compile: bool = False
     """Compile our step."""
-    steps: int = 3
-    """Steps in a turn."""
+    steps: int | None = None
+    """Steps in a turn (default: 3 on a CPU, 20 on a GPU)."""
     rounds: int = 3
     """Turns; figures are medians over them."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -292,9 +349,13 @@ class TrainBenchmark:
                 others: list[Any] = ["self-critical"] * (self.scst and ours[0].captions > 1)
                 others += ["LoRA", "QLoRA"] * self.adapters
                 ours += [dataclasses.replace(ours[0], whose=whose) for whose in others]
-                for found in self.turns([*ours, *theirs], model_file):
-                    figures["loops"].append(found)
-                    seconds[found["whose"], precision, found["pairs"]] = found["seconds_per_pair"]
+                peak, peak_name = peak_rate(device, PRECISIONS[precision])
+                print(f"{precision}, {self.tokens} tokens; utilisation is the share of {peak_name}", flush=True)
+                loops = [*ours, *theirs]
+                for together in [[loop] for loop in loops] if cuda else [loops]:
+                    for found in self.turns(together, model_file, peak):
+                        figures["loops"].append(found)
+                        seconds[found["whose"], precision, found["pairs"]] = found["seconds_per_pair"]
         for (whose, own, pairs), spent in seconds.items():
             if whose not in ("ours", "transformers"):
                 figures["ratios"][f"{whose}, {pairs} pairs {own}"] = ratio = spent / seconds["ours", own, pairs]
@@ -306,44 +367,36 @@ class TrainBenchmark:
                     print(f"ours, {name}: a pair costs 1/{theirs_spent / spent:.2f}")
         return figures
 
-    def turns(self, loops: list[Loop], model_file: Path) -> list[dict[str, Any]]:
-        """The figures of loops that take turns, each in a process of its own."""
-        pipes, processes, losses = [], [], []
-        for loop in loops:
-            process, pipe = start_process(serve, loop, model_file, self.steps, daemon=True)
-            pipes.append(pipe)
-            processes.append(process)
-            losses.append(receive(pipe, loop.whose))  # one after the other
-        answers: list[list[Any]] = [[] for _ in loops]
+    def turns(self, loops: list[Loop], model_file: Path, peak: float) -> list[dict[str, Any]]:
+        """The figures of loops that take turns, each in a process of its own; of those that fit into memory."""
+        steps = self.steps or (20 if loops[0].device == "cuda" else 3)
+        running: list[tuple[Loop, Any, Connection, float]] = []
+        for loop in loops:  # one after the other
+            process, pipe = start_process(serve, loop, model_file, steps, daemon=True)
+            try:
+                running.append((loop, process, pipe, receive(pipe, loop.whose)))
+            except NoRoomError as error:
+                process.join()
+                print(
+                    f"  {loop.whose:12} {loop.pictures:4} pictures x {loop.captions}: does not fit ({error})",
+                    flush=True,
+                )
+        answers: list[list[Turn]] = [[] for _ in running]
         for _ in range(self.rounds):
-            for loop, pipe, answer in zip(loops, pipes, answers, strict=True):
+            for (loop, _, pipe, _), answer in zip(running, answers, strict=True):
                 pipe.send(True)
                 answer.append(receive(pipe, loop.whose))
-        for pipe, process in zip(pipes, processes, strict=True):
+        for _, process, pipe, _ in running:
             pipe.send(False)
             process.join()
-        peak, peak_name = peak_rate(torch.device(loops[0].device), PRECISIONS[loops[0].precision])
-        print(f"{loops[0].precision}, {self.tokens} tokens; utilisation is the share of {peak_name}")
-        found = []
-        for loop, answer, loss in zip(loops, answers, losses, strict=True):
-            spent, waited, memory = (float(np.median(values)) for values in zip(*answer, strict=True))
-            figures = {
-                **asdict(loop),
-                "pairs": loop.pairs,
-                "seconds_per_pair": spent / loop.pairs,
-                "pairs_per_second": loop.pairs / spent,
-                "images_per_second": loop.pictures / spent,
-                "utilisation": loop.operations() / spent / peak,
-                "memory_gb": memory / 1e9,
-                "data_wait": waited,
-                "first_loss": loss,
-            }
+        found = [loop.figures(turns, loss, peak) for (loop, *_, loss), turns in zip(running, answers, strict=True)]
+        for figures in found:
             print(
                 "  {whose:12} {pictures:4} pictures x {captions}: {seconds_per_pair:9.5f} s/pair {pairs_per_second:9.2f} pairs/s "
                 "{images_per_second:9.2f} images/s, utilisation {utilisation:5.1%}, {memory_gb:5.1f} GB, waiting for data "
-                "{data_wait:.1%}, first loss {first_loss:.4f}".format(**figures)
+                "{data_wait:.1%}, first loss {first_loss:.4f}".format(**figures),
+                flush=True,
             )
-            found.append(figures)
         return found
 
 
@@ -454,108 +507,3 @@ class RaceBenchmark:
                     said = "{steps:,} steps, {pairs:,} pairs ({epochs:.1f} epochs), validation loss {val_loss:.3f}, BLEU-4 {bleu_4:.4f}, CIDEr-D {cider_d:.4f}, different captions {unique_captions:.1%}"
                     print(f"  {racer:20} {said.format(**found[racer])}", flush=True)
         return {"core_minutes": self.core_minutes, "race": found}
-
-
-# Whether a change leaves everything as it was
-
-GOLDEN = [
-    *("--preset", "demo", "--num-scenes", "640", "--batch-size", "32", "--max-steps", "100", "--precision", "fp32"),
-    *("--vision-num-layers", "2", "--decoder-num-layers", "1", "--dropout", "0.1", "--word-dropout", "0.1"),
-    *("--device", "cpu", "--seed", "1"),
-]
-"""The flags of a small run that has been the same in all versions."""
-
-
-OPTIMIZERS = ("adamw", "muon")
-EXACT = ("--device", "cpu", "--precision", "fp32")
-
-
-def golden_code(commit: str | None, directory: Path) -> Path:
-    """The folder of a commit's files, written there; of the files as they are, theirs. Raises UserError."""
-    if commit is None:
-        return ROOT
-    directory.mkdir()
-    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True)
-    if archive.returncode:
-        raise UserError(f"{commit}: {archive.stderr.decode().strip().splitlines()[-1]}")
-    subprocess.run(["tar", "-x"], cwd=directory, input=archive.stdout, check=True)
-    return directory
-
-
-def golden_script(code: Path, directory: Path, *arguments: str) -> None:
-    """Runs a checkout's script in a directory. Raises UserError where it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # sums do not depend on how many cores
-    command = [sys.executable, str(code / arguments[0]), *arguments[1:]]
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()[-1]
-        raise UserError(f"the golden run of {code} failed in {arguments[0]}: {said}")
-
-
-def golden_run(code: Path, directory: Path, optimizer: str) -> tuple[list[float], str]:
-    """The losses that the golden run of a checkout logs, every ten steps, and the SHA-256 of its model."""
-    flags = [*GOLDEN, "--optimizer", optimizer, "--output-dir", "golden", "--resume", "never"]
-    golden_script(code, directory, "main.py", *flags)
-    losses = [line["loss"] for line in read_log(directory / "golden" / "metrics.jsonl") if "loss" in line]
-    return losses, file_hash(directory / MODEL_FILE)
-
-
-def golden_files(code: Path, directory: Path) -> dict[str, str]:
-    """What the golden run and its model leave, by name, as SHA-256: captions by three beams, greedy ones and drawn ones,
-    metrics, and what is published of them beside the code."""
-    greedy = ("--num-beams", "1", "--scores", "--output", "greedy.jsonl")
-    golden_script(code, directory, "example_usage.py", "golden/scenes/val2017", MODEL_FILE, *greedy, *EXACT)
-    drawn = ("--do-sample", "--output-dir", "sampled")
-    golden_script(code, directory, "evaluate.py", MODEL_FILE, "--data-dir", "golden/scenes", *drawn, *EXACT)
-    about = directory / "golden" / "run.json"
-    write_json(about, json.loads(about.read_text(encoding="utf-8")) | {"seconds": 60})  # never the same
-    upload = ("user/name", "--dry-run", "--model-path", MODEL_FILE, "--run", "golden")
-    golden_script(code, directory, "upload_to_hf.py", *upload)
-    files = [directory / "greedy.jsonl"]
-    files += [directory / run / f"{name}.json" for run in ("golden", "sampled") for name in ("captions", "metrics")]
-    published = sorted(path for path in (directory / "upload").rglob("*") if path.is_file())
-    files += [path for path in published if path.suffix != ".py" and path.name != MANIFEST]
-    return {path.relative_to(directory).as_posix(): file_hash(path) for path in files}
-
-
-@dataclass(kw_only=True)
-class GoldenBenchmark:
-    """The same small run by two versions of the code on this machine: a change that is none must give the same bits, of
-    the training, and of the captions, metrics and published files that follow from it."""
-
-    before: str = "HEAD"
-    """A commit."""
-    after: str | None = None
-    """Another one (default: the files as they are)."""
-    output: Path = Path("benchmark-golden.json")
-    """Where the losses and hashes are written to."""
-    debug: bool = False
-    """Show tracebacks of errors."""
-
-    def run(self) -> dict[str, Any]:
-        """The losses of both, by optimizer, and hashes of files. Raises UserError where they differ."""
-        different: list[str] = []
-        found: dict[str, Any] = {}
-        with tempfile.TemporaryDirectory() as folder:
-            versions = []
-            for name, commit in (("before", self.before), ("after", self.after)):
-                (run := Path(folder) / name).mkdir()
-                versions.append((golden_code(commit, run / "code"), run))
-            for optimizer in OPTIMIZERS:
-                (before, before_hash), (after, after_hash) = (golden_run(*each, optimizer) for each in versions)
-                print(f"{optimizer:>5} {self.before:>24} {self.after or 'these files':>24}")
-                for number, (a, b) in enumerate(zip(before, after, strict=True), start=1):
-                    print(f"{10 * number:5} {a.hex():>24} {b.hex():>24}{'' if a == b else '   differs'}")
-                if same := (before, before_hash) == (after, after_hash):
-                    print(f"the same to the bit, weights {after_hash[:16]}...", flush=True)
-                different += [] if same else [f"training by {optimizer}"]
-                found[optimizer] = {"losses": [loss.hex() for loss in after], "sha256": after_hash}
-            old, new = (golden_files(*each) for each in versions)
-            for name in old | new:
-                same = old.get(name) == new.get(name)
-                print(f"{'the same' if same else 'differs':8}  {name}")
-                different += [] if same else [name]
-            found["files"] = new
-        if different:
-            raise UserError(f"not the same to the bit: {', '.join(different)}")
-        return found

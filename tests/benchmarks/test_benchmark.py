@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import multiprocessing
 import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, random_model, tiny_config
 
 from benchmarks import captions
+from benchmarks import training as loops
 from benchmarks.captions import FolderBenchmark, GenerateBenchmark, PrecisionBenchmark
+from benchmarks.golden import golden_run
 from benchmarks.metrics import MetricsBenchmark
-from benchmarks.training import golden_run
+from benchmarks.training import Loop, Running, TrainBenchmark
 from captioning.pipeline import caption_pictures
-from config import UserError
-from dataset import load_table
+from config import UserError, ViTGPT2Config
+from dataset import load_table, load_tokenizer
 from decoding.packed import available
 from model import ImageCaptionModel
 
@@ -215,3 +221,38 @@ def test_two_versions_are_compared_to_the_bit(tmp_path):
     different = set(re.findall(r"differs   (\S+)", done.stdout))
     assert {"greedy.jsonl", "golden/metrics.json", "upload/user/name/model.safetensors"} < different
     assert "upload/user/name/config.json" not in different
+
+
+def test_a_loop_that_does_not_fit_is_a_line(monkeypatch, tmp_path, capsys):
+    """transformers' step with as many pictures as ours has captions needs more memory than a GPU has; it once took all
+    figures with it."""
+    sizes = ViTGPT2Config(
+        image_size=32,
+        vocab_size=300,
+        max_length=16,
+        vision_num_layers=1,
+        vision_embed_dim=48,
+        decoder_num_layers=1,
+        decoder_embed_dim=48,
+    )
+    model = ImageCaptionModel(sizes)
+    model.tokenizer = load_tokenizer("train", ["a picture"], 300)
+    model.save_file(tmp_path / "model.safetensors")
+    loop = Loop("ours", 2, 2, "fp32", "cpu", 5, False, sizes)
+
+    def start(target, *arguments, daemon):
+        pipe, end = multiprocessing.Pipe()
+        monkeypatch.setattr(loops, "Running", no_room if arguments[0].pictures == 3 else Running)
+        thread = threading.Thread(target=target, args=(*arguments, end))
+        thread.start()
+        pipe.poll(60)
+        return thread, pipe
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate more")
+
+    monkeypatch.setattr(loops, "start_process", start)
+    job = TrainBenchmark(steps=1, rounds=1)
+    found = job.turns([loop, dataclasses.replace(loop, pictures=3)], tmp_path / "model.safetensors", 1e9)
+    assert [figures["pictures"] for figures in found] == [2]
+    assert "3 pictures x 2: does not fit (CUDA out of memory.)" in capsys.readouterr().out
