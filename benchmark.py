@@ -7,6 +7,7 @@
     python benchmark.py train         training steps by our loop and by transformers' model in an ordinary one
     python benchmark.py race          Flickr8k in equal time: five captions a step, one, and transformers
     python benchmark.py golden        the same small run by two commits: is all that it leaves the same?
+    python benchmark.py gpu           all that only a GPU can show, in eight minutes, beside what was predicted
     python benchmark.py metrics       BLEU, ROUGE-L, CIDEr-D and rewards by our arrays and by pycocoevalcap
 
 Prints its figures and writes them as JSON. Peers run in turn in one process, so that ratios mean something where
@@ -16,7 +17,6 @@ absolute figures do not.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from typing import Any
 
@@ -32,6 +32,7 @@ COMMANDS = {  # in which file of benchmarks/ each is; the others, and torch, nee
     "train": ("training", "TrainBenchmark"),
     "race": ("training", "RaceBenchmark"),
     "golden": ("golden", "GoldenBenchmark"),
+    "gpu": ("gpu", "GpuBenchmark"),
 }
 
 
@@ -42,13 +43,10 @@ def main() -> None:
         raise UserError(f"usage: python benchmark.py {'|'.join(COMMANDS)} (--help after it shows the flags)")
     file, command = COMMANDS[name]
     kind = getattr(importlib.import_module(f"benchmarks.{file}"), command)
-    config: Any = parse_flags(kind, __doc__, arguments)
-    import torch
+    config: Any = kind.parsed(arguments) if name == "gpu" else parse_flags(kind, __doc__, arguments)
+    from benchmarks.timing import about_machine
 
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "cores": os.cpu_count()}
-    if torch.cuda.is_available():
-        versions["gpu"] = torch.cuda.get_device_name()
-    write_json(config.output, versions | config.run())
+    write_json(config.output, about_machine() | config.run())
     print(f"written to {config.output}")
 
 

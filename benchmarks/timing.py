@@ -1,12 +1,38 @@
-"""Seconds of pieces of work, measured in turn."""
+"""Seconds of pieces of work, measured in turn, the machine that they were measured on, and a table's lines."""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: a figure, or None and why there is none."""
+
+    name: str
+    value: float | None = None
+    unit: str = ""
+    more: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+    """All figures behind it, for the JSON."""
+
+    def line(self, predicted: str) -> str:
+        """With what was predicted."""
+        value = "-" if self.value is None else f"{self.value:.2f}"
+        return f"  {self.name:48} {value:>9} {self.unit:8} {predicted:>13}  {self.more}".rstrip()
+
+
+def about_machine() -> dict[str, Any]:
+    """What figures depend on: versions, cores, the GPU."""
+    about = {"python": sys.version.split()[0], "torch": torch.__version__, "cores": os.cpu_count()}
+    return about | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def timed(work: Callable[[], Any]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from benchmarks import captions
 from benchmarks import training as loops
 from benchmarks.captions import FolderBenchmark, GenerateBenchmark, PrecisionBenchmark
 from benchmarks.golden import golden_run
+from benchmarks.gpu import SECTIONS, GpuBenchmark
 from benchmarks.metrics import MetricsBenchmark
 from benchmarks.training import Loop, Running, TrainBenchmark
 from captioning.pipeline import caption_pictures
@@ -147,7 +149,7 @@ def test_the_metrics_benchmark_names_a_batch_that_is_too_large(tmp_path):
 def test_unknown_benchmarks_get_one_line(tmp_path):
     done = run("nothing", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.strip() == (
-        "error: usage: python benchmark.py data|generate|folder|precision|metrics|train|race|golden (--help after it shows the flags)"
+        "error: usage: python benchmark.py data|generate|folder|precision|metrics|train|race|golden|gpu (--help after it shows the flags)"
     )
 
 
@@ -221,6 +223,65 @@ def test_two_versions_are_compared_to_the_bit(tmp_path):
     different = set(re.findall(r"differs   (\S+)", done.stdout))
     assert {"greedy.jsonl", "golden/metrics.json", "upload/user/name/model.safetensors"} < different
     assert "upload/user/name/config.json" not in different
+
+
+BARE = "import sys\nfor name in ('tyro', 'simplejpeg', 'bitsandbytes', 'peft', 'wandb', 'nltk'): sys.modules[name] = None\n"
+
+
+def gpu_benchmark(folder, *flags: str, **environment: str) -> tuple[str, dict[str, list[dict]]]:
+    """What `benchmark.py gpu` prints on a CPU and with tiny sizes, and its rows by section."""
+    command = [sys.executable, str(ROOT / "benchmark.py"), "gpu", "--device", "cpu", "--tiny", *flags]
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | environment, text=True, capture_output=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stderr
+    rows: dict[str, list[dict]] = {}
+    for row in json.loads((folder / "benchmark-gpu.json").read_text())["rows"]:
+        rows.setdefault(row["section"], []).append(row)
+    return done.stdout, rows
+
+
+def test_the_gpu_benchmark_on_a_bare_machine(tmp_path):
+    """It is for machines that are lent for minutes and have torch and transformers alone."""
+    (tmp_path / "sitecustomize.py").write_text(BARE)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    said, rows = gpu_benchmark(tmp_path, "--sections", "kernels", "jpegs", "adapters", PYTHONPATH=path)
+    values = {row["name"]: row["value"] for row in rows["kernels"]}
+    assert values["product of 256^3"] > 0 and values["math, text 10 x 16 x 16"] > 0 and "WRONG" not in said
+    assert values["cuDNN, encoder 2 x 197 x 197"] is None and "not here (" in said
+    assert [row["more"] for row in rows["jpegs"]] == ["needs simplejpeg"]
+    assert "adapters need peft" in rows["adapters"][0]["more"] and rows["adapters"][0]["name"] == "skipped"
+
+
+def test_the_gpu_benchmark_ends_sections_and_itself(tmp_path):
+    """A section that hangs or dies must leave the others their time, and a machine's last minute is used up at most."""
+    job = GpuBenchmark(device="cpu", tiny=True, sections=("captions", "scst"), minutes=0.02, output=tmp_path / "a.json")
+    assert [(row["section"], row["name"]) for row in job.run()["rows"]] == [
+        ("captions", "stopped"),
+        ("scst", "skipped"),
+    ]
+    assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 2
+    with pytest.raises(SystemExit):
+        GpuBenchmark.parsed(["--sections", "nothing"])
+    assert GpuBenchmark.parsed(["--sections", "scst", "--minutes", "4"]) == GpuBenchmark(
+        sections=("scst",), minutes=4.0
+    )
+
+
+@pytest.mark.slow
+def test_every_line_of_the_gpu_benchmark_runs(tmp_path):
+    """Nobody can mend it in the minutes for which there is a GPU."""
+    pytest.importorskip("peft", reason="peft is of requirements/qlora.txt")
+    said, rows = gpu_benchmark(tmp_path, "--minutes", "30")
+    assert list(rows) == list(SECTIONS)
+    assert not {row["name"] for some in rows.values() for row in some} & {"failed", "skipped", "stopped", "ended"}, said
+    assert rows["tests"][-1]["more"].endswith("exit code 0")
+    for name in ("eager", "compiled", "fp16", "transformers", "scst", "jpegs", "adapters"):
+        assert all(row["value"] > 0 and row["figures"]["pairs_per_second"] > 0 for row in rows[name])
+    first = [row["figures"]["first_loss"] for name in ("eager", "compiled", "fp16") for row in rows[name][:1]]
+    assert first == pytest.approx([first[0]] * 3, abs=0.01)
+    equal = [row["figures"]["equal"] for row in rows["captions"] if "equal" in row["figures"]]
+    assert len(equal) == 4 and all(equal)
 
 
 def test_a_loop_that_does_not_fit_is_a_line(monkeypatch, tmp_path, capsys):
