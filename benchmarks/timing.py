@@ -31,6 +31,8 @@ class Row:
 
 def about_machine() -> dict[str, Any]:
     """What figures depend on: versions, cores, the GPU."""
+    import torch
+
     about = {"python": sys.version.split()[0], "torch": torch.__version__, "cores": os.cpu_count()}
     return about | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
