@@ -36,6 +36,7 @@ def test_every_flag_and_file_it_names_exists():
             "data/check.py",
             *(path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").iterdir() if path.suffix == ".py"),
             "convert.py",
+            "publishing/config.py",
             "publishing/hub.py",
             "auto_upload.py",
             "example_usage.py",
