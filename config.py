@@ -386,8 +386,8 @@ class Speed:
     """Time and memory."""
 
     compile: bool | None = None
-    """Compile the training step with torch.compile (default: on a GPU, unless adapters or a language model learn). A run
-    that goes on then agrees only to rounding: other kernels may serve."""
+    """Compile the training step with torch.compile (default: in a long run on a GPU, unless adapters or a language model
+    learn). A run that goes on then agrees only to rounding: other kernels may serve."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: slower, less memory."""
     flash_attention: bool = True

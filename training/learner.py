@@ -20,6 +20,8 @@ from training.optimizers import Average, Updater
 from training.scst import SelfCritic
 from utils import autocast
 
+LONG_RUN = 2000  # steps: compiling takes a minute or two, and saves an H100 40 ms of each step at base size
+
 
 @dataclass
 class Step:
@@ -172,9 +174,10 @@ class Learner:
 
 
 def compiles(job: Job) -> bool:
-    """Whether the step is compiled: as asked for; unless told, on a GPU, a model that is written here."""
+    """Whether the step is compiled: as asked for; unless told, on a GPU, in a long run of a model that is written here."""
     if job.config.compile is None:
-        return job.device.type == "cuda" and not job.config.adapts and not job.model.config.language_model
+        ours = not job.config.adapts and not job.model.config.language_model
+        return job.device.type == "cuda" and ours and job.steps >= LONG_RUN
     return job.config.compile
 
 
