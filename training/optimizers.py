@@ -195,12 +195,10 @@ class Updater:
         else:
             self.broken = torch.maximum(self.broken, bad)
         stop = bad if self.scaler.is_enabled() else self.broken
+        # All or none: what overflowed in one optimizer's gradients has spoilt the norm, and by clipping the other's. So they
+        # are not stepped by the scaler, which asks after each one's own.
         for optimizer in self.optimizers:
-            if self.scaler.is_enabled():
-                # What overflowed in one optimizer's gradients has spoilt the norm, and by clipping the other's.
-                if self.asks_device or not stop:
-                    self.scaler.step(optimizer)
-            elif self.asks_device:
+            if self.asks_device:
                 optimizer.grad_scale, optimizer.found_inf = None, stop  # type: ignore[attr-defined]
                 optimizer.step()
             elif not stop:

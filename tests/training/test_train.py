@@ -392,11 +392,14 @@ def test_overflows_in_a_row_end_the_run(scenes_table):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_an_overflow_skips_both_optimizers(monkeypatch):
-    """Clipping by a norm that is not finite once carried one optimizer's NaN into the other's weights."""
+@pytest.mark.parametrize("asks", [False, True], ids=["the host decides", "the device decides"])
+def test_an_overflow_skips_both_optimizers(asks):
+    """Clipping by a norm that is not finite once carried one optimizer's NaN into the other's weights; and the scaler
+    asks each optimizer about its own gradients alone."""
     model = ImageCaptionModel(tiny_config())
     scaler = torch.amp.GradScaler("cpu")
     updater, loss = Updater(model, TrainConfig(optimizer="muon"), scaler), torch.ones(())
+    updater.asks_device = asks  # as on a GPU, where Muon does too
     before = [p.detach().clone() for p in model.parameters()]
     scaler.scale(sum(p.sum() for p in model.parameters())).backward()
     model.decoder.blocks[0].c_fc.weight.grad[0, 0] = float("nan")
@@ -409,6 +412,26 @@ def test_an_overflow_skips_both_optimizers(monkeypatch):
     updater.update(loss, 1e-3)
     assert updater.overflows == 0
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_muon_asks_the_device_whether_to_step():
+    """On a GPU nothing may wait for the answer: where it is no, momenta and weights stay, whatever the gradients are."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(2)]
+    plain, asking = (Muon([weight], lr=0.1, weight_decay=0.1) for weight in weights)
+    weights[1].data.copy_(weights[0].data)
+    for step in range(4):
+        gradient = torch.randn(6, 4)
+        weights[0].grad, weights[1].grad, asking.found_inf = gradient, gradient.clone(), torch.zeros(())
+        plain.step()
+        asking.step()
+        torch.testing.assert_close(*weights)
+        before = [t.clone() for t in (weights[1], asking.state[weights[1]]["momentum_buffer"])]
+        weights[1].grad.fill_(float("nan"))
+        asking.found_inf = torch.ones(())
+        asking.step()
+        after = (weights[1], asking.state[weights[1]]["momentum_buffer"])
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), step
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
