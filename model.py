@@ -214,7 +214,9 @@ class VisionTransformer(nn.Module):
         if pixel_values.dtype == torch.uint8:
             pixel_values = (pixel_values / 255 - self.mean) / self.std
         x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1) + self.position_embeddings
+        # Along a new axis: else the gradient of a batch of one picture is a slice, whose strides DDP warns of.
+        token = self.class_token[0].expand(len(x), -1, -1)
+        x = torch.cat([token, x], dim=1) + self.position_embeddings
         for block in self.blocks:
             x = run_block(block, x, save_memory=self.gradient_checkpointing)
         return self.norm(x)

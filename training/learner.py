@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +50,11 @@ class Learner:
         self.module: Any = job.model
         if job.world.size > 1:
             ids = [job.device.index or torch.cuda.current_device()] if job.device.type == "cuda" else None
-            self.module = DistributedDataParallel(
-                job.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            options = inspect.signature(DistributedDataParallel).parameters
+            # Buffers never change; since torch 2.14 the option to leave them alone has another name.
+            name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+            buffers: dict[str, Any] = {name: False}
+            self.module = DistributedDataParallel(job.model, device_ids=ids, gradient_as_bucket_view=True, **buffers)
         self.eager, self.whole = self.module, config.batch_size // job.world.size
         if compiles(job):
             flash_attn_function()  # looked for here: a compiler does not see through the import
