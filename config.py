@@ -390,6 +390,9 @@ class Speed:
     learn). A run that goes on then agrees only to rounding: other kernels may serve."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: slower, less memory."""
+    shard: bool = False
+    """Spread weights, gradients and moments of a model with another decoder over torchrun's processes (FSDP2); they are
+    whole on each only while captions or checkpoints are written."""
     flash_attention: bool = True
     """Use the flash_attn package where it is installed and can serve."""
 
@@ -471,6 +474,11 @@ class TrainConfig(
             raise UserError(f"lora_targets {self.lora_targets!r} is no regular expression: {error}") from error
         if self.merge and not self.adapts:
             raise UserError("merge has no effect without adapters: add --lora or --qlora, or leave it out")
+        unfit = {"qlora": self.qlora, "compile": self.compile, "optimizer muon": self.optimizer == "muon"}
+        unfit |= {"objective scst": self.objective == "scst"}
+        for name, given in unfit.items():
+            if self.shard and given:
+                raise UserError(f"shard does not go together with {name}: leave one of them out")
         if self.cache_on_gpu and not self.augmentation.moves_pixels_only:
             raise UserError("cache_on_gpu crops and mirrors only: leave it out, or the other kinds of augmentation")
         shares = "word_dropout label_smoothing max_bad_share ema lora_dropout"
@@ -491,7 +499,7 @@ class TrainConfig(
         """Equal for two configs whose runs learn the same; where they write and what they print does not count."""
         elsewhere = (
             "output_dir resume yes debug num_workers eval_interval keep_checkpoints checkpoint_interval cache cache_on_gpu "
-            "max_bad_share allow_overlap no_upload base_dir merge wandb wandb_project"
+            "max_bad_share allow_overlap no_upload base_dir merge wandb wandb_project shard"
         )
         values = {name: value for name, value in self.to_dict().items() if name not in elsewhere.split()}
         values["compile"] = bool(self.compile)  # as it was before the device decided

@@ -62,6 +62,8 @@ def train(config: TrainConfig) -> int:
         print(f"precision   {str(chosen.dtype)[6:]} ({chosen.precision_reason})", flush=True)
         if world.size > 1:
             print(f"processes   {world.size}, {world.local_size} on this machine")
+        elif config.shard:
+            print("shard       has no effect with one process")
         if world.main:
             clean(run.folder)
             job = prepare(config, world, chosen)
@@ -123,7 +125,7 @@ class Training:
     def run(self) -> int | None:
         """Trains to the last step. Returns an exit code when it was stopped."""
         world, progress, stop = self.job.world, self.progress, self.stop
-        self.job.model.train()
+        self.learner.model.train()
         with self.bar:  # an error's line begins below it
             while True:  # one time more than there are steps, so that the last look, save and stop are no special case
                 stopping = world.sum(stop.received is not None)[0] > 0
@@ -169,16 +171,23 @@ class Training:
         """What is due between two steps: validation, sample captions, a checkpoint; not counted in the speed."""
         job, config, step, looking = self.job, self.job.config, self.progress.step, time.perf_counter()
         better, ended = False, self.progress.last or step % job.steps_per_epoch == 0
+        sampling = step == job.steps or step % config.eval_interval == 0
+        saving = ended or stopping or step % (config.checkpoint_interval or sys.maxsize) == 0
+        if not (sampling or saving):
+            return
+        self.learner.gather()
         if ended:
             better = self.progress.judge(self.validate())
-        if (step == job.steps or step % config.eval_interval == 0) and job.world.main:
+        if sampling and job.world.main:
             samples = sample_captions(job, self.learner.judged)
             self.log.write(step, samples=samples)
             tqdm.write("\n".join(f"  {name}: {caption}" for name, caption in samples.items()))  # above the bar
         if config.objective != "scst" or self.learner.judged is not self.learner.model:
             self.learner.judged.copies.drop()  # they are stale after the next step
-        if ended or stopping or step % (config.checkpoint_interval or sys.maxsize) == 0:
+        if saving:
             self.save(better)
+        if not self.progress.last:  # the end needs them
+            self.learner.release()
         self.meter.since += time.perf_counter() - looking
 
     def validate(self) -> float:

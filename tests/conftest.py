@@ -109,6 +109,36 @@ def write_bases(folder, image_size=16, patch_size=8, vocab_size=61, positions=32
     return {"encoder": str(folder / "vit"), "decoder": str(folder / "gpt2")}
 
 
+def write_language_model(kind: str, folder, tokenizer) -> str:
+    """A tiny random Llama or Qwen with its tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    end = tokenizer.eos_token_id
+    about = AutoConfig.for_model(
+        kind,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        tie_word_embeddings=kind == "qwen2",
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(about)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.25)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])

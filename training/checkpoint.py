@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from config import UserError
+from training.sharding import collected, like
 from utils import file_hash, first_line, locked, sync, write_json
 from weights.file import write_tensors
 
@@ -155,9 +156,9 @@ def load_checkpoint(run: Path) -> tuple[Path, dict[str, Tensor], dict[str, Tenso
 
 
 def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' moments by names that load_optimizers understands."""
+    """The optimizers' moments by names that load_optimizers understands. All processes of a sharded model must ask."""
     return {
-        f"{number}.{index}.{name}": value.cpu()
+        f"{number}.{index}.{name}": collected(value)
         for number, optimizer in enumerate(optimizers)
         for index, values in optimizer.state_dict()["state"].items()
         for name, value in values.items()
@@ -167,8 +168,11 @@ def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tens
 def load_optimizers(tensors: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
     """Gives the optimizers their moments back."""
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    learned = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
     for key, tensor in tensors.items():
         number, index, name = key.split(".", 2)
-        states[int(number)].setdefault(int(index), {})[name] = tensor
+        parameter = learned[int(number)][int(index)]
+        own = like(parameter, tensor) if tensor.shape == parameter.shape else tensor  # AdamW also counts its steps
+        states[int(number)].setdefault(int(index), {})[name] = own
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

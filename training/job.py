@@ -208,6 +208,8 @@ def start_model(
     check_overlap(model.trained_on, tables["test"], config.allow_overlap)
     model.set_gradient_checkpointing(config.gradient_checkpointing)
     freeze(model, config.freeze)
+    if config.shard and not model.config.language_model:
+        raise UserError("shard is for a --decoder of another kind than GPT-2: leave it out")
     if config.adapts:
         bases: dict[str, str | None] = {"model": config.init_model} if config.init_model else pretrained_parts(config)
         print(f"adapters    {adapt(model, config, bases, chosen.device)}")
@@ -350,7 +352,8 @@ def plan(job: Job, step: int) -> str:
     seconds = estimated_seconds(own, len(table) // world, job.tokens, job.device, job.dtype) * (1 - step / job.steps)
     weights = sum(parameter.nbytes for parameter in job.model.parameters())
     learned = sum(parameter.numel() for parameter in job.model.parameters() if parameter.requires_grad)
-    memory = estimated_memory(own, weights, learned, job.tokens)
+    shards = world if config.shard else 1
+    memory = estimated_memory(own, weights // shards, learned // shards, job.tokens)
     different = {id(data): data.pixels.kept for data in job.datasets.values()}.values()  # val may serve as test
     kept = sum(pictures.numel() for pictures in different if pictures is not None)
     val, test = len(job.datasets["val"]), len(job.datasets["test"])

@@ -19,6 +19,7 @@ from training.checkpoint import link_all, load_checkpoint, load_optimizers, opti
 from training.job import Job
 from training.optimizers import Average, Updater
 from training.scst import SelfCritic
+from training.sharding import collected, empty, fill, load_weights, shard
 from utils import autocast
 
 LONG_RUN = 2000  # steps: compiling takes a minute or two, and saves an H100 40 ms of each step at base size
@@ -42,13 +43,18 @@ class Learner:
     def __init__(self, job: Job) -> None:
         self.job, self.model, config = job, job.model, job.config
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.dtype == torch.float16)
-        self.updater = Updater(job.model, config, self.scaler, job.dtype)
         self.average = Average(job.model, config.ema) if config.ema else None
+        self.sharded = config.shard and job.world.size > 1
+        if self.sharded:  # job.model stays the plain one that is judged
+            self.model = shard(job.model)
+            if self.average:
+                self.average.model = shard(self.average.model)
+        self.updater = Updater(self.model, config, self.scaler, job.dtype)
         self.critic = None
         if config.objective == "scst":
             self.critic = SelfCritic(job.datasets["train"].table, config, job.caption_length)
-        self.module: Any = job.model
-        if job.world.size > 1:
+        self.module: Any = self.model
+        if job.world.size > 1 and not self.sharded:
             ids = [job.device.index or torch.cuda.current_device()] if job.device.type == "cuda" else None
             options = inspect.signature(DistributedDataParallel).parameters
             # Buffers never change; since torch 2.14 the option to leave them alone has another name.
@@ -64,8 +70,23 @@ class Learner:
 
     @property
     def judged(self) -> ImageCaptionModel:
-        """The model that is evaluated and kept: the average, where there is one."""
+        """The model that is evaluated and kept: the average, where there is one. Of a sharded one a plain model, see gather."""
+        return self.job.model if self.sharded else self.kept
+
+    @property
+    def kept(self) -> ImageCaptionModel:
+        """Whose weights are evaluated and kept; a sharded model, where there is one."""
         return self.average.model if self.average else self.model
+
+    def gather(self) -> None:
+        """Gives the model that is judged all weights of a sharded one; all processes must call it."""
+        if self.sharded:
+            fill(self.job.model, self.kept)
+
+    def release(self) -> None:
+        """Takes them away again."""
+        if self.sharded:
+            empty(self.job.model)
 
     def step(self, batch: Batch, step: int, rate: float) -> Step:
         """Learns from a batch, this process's share of the step's, at a learning rate. Every token of the step weighs the
@@ -85,7 +106,7 @@ class Learner:
         for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
             part = part if self.critic else self.moved(part)
             last = number == len(parts) - 1
-            with contextlib.nullcontext() if last or world.size == 1 else self.module.no_sync():
+            with contextlib.nullcontext() if last or world.size == 1 or self.sharded else self.module.no_sync():
                 with autocast(job.device, job.dtype):
                     part_loss = self.loss(part, words_blanked, smoothing)
                 share = count / max(total, 1)  # no tokens where no picture of the step can be read
@@ -116,11 +137,12 @@ class Learner:
     def save(self, state: dict[str, Any], best: bool) -> None:
         """Writes a checkpoint; the first process does. `state` is what the loop itself has to remember."""
         job, world = self.job, self.job.world
-        if world.main:
+        if world.main or self.sharded:
             tensors = optimizer_tensors(self.updater.optimizers)
             if self.average:
-                tensors |= {f"weights.{name}": tensor.cpu() for name, tensor in self.model.own_state().items()}
-            size = sum(tensor.nbytes for tensor in (*tensors.values(), *self.model.own_state().values()))
+                tensors |= {f"weights.{name}": collected(tensor) for name, tensor in self.model.own_state().items()}
+        if world.main:
+            size = sum(tensor.nbytes for tensor in (*tensors.values(), *self.judged.own_state().values()))
             scaling = {"scaler": self.scaler.state_dict(), "overflows": self.updater.overflows.item()}
             keep = job.config.keep_checkpoints
             save_checkpoint(
@@ -144,9 +166,9 @@ class Learner:
         if self.job.world.main:  # a process that was killed may not have come to it
             link_all(folder, state["best_checkpoint"])
         if self.average:
-            self.average.model.load_own_state(weights)
+            load_weights(self.average.model, weights)
             weights = {name: tensors.pop(f"weights.{name}") for name in weights}
-        self.model.load_own_state(weights)
+        load_weights(self.model, weights)
         load_optimizers(tensors, self.updater.optimizers)
         self.updater.overflows.fill_(state["overflows"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -179,7 +201,7 @@ class Learner:
 def compiles(job: Job) -> bool:
     """Whether the step is compiled: as asked for; unless told, on a GPU, in a long run of a model that is written here."""
     if job.config.compile is None:
-        ours = not job.config.adapts and not job.model.config.language_model
+        ours = not job.config.adapts and not job.config.shard and not job.model.config.language_model
         return job.device.type == "cuda" and ours and job.steps >= LONG_RUN
     return job.config.compile
 

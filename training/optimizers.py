@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from config import TrainConfig, UserError
 from model import ImageCaptionModel
+from training.sharding import whole
 from weights.file import part_of
 
 MOMENTUM = 0.95  # Muon's
@@ -154,7 +155,7 @@ def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
 
 def norm_of(tensors: Iterable[Tensor]) -> Tensor:
     """The norm of all of them together, a scalar on their device."""
-    return nn.utils.get_total_norm(list(tensors))
+    return whole(nn.utils.get_total_norm(list(tensors)))
 
 
 class Updater:
@@ -188,7 +189,7 @@ class Updater:
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["share"]
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         bad = 1 - (norm.isfinite() & loss.isfinite()).float()
         if self.scaler.is_enabled():
             self.overflows = (self.overflows + 1) * bad

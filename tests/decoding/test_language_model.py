@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import tiny_config, write_bases
+from conftest import tiny_config, write_bases, write_language_model
 from processes import small_config
 
 from config import UserError
@@ -16,35 +16,6 @@ from weights.file import MODEL_FILE
 
 PICTURES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 KINDS = ["llama", "qwen2"]
-
-
-def write_language_model(kind: str, folder, tokenizer) -> str:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    end = tokenizer.eos_token_id
-    about = AutoConfig.for_model(
-        kind,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=64,
-        tie_word_embeddings=kind == "qwen2",
-        bos_token_id=end,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(about)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.25)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module", params=KINDS)
