@@ -474,11 +474,10 @@ class TrainConfig(
             raise UserError(f"lora_targets {self.lora_targets!r} is no regular expression: {error}") from error
         if self.merge and not self.adapts:
             raise UserError("merge has no effect without adapters: add --lora or --qlora, or leave it out")
-        unfit = {"qlora": self.qlora, "compile": self.compile, "optimizer muon": self.optimizer == "muon"}
-        unfit |= {"objective scst": self.objective == "scst"}
-        for name, given in unfit.items():
-            if self.shard and given:
-                raise UserError(f"shard does not go together with {name}: leave one of them out")
+        if self.shard and (self.qlora or self.compile or self.optimizer != "adamw" or self.objective == "scst"):
+            raise UserError(
+                "shard is for adamw and cross_entropy without qlora and compile: leave it out, or change those"
+            )
         if self.cache_on_gpu and not self.augmentation.moves_pixels_only:
             raise UserError("cache_on_gpu crops and mirrors only: leave it out, or the other kinds of augmentation")
         shares = "word_dropout label_smoothing max_bad_share ema lora_dropout"

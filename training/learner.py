@@ -56,11 +56,10 @@ class Learner:
         self.module: Any = self.model
         if job.world.size > 1 and not self.sharded:
             ids = [job.device.index or torch.cuda.current_device()] if job.device.type == "cuda" else None
-            options = inspect.signature(DistributedDataParallel).parameters
-            # Buffers never change; since torch 2.14 the option to leave them alone has another name.
-            name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
-            buffers: dict[str, Any] = {name: False}
-            self.module = DistributedDataParallel(job.model, device_ids=ids, gradient_as_bucket_view=True, **buffers)
+            options: dict[str, Any] = {"device_ids": ids, "gradient_as_bucket_view": True}
+            known = inspect.signature(DistributedDataParallel).parameters  # buffers never change
+            options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
+            self.module = DistributedDataParallel(job.model, **options)
         self.eager, self.whole = self.module, config.batch_size // job.world.size
         if compiles(job):
             flash_attn_function()  # looked for here: a compiler does not see through the import
@@ -71,17 +70,12 @@ class Learner:
     @property
     def judged(self) -> ImageCaptionModel:
         """The model that is evaluated and kept: the average, where there is one. Of a sharded one a plain model, see gather."""
-        return self.job.model if self.sharded else self.kept
-
-    @property
-    def kept(self) -> ImageCaptionModel:
-        """Whose weights are evaluated and kept; a sharded model, where there is one."""
-        return self.average.model if self.average else self.model
+        return self.average.model if self.average and not self.sharded else self.job.model
 
     def gather(self) -> None:
         """Gives the model that is judged all weights of a sharded one; all processes must call it."""
         if self.sharded:
-            fill(self.job.model, self.kept)
+            fill(self.job.model, self.average.model if self.average else self.model)
 
     def release(self) -> None:
         """Takes them away again."""

@@ -1,22 +1,20 @@
-"""FSDP2: a model whose weights, gradients and moments are spread over the processes (Zhao et al. 2023, arXiv:2304.11277;
-torch.distributed.fsdp.fully_shard).
+"""FSDP2: a model whose weights, gradients and moments are spread over the processes (Zhao et al. 2023, arXiv:2304.11277).
 
-Each transformer layer is gathered while it computes, what is outside of them for a whole step. Captions are written, and
-files too, by a plain model that has all weights as long as that takes, so nothing else needs to know of shards.
+Each transformer layer is gathered while it computes, the rest for a whole step. Captions and files are made by a plain
+model that has all weights as long as that takes.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from model import ImageCaptionModel
+from model import ImageCaptionModel
 
 
 def layers_of(module: nn.Module) -> Iterator[nn.Module]:
@@ -27,13 +25,12 @@ def layers_of(module: nn.Module) -> Iterator[nn.Module]:
 
 def shard(model: ImageCaptionModel) -> ImageCaptionModel:
     """A sharded model with the first process's weights; the model itself is left without any (see fill)."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     learning = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, 0)
-    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+    mesh = dist.init_device_mesh(model.device.type, (dist.get_world_size(),))
     empty(model.eval())  # it will not learn
     for layer in layers_of(learning):
         fully_shard(layer, mesh=mesh)
@@ -43,10 +40,8 @@ def shard(model: ImageCaptionModel) -> ImageCaptionModel:
 
 
 def watch_prefix(decoder: Any) -> None:
-    """Gathers a layer when gradients come back to the keys and values that it has put into the cache.
-
-    FSDP does so when they come to what a layer returns. The last one's states of a prefix nobody reads.
-    """
+    """Gathers a layer for the gradients of its keys and values too: FSDP waits for those of what it returns, and the last
+    layer's states of a prefix nobody reads."""
 
     def watch(body: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
         for layer, kept in zip(layers_of(decoder), named[decoder.cache_name].layers, strict=True):
