@@ -474,6 +474,8 @@ class TrainConfig(
             raise UserError(f"lora_targets {self.lora_targets!r} is no regular expression: {error}") from error
         if self.merge and not self.adapts:
             raise UserError("merge has no effect without adapters: add --lora or --qlora, or leave it out")
+        if self.compile and self.qlora:
+            raise UserError("compile is not for qlora, whose layers no graph can hold: leave one of them out")
         if self.shard and (self.qlora or self.compile or self.optimizer != "adamw" or self.objective == "scst"):
             raise UserError(
                 "shard is for adamw and cross_entropy without qlora and compile: leave it out, or change those"
