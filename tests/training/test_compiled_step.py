@@ -19,6 +19,7 @@ from training.job import Chosen, prepare
 from training.learner import Learner
 from training.run import Run
 from utils import read_log
+from weights.file import MODEL_FILE
 
 KINDS = {
     "plain": {},
@@ -44,7 +45,6 @@ def kind(request, tmp_path, scenes_tokenizer) -> dict:
     pytest.importorskip("peft")
     scenes_tokenizer.backend_tokenizer.model.save(parts["decoder"])
     return changes | given | {"init_decoder": parts["decoder"]}
-
 
 
 def learner_of(scenes_dir, folder, **changes) -> Learner:
@@ -93,10 +93,10 @@ def test_a_whole_compiled_run(scenes_dir, tmp_path):
     config = small_config(scenes_dir, compile=True, output_dir="out", max_steps=12)
     assert "compile     " in run(flags_of(config), tmp_path)
     assert read_log(tmp_path / "out" / "metrics.jsonl")
-    critic = {"objective": "scst", "init_model": "out/demo_best.safetensors", "max_steps": 4, "allow_overlap": True}
+    critic = {"objective": "scst", "init_model": MODEL_FILE, "max_steps": 4, "allow_overlap": True}
     config = dataclasses.replace(config, output_dir="critic", **critic)
     assert "compile     " in run(flags_of(config), tmp_path)
-    assert "reward" in read_log(tmp_path / "critic" / "metrics.jsonl")[0]
+    assert any("reward" in line for line in read_log(tmp_path / "critic" / "metrics.jsonl"))
 
 
 class Waits(TorchDispatchMode):
