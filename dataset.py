@@ -89,12 +89,14 @@ class Tokens:
         lengths: list[int] = []
         self.cut = 0
         """How many texts were longer."""
-        rest = iter(texts)
+        rest, backend = iter(texts), tokenizer.backend_tokenizer
+        as_text, backend.encode_special_tokens = backend.encode_special_tokens, True  # "<|endoftext|>" in a caption too
         while some := list(itertools.islice(rest, TEXTS_AT_A_TIME)):
-            encoded = [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(some, add_special_tokens=False)]
+            encoded = [e.ids for e in backend.encode_batch_fast(some, add_special_tokens=False)]
             self.cut += sum(len(e) > limit for e in encoded)
             ids += [np.fromiter((i for e in encoded for i in e[:limit]), dtype=np.int32)]
             lengths += [min(len(e), limit) for e in encoded]
+        backend.encode_special_tokens = as_text
         self.ids = np.concatenate([np.empty(0, np.int32), *ids])
         self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 

@@ -98,7 +98,7 @@ class _Clip:
         def embed(batch: Sequence[str]) -> Tensor:
             words = [CLIP_PREFIX + text for text in batch]
             inputs = self.processor.tokenizer(
-                words, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+                words, padding=True, truncation=True, max_length=longest, split_special_tokens=True, return_tensors="pt"
             ).to(self.device)
             return self.model.text_projection(self.model.text_model(**inputs).pooler_output)
 

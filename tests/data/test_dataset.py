@@ -29,6 +29,7 @@ from data.table import make_table
 from dataset import (
     Batches,
     CaptionDataset,
+    Tokens,
     collate,
     decode,
     load_picture,
@@ -86,6 +87,19 @@ def test_trained_tokenizer_keeps_words_whole_and_every_text():
     odd = "Café 東京 🙂 unseen!"
     ids = torch.tensor([tokenizer(odd).input_ids + [tokenizer.eos_token_id] * 2])
     assert decode(tokenizer, ids) == [odd]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "trained"])
+def test_a_captions_end_of_text_is_text(kind, scenes_tokenizer):
+    """<|endoftext|> inside a caption became the end token, in the middle of a target. The same holds for every special
+    token, and the tokenizer stays as it was."""
+    tokenizer = scenes_tokenizer if kind == "trained" else load_tokenizer(str(needs_shared("gpt2")), [], 50257)
+    text = "a red circle<|endoftext|> and a <|endoftext|>"
+    tokens = Tokens([text, "a red circle"], tokenizer, 100)
+    assert tokenizer.eos_token_id not in tokens.ids
+    assert tokenizer.decode(tokens[0].tolist()).strip() == text
+    assert tokens[1].tolist() == tokenizer("a red circle").input_ids
+    assert tokenizer("<|endoftext|>").input_ids == [tokenizer.eos_token_id]
 
 
 def test_tokenizers_that_cannot_be_loaded(tmp_path):
