@@ -159,13 +159,16 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 def wide_to_bytes(values: NDArray, mode: str, transparent: object = None) -> NDArray[np.uint8]:
     """Grey of more than 8 bits as 8 bits, where Pillow's own conversion clips and makes most pictures white.
 
-    White is 65535 for integers. Floats come without a convention: white is 1, 255 or 65535, the first of them that the
+    White is 65535 for integers, and 4095 where none is brighter: cameras and scanners keep 12 bits in files of 16, and
+    such a picture would be black. Floats come without a convention: white is 1, 255 or 65535, the first of them that the
     picture does not exceed. A picture of either kind that exceeds 65535 has its brightest value as white. Negative
     values and those that are no numbers are black, values equal to `transparent` (a PNG's key) white.
     """
     wide = values.astype(np.float32)
     brightest = float(wide.max(where=np.isfinite(wide), initial=0.0))
-    white = next((w for w in ((1.0, 255.0, 65535.0) if mode == "F" else (65535.0,)) if brightest <= w), brightest)
+    white = next(
+        (w for w in ((1.0, 255.0, 65535.0) if mode == "F" else (4095.0, 65535.0)) if brightest <= w), brightest
+    )
     grey = np.nan_to_num(wide * (255 / white)).round().clip(0, 255).astype(np.uint8)
     if isinstance(transparent, int):
         grey[values == transparent] = 255
