@@ -250,7 +250,8 @@ class Basics:
     """Folder of the data, or the file of captions in it (default: ./coco_data for COCO, Flickr30k from Kaggle; scenes
     are drawn into the output directory)."""
     output_dir: Path | None = None
-    """Folder for everything the run writes (default: runs/<preset>-<date>-<time>)."""
+    """Folder for everything the run writes (default: runs/<preset>-<date>-<time>, of own data
+    runs/<its folder>-<date>-<time>)."""
     epochs: int = 10
     """Passes over the training pictures."""
     batch_size: int = 128

@@ -357,13 +357,15 @@ def plan(job: Job, step: int) -> str:
     different = {id(data): data.pixels.kept for data in job.datasets.values()}.values()  # val may serve as test
     kept = sum(pictures.numel() for pictures in different if pictures is not None)
     val, test = len(job.datasets["val"]), len(job.datasets["test"])
+    same = job.datasets["test"].table.split == "val"
+    tested = "which serve as test too, as there is no test part" if same else f"{test:,} to test"
     left_out = table.left_out | {"captions cut at the model's max_length": job.datasets["train"].tokens.cut}
     notes = [table.about, *(f"{number:,} {what}" for what, number in left_out.items() if number), *job.bad.notes]
     return (
         f"attention   {choose_attention(job.device.type, job.dtype, sizes.decoder_embed_dim // sizes.decoder_num_heads)[1]}\n"
         f"model       {job.model.num_parameters:,} parameters, vocabulary {job.model.config.vocab_size:,}\n"
         f"data        {table.name}: {len(table):,} pictures, {table.num_captions:,} captions of {job.tokens:.1f} tokens; "
-        f"{val:,} pictures to validate, {test:,} to test\n"
+        f"{val:,} pictures to validate, {tested}\n"
         f"            {'; '.join(filter(None, notes))}\n"
         f"steps       {job.steps:,} of {job.pictures_a_step} pictures x {config.captions_per_image} captions, "
         f"{job.steps_per_epoch:,} an epoch{f'; going on at step {step:,}' if step else ''}\n"

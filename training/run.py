@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,18 @@ from config import TrainConfig, UserError
 from training.checkpoint import checkpoints, in_use
 from utils import file_hash, writable_directory
 from weights.file import MODEL_FILE
+
+OWN_DATA = ("auto", "imagefolder", "webdataset", "csv", "sidecar")  # layouts that are no data set by themselves
+
+
+def name_of(config: TrainConfig) -> str:
+    """What a new run is called after: own data's folder or name on the Hub, else the preset."""
+    name, folder = config.dataset.rpartition("/")[2], config.data_dir and config.data_dir.expanduser().resolve()
+    if config.dataset in OWN_DATA and folder and not any(folder.glob("annotations/captions_train20*.json")):
+        name = (folder.parent if folder.is_file() else folder).name
+    elif "/" not in config.dataset:
+        name = ""
+    return re.sub(r"[^\w.-]+", "_", name).strip("._-") or config.preset
 
 
 @dataclass(frozen=True)
@@ -79,13 +92,13 @@ class Run:
                     print(
                         f"{run.folder} is unfinished too, but another process is training there: this is a run of its own"
                     )
-        return cls.new(config.preset)
+        return cls.new(name_of(config))
 
     @classmethod
-    def new(cls, preset: str) -> Run:
+    def new(cls, called: str) -> Run:
         """A new folder in runs/; runs that start in the same second get folders of their own."""
         writable_directory(Path("runs"))
-        name = f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"runs/{called}-{time.strftime('%Y%m%d-%H%M%S')}"
         for number in itertools.count(1):
             folder = Path(name if number == 1 else f"{name}-{number}")
             with contextlib.suppress(FileExistsError):

@@ -24,6 +24,7 @@ from model import CrossAttention, EncoderBlock, ImageCaptionModel
 from training.checkpoint import checkpoints, load_checkpoint
 from training.distributed import ALONE
 from training.estimates import duration, step_operations
+from training.job import Chosen, plan, prepare
 from training.learner import Learner, Step, blank_words
 from training.optimizers import Average, Muon, Updater, build_optimizers, freeze, learning_rate_at, orthogonalized
 from training.run import Run
@@ -303,6 +304,45 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = {Run.find(dataclasses.replace(PRESETS["demo"], seed=seed)) for seed in range(4)}
     assert len(folders) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "coco"),
+        ({"data_dir": Path("coco_data")}, "coco"),
+        ({"data_dir": Path("my photos")}, "my_photos"),
+        ({"data_dir": Path("my photos/captions.csv")}, "my_photos"),
+        ({"data_dir": Path("coco_data"), "dataset": "csv"}, "coco"),
+        ({"data_dir": Path("my photos"), "dataset": "karpathy"}, "coco"),
+        ({"dataset": "somebody/data-set"}, "data-set"),
+    ],
+)
+def test_runs_are_named_after_own_data(tmp_path, monkeypatch, changes, name):
+    """Everybody's own photographs were trained on in runs/coco-..."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("coco_data/annotations/captions_train2017.json", "my photos/captions.csv"):
+        Path(file).parent.mkdir(parents=True)
+        Path(file).touch()
+    config = dataclasses.replace(PRESETS["coco"], **changes)
+    run = Run.find(config)
+    assert re.fullmatch(rf"runs/{name}-\d{{8}}-\d{{6}}", run.folder.as_posix())
+    (run.folder / "checkpoints/step-00000003").mkdir(parents=True)
+    (run.folder / "checkpoints/step-00000003/manifest.json").write_text("{}")
+    (run.folder / "run.json").write_text(json.dumps({"fingerprint": config.fingerprint, "finished": False}))
+    assert Run.find(config) == run
+
+
+def test_the_plan_says_that_val_serves_as_test(tmp_path, scenes_dir):
+    """COCO's had "5,000 pictures to validate, 5,000 to test", which are the same ones."""
+    for own in ("train2017", "val2017", "annotations/captions_train2017.json", "annotations/captions_val2017.json"):
+        (tmp_path / own).parent.mkdir(exist_ok=True)
+        (tmp_path / own).symlink_to(scenes_dir / own)
+    for folder, said in ((tmp_path, "pictures to validate, which serve as test too"), (scenes_dir, " to test")):
+        config = dataclasses.replace(PRESETS["demo"], dataset="coco", data_dir=folder, tokenizer="train")
+        job = prepare(config, ALONE, Chosen(Run(tmp_path / "run"), torch.device("cpu"), torch.float32))
+        (line,) = [line for line in plan(job, 0).splitlines() if "to validate" in line]
+        assert said in line
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole_run, capsys):
