@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import UserError
-from data.layouts import PICTURE_SUFFIXES
+from data.reading import PICTURE_SUFFIXES
 from weights.file import MODEL_FILE
 
 if TYPE_CHECKING:

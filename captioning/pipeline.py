@@ -27,8 +27,9 @@ from transformers import PreTrainedTokenizerFast
 from captioning.models import is_url
 from config import UserError, ViTGPT2Config
 from data.fetch import fetch_picture
-from data.layouts import PICTURE_SUFFIXES, clean, pictures_below
+from data.layouts import pictures_below
 from data.pictures import PictureSource, prepare_picture
+from data.reading import PICTURE_SUFFIXES, clean
 from data.tokenizer import decode
 from model import ImageCaptionModel
 from utils import autocast, choose_precision, first_line

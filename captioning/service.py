@@ -27,7 +27,7 @@ from PIL import Image
 from captioning.models import load_model
 from captioning.page import card, progress, results
 from config import NUM_BEAMS, UserError
-from data.layouts import PICTURE_SUFFIXES
+from data.reading import PICTURE_SUFFIXES
 from utils import ROOT, choose_device
 
 if TYPE_CHECKING:

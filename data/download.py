@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from config import UserError
-from data.layouts import file_names, reason, stays_inside
+from data.reading import file_names, reason, stays_inside
 from utils import locked, sync
 
 

@@ -6,7 +6,9 @@ The packed table of a large data set is kept on disk: the second time it is mapp
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from config import UserError
-from data import layouts, table
-from data.layouts import LAYOUTS, TABLE_SUFFIXES, Columns, reason
-from data.table import SPLITS, CaptionTable, Row
+from data import table
+from data.columns import (
+    LINES,
+    PICTURE_COLUMN,
+    TABLE_SUFFIXES,
+    Columns,
+    caption_columns,
+    columns_like,
+    columns_of,
+    id_columns,
+    unnamed,
+)
+from data.layouts import LAYOUTS, pictures_below
+from data.reading import Names, clean_all, file_names, id_or_name, is_text, reason, split_of, split_word, unusable
+from data.table import SPLITS, CaptionTable, LeftOut, Row
 from utils import ask_hub, forget_older, kept_file, key_of, stamps, whole
 
-VERSION = 1  # of the tables kept on disk: one more when a reader or the columns change
+VERSION = 2  # of the tables kept on disk: one more when a reader or the columns change
 USUAL = Columns()
+BESIDE_PICTURES = ("annotations", "Flickr8k_text")  # folders of captions, with the pictures in folders beside them
 WORTH_KEEPING = 8 << 20  # bytes of captions' files from which on the packed table is kept
 
 
@@ -53,9 +68,10 @@ def load_table(dataset: str, data_dir: str | Path, split: str, **columns: str | 
 def _with_pictures(part: CaptionTable) -> CaptionTable:
     """The part as it is. Raises UserError where all of its pictures are missing."""
     if not len(part):
+        first, unpack = part.missing[0], unusable(sorted(file_names(part.root)))
         raise UserError(
-            f"{part.root}: none of the {len(part.missing):,} {part.split} pictures is there "
-            f"({str(part.root / part.missing[0])!r}, ...): put them there, or name the folder that holds them"
+            f"{part.root}: none of the {len(part.missing):,} {part.split} pictures is there ({str(part.root / first)!r}, "
+            f"...){Names(part.root).nearest(first)}: {unpack or 'put them there, or name the folder that holds them'}"
         )
     return part
 
@@ -88,27 +104,48 @@ def recognise(path: Path, columns: Columns = USUAL, dataset: str = "auto") -> tu
     Raises UserError where nothing fits, and says what was looked for.
     """
     only = path if path.is_file() else None
-    root = path if only is None else path.parent.parent if path.parent.name == "annotations" else path.parent
+    root = path if only is None else path.parent.parent if path.parent.name in BESIDE_PICTURES else path.parent
     if not root.is_dir():
         raise UserError(
             f"no such folder: {path}: name one with --data-dir (a folder of pictures with name.txt beside each "
             "name.jpg will do, or COCO 2017, Flickr8k, Flickr30k, ...), or try --preset demo"
         )
-    for name, layout in LAYOUTS.items():
-        if dataset in ("auto", name):
-            files = layout.find(root, columns)
+    for kind in ("find", "like"):
+        for name, layout in LAYOUTS.items():
+            files = getattr(layout, kind)(root, columns) if dataset in ("auto", name) else []
             if only is None and files:
                 return name, root, files
-            if only in files or (only and only.suffix in TABLE_SUFFIXES[:-1] and name == "csv"):
-                return name, root, files if name in ("coco", "flickr8k") else [only]
-    if dataset == "auto" and (_is_saved_dataset(root) if only is None else only.suffix == ".parquet"):
+            if only and only in files:
+                return name, root, _with_its_own(only, files, name)
+    suffix = only.suffix.lower() if only else ""
+    if dataset in ("auto", "csv") and only and suffix != ".parquet" and suffix in (*TABLE_SUFFIXES, *LINES):
+        return "csv", root, [only]
+    if dataset == "auto" and (_is_saved_dataset(root) if only is None else suffix == ".parquet"):
         return "huggingface", root, []
+    hint = _hint(root, only, columns)
     if dataset == "auto":
         wanted = "; ".join(f"{layout.shape} ({name})" for name, layout in LAYOUTS.items())
-        pictures = sum(1 for _ in layouts.pictures_below(root))
+        pictures = sum(1 for _ in pictures_below(root))
         beside = f" beside {pictures:,} pictures without captions" if pictures else ""
-        raise UserError(f"no captions found in {path}{beside}: looked for {wanted}; or try --preset demo")
-    raise UserError(f"{path} is not in the layout {dataset}: expected {LAYOUTS[dataset].shape}")
+        raise UserError(f"no captions found in {path}{beside}: {hint or f'looked for {wanted}; or try --preset demo'}")
+    layout = LAYOUTS[dataset]
+    get = f", which is in {layout.source}" if layout.source else ""
+    raise UserError(f"{path} is not in the layout {dataset}: expected {layout.shape}{get}{hint and f' ({hint})'}")
+
+
+def _with_its_own(only: Path, files: list[Path], name: str) -> list[Path]:
+    """The file that was named, with those that belong to it: COCO's other parts, Flickr8k's lists."""
+    part = split_of(only.stem) if name == "coco" else ""
+    of_other_parts = [file for file in files if part and split_of(file.stem) not in ("", part)]
+    return files if name == "flickr8k" else [only, *of_other_parts]
+
+
+def _hint(root: Path, only: Path | None, columns: Columns) -> str:
+    """What a person may do with what lies there; "" where nothing is known."""
+    paths = [only] if only else [root / name for name in sorted(file_names(root))]
+    named = ((path.name, columns_of(path)) for path in paths if path.suffix.lower() in (*TABLE_SUFFIXES, *LINES))
+    said = (f"{name}: {unnamed(own, columns)}" for name, own in named if own)
+    return "; ".join(filter(None, [*itertools.islice(said, 3), unusable([path.name for path in paths])]))
 
 
 def _packed(name: str, root: Path, files: list[Path], columns: Columns) -> tuple[pa.Table, dict[str, Any]]:
@@ -137,7 +174,7 @@ def _packed(name: str, root: Path, files: list[Path], columns: Columns) -> tuple
         return rows, about  # no room, or no home to write to: read anew next time
 
 
-def _settled(rows: Iterable[Row], source: Path | str) -> tuple[pa.Table, dict[str, Any]]:
+def _settled(rows: Iterable[Row | LeftOut], source: Path | str) -> tuple[pa.Table, dict[str, Any]]:
     """Rows packed and split up, and {"parts": in words, "left_out": ...}."""
     packed, left_out = table.pack(rows)
     if not packed.num_rows:
@@ -153,17 +190,21 @@ def _parts(
     rows: pa.Table, about: dict[str, Any], root: Path, name: str, how: str, hub: Any = None
 ) -> dict[str, CaptionTable]:
     """Rows in the order of SPLITS as one table a part, without the pictures that are not there."""
-    how = "; ".join(filter(None, [how, about["parts"]]))
+    there, matched = None, ""
+    if hub is None:
+        rows, there, matched = _found(rows, root)
+    how = "; ".join(filter(None, [how, about["parts"], matched]))
     tables = {}
     start = 0
     for split in SPLITS:
         number = pc.sum(pc.equal(rows["split"], split)).as_py() or 0
-        part, start = rows.slice(start, number).drop_columns("split"), start + number
+        part = rows.slice(start, number).drop_columns("split")
         missing: tuple[str, ...] = ()
-        if number and hub is None:
-            there = _there(part["picture"], root)
-            missing = tuple(part["picture"].filter(pc.invert(there)).to_pylist())
-            part = part.filter(there) if missing else part
+        if number and there is not None:
+            own = there.slice(start, number)
+            missing = tuple(part["picture"].filter(pc.invert(own)).to_pylist())
+            part = part.filter(own) if missing else part
+        start += number
         if number:
             tables[split] = CaptionTable(part, root, name, split, how, about["left_out"], missing, hub)
     if "val" in tables and "test" not in tables:
@@ -171,11 +212,31 @@ def _parts(
     return tables
 
 
+def _found(rows: pa.Table, root: Path) -> tuple[pa.Table, pa.ChunkedArray, str]:
+    """The rows, with names that are there in another spelling put right, which of their pictures exist, and in words
+    what was put right. A picture that another row names, or two mean, is nobody's."""
+    there = _there(rows["picture"], root)
+    if pc.all(there).as_py() is not False:
+        return rows, there, ""
+    missing, names = rows["picture"].filter(pc.invert(there)).to_pylist(), Names(root)
+    meant = {name: match for name in missing if (match := names.match(name))}
+    times = Counter(meant.values())
+    times.update(rows["picture"].filter(pc.is_in(rows["picture"], pa.array(set(times), pa.string()))).to_pylist())
+    meant = {name: match for name, match in meant.items() if times[match] == 1}
+    if not meant:
+        return rows, there, ""
+    pictures = pa.chunked_array([[meant.get(name, name) for name in rows["picture"].to_pylist()]], pa.string())
+    rows = rows.set_column(rows.schema.get_field_index("picture"), "picture", pictures)
+    first, match = next(iter(meant.items()))
+    what = f"{len(meant):,} pictures are there under another case, Unicode form or suffix ({match!r} for {first!r})"
+    return rows, _there(pictures, root), what
+
+
 def _there(pictures: pa.ChunkedArray, root: Path) -> pa.ChunkedArray:
     """Which of the files exist: one listing of each folder, since a look at each of 100,000 files is slow."""
-    folders = pc.unique(pc.replace_substring_regex(pictures, r"[^/\\]*$", "")).to_pylist()
-    names = [folder + name for folder in folders for name in layouts.file_names(root / folder)]
-    return pc.is_in(pictures, pa.array(filter(layouts.is_text, names), pa.string()))
+    folders = pc.unique(pc.replace_substring_regex(pictures, r"[^/]*$", "")).to_pylist()
+    names = [folder + name for folder in folders for name in file_names(root / folder)]
+    return pc.is_in(pictures, pa.array(filter(is_text, names), pa.string()))
 
 
 # Hugging Face's datasets
@@ -183,9 +244,14 @@ def _there(pictures: pa.ChunkedArray, root: Path) -> pa.ChunkedArray:
 
 def _is_saved_dataset(root: Path) -> bool:
     saved = any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    return saved or any(
-        name.endswith(".parquet") for name in layouts.file_names(root) | layouts.file_names(root / "data")
-    )
+    return saved or any(name.endswith(".parquet") for name in file_names(root) | file_names(root / "data"))
+
+
+def _holds_pictures(name: str, kind: Any) -> bool:
+    """Whether a column is of pictures, or as they are stored where nobody has said so: {bytes, path}, or bytes."""
+    if getattr(kind, "dtype", "").endswith("binary"):
+        return bool(PICTURE_COLUMN.fullmatch(name))
+    return type(kind).__name__ == "Image" or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
 
 
 def _read_hub(source: str, columns: Columns) -> dict[str, CaptionTable]:
@@ -213,27 +279,23 @@ def _read_hub(source: str, columns: Columns) -> dict[str, CaptionTable]:
         ) from None
     parts = found if isinstance(found, dict) else {"train": found}
     features = next(iter(parts.values())).features
-    pictures = [n for n, kind in features.items() if n == columns.picture or isinstance(kind, datasets.Image)]
-    captions = layouts.caption_columns((n for n in features if n not in pictures), columns.caption)
+    pictures = [n for n, kind in features.items() if n == columns.picture or _holds_pictures(n, kind)]
+    captions = caption_columns((n for n in features if n not in pictures), columns.caption)
     if not pictures or not captions:
         raise UserError(
             f"{source}: no column for the {'captions' if pictures else 'pictures'} among {', '.join(features)}: name it "
             f"with --{'caption' if pictures else 'image'}-column"
         )
-    ids = layouts.id_columns(features) or layouts.columns_like(features, re.compile("filename|file_name"), None)
+    ids = id_columns(features) or columns_like(features, re.compile("filename|file_name"), None)
 
     def rows() -> Iterator[Row]:
         for part, data in parts.items():
             texts = data.select_columns([*captions, *ids[:1], *(["split"] if "split" in features else [])])
             for number, record in enumerate(texts):
                 where = f"{source}[{part}][{number}]"
-                own = [text for name in captions for text in layouts.clean_all(record[name], where)]
-                split = layouts.split_word(record.get("split"), where) or (
-                    layouts.split_of(part) if len(parts) > 1 else ""
-                )
-                yield Row(
-                    split, part, layouts.id_or_name(record[ids[0]] if ids else None, f"{part}-{number}"), own, number
-                )
+                own = [text for name in captions for text in clean_all(record[name], where)]
+                split = split_word(record.get("split"), where) or (split_of(part) if len(parts) > 1 else "")
+                yield Row(split, part, id_or_name(record[ids[0]] if ids else None, f"{part}-{number}"), own, number)
 
     packed, about = _settled(rows(), source)
     picture = {part: data.select_columns(pictures[:1]) for part, data in parts.items()}

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from config import UserError
+from utils import in_one_line
 
 SPLITS = ("train", "val", "test")
 SET_ASIDE, SET_ASIDE_AT_MOST = 0.05, 1000  # share and number of pictures for a part that the source does not have
@@ -40,6 +41,15 @@ class Row(NamedTuple):
     """Of the picture's bytes in its shard, or its row in a Hugging Face data set; -1: the file is the picture."""
     size: int = -1
     """Bytes of the picture in its shard."""
+
+
+class LeftOut(NamedTuple):
+    """What a reader yields in place of a row that it leaves out."""
+
+    what: str
+    """In the plural, as it is counted."""
+    first: str = ""
+    """Which one; the first of a kind is named."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +153,17 @@ def make_table(
     return CaptionTable(packed.drop_columns("split"), Path("/"), name, split, left_out=left_out)
 
 
-def pack(rows: Iterable[Row]) -> tuple[pa.Table, dict[str, int]]:
-    """Rows as Arrow, and what was left out of them: empty captions, and pictures that have no other."""
+def pack(rows: Iterable[Row | LeftOut]) -> tuple[pa.Table, dict[str, int]]:
+    """Rows as Arrow, and what was left out of them: empty captions, pictures that have no other, what a reader says."""
     left_out: Counter[str] = Counter()
+    first: dict[str, str] = {}
 
     def kept() -> Iterator[Row]:
         for row in rows:
+            if isinstance(row, LeftOut):
+                left_out[row.what] += 1
+                first.setdefault(row.what, f" (the first: {in_one_line(row.first)})" if row.first else "")
+                continue
             captions = [caption for caption in row.captions if caption]
             left_out["empty captions"] += len(row.captions) - len(captions)
             left_out["pictures without a caption"] += not captions
@@ -162,7 +177,9 @@ def pack(rows: Iterable[Row]) -> tuple[pa.Table, dict[str, int]]:
     if len({batch.schema for batch in batches}) > 1:  # numbers here and names there: names all over
         place = Row._fields.index("id")
         batches = [batch.set_column(place, "id", pc.cast(batch["id"], pa.string())) for batch in batches]
-    return pa.concat_tables(batches).combine_chunks(), {what: n for what, n in left_out.items() if n}
+    return pa.concat_tables(batches).combine_chunks(), {
+        what + first.get(what, ""): n for what, n in left_out.items() if n
+    }
 
 
 def _batch(rows: list[Row]) -> pa.Table:
@@ -178,30 +195,51 @@ def split_up(packed: pa.Table) -> tuple[pa.Table, str]:
     """The rows with every split filled in and in the order of SPLITS, and in words what was decided.
 
     Where no row says its part, 5 % of the pictures (at most 1,000) are set aside for val and as many for test; where
-    some do but none is val, val alone is taken from train so. Which ones follows from the pictures' ids alone.
+    some do but none is val, val alone is taken from train so. Which ones follows from the pictures' ids alone. Pictures
+    that share a text stay together and count as one.
     """
     codes = pc.fill_null(pc.index_in(packed["split"], pa.array(SPLITS)), -1).to_numpy().copy()
     named = set(codes.tolist()) - {-1}
     codes[codes < 0] = 0
     pool = np.flatnonzero(codes == 0)
     wanted = [] if 1 in named or not len(pool) else [1] if named else [1, 2]
-    if wanted and len(pool) <= len(wanted):
+    same = _sharing_a_text(packed, pool) if wanted else pool
+    if wanted and (groups := len(np.unique(same))) <= len(wanted):
         raise UserError(
-            f"{len(pool)} pictures with captions are too few to train on and to validate with: have at least "
+            f"{groups} pictures with captions are too few to train on and to validate with: have at least "
             f"{len(wanted) + 1}"
         )
     about = ""
     if wanted:
-        number = min(SET_ASIDE_AT_MOST, max(1, int(SET_ASIDE * len(pool))))
+        number = min(SET_ASIDE_AT_MOST, max(1, int(SET_ASIDE * groups)))
         ids = packed["id"].to_pylist()
         drawn = np.array([_hash(str(ids[row])) for row in pool], np.uint64)  # no float64, in which some would be equal
-        pool = pool[np.argsort(drawn, kind="stable")]
+        least = np.full(len(pool), np.iinfo(np.uint64).max)
+        np.minimum.at(least, same, drawn)
+        order = np.lexsort((same, least[same]))
+        rank = np.cumsum(np.diff(same[order], prepend=-1) != 0) - 1  # of each group, its rows side by side
         for place, part in enumerate(wanted):
-            codes[pool[place * number : (place + 1) * number]] = part
+            codes[pool[order[rank // number == place]]] = part
         about = f"{number:,} pictures each set aside for {' and '.join(SPLITS[part] for part in wanted)}"
+        about += ", those of one text counted as one" if groups < len(pool) else ""
     column = pa.array(SPLITS).take(pa.array(codes))
     packed = packed.set_column(packed.schema.get_field_index("split"), "split", column)
     return packed.take(np.argsort(codes, kind="stable")).combine_chunks(), about
+
+
+def _sharing_a_text(packed: pa.Table, pool: np.ndarray) -> np.ndarray:
+    """For each row of the pool the place of the first that differs from it in the picture's suffix only, as a.jpg and a.png
+    beside one a.txt do; for nearly all their own."""
+    rows = packed.select(["picture", "captions", "offset"]).take(pool)
+    stems = pc.replace_substring_regex(rows["picture"], r"\.[^./]*$", "").to_pylist()
+    inside = pc.greater_equal(rows["offset"], 0).to_pylist()  # of a shard, whose name many rows have
+    times = Counter(stems)
+    first: dict[tuple[str, ...], int] = {}
+    same = np.arange(len(pool))
+    for row, (stem, in_shard) in enumerate(zip(stems, inside, strict=True)):
+        if times[stem] > 1 and not in_shard:
+            same[row] = first.setdefault((stem, *rows["captions"][row].as_py()), row)
+    return same
 
 
 def write_table(packed: pa.Table, path: Path, about: dict[str, Any]) -> None:

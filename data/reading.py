@@ -1,0 +1,292 @@
+"""What readers of captions share: captions cleaned, names of pictures matched with files, text and JSON in one-line errors.
+
+Nothing here follows a name out of the data folder.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import functools
+import itertools
+import json
+import math
+import os
+import posixpath
+import re
+import unicodedata
+import urllib.error
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from config import UserError
+
+SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pcx .pgm .png .ppm .qoi .tga .tif .tiff .webp"
+PICTURE_SUFFIXES = tuple(SUFFIXES.split())
+WORDS = {"train": "train training restval", "val": "val valid validation dev", "test": "test testing"}
+SPLIT_WORDS = {word: split for split, words in WORDS.items() for word in words.split()}
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # what is not white space
+QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+ITEM = rf"(?:np\.str_\()?u?(?:{QUOTED})\)?"
+LISTED = re.compile(rf"\[\s*{ITEM}(?:(?:\s*,\s*|\s+){ITEM})*\s*,?\s*\]", re.DOTALL)  # NumPy writes no commas
+PACKED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
+
+
+# Captions
+
+
+def clean(caption: Any, where: str) -> str:
+    """A caption as text in one line: white space collapsed, control characters and lone surrogates out, numbers as
+    digits, "" for null. Raises UserError, which begins with `where`, for anything else."""
+    if caption is None or (isinstance(caption, float) and math.isnan(caption)):
+        return ""
+    if not isinstance(caption, str | int | float) or isinstance(caption, bool):
+        raise UserError(f"{where}: the caption is {str(caption)[:40]!r} and not text: mend it or leave it out")
+    text = str(caption).encode("utf-8", "replace").decode("utf-8")
+    return " ".join(CONTROL.sub("", text).split())
+
+
+def clean_all(value: Any, where: str) -> list[str]:
+    """A caption, or a list of them, cleaned; of a conversation the last answer; of text that is a list, its items."""
+    if isinstance(value, str):
+        value = listed(value)
+    if not isinstance(value, list):
+        return [clean(value, where)]
+    if value and all(isinstance(turn, dict) and {"from", "role"} & set(turn) for turn in value):
+        answers = [turn for turn in value if turn.get("from", turn.get("role")) in ("gpt", "assistant")]
+        value = [turn.get("value", turn.get("content")) for turn in answers[-1:]]
+    each = (clean_all(item, where) if isinstance(item, str) else [clean(item, where)] for item in value)
+    return list(itertools.chain.from_iterable(each))
+
+
+def listed(text: str) -> str | list[str | None]:
+    """The list of texts that a text is, as JSON, Python or NumPy writes one; other text as it is."""
+    stripped = text.strip()
+    if not (stripped.startswith("[") and stripped.endswith("]")):
+        return text
+    with contextlib.suppress(ValueError, RecursionError):
+        items = json.loads(stripped)
+        return items if all(isinstance(item, str | None) for item in items) else text
+    with contextlib.suppress(ValueError, SyntaxError):  # an escape that is none
+        return [ast.literal_eval(item) for item in re.findall(QUOTED, stripped)] if LISTED.fullmatch(stripped) else text
+    return text
+
+
+# Pictures' names
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a relative name, read as POSIX's or as Windows', stays below the folder it is joined to."""
+    parts = name.replace("\\", "/").split("/")
+    return parts[0] != "" and ":" not in parts[0] and ".." not in parts
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8, as one from an old archive in another encoding cannot."""
+    return name.encode("utf-8", "replace").decode("utf-8") == name
+
+
+def folded(name: str) -> str:
+    """A name as it is for a person: the case of its letters and the form of its accents do not count."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+def stem(name: str) -> str:
+    """A name without the suffix of a picture."""
+    rest, suffix = os.path.splitext(name)
+    return rest if suffix.lower() in PICTURE_SUFFIXES else name
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of pictures in files of captions, and what they mean in the folder that the pictures are in."""
+
+    root: Path
+
+    @functools.cached_property
+    def alike(self) -> dict[str, list[str]]:
+        """{a picture's folded name without folder and suffix: its paths below the root}; the folder is walked once."""
+        found: dict[str, list[str]] = {}
+        for folder, inside, names in os.walk(self.root):
+            inside[:] = sorted(name for name in inside if not name.startswith("."))
+            for name in sorted(names):
+                if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and is_text(name):
+                    path = Path(folder, name).relative_to(self.root).as_posix()
+                    found.setdefault(stem(folded(name)), []).append(path)
+        return found
+
+    def checked(self, name: Any, where: str) -> str:
+        """A picture's name from a file of captions, as a path below the root: also one with Windows' separators, an
+        absolute one inside the root, and a URL or a path elsewhere whose end is that of one picture here. Raises
+        UserError for what is no name, and for one that leads out."""
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{where}: no picture is named: mend it or leave it out")
+        if not is_text(name):
+            raise UserError(f"{where}: {name!r} is no name in UTF-8: rename the picture")
+        if stays_inside(name):
+            as_windows_writes = "\\" in name and not os.path.isfile(self.root / name)
+            return posixpath.normpath(name.replace("\\", "/")) if as_windows_writes else name
+        if ".." not in name.replace("\\", "/").split("/"):
+            for root in (self.root.absolute(), self.root.resolve()):
+                if Path(name).is_relative_to(root):
+                    return Path(name).relative_to(root).as_posix()
+            end = unquote(re.split(r"[?#]", name)[0]) if "://" in name else name.replace("\\", "/")
+            if same := self.match(end, anywhere=True):
+                return same
+        cure = "download the pictures into it first" if "://" in name else "use a relative name without .."
+        raise UserError(f"{where}: {name!r} leads out of the data folder{self.nearest(name)}: {cure}")
+
+    def match(self, name: str, anywhere: bool = False) -> str | None:
+        """The one picture that has this name but for case, Unicode form and suffix; `anywhere`: and but for the folders
+        before it, as many of which agree as do for no other. None where there is none, or more than one."""
+        *folders, last = folded(posixpath.normpath(name)).split("/")
+        found = [(path, folded(path).split("/")) for path in self.alike.get(stem(last), [])]
+        if anywhere:
+            pairs = (zip(reversed(folders), parts[-2::-1], strict=False) for _, parts in found)
+            agree = [sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], each)) for each in pairs]
+            found = [each for each, number in zip(found, agree, strict=True) if number == max(agree)]
+        else:
+            found = [each for each in found if each[1][:-1] == folders]
+        for like in (lambda path, _: path.endswith(name.rpartition("/")[2]), lambda _, parts: parts[-1] == last):
+            found = [each for each in found if like(*each)] or found
+        return found[0][0] if len(found) == 1 else None
+
+    def first_folder(self, folders: Sequence[str], names: Iterable[str]) -> str:
+        """The first of the folders below the root that has one of the first hundred names, or else one spelt otherwise, as
+        a prefix; "" where none has."""
+        hundred = [name for name in itertools.islice(names, 100) if stays_inside(name)]
+        for is_there in (lambda path: os.path.isfile(self.root / path), self.match):
+            for folder in folders:
+                if any(is_there(f"{folder}/{name}") for name in hundred):
+                    return f"{folder}/"
+        return ""
+
+    def nearest(self, name: str) -> str:
+        """In brackets the name here that is the most like it; "" where none is like it."""
+        last = stem(folded(name.replace("\\", "/").rpartition("/")[2]))
+        close = difflib.get_close_matches(last, self.alike, 1)
+        return f" (the nearest name there is {self.alike[close[0]][0]!r})" if close else ""
+
+
+def id_or_name(value: Any, name: str) -> int | str:
+    """A picture's id from a column or field: a number where it is one, the picture's name where there is none."""
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    return value if isinstance(value, str | int) and value != "" else name
+
+
+def split_word(value: Any, where: str) -> str:
+    """The part that a column names, "" for none. Raises UserError for a word that means none of the three."""
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if split := SPLIT_WORDS.get(str(value).strip().lower()):
+        return split
+    raise UserError(f"{where}: split {value!r} is none of {', '.join(SPLIT_WORDS)}: mend it or leave it empty")
+
+
+def split_of(*names: str) -> str:
+    """train, val or test where one of the names holds such a word, else ""."""
+    words = (word for name in names for word in re.split(r"[^a-z]+", name.lower()))
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")
+
+
+# Folders
+
+
+def file_names(folder: Path) -> set[str]:
+    """The names of the files in folder; none where there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file system can have
+        return set()
+
+
+def places(root: Path) -> list[Path]:
+    """The folder, and those in it that are called after a part."""
+    return [root, *sorted(path for path in root.iterdir() if path.is_dir() and split_of(path.name))]
+
+
+def files_of(root: Path, *names: str) -> list[Path]:
+    """Those of the names that are files in the folder."""
+    return [path for name in names if (path := root / name).is_file()]
+
+
+def one_of_each(root: Path, files: list[Path], parts: Iterable[str]) -> None:
+    """Raises UserError where two of the files are of one part: a person has to say which is meant."""
+    if len(set(parts)) < len(files):
+        raise UserError(f"{root} holds {some(path.name for path in files)}: name one of the files with --data-dir")
+
+
+def unusable(names: Iterable[str]) -> str:
+    """Which of the files a person has to unpack or to save as another kind first, and how; "" for none."""
+    kinds = (("unpack {}", PACKED), ("save {} as CSV", SHEETS))
+    found = [(how, [name for name in names if name.lower().endswith(suffixes)]) for how, suffixes in kinds]
+    return " and ".join(how.format(", ".join(own[:3])) for how, own in found if own)
+
+
+# Files and messages
+
+
+def reason(error: BaseException) -> str:
+    """An exception's text in one line."""
+    inner = error.reason if isinstance(error, urllib.error.URLError) else error
+    return " ".join(str(inner).split()) or type(inner).__name__
+
+
+def some(names: Iterable[Any]) -> str:
+    """How many, and the first three."""
+    listed = list(names)
+    return f"{len(listed):,} ({', '.join(map(repr, listed[:3]))}{', ...' if len(listed) > 3 else ''})"
+
+
+def encoding_of(start: bytes) -> str:
+    """The encoding of a text that begins so: UTF-8, or UTF-16 as Excel and PowerShell write it."""
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    even, odd = start[0:4:2], start[1:4:2]  # of an English letter's two bytes one is zero
+    return "utf-16-le" if odd == b"\0\0" else "utf-16-be" if even == b"\0\0" else "utf-8-sig"
+
+
+def read_text(path: Path) -> str:
+    """A whole text file, with or without a byte order mark."""
+    try:
+        content = path.read_bytes()
+        return content.decode(encoding_of(content)).replace("\r\n", "\n").replace("\r", "\n")
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}: put it there, or name another folder") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text: save the file as UTF-8, or get it anew") from None
+
+
+def parse_json(text: str, source: Path, line: int | None = None) -> Any:
+    """JSON's content; `line` is where in the source the text stands, when it is one line of it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{source}:{line or error.lineno}"
+        raise UserError(f"{where}: not JSON ({error.msg}): cut or damaged, mend it or get it anew") from None
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+        raise UserError(f"{source}: not readable as JSON ({reason(error)}): get it anew") from None
+
+
+def field_of(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """A record's field. Raises UserError where it is missing or of another type."""
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{where}: {key!r} is missing or of the wrong type: mend the file or get it anew")
+    return value
+
+
+def lists_of(content: Any, source: Path, *keys: str) -> list[Any]:
+    """A record's lists under these keys. Raises UserError where one is missing."""
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
+        names = " and ".join(map(repr, keys))
+        raise UserError(f"{source}: no list {names} in it: this is another kind of file")
+    return [content[key] for key in keys]
