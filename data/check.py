@@ -41,6 +41,7 @@ from tqdm import tqdm
 from config import UserError, check_fields
 from data.pictures import load_picture
 from data.pixels import in_threads
+from data.reading import Names
 from data.sources import load_tables
 from data.table import CaptionTable
 from utils import parse_flags, whole, writable_directory, write_csv, write_json
@@ -59,6 +60,14 @@ ODD_CHARACTERS = {  # in the order in which a caption is given to one of them
     "Chinese, Japanese or Korean": r"\p{Han}|\p{Hiragana}|\p{Katakana}|\p{Hangul}",
     "right-to-left": r"\p{Arabic}|\p{Hebrew}|\p{Syriac}|\p{Thaana}",
     "other non-ASCII": "",
+}
+NOT_PLAIN = {  # a caption may be of several kinds
+    "that begin with [, { or <": r"^[\[{<]",
+    "with HTML entities": r"&(#\d+|#[xX][0-9a-fA-F]+|[a-zA-Z][a-zA-Z0-9]{1,7});",
+    "with mark-up": r"</?[a-zA-Z][^<>]*>",
+    "with URL-encoding": r"%([0-9A-F]{2}|[a-f]\d|\d[a-f])|^[^ ]*[^ +]\+[^ +]+\+[^ ]*$",
+    "that say nan or None": r"(?i)^(nan|none|null|n/?a|<na>|#n/a|undefined)$",
+    "with special tokens": r"<\|[^|>]*\|>",
 }
 DAMAGED = ("replacement character", "mojibake", "control or invisible")
 
@@ -123,7 +132,9 @@ def check_tables(
             in_threads(partial(look_at, table, phash, view), range(len(table)), bar, num_workers)
     bad, duplicates, copies = [], [], {}
     for split, table in parts.items():
-        bad += [BadPicture(split, str(table.root / name), "no such file") for name in table.missing]
+        near = Names(table.root).nearest
+        for number, name in enumerate(table.missing):
+            bad += [BadPicture(split, str(table.root / name), f"no such file{near(name) if number < SHOWN else ''}")]
         bad += [BadPicture(split, table.name_of(row), why) for row, why in sorted(views[split].bad.items())]
     for first, later in itertools.combinations(parts, 2):
         found = find_copies(views, first, later)
@@ -218,6 +229,7 @@ def count_captions(tables: list[CaptionTable], max_words: int) -> dict[str, Any]
     words = pc.add(pc.count_substring(captions, " "), 1).to_numpy()  # a table's captions have single spaces
     numbers = np.concatenate([pc.list_value_length(table.rows["captions"]).to_numpy() for table in tables])
     owners = pa.table({"caption": captions, "pictures": np.repeat(np.arange(len(numbers)), numbers)})
+    different = owners.group_by(["caption", "pictures"]).aggregate([]).num_rows
     shared = owners.group_by("caption").aggregate([("pictures", "count_distinct")])
     shared = shared.rename_columns(["caption", "pictures"]).filter(pc.field("pictures") > 1)
     shared = shared.sort_by([("pictures", "descending"), ("caption", "ascending")])
@@ -236,7 +248,9 @@ def count_captions(tables: list[CaptionTable], max_words: int) -> dict[str, Any]
             "example": captions[longer[0]].as_py() if len(longer) else None,
         },
         "on_several_pictures": shared[:SHOWN].to_pylist(),
+        "twice_on_a_picture": len(owners) - different,
         "odd_characters": count_odd(captions),
+        "not_plain": count_not_plain(captions),
     }
 
 
@@ -250,6 +264,12 @@ def count_odd(captions: pa.ChunkedArray) -> dict[str, Any]:
         if len(own):
             found[kind] = {"captions": len(own), "example": own[0].as_py()}
     return found
+
+
+def count_not_plain(captions: pa.ChunkedArray) -> dict[str, Any]:
+    """{kind: {captions, example}} of what a model would learn to write although nobody says it."""
+    kinds = {kind: captions.filter(pc.match_substring_regex(captions, like)) for kind, like in NOT_PLAIN.items()}
+    return {kind: {"captions": len(own), "example": own[0].as_py()} for kind, own in kinds.items() if len(own)}
 
 
 # The verdict
@@ -282,6 +302,8 @@ def judge(tables: dict[str, CaptionTable], figures: dict[str, Any], max_bad_shar
     if longer["captions"]:
         warnings.append(f"captions of more than {longer['more_words_than']} words: {longer['captions']:,}")
     warnings += [f"damaged captions ({kind}): {odd[kind]['captions']:,}" for kind in DAMAGED if kind in odd]
+    plain = captions["not_plain"].items()
+    warnings += [f"captions {kind}: {own['captions']:,}, such as {excerpt(own['example'])}" for kind, own in plain]
     return [warnings, reasons]
 
 
@@ -305,6 +327,8 @@ def print_report(report: Report) -> None:
         lines += [("over-long", f"{longer['captions']:,}, such as {excerpt(longer['example'])}")]
     for row in captions["on_several_pictures"]:
         lines += [("repeated", f"on {row['pictures']:,} pictures: {excerpt(row['caption'])}")]
+    if again := captions["twice_on_a_picture"]:
+        lines += [("repeated", f"{again:,} captions say of a picture what another one says of it already")]
     for kind, found in captions["odd_characters"].items():
         lines += [("characters", f"{kind}: {found['captions']:,}, such as {excerpt(found['example'])}")]
     lines += [("bad", f"{bad.picture} ({bad.part}): {bad.reason}") for bad in report.bad[:SHOWN]]

@@ -379,6 +379,55 @@ def test_damaged_captions_warn_and_foreign_ones_do_not(tmp_path, capsys):
     assert max(map(len, lines)) < 120
 
 
+NOT_PLAIN = {
+    "that begin with [, { or <": ["['a', 3]", '{"caption": "a dog"}', "[a dog]"],
+    "with HTML entities": ["a dog &amp; a cat", "it&#39;s a dog", "a dog&#x2019;s"],
+    "with mark-up": ["a <b>bold</b> dog", "a dog<br/>"],
+    "with URL-encoding": ["denise%27s+dog", "caf%c3%a9", "a+dog+runs"],
+    "that say nan or None": ["nan", "None", "N/A"],
+    "with special tokens": ["a dog <|endoftext|>", "so <|im_end|> there"],
+}
+
+
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+def test_captions_that_are_no_plain_text_warn(kind, tmp_path, capsys):
+    """Brackets, &amp; and %27s+ were learned with the words, and the check said nothing but "fit to train on"."""
+    train = some("train", 4, 0)
+    plain = ["R&D and 3 < 4; 100 % > 50%, a+b", "100%fat & more; 20%de", "(nan) none of them", "a | b"]
+    for picture, odd, own in zip(train, NOT_PLAIN[kind] * 2, plain, strict=False):
+        picture[2][:] = [own, odd]
+    report = report_of(write(tmp_path, train=train, val=some("val", 2, 100)))
+    number = sum(len(picture[2]) == 2 and picture[2][1] in NOT_PLAIN[kind] for picture in train)
+    assert report.warnings == [f"captions {kind}: {number}, such as {NOT_PLAIN[kind][0]!r}"] and not report.reasons
+    print_report(report)
+    assert f"warning     captions {kind}: " in capsys.readouterr().out
+
+
+def test_a_caption_may_be_odd_in_several_ways(tmp_path):
+    train = some("train", 2, 0)
+    train[0][2][:] = ["<p>a &quot;dog&quot;%20</p>"]
+    warnings = report_of(write(tmp_path, train=train, val=some("val", 2, 100))).warnings
+    assert [line.split(":")[0] for line in warnings] == [f"captions {kind}" for kind in list(NOT_PLAIN)[:4]]
+
+
+def test_rows_that_are_there_twice_are_counted(tmp_path, capsys):
+    train = some("train", 3, 0)
+    train[0][2][:] = ["a dog", "a cat", "a dog", "a dog"]
+    report = report_of(write(tmp_path, train=train, val=some("val", 2, 100)))
+    assert report.figures["captions"]["twice_on_a_picture"] == 2
+    print_report(report)
+    assert "repeated    2 captions say of a picture what another one says" in capsys.readouterr().out
+
+
+def test_a_missing_pictures_nearest_name_is_said(tmp_path):
+    train = [*some("train", 9, 0), ("fotograph.jpg", None, ["a dog"])]
+    root = write(tmp_path, train=train, val=some("val", 2, 100))
+    (root / "photos").mkdir()
+    (root / "photos/fotografh.jpg").write_bytes(jpeg(photo(70)))
+    (bad,) = report_of(root).bad
+    assert bad.reason == "no such file (the nearest name there is 'photos/fotografh.jpg')"
+
+
 # Real data
 
 
