@@ -27,7 +27,18 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 LINES = (".jsonl", ".ndjson", ".jsonlines")
 PICTURE_COLUMN = re.compile(r"(image|img|picture|photo|file)([ _-]?(name|file|path))?|path|filepath", re.IGNORECASE)
 # The first that is there counts.
-CAPTION_WORDS = ["caption", "text", "sentence", "comment", "description", "title", "raw", "conversation", "message"]
+CAPTION_WORDS = [
+    "caption",
+    "text",
+    "sentence",
+    "comment",
+    "description",
+    "title",
+    "raw",
+    "prompt",
+    "conversation",
+    "message",
+]
 CAPTION_COLUMN = re.compile(rf"(image[ _-])?({'|'.join(CAPTION_WORDS)})s?[ _-]?\d*", re.IGNORECASE)
 ID_COLUMN = re.compile(r"(image|img|coco)?[ _-]?id", re.IGNORECASE)
 START = 1 << 16  # bytes that a table is recognised by

@@ -10,18 +10,17 @@ import itertools
 import mmap
 import os
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from config import UserError
 from data import reading
-from data.columns import IMAGEFOLDER_FILES, Columns, csv_records, find_columns, id_columns, read_columns
+from data.columns import IMAGEFOLDER_FILES, Columns, csv_records, find_columns, read_columns
 from data.reading import Names, clean, clean_all, parse_json, read_text, split_of
+from data.shards import find_shards, read_shards
 from data.table import LeftOut, Row
 
 
@@ -275,63 +274,6 @@ def _read_sidecars(root: Path, files: list[Path], columns: Columns) -> Iterator[
         yield Row(reading.SPLIT_WORDS.get(name.split("/")[0].lower(), ""), name, name, captions)
 
 
-# WebDataset shards
-
-
-def _read_shards(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
-    """img2dataset's layout: members 000.jpg, 000.txt, 000.json one after the other make a sample. Only headers and
-    captions are read; the pictures stay where they are and are found again by their offset."""
-    for shard in files:
-        name = shard.relative_to(root).as_posix()
-        split = split_of(shard.stem, shard.parent.name if shard.parent != root else "")
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                for key, members in itertools.groupby(filter(tarfile.TarInfo.isfile, tar), lambda m: _key(m)[0]):
-                    sample: dict[str, Any] = {"key": key}
-                    for member in members:
-                        suffix = _key(member)[1]
-                        if f".{suffix}" in reading.PICTURE_SUFFIXES:
-                            sample["picture"] = member.offset_data, member.size
-                        elif suffix in ("txt", "caption", "json"):
-                            content = tar.extractfile(member)
-                            assert content is not None
-                            sample[suffix] = content.read()
-                        tar.members = []  # type: ignore[attr-defined]  # or a long shard's list grows for nothing
-                    yield _shard_row(sample, split, name, shard)
-                with open(shard, "rb") as end:  # tarfile takes a cut header for the end
-                    end.seek(tar.offset)
-                    if end.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                        raise EOFError("it ends in the middle")
-        except (tarfile.TarError, EOFError) as error:
-            raise UserError(
-                f"{shard}: cut, packed or no tar file ({reading.reason(error)}): get it anew, unpacked"
-            ) from None
-
-
-def _key(member: tarfile.TarInfo) -> tuple[str, str]:
-    """What a sample's members share, and the ending by which they differ."""
-    folder, _, file = member.name.rpartition("/")
-    stem, _, suffix = file.partition(".")
-    return f"{folder}/{stem}".removeprefix("/"), suffix.lower()
-
-
-def _shard_row(sample: dict[str, Any], split: str, name: str, shard: Path) -> Row:
-    where = f"{shard}: {sample['key']}"
-    try:
-        texts = {kind: sample[kind].decode("utf-8-sig") for kind in ("txt", "caption", "json") if kind in sample}
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: its text is not UTF-8: write the shard anew") from None
-    about = parse_json(texts["json"], Path(where), 1) if "json" in texts else {}
-    about = about if isinstance(about, dict) else {}
-    lines = texts.get("txt", texts.get("caption", "")).split("\n")
-    captions = about.get("captions") or [line for line in lines if line.strip()] or about.get("caption")
-    number = reading.id_or_name(next((about[key] for key in id_columns(about)), None), sample["key"])
-    captions = captions if "picture" in sample else None
-    if "picture" in sample and sample["picture"][0] + sample["picture"][1] > shard.stat().st_size:
-        raise UserError(f"{where}: the shard ends before its picture does: it is cut, get it anew")
-    return Row(split, name, number, clean_all(captions or [], where), *sample.get("picture", (-1, -1)))
-
-
 LAYOUTS = {
     "coco": Layout(
         "COCO: annotations/captions_{train,val}2017.json, train2017/, val2017/", _find_coco, _read_coco, _coco_form
@@ -363,11 +305,7 @@ LAYOUTS = {
         ],
         read_columns,
     ),
-    "webdataset": Layout(
-        "WebDataset: *.tar",
-        lambda root, _: [s for p in reading.places(root) for s in sorted(p.glob("*.tar"))],
-        _read_shards,
-    ),
+    "webdataset": Layout("WebDataset: *.tar", find_shards, read_shards),
     "csv": Layout(
         "a CSV, TSV or JSON file with a picture's and a caption's column",
         find_columns,

@@ -31,6 +31,7 @@ from data.columns import (
 )
 from data.layouts import LAYOUTS, pictures_below
 from data.reading import Names, clean_all, file_names, id_or_name, is_text, reason, split_of, split_word, unusable
+from data.shards import shards_below
 from data.table import SPLITS, CaptionTable, LeftOut, Row
 from utils import ask_hub, forget_older, kept_file, key_of, stamps, whole
 
@@ -122,6 +123,11 @@ def recognise(path: Path, columns: Columns = USUAL, dataset: str = "auto") -> tu
         return "csv", root, [only]
     if dataset == "auto" and (_is_saved_dataset(root) if only is None else suffix == ".parquet"):
         return "huggingface", root, []
+    files = shards_below(root) if dataset in ("auto", "webdataset") else []
+    if only in files:
+        return "webdataset", root, [only]
+    if files and only is None and (dataset == "webdataset" or not any(pictures_below(root))):
+        return "webdataset", root, files
     hint = _hint(root, only, columns)
     if dataset == "auto":
         wanted = "; ".join(f"{layout.shape} ({name})" for name, layout in LAYOUTS.items())

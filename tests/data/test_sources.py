@@ -766,16 +766,20 @@ def test_captions_that_are_cleaned_or_left_out(tmp_path: Path, layout: str) -> N
 # WebDataset's shards
 
 
-def write_tar(path: Path, members: dict[str, str | bytes]) -> Path:
+def write_tar(path: Path, members: dict[str, str | bytes] | list[tuple[str, str | bytes]]) -> Path:
     """A plain tar file; returns it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, text in members.items():
-            content = text if isinstance(text, bytes) else text.encode()
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+    with tarfile.open(path, "w", errors="surrogateescape") as tar:
+        for name, text in members.items() if isinstance(members, dict) else members:
+            add(tar, name, text)
     return path
+
+
+def add(tar: tarfile.TarFile, name: str, text: str | bytes) -> None:
+    content = text if isinstance(text, bytes) else text.encode()
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
 
 
 SAMPLES: dict[str, str | bytes] = {
@@ -784,7 +788,8 @@ SAMPLES: dict[str, str | bytes] = {
 
 
 def test_shards_of_odd_samples(tmp_path: Path) -> None:
-    """Samples without a picture or a text, ids that are null, keys that repeat in another shard."""
+    """Samples without a picture or a text, ids that are null, keys that repeat in another shard. A text without a picture
+    was counted as a picture without a caption."""
     shard = {
         "a.jpg": b"A",
         "a.txt": "one",
@@ -802,7 +807,10 @@ def test_shards_of_odd_samples(tmp_path: Path) -> None:
         for row in range(len(part))
     }
     assert found == {("a", "one", b"A"), ("42", "four", b"D"), ("x/a", "five", b"E"), ("./a", "six", b"F")}
-    assert parts["train"].left_out == {"pictures without a caption": 2}
+    assert parts["train"].left_out == {
+        f"pictures without a caption (the first: {tmp_path}/0.tar: c)": 1,
+        f"texts without a picture (the first: {tmp_path}/0.tar: b.txt)": 1,
+    }
     (tmp_path / "1.tar").unlink()
     rest = [
         (part, row)
@@ -812,6 +820,217 @@ def test_shards_of_odd_samples(tmp_path: Path) -> None:
     ]
     message = error_of(lambda: rest[0][0].picture(rest[0][1]))
     assert message.startswith(f"{tmp_path / '1.tar'}: ") and "cannot be read" in message
+
+
+Members = list[tuple[str, str | bytes]]
+
+
+def sample(key: str, text: str, picture: str = ".jpg", ending: str = ".txt") -> Members:
+    """A picture whose content says which one it is, and its text."""
+    return [(key + picture, f"<{text}>"), (key + ending, text)]
+
+
+MANY = [member for i in range(4) for member in sample(f"{i:03d}", f"plain {i}")]
+FOUR = {f"{i:03d}": f"plain {i}" for i in range(4)}
+
+# case: (members, {id: caption}, {what is left out: how many})
+SHARDS: dict[str, tuple[Members, dict[str, str], dict[str, int]]] = {
+    "a dot in each key": (
+        [m for i in range(4) for m in sample(f"{i}.05", f"c{i}")],
+        {f"{i}.05": f"c{i}" for i in range(4)},
+        {},
+    ),
+    "a dot in some keys": ([*MANY, *sample("001.v2", "second")], FOUR | {"001.v2": "second"}, {}),
+    "named parts": (
+        [m for i in range(4) for m in sample(f"s{i}", f"c{i}", ".input.jpg", ".caption.txt")],
+        {f"s{i}": f"c{i}" for i in range(4)},
+        {},
+    ),
+    "a named text only": (
+        [m for i in range(4) for m in sample(f"d/s{i}.1", f"c{i}", ".jpg", ".outputs.txt")],
+        {f"d/s{i}.1": f"c{i}" for i in range(4)},
+        {},
+    ),
+    "a named picture only": (
+        [m for i in range(4) for m in sample(f"s{i}", f"c{i}", ".left.jpg")],
+        {f"s{i}": f"c{i}" for i in range(4)},
+        {},
+    ),
+    "a text that repeats the picture's suffix": ([*MANY, *sample("9", "c", ".jpg", ".jpg.txt")], FOUR | {"9": "c"}, {}),
+    "of two named pictures the image": (
+        [*MANY, ("9.depth.png", "D"), *sample("9", "c", ".image.jpg")],
+        FOUR | {"9": "c"},
+        {"pictures without a caption (the first: 0.tar: 9.depth)": 1},
+    ),
+    "of two named texts the caption": (
+        [*MANY, ("9.ocr.txt", "STOP"), *sample("9", "c", ".jpg", ".caption.txt")],
+        FOUR | {"9": "c"},
+        {},
+    ),
+    "pictures first": (MANY[::2] + MANY[1::2], FOUR, {}),
+    "texts first, in another order": (MANY[1::2] + MANY[-2::-2], FOUR, {}),
+    "a Mac's ._ members": (
+        [m for member in MANY for m in ((f"._{member[0]}", "Mac OS X"), member)],
+        FOUR,
+        {},
+    ),
+    "hidden folders": (
+        [*MANY, *sample(".trash/9", "c"), *sample("__MACOSX/._9", "c"), *sample("./9", "d")],
+        FOUR | {"./9": "d"},
+        {},
+    ),
+    "names in an older encoding": ([*MANY, *sample("caf\udce9", "c")], FOUR | {r"caf\udce9": "c"}, {}),
+    "a field that is no text": (
+        [*MANY, *sample("9", '{"text": {"en": "x"}}', ".jpg", ".json")],
+        FOUR,
+        {"pictures without a caption (the first: 0.tar: 9)": 1},
+    ),
+    "a key twice": (
+        [*MANY, *sample("001", "again"), *sample("9", "c")],
+        FOUR | {"001": "again", "9": "c"},
+        {"repeated keys (the first: 0.tar: 001)": 1},
+    ),
+    "a jpg and a png of one key": (
+        [*MANY, ("002.png", "<plain 2>")],
+        FOUR,
+        {"repeated keys (the first: 0.tar: 002)": 1},
+    ),
+    "partners are missing": (
+        [*MANY, ("x.05.jpg", "X"), ("y.jpg", "Y"), ("z.07.txt", "z"), ("x.06.txt", "not x.05's")],
+        FOUR,
+        {
+            "pictures without a caption (the first: 0.tar: x.05)": 2,
+            "texts without a picture (the first: 0.tar: z.07.txt)": 2,
+        },
+    ),
+    "partners are missing beside keys with words": (
+        [*MANY, *sample("x.a", "xa"), ("x.b.jpg", "B"), ("x.c.txt", "not b's"), *sample("x.d", "xd")],
+        FOUR | {"x.a": "xa", "x.d": "xd"},
+        {
+            "pictures without a caption (the first: 0.tar: x.b)": 1,
+            "texts without a picture (the first: 0.tar: x.c.txt)": 1,
+        },
+    ),
+    "texts of nothing": (
+        [*MANY, *sample("8", " \n"), *sample("9", '{"caption": ["", null]}', ".jpg", ".json")],
+        FOUR,
+        {"pictures without a caption (the first: 0.tar: 8)": 2, "empty captions": 2},
+    ),
+} | {
+    f"JSON with {json.dumps(content)[:20]}": (
+        [m for i in range(4) for m in sample(f"{i}", json.dumps(content).replace("%", str(i)), ".jpg", ".json")],
+        {f"{i}": f"c{i}" for i in range(4)},
+        {},
+    )
+    for content in (
+        {"text": "c%"},
+        {"prompt": "c%", "seed": 3},
+        {"url": "u", "caption": None, "description": "c%"},
+        {"caption_1": "c%", "title": "t"},
+    )
+}
+
+
+@pytest.mark.parametrize("case", SHARDS)
+def test_what_makes_a_sample(tmp_path: Path, case: str) -> None:
+    """Keys ended at their first dot, members had to stand side by side, and of the JSON only caption and captions counted:
+    other shards lost all of their samples or, without a word, some. A wrong partner would be worse."""
+    members, wanted, left_out = SHARDS[case]
+    write_tar(tmp_path / "0.tar", members)
+    parts = load_tables("auto", tmp_path)
+    found = {
+        part.id_of(row): (*part.captions_of(row), part.picture(row))
+        for part in parts.values()
+        for row in range(len(part))
+    }
+    texts = {key: text if "JSON" not in case else None for key, text in wanted.items()}
+    assert {key: own[0] for key, own in found.items()} == wanted
+    assert all(own[1:] == (f"<{texts[key]}>".encode(),) for key, own in found.items() if texts[key])
+    assert parts["train"].left_out == {what.replace("0.tar", f"{tmp_path}/0.tar"): n for what, n in left_out.items()}
+
+
+def test_a_hard_link_is_the_member_that_it_stands_for(tmp_path: Path) -> None:
+    """Equal files that are linked, as tools that save room link them, lost their samples."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in MANY:
+            add(tar, name, content)
+        add(tar, "9.txt", "same caption")
+        for name, target in (("9.jpg", "000.jpg"), ("8.jpg", "001.jpg"), ("8.txt", "9.txt")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.LNKTYPE, target
+            tar.addfile(link)
+    parts = load_tables("auto", tmp_path)
+    found = {
+        part.id_of(row): (part.captions_of(row), part.picture(row))
+        for part in parts.values()
+        for row in range(len(part))
+    }
+    assert len(found) == 6 and found["8"] == (["same caption"], b"<plain 1>") and not parts["train"].left_out
+
+
+@pytest.mark.parametrize(
+    ("wanted", "caption"),
+    [("alt", "from alt"), ("text", "from text"), ("txt", "plain"), ("outputs", "part"), (None, "plain")],
+)
+def test_the_caption_column_of_shards(tmp_path: Path, wanted: str | None, caption: str) -> None:
+    """--caption-column was not looked at in shards. It names a field of the JSON, a suffix, or a part."""
+    about = json.dumps({"alt": "from alt", "text": "from text"})
+    endings = {".jpg": "x", ".txt": "plain", ".json": about, ".outputs.txt": "part"}
+    write_tar(tmp_path / "0.tar", [(f"{i}{ending}", text) for i in range(4) for ending, text in endings.items()])
+    parts = load_tables("auto", tmp_path, caption_column=wanted)
+    assert {text for part in parts.values() for text in part.captions().to_pylist()} == {caption}
+    message = error_of(lambda: load_tables("auto", tmp_path, caption_column="legend"))
+    assert all(word in message for word in ("0.tar: no picture", "alt, text, txt, outputs", "--caption-column"))
+
+
+def test_shards_in_any_folder(tmp_path: Path) -> None:
+    """Those that were neither in the folder itself nor in a part's were not found, or left out without a word; the hidden
+    files that a Mac puts beside them were taken for shards."""
+    write_tar(tmp_path / "deep/cc/train/0.TAR", MANY)
+    write_tar(tmp_path / "deep/cc/val-shards/0.tar", sample("9", "c"))
+    write_tar(tmp_path / "deep/.old/0.tar", sample("8", "c"))
+    fill(tmp_path, {"deep/cc/._0.tar": "Mac OS X"})
+    (tmp_path / "deep/cc/loop").symlink_to(tmp_path / "deep")
+    assert {split: len(part) for split, part in load_tables("auto", tmp_path).items()} == {
+        "train": 4,
+        "val": 1,
+        "test": 1,
+    }
+    write_tar(tmp_path / "1.tar", sample("7", "near"))
+    assert {split: len(part) for split, part in load_tables("auto", tmp_path).items()} == {
+        "train": 5,
+        "val": 1,
+        "test": 1,
+    }
+    (tmp_path / "1.tar").unlink()
+    fill(tmp_path, FIVE | {"captions.csv": CSV_OF_FIVE})
+    assert recognise(tmp_path)[0] == "csv"  # what lies deep beside a person's own pictures may be a copy of anything
+    (tmp_path / "captions.csv").unlink()
+    assert error_of(lambda: load_tables("auto", tmp_path)).startswith(
+        f"no captions found in {tmp_path} beside 5 pictures"
+    )
+    assert load_table("webdataset", tmp_path, "train").captions_of(0) == ["plain 0"]
+
+
+@pytest.mark.parametrize("name", ["1.tar.gz", "1.TGZ", "1.tar.zst"])
+def test_packed_shards_are_named(tmp_path: Path, name: str) -> None:
+    """They were passed over. Nothing in the middle of one can be read without all that stands before it."""
+    fill(tmp_path, {name: gzip.compress(b"x")})
+    for path in (tmp_path, tmp_path / name):
+        assert error_of(lambda path=path: load_tables("auto", path)) == (
+            f"no captions found in {tmp_path / name}: it is packed, and shards are read in place: unpack it to .tar"
+        )
+    write_tar(tmp_path / "0.tar", MANY)
+    left_out = {f"packed shards, to be unpacked to .tar (the first: {tmp_path / name})": 1}
+    assert load_tables("auto", tmp_path)["train"].left_out == left_out
+    assert load_tables("auto", tmp_path / "0.tar")["train"].left_out == {}
+
+
+def test_a_shard_of_pictures_alone(tmp_path: Path) -> None:
+    """The advice was to get the file anew, which would be the same."""
+    write_tar(tmp_path / "0.tar", MANY[::2])
+    message = error_of(lambda: load_tables("auto", tmp_path))
+    assert message.startswith(f"{tmp_path / '0.tar'}: no picture has a caption, beside the last one is no text")
 
 
 @pytest.mark.parametrize("length", [0, 100, 512, 512 + 300, 1024 + 512, 2 * 512 + 100, 512 * 13 + 17, 512 * 20])

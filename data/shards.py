@@ -1,0 +1,183 @@
+"""WebDataset shards: tar files in which a picture and the texts that belong to it are members of nearly the same name.
+
+Only headers and texts are read; pictures stay where they are and are found again by their offset.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from config import UserError
+from data.columns import PICTURE_COLUMN, Columns, caption_columns, columns_like, id_columns
+from data.reading import PICTURE_SUFFIXES, clean_all, file_names, id_or_name, reason, split_of
+from data.table import LeftOut, Row
+
+SHARD = re.compile(r"[^.].*\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz)", re.IGNORECASE)
+TEXTS = ("txt", "caption", "json")
+
+Place = tuple[int, int]  # offset and size of a member's content
+
+
+def shards_below(root: Path) -> list[Path]:
+    """All tar files, packed ones too, in folders that are not hidden; links to folders count in root itself only."""
+    paths = (path for pattern in ("*/*", "**/*") for path in root.glob(pattern) if SHARD.fullmatch(path.name))
+    found = {path.resolve(): path for path in paths if "/." not in f"/{path.relative_to(root).as_posix()}"}
+    return sorted(found.values(), key=lambda path: (len(path.parts), path))
+
+
+def find_shards(root: Path, columns: Columns) -> list[Path]:
+    """All below root where a plain one is in it or in a part's folder; those further down may be copies of anything."""
+    near = [root, *(path for path in root.iterdir() if split_of(path.name))]
+    names = [name for folder in near for name in file_names(folder) if SHARD.fullmatch(name)]
+    return shards_below(root) if any(name.lower().endswith(".tar") for name in names) else []
+
+
+def read_shards(root: Path, files: list[Path], columns: Columns) -> Iterator[Row | LeftOut]:
+    """img2dataset's samples, 000.jpg, 000.txt, 000.json, and others: see _samples and _owners."""
+    plain = [shard for shard in files if shard.suffix.lower() == ".tar"]
+    if not plain:
+        raise UserError(
+            f"no captions found in {files[0]}: it is packed, and shards are read in place: unpack it to .tar"
+        )
+    yield from (LeftOut("packed shards, to be unpacked to .tar", str(shard)) for shard in files if shard not in plain)
+    captioned, beside = False, "no text"
+    for shard in plain:
+        name = shard.relative_to(root).as_posix()
+        split = split_of(shard.stem, *reversed(name.split("/")[:-1]))
+        for sample in _samples(shard, columns.picture):
+            if isinstance(sample, LeftOut):
+                yield sample
+                continue
+            key, picture, fields = sample
+            there = [column for column in fields if fields[column] and not isinstance(fields[column], dict)]
+            usual = [column for column in ("captions", "txt") if column in there][:1]
+            chosen = [columns.caption] if columns.caption else usual or caption_columns(there, None) or [""]
+            where = f"{shard}: {key}"
+            captions = [text for column in chosen for text in clean_all(fields.get(column, []), where)]
+            if any(captions):
+                captioned = True
+                ids = [fields[column] for column in id_columns(fields)]
+                yield Row(split, name, id_or_name(ids[0] if ids else None, key), captions, *picture)
+            else:
+                beside = ", ".join(filter(None, fields)) or beside
+                yield from (LeftOut("pictures without a caption", where), *[LeftOut("empty captions")] * len(captions))
+    if not captioned:
+        raise UserError(
+            f"{files[0]}: no picture has a caption, beside the last one is {beside}: name the captions with "
+            "--caption-column, or unpack the shards where their captions are in another file"
+        )
+
+
+def _samples(shard: Path, wanted: str | None) -> Iterator[tuple[str, Place, dict[str, Any]] | LeftOut]:
+    """(key, the picture's place, what its texts say) for each picture, and what is left out. A name without its last
+    suffix is the key; as in unpacking, of members of one name the last one counts."""
+    members: dict[str, dict[str, Place]] = defaultdict(dict)  # key -> "picture" or a text's suffix -> place
+    repeated: Counter[tuple[str, str]] = Counter()
+    for key, suffix, place in _members(shard):
+        kind = "picture" if f".{suffix}" in PICTURE_SUFFIXES else suffix
+        if kind in ("picture", *TEXTS):
+            if kind in members[key]:
+                repeated[key, kind] += 1
+            members[key][kind] = place
+    owners = _owners(members, wanted)
+    belonging: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for key, (picture, part) in owners.items():
+        belonging[picture].append((key, part))
+    with open(shard, "rb") as file:
+        for key, own in members.items():
+            if "picture" in own:
+                short = min([key, *(text.removesuffix(f".{part}") for text, part in belonging[key])], key=len)
+                texts = [
+                    (part or kind, kind, members[text][kind])
+                    for text, part in belonging[key]
+                    for kind in TEXTS
+                    if kind in members[text]
+                ]
+                yield short, own["picture"], _fields(file, texts, f"{shard}: {short}")
+            for kind in own.keys() - {"picture"} if key not in owners else ():
+                yield LeftOut("texts without a picture", f"{shard}: {key}.{kind}")
+    times = {key: max(repeated[key, kind] for kind in members[key]) for key, _ in repeated}
+    yield from (LeftOut("repeated keys", f"{shard}: {key}") for key in Counter(times).elements())
+
+
+def _fields(file: BinaryIO, texts: list[tuple[str, str, Place]], where: str) -> dict[str, Any]:
+    """What would be columns in a table: fields of a sample's JSON, and lines of its texts, called txt, caption or as
+    their part, outputs of 000.outputs.txt; "" has those of all texts."""
+    fields: dict[str, Any] = {}
+    lines: dict[str, list[str]] = defaultdict(list)
+    for name, suffix, (offset, size) in texts:
+        file.seek(offset)
+        try:
+            text = file.read(size).decode("utf-8-sig")
+            said = json.loads(text) if suffix == "json" else None
+        except (ValueError, RecursionError) as error:
+            kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
+            raise UserError(f"{where}: its {suffix} is not {kind}: write the shard anew") from None
+        if suffix != "json":
+            for column in (name, ""):
+                lines[column] += [line for line in text.split("\n") if line.strip()]
+        elif isinstance(said, dict):
+            fields = said | fields
+    return fields | {name: own for name, own in lines.items() if own}
+
+
+def _members(shard: Path) -> Iterator[tuple[str, str, Place]]:
+    """(name without its last suffix, the suffix, place) of each file that is not hidden."""
+    places: dict[str, Place] = {}
+    size = shard.stat().st_size
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # or a long shard's list grows for nothing
+                if member.islnk() and member.linkname in places:  # tar writes equal files so where they are linked
+                    places[member.name] = places[member.linkname]
+                elif member.isfile():
+                    places[member.name] = member.offset_data, member.size
+                else:
+                    continue
+                if sum(places[member.name]) > size:
+                    raise EOFError("it ends in the middle")
+                if "/." not in f"/{member.name}".replace("/./", "/"):
+                    text = member.name.encode("utf-8", "backslashreplace").decode("utf-8")  # of an older encoding
+                    name, suffix = os.path.splitext(text.removeprefix("/"))
+                    yield name, suffix[1:].lower(), places[member.name]
+        with open(shard, "rb") as end:  # tarfile takes a cut header for the end
+            end.seek(tar.offset)
+            if end.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise EOFError("it ends in the middle")
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{shard}: cut, packed or no tar file ({reason(error)}): get it anew, unpacked") from None
+
+
+def _owners(members: dict[str, dict[str, Place]], wanted: str | None) -> dict[str, tuple[str, str]]:
+    """{key of texts: (key of their picture, their part)}. Where no picture has the key of a text, it is the one whose key
+    differs in its last word only: a.jpg and a.caption.txt, a.input.jpg and a.txt or a.outputs.txt."""
+    pictures = {key: os.path.splitext(key) for key, own in members.items() if "picture" in own}
+    texts = {key: os.path.splitext(key) for key, own in members.items() if own.keys() - {"picture"}}
+    shared = {word for _, word in pictures.values()} & {word for _, word in texts.values()}
+    of_several = {rest for key, (rest, word) in pictures.items() if word and key in texts}
+
+    def cut(key: str) -> tuple[str, str]:
+        """Without the part, and the part: a last word that does not, as in 22.05 and img.v2, say which sample it is."""
+        rest, word = os.path.splitext(key)
+        return (key, "") if word in shared or word[1:].isdecimal() or rest in of_several else (rest, word[1:])
+
+    near: dict[str, dict[str, str]] = defaultdict(dict)  # key -> part -> picture's key
+    for picture in pictures:
+        key, part = cut(picture)
+        near[key][part] = picture
+    owners = {}
+    for text in texts:
+        for key, part in ((text, ""), cut(text)):
+            if key in near:
+                words = [""] if "" in near[key] else columns_like(near[key], PICTURE_COLUMN, wanted)
+                owners[text] = near[key][[*words, *near[key]][0]], part
+                break
+    return owners
