@@ -32,7 +32,7 @@ from data.tokenizer import decode
 from dataset import Batch, CaptionDataset, load_picture, load_table, make_dataloader
 from model import ImageCaptionModel
 from scoring.metrics import CiderD
-from scoring.results import Captioned, MoreScores, about_results, compare, print_metrics, read_results, write_evaluation
+from scoring.results import Captioned, MoreScores, about_results, compare, matched, print_metrics, write_evaluation
 from training.distributed import ALONE, World
 from utils import (
     autocast,
@@ -282,6 +282,8 @@ class Scored:
     """Captions in COCO's results format, from anybody's model."""
     references: Path | None = None
     """COCO annotations that results are scored against, or the references.json of an evaluation."""
+    subset: bool = False
+    """Score results that have captions for a part of the references only; every table says so."""
     compare: tuple[Path, Path] | None = None
     """Two files of captions in COCO's results format: is the second better?"""
     document_frequencies: Path | None = None
@@ -313,7 +315,7 @@ def main() -> None:
     config = parse_flags(EvaluateConfig, __doc__)
     frequencies = CiderD.load(config.document_frequencies) if config.document_frequencies else None
     if config.compare and config.references:
-        differences = compare(*config.compare, config.references, frequencies)
+        differences = compare(*config.compare, config.references, frequencies, config.subset)
         write_json(writable_directory(config.output_dir) / "comparison.json", differences)
         return
     more = MoreScores(config.java, config.instances, config.clip, frequencies)
@@ -330,9 +332,9 @@ def main() -> None:
 
 def score_results(config: EvaluateConfig, results: Path, references: Path, more: MoreScores) -> dict[str, Any]:
     """Scores a file of captions; writes what write_evaluation does."""
-    names, captions, known = read_results(results, references)
+    names, captions, known, facts = matched(results, references, config.subset)
     title = f"{results.name} against {references.name}"
-    about = {"results": str(results), "references": str(references)}
+    about = {"results": str(results), "references": str(references), **facts}
     captioned = Captioned([], captions, known, [], frequencies=more.frequencies)
     directory = writable_directory(config.output_dir)
     return write_evaluation(directory, title, captioned, names, {}, about | about_results(results), more)

@@ -87,22 +87,17 @@ def _samples(shard: Path, wanted: str | None) -> Iterator[tuple[str, Place, dict
                 repeated[key, kind] += 1
             members[key][kind] = place
     owners = _owners(members, wanted)
-    belonging: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    belonging: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     for key, (picture, part) in owners.items():
-        belonging[picture].append((key, part))
+        belonging[picture] += [(key, part, kind) for kind in TEXTS if kind in members[key]]
     with open(shard, "rb") as file:
         for key, own in members.items():
             if "picture" in own:
-                short = min([key, *(text.removesuffix(f".{part}") for text, part in belonging[key])], key=len)
-                texts = [
-                    (part or kind, kind, members[text][kind])
-                    for text, part in belonging[key]
-                    for kind in TEXTS
-                    if kind in members[text]
-                ]
+                short = min([key, *(text.removesuffix(f".{part}") for text, part, _ in belonging[key])], key=len)
+                texts = [(part or kind, kind, members[text][kind]) for text, part, kind in belonging[key]]
                 yield short, own["picture"], _fields(file, texts, f"{shard}: {short}")
-            for kind in own.keys() - {"picture"} if key not in owners else ():
-                yield LeftOut("texts without a picture", f"{shard}: {key}.{kind}")
+            elif key not in owners:
+                yield from (LeftOut("texts without a picture", f"{shard}: {key}.{kind}") for kind in own)
     times = {key: max(repeated[key, kind] for kind in members[key]) for key, _ in repeated}
     yield from (LeftOut("repeated keys", f"{shard}: {key}") for key in Counter(times).elements())
 

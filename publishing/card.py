@@ -58,7 +58,7 @@ HUB_METRICS = {
     "cider_d": "cider",
     "scene_accuracy": "accuracy",
 }
-PROTOCOL = "pictures references_per_picture decoding precision tokenizer document_frequencies left_out"
+PROTOCOL = "pictures subset references_per_picture decoding precision tokenizer document_frequencies left_out"
 SETTINGS = (
     "epochs max_steps batch_size accumulation_steps captions_per_image optimizer learning_rate objective prompt warmup_steps "
     "weight_decay gradient_clip word_dropout label_smoothing caption_length seed"

@@ -7,8 +7,9 @@ nothing of models.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -206,6 +207,8 @@ def warnings_about(metrics: dict[str, Any]) -> list[str]:
         found.append(
             f"{seen:,} of the {number:,} pictures were trained on: these numbers say nothing about new pictures."
         )
+    if part := metrics.get("subset"):
+        found.append(f"Only {part} of the references are scored: these numbers do not compare with those of all.")
     if "loss" in metrics and metrics["loss_shuffled_pictures"] - metrics["loss"] < 0.02:
         found.append(
             "The model ignores the picture: with the pictures shuffled its loss is "
@@ -220,57 +223,118 @@ def warnings_about(metrics: dict[str, Any]) -> list[str]:
 
 
 def read_results(results: Path, references: Path) -> tuple[list[int | str], list[str], list[list[str]]]:
-    """Image ids, candidates in COCO's results format and their references from an annotation file, matched by the id.
+    """Image ids, candidates and their references; see matched."""
+    return matched(results, references)[:3]
 
-    Raises UserError unless each picture of the references has one candidate, and no other picture has any.
+
+def matched(
+    results: Path, references: Path, subset: bool = False
+) -> tuple[list[int | str], list[str], list[list[str]], dict[str, str]]:
+    """Image ids, candidates and their references from two files, and what tables are to say of the matching.
+
+    A candidate that is there again, as distributed samplers fill up with, is dropped and counted. Raises UserError unless
+    each picture of the references (with subset: any of them) has one candidate, and no other picture has one.
     """
+    known: dict[int | str, list[str]] = defaultdict(list)
+    for image, caption in read_captions(references):
+        known[image].append(caption)
     entries = read_captions(results)
-    known: dict[int | str, list[str]] = {}
-    for image, caption in read_captions(references, annotations=True):
-        known.setdefault(image, []).append(caption)
-    candidates = dict(entries)
-    if len(candidates) < len(entries):
-        image, times = Counter(image for image, _ in entries).most_common(1)[0]
-        raise UserError(f"{results}: {times} captions for picture {image}: give one for each")
-    for found, others, problem in (
-        (known, candidates, f"no caption for {{}} pictures of {references}"),
-        (candidates, known, f"{{}} pictures that are not in {references}"),
-    ):
-        if odd := [in_one_line(str(image)) for image in found if image not in others]:
-            raise UserError(
-                f"{results}: {problem.format(len(odd))} ({', '.join(odd[:3])}): both need the same pictures"
-            )
-    return list(known), [candidates[image] for image in known], list(known.values())
+    times = Counter(image for image, _ in dict.fromkeys(entries))
+    if len(times) < times.total():
+        image, number = times.most_common(1)[0]
+        raise UserError(f"{results}: {number} captions for picture {in_one_line(str(image))}: give one for each")
+    partners = _partners(times, known)
+    captions = {partners[image]: caption for image, caption in entries if image in partners}
+    lacking = [image for image in known if image not in captions]
+    odd = [image for image in times if image not in partners]
+    advice = "both need the same pictures" + (", or say --subset" if captions and not odd else "")
+    others = lacking or list(known)
+    if odd and {*map(type, odd)} != {*map(type, others)}:
+        advice = in_one_line(f"the types of the ids differ, {odd[0]!r} here and {others[0]!r} there")
+    for images, problem in ((lacking, "no caption for {} pictures of"), (odd, "{} pictures that are not in")):
+        if images and (images is odd or not subset or not captions):
+            some = in_one_line(", ".join(map(str, images[:3])))
+            raise UserError(f"{results}: {problem.format(len(images))} {references} ({some}): {advice}")
+    facts = {"subset": f"{len(captions):,} of the {len(known):,} pictures"} if lacking else {}
+    if again := len(entries) - len(times):
+        facts["equal_captions_dropped"] = f"{again:,}"
+    names = [image for image in known if image in captions]
+    return names, [captions[image] for image in names], [known[image] for image in names], facts
 
 
-def read_captions(path: Path, annotations: bool = False) -> list[tuple[int | str, str]]:
-    """Image id and caption of each entry of a file in COCO's results format, or of COCO annotations."""
+def _partners(ids: Collection[int | str], known: Collection[int | str]) -> dict[int | str, int | str]:
+    """{id: the known one that it means}: the same, or, where either is the only one of its kind, the one alike."""
+    partners = {image: image for image in ids if image in known}
+    alike: dict[int | str, tuple[list[int | str], list[int | str]]] = defaultdict(lambda: ([], []))
+    for side, images in enumerate((ids, known)):
+        for image in images:
+            if image not in partners:
+                alike[_number(image)][side].append(image)
+    return partners | {own[0]: others[0] for own, others in alike.values() if len(own) == len(others) == 1}
+
+
+def _number(image: int | str) -> int | str:
+    """The number in "042", "42.0", COCO_val2014_000000000042.jpg; of other names what is between folder and suffix."""
+    name = re.sub(r".*[/\\]|\.[A-Za-z]\w*$", "", str(image))
+    number = re.fullmatch(r"(?:COCO_\w+_)?(\d{1,99})(?:\.0+)?", name)
+    return int(number[1]) if number else name
+
+
+def read_captions(path: Path) -> list[tuple[int | str, str]]:
+    """Image id (or file name) and caption of each entry of COCO's results or annotations, JSON lines, {id: caption}."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        entries = [
-            (entry["image_id"], entry["caption"]) for entry in (content["annotations"] if annotations else content)
-        ]
-        for image, caption in entries:
+        entries = []
+        for image, caption in _entries(path.read_bytes()):
+            image = int(image) if type(image) is float and image.is_integer() else image
             if type(image) not in (int, str) or not isinstance(caption, str):
                 raise TypeError(f"picture {image!r}, caption {caption!r}")
             f"{image}{caption}".encode()  # half a character is refused here, as no file can hold it
+            entries.append((image, caption))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = in_one_line(f"{type(error).__name__}: {error}")
-        shape = "{annotations: [{image_id, caption}, ...]}" if annotations else "[{image_id, caption}, ...]"
-        raise UserError(f"{path}: not in COCO's format ({reason}): expected {shape}") from error
+        raise UserError(f"{path}: not in COCO's format ({reason}): expected [{{image_id, caption}}, ...]") from error
     return entries
 
 
-def compare(a: Path, b: Path, references: Path, frequencies: CiderD | None = None) -> dict[str, Any]:
+def _entries(data: bytes) -> Iterator[tuple[Any, Any]]:
+    """(image, caption) of each entry, whatever they are."""
+
+    def fields(pairs: list[tuple[str, Any]]) -> Any:
+        """A dictionary, or the pairs where a key is there twice: of these json keeps the last one only."""
+        return dict(pairs) if len(dict(pairs)) == len(pairs) else pairs
+
+    text, decoder = data.decode(json.detect_encoding(data)).strip(), json.JSONDecoder(object_pairs_hook=fields)
+    values: list[Any] = []
+    end = 0
+    while end < len(text) or not values:  # one value, or one a line
+        end += len(text[end:]) - len(text[end:].lstrip())
+        value, end = decoder.raw_decode(text, end)
+        values.append(value)
+    content = values[0] if len(values) == 1 else values
+    if isinstance(content, dict):
+        content = content.get("annotations", [content] if "caption" in content else content.items())
+    for entry in content:
+        if isinstance(entry, tuple):  # id and caption, or captions
+            yield from ((entry[0], caption) for caption in (entry[1] if isinstance(entry[1], list) else entry[1:]))
+        else:
+            yield entry.get("image_id", entry.get("file_name")), entry.get("caption")
+
+
+def compare(
+    a: Path, b: Path, references: Path, frequencies: CiderD | None = None, subset: bool = False
+) -> dict[str, Any]:
     """Whether results b are better than results a on the same pictures: prints a table, and returns it."""
-    _, ours, known = read_results(a, references)
-    _, theirs, _ = read_results(b, references)
+    names, ours, known, facts = matched(a, references, subset)
+    others, theirs, _, other_facts = matched(b, references, subset)
+    if names != others:
+        raise UserError(f"{a} and {b}: captions of other pictures: name files for the same ones")
     known_words = [[tokenize(caption) for caption in captions] for captions in known]
     first, second = (Statistics(captions, known_words, frequencies) for captions in (ours, theirs))
     table: dict[str, Any] = about_scores(len(known), known, frequencies)
-    table |= {side: {"captions": str(path), **about_results(path)} for side, path in (("a", a), ("b", b))}
+    sides = {"a": (a, facts), "b": (b, other_facts)}
+    table |= {side: {"captions": str(path), **about_results(path), **more} for side, (path, more) in sides.items()}
     for name, said in table.items():
         print(f"{name:22} {', '.join(f'{k} {v}' for k, v in said.items()) if isinstance(said, dict) else said}")
     print("differences with 95 % intervals by paired bootstrap")

@@ -30,7 +30,7 @@ from evaluate import (
 from model import ImageCaptionModel
 from scoring import metrics as metrics_module
 from scoring.metrics import CiderD, novelty, score_captions, self_cider
-from scoring.results import read_results, warnings_about
+from scoring.results import matched, read_results, warnings_about
 from weights import file as model_file
 
 bleu_counts = metrics_module._bleu_counts
@@ -113,10 +113,106 @@ def test_results_are_matched_by_the_id(tmp_path):
     assert names == [1, 2] and candidates == ["a", "b"] and list(map(len, known)) == [1, 2]
 
 
+CAPTIONS = {1: "a", 2: "b"}
+LINES = "\n".join(map(json.dumps, GOOD))
+SHAPES: dict[str, str | bytes] = {
+    "texts": json.dumps([{"image_id": str(i), "caption": c} for i, c in CAPTIONS.items()]),
+    "zeros": json.dumps([{"image_id": f"{i:012d}", "caption": c} for i, c in CAPTIONS.items()]),
+    "one text, one number": json.dumps([GOOD[0], {"image_id": "1", "caption": "a"}]),
+    "fractions": json.dumps([{"image_id": float(i), "caption": c} for i, c in CAPTIONS.items()]),
+    "fractions as texts": json.dumps([{"image_id": f"{i}.0", "caption": c} for i, c in CAPTIONS.items()]),
+    "COCO's file names": json.dumps(
+        [{"image_id": f"val2014/COCO_val2014_{i:012d}.jpg", "caption": c} for i, c in CAPTIONS.items()]
+    ),
+    "our own lines": "".join(
+        f'{{"file_name": "val2017/{i:012d}.jpg", "caption": "{c}"}}\n' for i, c in CAPTIONS.items()
+    ),
+    "a dictionary": json.dumps(CAPTIONS),
+    "a dictionary of lists": json.dumps({i: [c] for i, c in CAPTIONS.items()}),
+    "annotations": json.dumps({"info": {}, "annotations": GOOD}),
+    "lines": f"{LINES}\r\n\n",
+    "a byte order mark": b"\xef\xbb\xbf" + json.dumps(GOOD).encode(),
+    "lines with a mark": b"\xef\xbb\xbf" + LINES.encode(),
+    "UTF-16, as a redirect writes it on Windows": json.dumps(GOOD).encode("utf-16"),
+    "some twice": json.dumps(GOOD * 2 + GOOD[:1]),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_results_as_people_have_them(tmp_path, shape):
+    """Each of them was refused: "1" had nothing to do with 1, and only a plain list of UTF-8 was read."""
+    content = SHAPES[shape]
+    (tmp_path / "refs.json").write_text(json.dumps(KNOWN))
+    (tmp_path / "r.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = matched(tmp_path / "r.json", tmp_path / "refs.json")
+    assert found[:2] == ([1, 2], ["a", "b"]) and list(map(len, found[2])) == [1, 2]
+    assert found[3] == ({"equal_captions_dropped": "3"} if shape == "some twice" else {})
+
+
+@pytest.mark.parametrize(
+    ("known", "own"),
+    [
+        (2**63 + 1, str(2**63 + 1)),  # as a table keeps what no int64 holds
+        (str(2**64), 2**64),
+        ("COCO_val2014_000000000042.jpg", 42),
+        ("1000268201_693b08cb0e.jpg", "Images/1000268201_693b08cb0e"),
+        ("a.b.jpg", "x\\a.b.png"),
+    ],
+)
+def test_ids_that_mean_the_same(tmp_path, known, own):
+    for name, image in (("refs", known), ("r", own)):
+        entries = [{"image_id": "other.jpg", "caption": "x"}, {"image_id": image, "caption": f"{name} y"}]
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
+    names, captions, references, _ = matched(tmp_path / "r.json", tmp_path / "refs.json")
+    assert (names, captions, references) == (["other.jpg", known], ["x", "r y"], [["x"], ["refs y"]])
+
+
+def test_equal_ids_come_before_those_that_are_alike(tmp_path):
+    """References may have 1 and "1", or the same number in two folders: then only the very same id will do."""
+    entries = [{"image_id": i, "caption": f"{i!r}"} for i in (1, "1", "a/2.jpg", "b/2.jpg")]
+    (tmp_path / "refs.json").write_text(json.dumps(entries))
+    assert matched(tmp_path / "refs.json", tmp_path / "refs.json")[1] == ["1", "'1'", "'a/2.jpg'", "'b/2.jpg'"]
+    (tmp_path / "r.json").write_text(json.dumps([*entries[:2], {"image_id": 2, "caption": "x"}]))
+    with pytest.raises(
+        UserError, match=r"2 pictures of .*\(a/2.jpg, b/2.jpg\): the types of the ids differ, 2 here and 'a/2.jpg'"
+    ):
+        matched(tmp_path / "r.json", tmp_path / "refs.json")
+
+
+def test_a_subset_says_so_in_every_table(tmp_path):
+    """Captions of a part of the references could not be scored at all; CIDEr-D of a part is another number."""
+    known = {"annotations": [{"image_id": i, "caption": f"a dog number {i} runs"} for i in range(40)]}
+    (tmp_path / "refs.json").write_text(json.dumps(known))
+    (tmp_path / "r.json").write_text(json.dumps({i: f"a dog number {i}" for i in range(30)}))
+    files = ("--results", "r.json", "--references", "refs.json")
+    with pytest.raises(UserError, match=r"no caption for 10 pictures .* \(30, 31, 32\): .*, or say --subset"):
+        run_evaluate(tmp_path, *files)
+    said = "30 of the 40 pictures"
+    output = run_evaluate(tmp_path, *files, "--subset")
+    assert f"subset                     {said}" in output and f"WARNING: Only {said}" in output
+    found = json.loads((tmp_path / "evaluation/metrics.json").read_text())
+    assert found["subset"] == said and found["pictures"] == 30
+    assert len(json.loads((tmp_path / "evaluation/references.json").read_text())["images"]) == 30
+    report = (tmp_path / "evaluation/report.html").read_text()
+    assert f"Only {said}" in report and ">Subset</th>" in report
+    output = run_evaluate(tmp_path, "--compare", "r.json", "r.json", *files[2:], "--subset")
+    compared = json.loads((tmp_path / "evaluation/comparison.json").read_text())
+    assert output.count(f"subset {said}") == 2 and compared["a"]["subset"] == compared["b"]["subset"] == said
+    (tmp_path / "other.json").write_text(json.dumps({i: "a dog" for i in range(10, 40)}))
+    with pytest.raises(UserError, match="captions of other pictures"):
+        run_evaluate(tmp_path, "--compare", "r.json", "other.json", *files[2:], "--subset")
+    for content in ("{}", '{"77": "a"}'):
+        (tmp_path / "none.json").write_text(content)
+        with pytest.raises(UserError, match=r"no caption for 40 pictures"):
+            run_evaluate(tmp_path, "--results", "none.json", *files[2:], "--subset")
+
+
 BAD_RESULTS = {
     "lack a picture": (json.dumps(GOOD[:1]), r"no caption for 1 pictures .* \(1\)"),
     "lack all": ("[]", r"no caption for 2 pictures .* \(1, 2\)"),
-    "repeat a picture": (json.dumps(GOOD + GOOD[:1]), "2 captions for picture 2"),
+    "differ on a picture": (json.dumps([*GOOD, {"image_id": 2, "caption": "c"}]), "2 captions for picture 2"),
+    "differ in a dictionary": ('{"1": "a", "2": "b", "2": "c"}', "2 captions for picture 2"),
+    "have several captions": (json.dumps({"1": ["a"], "2": ["b", "c"]}), "2 captions for picture 2"),
     "have another picture": (
         json.dumps([*GOOD, {"image_id": 3, "caption": "c"}]),
         r"1 pictures that are not in .*\(3\)",
@@ -134,7 +230,16 @@ BAD_RESULTS = {
         "bad.json: not in COCO's format",
     ),
     "have half a character": (json.dumps([{"image_id": 1, "caption": "\ud800"}, GOOD[0]]), "bad.json: not in COCO's"),
-    "are references": (json.dumps(KNOWN), "bad.json: not in COCO's format"),
+    "may mean the same": (
+        json.dumps([GOOD[0], {"image_id": "1", "caption": "a"}, {"image_id": "01", "caption": "a"}]),
+        r"no caption for 1 pictures .* \(1\): the types of the ids differ, '1' here and 1 there",
+    ),
+    "name other pictures": (
+        json.dumps([GOOD[0], {"image_id": "dog\n", "caption": "a"}]),
+        r"differ, 'dog\\n' here and 1 there",
+    ),
+    "have a part of a number": (json.dumps([{"image_id": 1.5, "caption": "a"}, GOOD[0]]), "bad.json: not in COCO's"),
+    "are cut in a line": ('{"image_id": 1, "caption": "a"}\n{"image_id": 2, "cap', "not in COCO's .*line 2 column"),
     "are a number": ("5", "bad.json: not in COCO's format"),
     "are cut short": (json.dumps(GOOD)[:-5], "bad.json: not in COCO's format"),
     "are nested without end": ("[" * 100_000, "bad.json: not in COCO's format"),
