@@ -50,6 +50,8 @@ def module_file(name: str) -> Path:
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's main: a UserError becomes one line and exit code 2, Ctrl-C exit code 130. --debug shows tracebacks."""
     debug = "--debug" in sys.argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the console's encoding lacks is no reason to stop
     try:
         code = main()
     except UserError as error:
