@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -66,8 +67,10 @@ def _objects_in_pictures(instances_json: Path) -> dict[Any, set[str]]:
     except ImportError:
         raise UserError("CHAIR needs pycocotools: pip install -r requirements/full.txt") from None
     try:
+        coco = COCO()
+        coco.dataset = dict(**json.loads(instances_json.read_text(encoding="utf-8-sig")))
         with contextlib.redirect_stdout(io.StringIO()):  # it reports every step
-            coco = COCO(str(instances_json))
+            coco.createIndex()
         names = {number: category["name"] for number, category in coco.cats.items()}
         present = {image: {names[one["category_id"]] for one in coco.imgToAnns.get(image, ())} for image in coco.imgs}
     except OSError as error:

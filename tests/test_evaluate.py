@@ -106,9 +106,11 @@ GOOD = [{"image_id": 2, "caption": "b"}, {"image_id": 1, "caption": "a"}]
 KNOWN = {"annotations": [{"image_id": i, "caption": f"a dog number {i} runs"} for i in (1, 2, 2)]}
 
 
-def test_results_are_matched_by_the_id(tmp_path):
-    (tmp_path / "refs.json").write_text(json.dumps(KNOWN))
-    (tmp_path / "good.json").write_text(json.dumps(GOOD))
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_results_are_matched_by_the_id(mark, tmp_path):
+    """A byte order mark, which editors leave, was said not to be COCO's format."""
+    (tmp_path / "refs.json").write_text(mark + json.dumps(KNOWN), encoding="utf-8")
+    (tmp_path / "good.json").write_text(mark + json.dumps(GOOD), encoding="utf-8")
     names, candidates, known = read_results(tmp_path / "good.json", tmp_path / "refs.json")
     assert names == [1, 2] and candidates == ["a", "b"] and list(map(len, known)) == [1, 2]
 

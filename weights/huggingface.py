@@ -310,7 +310,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not path.exists() and name != "config.json":
         return {}
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): name a folder that transformers wrote") from error
     except ValueError as error:

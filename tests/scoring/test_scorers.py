@@ -317,6 +317,11 @@ def test_chair(instances, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_chair_reads_a_byte_order_mark(instances):
+    instances.write_text("\ufeff" + instances.read_text(), encoding="utf-8")
+    assert chair({2: "a dog"}, instances) == (1, 1, {2: ["dog"]})
+
+
 def test_chair_errors_are_one_line(instances, tmp_path, monkeypatch):
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "other.json").write_text(instances.read_text().replace('"cat"', '"unicorn"'))

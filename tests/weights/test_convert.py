@@ -449,6 +449,13 @@ def test_preprocessing_comes_along(folder, changes, expected):
     assert load_transformers(folder).config == config
 
 
+def test_a_byte_order_mark_does_not_spoil_a_config(folder):
+    """As some editors leave one."""
+    before = load_transformers(folder).config
+    (folder / "config.json").write_text("\ufeff" + (folder / "config.json").read_text(), encoding="utf-8")
+    assert load_transformers(folder).config == before
+
+
 SPOILED = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config.json: cannot be read \(No such file"),
     "text": (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
