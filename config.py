@@ -273,7 +273,7 @@ class Data:
     image_column: str | None = None
     """Column of the pictures, where a table's has no usual name."""
     caption_column: str | None = None
-    """Column of the captions, where a table's has no usual name."""
+    """Column of the captions, where a table's has no usual name; txt, where name.txt is to count and not name.caption."""
     num_scenes: int = 20000
     """Pictures to draw for training when the data set is scenes."""
     max_bad_share: float = 0.01

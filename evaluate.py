@@ -271,7 +271,7 @@ class Scored:
     image_column: str | None = None
     """Column of the pictures, where a table's has no usual name."""
     caption_column: str | None = None
-    """Column of the captions, where a table's has no usual name."""
+    """Column of the captions, where a table's has no usual name; txt, where name.txt is to count and not name.caption."""
     max_bad_share: float = 0.01
     """Largest share of pictures that may be missing or damaged; they are left out and counted."""
     allow_overlap: bool = False

@@ -429,7 +429,7 @@ class CheckConfig:
     image_column: str | None = None
     """Column of the pictures, where a table's has no usual name."""
     caption_column: str | None = None
-    """Column of the captions, where a table's has no usual name."""
+    """Column of the captions, where a table's has no usual name; txt, where name.txt is to count and not name.caption."""
     output_dir: Path = Path("check")
     """Folder for check.json, bad_samples.csv, duplicates.csv, lengths.png and duplicates.png."""
     max_bad_share: float = 0.01

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from config import UserError
 from data import reading
-from data.reading import SPLIT_WORDS, Names, clean_all, parse_json, read_text, split_of
+from data.reading import MADE_BY, SPLIT_WORDS, Names, clean_all, parse_json, read_text, split_of
 from data.table import LeftOut, Row
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -95,7 +95,8 @@ def _line_records(source: Path, text: str) -> Iterator[tuple[str, dict[str, Any]
             record = parse_json(line, source, number)
             if not isinstance(record, dict):
                 raise UserError(f"{source}:{number}: not an object with named fields: write {{...}} on every line")
-            yield f"{source}:{number}", record
+            if number > 1 or list(record) != [MADE_BY]:
+                yield f"{source}:{number}", record
 
 
 def _parquet_records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -183,6 +184,7 @@ def columns_of(source: Path) -> list[str]:
                 name.strip() for name in re.split(r"[,\t;|]" if delimiter in ",\t;|" else re.escape(delimiter), header)
             ]
         if source.suffix.lower() in LINES or text.lstrip().startswith("["):
+            text = text.split("\n", 1)[1] if text.startswith(f'{{"{MADE_BY}": ') else text
             first: Any = json.JSONDecoder().raw_decode(text.lstrip().removeprefix("[").lstrip())[0]
         else:
             first = next(_records(source))[1]

@@ -21,6 +21,7 @@ from data import reading
 from data.columns import IMAGEFOLDER_FILES, Columns, csv_records, find_columns, read_columns
 from data.reading import Names, clean, clean_all, parse_json, read_text, split_of
 from data.shards import find_shards, read_shards
+from data.sidecars import has_caption, texts_beside
 from data.table import LeftOut, Row
 
 
@@ -252,25 +253,25 @@ def _read_flickr8k(root: Path, files: list[Path], columns: Columns) -> Iterator[
 # A person's own folder: name.jpg with name.txt beside it
 
 
-def pictures_below(root: Path) -> Iterator[tuple[Path, Path | None]]:
-    """Every picture below root, hidden ones left out, with its text or None."""
+def pictures_below(root: Path, kind: str | None = None) -> Iterator[tuple[Path, list[Path]]]:
+    """Every picture below root, hidden ones left out, with the texts beside it, first the one that counts."""
     for folder, inside, names in os.walk(root):
         inside[:] = sorted(name for name in inside if not name.startswith("."))
         files = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-        texts = {file.stem: file for file in files if file.name.lower().endswith((".txt", ".caption"))}
-        for file in files:
-            if file.suffix.lower() in reading.PICTURE_SUFFIXES:
-                yield file, texts.get(file.stem) or texts.get(file.name)
+        pictures = [file for file in files if file.suffix.lower() in reading.PICTURE_SUFFIXES]
+        yield from texts_beside(pictures, files, kind).items()
 
 
-def _read_sidecars(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
+def _read_sidecars(root: Path, files: list[Path], columns: Columns) -> Iterator[Row | LeftOut]:
     """Every line of the text that is not empty is a caption. A folder train/, val/ or test/ says the part."""
-    for picture, text in pictures_below(root):
+    for picture, texts in pictures_below(root, columns.caption):
         name = picture.relative_to(root).as_posix()
         if not reading.is_text(name):
             raise UserError(f"{root}: {name!r} is no name in UTF-8: rename the picture")
-        lines = [] if text is None else read_text(text).split("\n")
-        captions = clean_all([line for line in lines if line.strip()], str(text))
+        lines = [line for text in texts[:1] for line in read_text(text).split("\n") if line.strip()]
+        captions = clean_all(lines, str(texts[0]) if texts else "")
+        for text in filter(has_caption, texts[1:]):
+            yield LeftOut("texts of pictures that have another", text.relative_to(root).as_posix())
         yield Row(reading.SPLIT_WORDS.get(name.split("/")[0].lower(), ""), name, name, captions)
 
 
@@ -314,7 +315,7 @@ LAYOUTS = {
     ),
     "sidecar": Layout(
         "name.txt beside each name.jpg",
-        lambda root, _: [text for _, text in pictures_below(root) if text],
+        lambda root, columns: [text for _, texts in pictures_below(root, columns.caption) for text in texts[:1]],
         _read_sidecars,
     ),
 }

@@ -33,6 +33,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # what is not w
 QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 ITEM = rf"(?:np\.str_\()?u?(?:{QUOTED})\)?"
 LISTED = re.compile(rf"\[\s*{ITEM}(?:(?:\s*,\s*|\s+){ITEM})*\s*,?\s*\]", re.DOTALL)  # NumPy writes no commas
+MADE_BY = "made_by"  # of JSON lines, the only field of the first where it says what wrote the captions
 PACKED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 

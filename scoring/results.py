@@ -20,6 +20,7 @@ from PIL import Image
 from config import UserError
 from data.pictures import PictureSource
 from data.pictures import decode as decode_picture
+from data.reading import MADE_BY
 from scoring.metrics import CiderD, Scores, Statistics, diversity, novelty, self_cider, tokenize
 from scoring.report import THUMBNAIL, Report, write_report
 from utils import file_hash, in_one_line, read_log, write_csv, write_json
@@ -318,7 +319,7 @@ def _entries(data: bytes) -> Iterator[tuple[Any, Any]]:
     for entry in content:
         if isinstance(entry, tuple):  # id and caption, or captions
             yield from ((entry[0], caption) for caption in (entry[1] if isinstance(entry[1], list) else entry[1:]))
-        else:
+        elif list(entry) != [MADE_BY]:
             yield entry.get("image_id", entry.get("file_name")), entry.get("caption")
 
 

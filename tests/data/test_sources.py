@@ -393,6 +393,40 @@ def test_sidecar_names(tmp_path: Path) -> None:
     assert parts["train"].left_out == {"pictures without a caption": 1}
 
 
+def test_a_sentence_counts_and_not_its_tags(tmp_path: Path) -> None:
+    """Beside a .caption a .txt often holds tags: these were trained on, and the sentence was never mentioned."""
+    texts = {f"{n}.{kind}": f"{kind} {n}" for n in range(4) for kind in ("caption", "txt")}
+    fill(tmp_path, texts | pictures("0.jpg", "1.jpg", "2.jpg", "3.jpg") | {"3.caption": " \n"})
+    for wanted, kinds, first in (None, ["caption"] * 3, "0.txt"), ("txt", ["txt"] * 3, "0.caption"):
+        parts = load_tables("auto", tmp_path, caption_column=wanted)
+        found = {
+            name: own for split in parts for name, own in zip(ids(parts[split]), captions(parts[split]), strict=True)
+        }
+        assert found == {f"{n}.jpg": [f"{kind} {n}"] for n, kind in enumerate([*kinds, "txt"])}
+        assert parts["train"].left_out == {f"texts of pictures that have another ({first})": 3}
+
+
+def test_pictures_that_share_a_name(tmp_path: Path) -> None:
+    """x.png's own text is x.png.txt where there is an x.jpg; the one that both share counts for whoever has no other."""
+    texts: dict[str, str | bytes] = {"x.txt": "both", "x.png.txt": "one", "y.txt": "first", "y.jpg.txt": "second"}
+    fill(tmp_path, texts | pictures("x.jpg", "x.png", "x.webp", "y.jpg"))
+    found = {picture.name: texts[0].name for picture, texts in layouts.pictures_below(tmp_path)}
+    assert found == {"x.jpg": "x.txt", "x.png": "x.png.txt", "x.webp": "x.txt", "y.jpg": "y.txt"}
+
+
+def test_json_lines_that_say_what_wrote_them(tmp_path: Path) -> None:
+    """The line that captioning writes first is no picture."""
+    lines = [{"made_by": {"model": "a"}}, *({"file_name": f"{n}.jpg", "caption": f"number {n}"} for n in range(3))]
+    for name in ("captions.jsonl", "metadata.jsonl"):
+        root = fill(
+            tmp_path / name[:4], {name: "\n".join(map(json.dumps, lines))} | pictures("0.jpg", "1.jpg", "2.jpg")
+        )
+        parts = load_tables("auto", root)
+        assert sorted(caption for part in parts.values() for own in captions(part) for caption in own) == [
+            "number 0", "number 1", "number 2"
+        ]  # fmt: skip
+
+
 # COCO's layout
 
 
