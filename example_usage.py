@@ -9,15 +9,22 @@
     from example_usage import caption_image
     caption_image(image_path="photo.jpg", model_source="vit-gpt2-captioning.safetensors")
 
-The last argument is the model when it ends in .safetensors, is a folder with config.json, or is user/name and no path
-here; without one the newest local model is used. Decodes with 3 beams unless told otherwise; caption_image samples. The
-exit code is 0 when all pictures have been captioned, 1 when some could not be (they are named on standard error), 2 for
-what cannot be begun, 130 after Ctrl-C.
+Where no --model is named, the last argument is the model when it ends in .safetensors, is a folder with config.json, or
+is user/name and no path here; otherwise the newest local model is used. Decodes with 3 beams unless told otherwise;
+caption_image samples, and does the same with do_sample=False, num_beams=3. The exit code is 0 when all pictures have been
+captioned, 1 when some could not be (they are named on standard error), 2 for what cannot be begun, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Imports take seconds, and some of them swallow KeyboardInterrupt: until there is a model Ctrl-C ends all at once.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped\n") and 130))
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -82,10 +89,14 @@ class Wanted:
 
     inputs: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
     """Pictures, folders (with all below them), patterns such as "*.jpg", URLs, or - for a list of them on standard input;
-    then the model (a .safetensors file, a folder or user/name)."""
+    then the model, unless --model names it."""
+    model: str | None = None
+    """The model: a .safetensors file, a folder or user/name (default: the last argument, else the newest here)."""
     output: str | None = None
     """captions.csv or captions.jsonl, a line for each picture, or sidecar, name.txt beside each name.jpg (default: print
     them). What is there already is not done again."""
+    overwrite: bool = False
+    """Do again what --output has already, and say how much that is."""
     scores: bool = False
     """Also each caption's confidence: the geometric mean of its words' probabilities, 0 to 1."""
     heatmap: Path | None = None
@@ -108,6 +119,8 @@ class CaptionConfig(Captioning, Wanted):  # dataclass takes the last one's field
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
+        if self.overwrite and not self.output:
+            raise UserError("overwrite has no effect without --output: name one, or leave it out")
 
 
 def say(result: Result, several: bool) -> None:
@@ -129,7 +142,7 @@ def caption_all(
     from captioning.outputs import draw_words
     from captioning.pipeline import caption_pictures
 
-    wanted = [name for name in names if output is None or name not in output]
+    wanted = names if output is None else output.missing(names)
     size = None if config.batch_size == "auto" else config.batch_size
     options = config.options(precision=config.precision, scores=config.scores, attention=config.heatmap is not None)
     results = caption_pictures(model, wanted, batch_size=size, source=source, **options)
@@ -154,8 +167,8 @@ def caption_all(
     except KeyboardInterrupt:
         if output is None:
             raise
-        said = f"stopped: {captioned:,} more captioned in {output}; the same command goes on from there"
-        print(said, file=sys.stderr)
+        said = "" if config.overwrite else "; the same command goes on from there"
+        print(f"stopped: {captioned:,} more captioned in {output}{said}", file=sys.stderr)
         return 130
     if output:
         before = f", {already:,} were there" if already else ""
@@ -166,12 +179,15 @@ def caption_all(
 
 def main() -> int:
     """The command line. Returns 1 when some of the pictures could not be captioned, 130 when it was stopped."""
-    config = parse_flags(CaptionConfig, __doc__)
-    from captioning.outputs import open_output
+    parsed: Any = parse_flags(CaptionConfig, __doc__, return_unknown_args=True)
+    config, behind = parsed  # inputs behind options are unknown to the parser
+    if any(argument.startswith("-") and argument != "-" for argument in behind):
+        parse_flags(CaptionConfig, __doc__)  # says which flag is unknown
+    from captioning.outputs import check_figure, open_output
     from captioning.pipeline import picture_names, picture_source
 
-    inputs = list(config.inputs)
-    model_source = inputs.pop() if inputs and is_model(inputs[-1]) else newest_model()
+    inputs = [*config.inputs, *behind]
+    model_source = config.model or (inputs.pop() if inputs and is_model(inputs[-1]) else newest_model())
     names, output = picture_names(inputs), None
     source: Callable[[str], PictureSource] = partial(picture_source, allow_private=config.allow_private_urls)
     if not inputs:
@@ -180,10 +196,21 @@ def main() -> int:
         names, source = list(drawn), drawn.__getitem__
     if config.heatmap and len(names) != 1:
         raise UserError(f"a heat map is of a single picture, and there are {len(names):,}: name one, or leave it out")
+    if config.heatmap:
+        check_figure(config.heatmap)
     if config.output and inputs:
         names = list(dict.fromkeys(names))
         output = open_output(config.output, names, config.num_captions, config.scores)
     model = load_model(model_source, str(choose_device(config.device)[0]), config.base_dir)
+    if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if output:
+        from evaluate import weights_sha256
+
+        made_by = {"model": model_source, "weights": weights_sha256(model)[:16], "precision": config.precision}
+        made_by |= {"max_length": min(LONGEST, model.config.text_positions)} | config.options()
+        if replaced := output.begin(made_by, config.overwrite):
+            print(f"{output}: the captions of {replaced:,} pictures that are there are overwritten")
     if not inputs:
         print(f"{names[0]}, captioned by {model_source}:")
     return caption_all(config, model, names, output, source)

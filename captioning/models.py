@@ -47,5 +47,5 @@ def newest_model() -> str:
     """The model file here or in runs/ that was written last. Raises UserError where there is none."""
     found = [*Path.cwd().glob("*.safetensors"), *Path("runs").glob(f"*/{MODEL_FILE}")]
     if not found:
-        raise UserError("no model here: train one (python main.py --preset demo) or name one as the last argument")
+        raise UserError("no model here: train one (python main.py --preset demo) or name one with --model")
     return str(max(found, key=lambda path: path.stat().st_mtime))

@@ -1,19 +1,23 @@
 """Where captions are written: a CSV or JSON-lines file, a text beside each picture; and a figure of where words looked.
 
     output = open_output("captions.csv", names)
-    if "cat.jpg" not in output: output.add("cat.jpg", captions)
+    output.begin({"model": "user/model", "num_beams": 3})
+    for name in output.missing(names): output.add(name, captions)
 
 Captions are written picture by picture, so that a run that was stopped, or killed, goes on where it was: what is there
-already is known, and half a line at the end is cut off. The files are layouts that training and evaluation read.
+already is known, and half a line at the end is cut off. A file remembers which model wrote it, and how, so that no other
+goes on with it. The files are layouts that training and evaluation read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
+import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +27,10 @@ from PIL import Image
 from captioning.models import is_url
 from captioning.pipeline import Caption
 from config import UserError, ViTGPT2Config
+from data.layouts import MADE_BY, PICTURE_SUFFIXES, file_names
 from data.pictures import PictureSource, decode
-from utils import first_line, in_one_line, write_text
+from data.sidecars import has_caption, texts_beside
+from utils import first_line, in_one_line, write_json, write_text
 
 PANEL = 360  # pixels of a picture's longer side in a figure
 
@@ -44,7 +50,7 @@ class CaptionFile:
     """A line for each picture: file_name, then caption (and score), or captions (and scores) where there are several.
 
     A CSV has columns of their own for several: caption_1, caption_2, ... Names are as they were given, with line breaks
-    and what is no Unicode as escapes.
+    and what is no Unicode as escapes. What wrote the captions is a line of its own before them, of a CSV a file beside it.
     """
 
     def __init__(self, path: Path, num_captions: int = 1, scores: bool = False) -> None:
@@ -58,6 +64,7 @@ class CaptionFile:
             endings = [f"_{number}" for number in range(1, num_captions + 1)] if self.is_csv else ["s"]
         self.columns = ["file_name", *(kind + ending for kind in kinds for ending in endings)]
         self.done: set[str] = set()
+        self.about, self.made_by = path.with_name(f"{path.name}.json"), dict[str, Any]()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
@@ -70,11 +77,11 @@ class CaptionFile:
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
-        header = self._line(self.columns) if self.is_csv else b'{"file_name": '
-        if not whole and not header.startswith(content[: len(header)]):
+        starts = [self._line(self.columns)] if self.is_csv else [b'{"file_name": ', f'{{"{MADE_BY}": '.encode()]
+        if not whole and not any(start.startswith(content[: len(start)]) for start in starts):
             raise self._not_ours()
         try:
-            lines = whole.decode("utf-8").split("\n")[:-1]
+            lines = whole.decode("utf-8-sig").split("\n")[:-1]
             if self.is_csv:
                 first, *rows = csv.reader(lines) if lines else [self.columns]
                 if first != self.columns or any(len(row) != len(self.columns) for row in rows):
@@ -82,14 +89,38 @@ class CaptionFile:
                 self.done = {row[0] for row in rows}
             else:
                 records = [json.loads(line) for line in lines]
+                if records and list(records[0]) == [MADE_BY]:
+                    self.made_by = dict(records.pop(0)[MADE_BY])
                 if any(list(record) != self.columns for record in records):
                     raise self._not_ours()
                 self.done = {record["file_name"] for record in records}
         except (ValueError, TypeError, csv.Error) as error:  # not UTF-8, not JSON, not objects
             raise self._not_ours() from error
         self._file.truncate(len(whole))
-        if self.is_csv and not lines:
-            self._write(header)
+        if self.is_csv:
+            with contextlib.suppress(OSError, ValueError, TypeError):  # a file from before it was remembered
+                self.made_by = dict(json.loads(self.about.read_text(encoding="utf-8-sig")))
+
+    def begin(self, made_by: dict[str, Any], overwrite: bool = False) -> int:
+        """Remembers the model and the settings that are to write. With overwrite all that is there goes, and how much it
+        was comes back. Raises UserError where the captions that are there were made in another way."""
+        there, before = len(self.done), self.made_by or made_by
+        if there and not overwrite:
+            other = [name for name in before | made_by if before.get(name) != made_by.get(name)]
+            if other not in ([], ["model"]):
+                said = in_one_line(", ".join(f"{name} {before.get(name, 'unset')}" for name in other))
+                raise UserError(
+                    f"{self}: {there:,} pictures are there, captioned with {said}: choose another --output, or say "
+                    "--overwrite to replace them"
+                )
+            return 0
+        self._file.truncate(0)
+        self.done.clear()
+        if self.is_csv:
+            with _writing(self.about):
+                write_json(self.about, made_by)
+        self._write(self._line(self.columns) if self.is_csv else json.dumps({MADE_BY: made_by}).encode() + b"\n")
+        return there
 
     def _not_ours(self) -> UserError:
         columns = ", ".join(self.columns)
@@ -104,14 +135,13 @@ class CaptionFile:
         return text.getvalue().encode()
 
     def _write(self, line: bytes) -> None:
-        try:
+        with _writing(self.path):
             self._file.write(line)
             self._file.flush()
-        except OSError as error:
-            raise _cannot_go_on(self.path, error) from error
 
-    def __contains__(self, name: str) -> bool:
-        return in_one_line(name) in self.done
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """Those that have no line yet."""
+        return [name for name in names if in_one_line(name) not in self.done]
 
     def add(self, name: str, captions: Sequence[Caption]) -> None:
         """Writes a picture's line."""
@@ -131,41 +161,55 @@ class CaptionFile:
 
 
 class Sidecars:
-    """name.txt beside each name.jpg, a caption a line. A text that is there is left as it is."""
+    """name.txt beside each name.jpg, a caption a line; name.png.txt beside a name.png that a name.jpg stands before. What a
+    reader would take for a picture's text (name.caption, name.jpg.txt, name.TXT) counts as there, unless it is empty."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        """Raises UserError for names whose captions would have no file of their own."""
-        owners: dict[Path, str] = {}
-        for name in names:
-            if is_url(name):
-                raise UserError(
-                    f"{name}: has no folder for a text beside it: use --output with a .csv or a .jsonl file"
-                )
-            if (owner := owners.setdefault(self._text(name), name)) != name:
-                raise UserError(f"{name} and {owner} would share {self._text(name)}: use a .csv or a .jsonl file")
+        """Raises UserError for names that have no place for a text."""
+        for name in filter(is_url, names):
+            raise UserError(f"{name}: has no folder for a text beside it: use --output with a .csv or a .jsonl file")
+        self._there: set[Path] = set()
+        self._texts: dict[Path, Path] = {}
+        owners: dict[Path, Path] = {}
+        wanted = {Path(name) for name in names}
+        for folder in {path.parent for path in wanted}:
+            files = sorted(folder / name for name in file_names(folder))
+            pictures = [file for file in files if file in wanted or file.suffix.lower() in PICTURE_SUFFIXES]
+            for picture, texts in texts_beside(pictures, files).items():
+                there = [*filter(has_caption, texts)][:1]
+                self._there |= {picture} & wanted if there else set()
+                free = [*there, picture.with_suffix(".txt"), picture.with_name(f"{picture.name}.txt")]
+                self._texts[picture] = next(text for text in free if owners.setdefault(text, picture) == picture)
 
-    def __contains__(self, name: str) -> bool:
-        return self._text(name).exists()
+    def begin(self, made_by: dict[str, Any], overwrite: bool = False) -> int:
+        """With overwrite no text counts as there any more, and how many there are comes back."""
+        replaced, self._there = (len(self._there), set()) if overwrite else (0, self._there)
+        return replaced
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """Those without a text; first, and the longest first, those of name.png.txt: until then a reader gives them name's."""
+        missing = [name for name in names if Path(name) not in self._there]
+        return sorted(missing, key=lambda name: -len(name) if self._text(name).stem == Path(name).name else 0)
 
     def add(self, name: str, captions: Sequence[Caption]) -> None:
         """Writes a picture's text, all of it or nothing."""
-        text = self._text(name)
-        try:
+        with _writing(text := self._text(name)):
             write_text(text, "".join(f"{caption.text}\n" for caption in captions))
-        except OSError as error:
-            raise _cannot_go_on(text, error) from error
 
     def _text(self, name: str) -> Path:
-        return Path(name).with_suffix(".txt")
+        return self._texts.get(Path(name), Path(name).with_suffix(".txt"))
 
     def __str__(self) -> str:
         return "texts beside the pictures"
 
 
-def _cannot_go_on(path: Path, error: OSError) -> UserError:
-    return UserError(
-        in_one_line(f"{path}: cannot be written ({error.strerror}): mend that, and the same command goes on")
-    )
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        said = f"{path}: cannot be written ({error.strerror}): mend that, and the same command goes on"
+        raise UserError(in_one_line(said)) from error
 
 
 def draw_words(path: Path, source: PictureSource, caption: Caption, config: ViTGPT2Config) -> None:
@@ -194,8 +238,16 @@ def draw_words(path: Path, source: PictureSource, caption: Caption, config: ViTG
         axes.imshow(pixels * (0.15 + 0.85 * seen[..., None]))
         axes.contour(seen, levels=[0.5], colors="white", linewidths=1)
         axes.set_title(word, size=12, parse_math=False)
+    figure.savefig(path, dpi=110)
+
+
+def check_figure(path: Path) -> None:
+    """Raises UserError where no figure can be written to this path."""
+    from matplotlib.figure import Figure
+
     try:
-        figure.savefig(path, dpi=110)
+        Figure().savefig(io.BytesIO(), format=path.suffix[1:] or None)
+        tempfile.TemporaryFile(dir=path.parent).close()
     except (OSError, ValueError) as error:  # no such folder; no such format
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: the heat map cannot be written ({reason})") from error

@@ -8,8 +8,10 @@ For example_usage.py and app.py. Writes nothing but one line when memory runs ou
 
 from __future__ import annotations
 
+import codecs
 import glob
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -64,14 +66,14 @@ class Result:
 
 def picture_names(inputs: Iterable[str]) -> list[str]:
     """The names with folders replaced by the pictures below them and patterns by what they match, in order; for - the
-    names on standard input, one a line. Raises UserError for a folder or a pattern without a picture."""
+    names on standard input, one a line, or as find -print0 writes them. Raises UserError for a folder or a pattern without
+    a picture."""
     names: list[str] = []
     for name in inputs:
         if name == "-":
-            lines = [os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer if line.strip()]
-            if not lines:
+            if not (listed := _listed(sys.stdin.buffer.read())):
                 raise UserError("-: no names on standard input")
-            names += picture_names(line for line in lines if line != "-")
+            names += picture_names(line for line in listed if line != "-")
         elif is_url(name):
             names.append(name)
         elif os.path.isdir(name):
@@ -86,6 +88,15 @@ def picture_names(inputs: Iterable[str]) -> list[str]:
         else:
             names.append(name)
     return names
+
+
+def _listed(content: bytes) -> list[str]:
+    """The names in a list: also in one of Windows, with a byte order mark and quotes, where no file has these in its name."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        content = content.decode("utf-16", "replace").encode()
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\0" if b"\0" in content else b"\n")
+    names = [os.fsdecode(line.rstrip(b"\r\n")) for line in lines if line.strip()]
+    return [name if os.path.lexists(name) else re.sub(r"^\s*([\"'])(.+)\1\s*$", r"\2", name) for name in names]
 
 
 def picture_source(name: str, allow_private: bool = False) -> PictureSource:

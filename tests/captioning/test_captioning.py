@@ -31,6 +31,7 @@ from captioning import pipeline as captioning
 from captioning.outputs import CaptionFile, open_output
 from captioning.pipeline import Caption, caption_batch, caption_pictures, picture_names, prepared, words_seen
 from config import UserError
+from data.layouts import pictures_below
 from data.sources import load_table
 from dataset import prepare_picture
 from model import ImageCaptionModel
@@ -134,7 +135,8 @@ def test_names_on_standard_input_into_json_lines(model, tmp_path):
     listed = "b.png\r\n\nabsent.png\na.png\n"
     _, error = run(model, tmp_path, "-", "--output", "out/captions.jsonl", "--scores", code=1, stdin=listed)
     assert error == "error: absent.png: no such file\n"
-    records = list(map(json.loads, (tmp_path / "out/captions.jsonl").read_text().splitlines()))
+    made_by, *records = map(json.loads, (tmp_path / "out/captions.jsonl").read_text().splitlines())
+    assert list(made_by) == ["made_by"]
     assert [record["file_name"] for record in records] == ["b.png", "a.png"]
     expected = caption_of(model, picture(0), scores=True)[0]
     assert records[0] == {
@@ -160,6 +162,74 @@ def test_sidecars(model, tmp_path):
     assert (photos / "2.txt").read_text().splitlines() == [caption.text for caption in expected]
     assert {path.name for path in photos.iterdir()} == {f"{n}.{kind}" for n in range(3) for kind in ("png", "txt")}
     assert len(load_table("sidecar", photos, "train")) == 1
+
+
+TEXTS = {  # beside a.png -> whether that is what a reader takes for its captions
+    "a.caption": True,
+    "a.png.txt": True,
+    "a.png.caption": True,
+    "a.TXT": True,
+    "a.Caption": True,
+    "b.txt": False,
+    "a.text": False,
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("words", ["my own words\n", "\ufeff \n\n"])
+def test_whatever_a_reader_takes_for_a_text_is_there(name, words, tmp_path):
+    """Only a.txt counted as there: one was written beside a person's a.caption, and read instead of it from then on. An
+    empty text is no caption, and does not hide the one that is written."""
+    (tmp_path / "a.png").touch()
+    (tmp_path / name).write_text(words)
+    output = open_output("sidecar", [path := str(tmp_path / "a.png")])
+    assert output.begin({}) == 0
+    there = TEXTS[name] and words != "\ufeff \n\n"
+    assert output.missing([path]) == ([] if there else [path])
+    if not there:
+        output.add(path, [Caption("a dog")])
+    ((_, (text, *_)),) = pictures_below(tmp_path)
+    assert text.read_text() == ("my own words\n" if there else "a dog\n")
+    output = open_output("sidecar", [path])
+    assert output.begin({}, overwrite=True) == 1 and output.missing([path]) == [path]
+    output.add(path, [Caption("a cat")])
+    ((_, (text, *_)),) = pictures_below(tmp_path)
+    assert text.read_text() == "a cat\n"
+    assert (tmp_path / name).read_text() == (words if text.name != name else "a cat\n")
+
+
+@pytest.mark.parametrize("stopped_after", range(4))
+def test_pictures_that_share_a_name_have_texts_of_their_own(stopped_after, tmp_path):
+    """One pair x.jpg, x.png refused a whole folder. Wherever it is stopped, the same command does the rest; and a picture
+    that is captioned alone does not give its text to its neighbour."""
+    names = [str(tmp_path / name) for name in ("x.jpg", "x.png", "x.png.webp")]
+    for name in names:
+        Path(name).touch()
+    for most in (stopped_after, 3):
+        output = open_output("sidecar", names)
+        for name in output.missing(names)[:most]:
+            output.add(name, [Caption(f"of {Path(name).name}")])
+    read = {picture.name: texts[0].read_text() for picture, texts in pictures_below(tmp_path)}
+    assert read == {name: f"of {name}\n" for name in ("x.jpg", "x.png", "x.png.webp")}
+    assert {path.name for path in tmp_path.glob("*.txt")} == {"x.txt", "x.png.txt", "x.png.webp.txt"}
+
+
+def test_overwriting_says_how_much(model, tmp_path, monkeypatch, capsys):
+    """Texts of people are replaced only when asked, and never unsaid; those of pictures that are not named stay."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for seed in range(3):
+        Path(f"photos/{seed}.png").write_bytes(picture(seed))
+    Path("photos/1.caption").write_text("my own words\n")
+    for flags, said in (
+        ((), "2 pictures captioned"),
+        (("--overwrite",), "captions of 3 pictures that are there are overwritten"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["example_usage.py", "photos", str(model.path), "--output", "sidecar", *flags])
+        assert example_usage.main() == 0 and said in capsys.readouterr().out
+        assert (Path("photos/1.caption").read_text() == "my own words\n") == (flags == ())
+    assert not Path("photos/1.txt").exists() and len(list(Path("photos").iterdir())) == 6
+    assert open_output("sidecar", ["photos/0.png"]).begin({}, overwrite=True) == 1
 
 
 def test_scores_samples_and_several_captions_on_standard_output(model, tmp_path):
@@ -192,7 +262,7 @@ REFUSED = [
     ("a.png --output notes.csv", "already there, and not with the columns file_name, caption only"),
     ("a.png --output captions.xlsx", "name a .csv or a .jsonl file, or say sidecar"),
     ("a.png --output sidecar --scores", "no place for scores"),
-    ("a.png a.jpg --output sidecar", "a.jpg and a.png would share a.txt"),
+    ("a.png --overwrite", "overwrite has no effect without --output"),
     ("http://x/a.png --output sidecar", "no folder for a text beside it"),
     ("a.png --num-captions 0", "num_captions is 0"),
     ("a.png --batch-size 0", "batch_size is 0"),
@@ -200,7 +270,7 @@ REFUSED = [
     ("*.tiff", "*.tiff: no picture matches this pattern"),
     ("a.png a.jpg --heatmap map.png", "of a single picture, and there are 2"),
     ("a.png --heatmap absent/map.png", "absent/map.png: the heat map cannot be written (No such file or directory)"),
-    ("a.png --heatmap map.docx", "map.docx: the heat map cannot be written"),
+    ("a.png --heatmap map.docx", "map.docx: the heat map cannot be written (Format 'docx' is not supported"),
     ("a.png --num-captions 3 --beams 2", "3 captions a picture need as many beams"),
     ("a.png --max-length 99", "max_length 99 must be between 1 and"),
 ]
@@ -226,12 +296,71 @@ def test_what_cannot_be_done_is_said_in_one_line(line, said, model, tmp_path, mo
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 
-def test_a_wrong_output_is_said_before_a_model_is_loaded(tmp_path, monkeypatch):
-    """Which takes seconds, or a download. It once was said after."""
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--output captions.xlsx", r"name a \.csv or a \.jsonl file"),
+        ("--heatmap map.xyz", r"map\.xyz: the heat map cannot be written \(Format 'xyz' is not supported"),
+        ("--heatmap absent/map.png", "No such file or directory"),
+    ],
+)
+def test_a_wrong_output_is_said_before_a_model_is_loaded(flags, said, tmp_path, monkeypatch):
+    """Which takes seconds, or a download. It once was said after; of a heat map, after the caption was made too."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["example_usage.py", "a.png", "absent.safetensors", "--output", "captions.xlsx"])
-    with pytest.raises(UserError, match=r"name a \.csv or a \.jsonl file"):
+    monkeypatch.setattr(sys, "argv", ["example_usage.py", "a.png", "absent.safetensors", *flags.split()])
+    with pytest.raises(UserError, match=said):
         example_usage.main()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a.png b.png M --output x.jsonl",
+        "a.png b.png --output x.jsonl M",
+        "a.png --output x.jsonl b.png M",
+        "--output x.jsonl --scores a.png --device cpu b.png M",
+        "--model M a.png b.png --output x.jsonl",
+        "a.png --output x.jsonl b.png --model M",
+        "- --output x.jsonl --model M",
+        "--output x.jsonl - M",
+    ],
+)
+def test_the_model_stands_where_people_put_it(line, model, tmp_path, monkeypatch):
+    """Behind an option it was refused as an unknown one."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(["a.png", "b.png"]):
+        Path(name).write_bytes(picture(seed))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.png\nb.png\n")))
+    words = [str(model.path) if word == "M" else word for word in line.split()]
+    monkeypatch.setattr(sys, "argv", ["example_usage.py", *words])
+    assert example_usage.main() == 0
+    made_by, *records = map(json.loads, Path("x.jsonl").read_text().splitlines())
+    assert made_by["made_by"]["model"] == str(model.path)
+    assert [record["file_name"] for record in records] == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    "line, flag", [("a.png --ouput x.csv M", "--ouput"), ("a.png --output x.csv M --no-such", "--no-such")]
+)
+def test_what_is_no_option_is_still_refused(line, flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["example_usage.py", *line.split()])
+    with pytest.raises(SystemExit) as ended:
+        example_usage.main()
+    assert ended.value.code == 2 and flag in capsys.readouterr().err
+
+
+def test_what_a_console_cannot_show_is_replaced(model, tmp_path):
+    """The first name that Windows' code page lacks ended everything, with the exit code of a damaged picture."""
+    for seed, name in enumerate(["a.png", "é🐶.png", "猫.png", "z.png"]):
+        (tmp_path / name).write_bytes(picture(seed))
+    arguments = ["a.png", "é🐶.png", "猫.png", "z.png", str(model.path), "--batch-size", "1", "--num-beams", "1"]
+    command = [sys.executable, str(ROOT / "example_usage.py"), *arguments]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    names = [line.split(b"\t")[0] for line in done.stdout.splitlines()]
+    assert (done.returncode, names) == (0, [b"a.png", b"\xe9?.png", b"?.png", b"z.png"]), done.stderr
 
 
 # Stopped and run again
@@ -274,7 +403,7 @@ def test_what_was_stopped_goes_on(kind, number, model, tmp_path, server):
     addresses = [f"http://127.0.0.1:{server.server_port}/{seed}" for seed in range(12)]
     arguments = [*addresses, "--output", f"captions.{kind}", "--allow-private-urls", "--batch-size", "4"]
     process, path = start(model, tmp_path, *arguments), tmp_path / f"captions.{kind}"
-    lines = 8 + (kind == "csv")
+    lines = 1 + 8
     while not path.exists() or path.read_bytes().count(b"\n") < lines:  # it waits for the picture after these
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -291,11 +420,81 @@ def test_what_was_stopped_goes_on(kind, number, model, tmp_path, server):
     assert "4 pictures captioned" in output and "8 were there" in output
     assert sorted(server.handler.asked) == ["/10", "/11", "/8", "/9"]
     assert path.read_bytes().startswith(before)
-    rows = list(csv.reader(path.read_text().splitlines()))[1:] if kind == "csv" else [
-        list(json.loads(line).values()) for line in path.read_text().splitlines()
-    ]  # fmt: skip
+    written = path.read_text().splitlines()[1:]
+    rows = list(csv.reader(written)) if kind == "csv" else [list(json.loads(line).values()) for line in written]
     expected = [[name, caption_of(model, picture(seed))[0].text] for seed, name in enumerate(addresses)]
     assert rows == expected
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_file_remembers_what_wrote_it(kind, model, tmp_path, monkeypatch, capsys):
+    """Another model with the same --output was told that all pictures "were there"."""
+    monkeypatch.chdir(tmp_path)
+    for seed in range(3):
+        Path(f"{seed}.png").write_bytes(picture(seed))
+    other = ImageCaptionModel.from_pretrained(model.path)
+    torch.nn.init.normal_(other.decoder.wte.weight)
+    other.save_file("other.safetensors")
+    path = Path(f"captions.{kind}")
+
+    def run_with(source: str | Path, *flags: str) -> str:
+        given = ["example_usage.py", "*.png", str(source), "--output", str(path), "--precision", "fp32", *flags]
+        monkeypatch.setattr(sys, "argv", given)
+        assert example_usage.main() == 0
+        return capsys.readouterr().out
+
+    run_with(model.path)
+    ours = path.read_bytes()
+    first = (
+        json.loads(ours.splitlines()[0])["made_by"] if kind == "jsonl" else json.loads(Path(f"{path}.json").read_text())
+    )
+    assert first["model"] == str(model.path) and (first["num_beams"], first["precision"]) == (3, "fp32")
+    with pytest.raises(UserError) as caught:
+        run_with("other.safetensors")
+    assert f"3 pictures are there, captioned with model {model.path}, weights {first['weights']}: choose" in str(
+        caught.value
+    )
+    for flags, said in (("--num-beams", "1"), "num_beams 3"), (("--do-sample",), "num_beams 3, do_sample unset"):
+        with pytest.raises(UserError, match=f"captioned with {said}"):
+            run_with(model.path, *flags)
+    Path("3.png").write_bytes(picture(3))
+    model.save_file("renamed.safetensors")  # the same weights, in another place
+    assert "1 pictures captioned" in run_with("renamed.safetensors") and path.read_bytes().startswith(ours)
+    table = load_table("csv", path, "train")
+    assert sum(len(load_table("csv", path, split)) for split in ("train", "val", "test")) == 4 and not table.missing
+    assert f"{path}: the captions of 4 pictures that are there are overwritten" in run_with(
+        "other.safetensors", "--overwrite"
+    )
+    assert "4 were there" in run_with("other.safetensors") and ours.splitlines()[2] not in path.read_bytes()
+
+
+def test_a_csv_that_excel_has_saved_goes_on(tmp_path):
+    """With a byte order mark and its own line ends it was taken for somebody else's."""
+    path = tmp_path / "captions.csv"
+    path.write_bytes("\ufefffile_name,caption\r\nKäse.png,a dog\r\n".encode())
+    output = CaptionFile(path)
+    output.begin({"model": "a"})
+    assert output.missing(["Käse.png", "b.png"]) == ["b.png"]
+
+
+STOPPED = """
+import os, signal, sys
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    pass  # as some packages do among their imports
+raise AttributeError("half imported")
+"""
+
+
+@pytest.mark.parametrize("package", ["tqdm", "tyro", "numpy", "transformers"])
+def test_ctrl_c_while_packages_are_imported(package, model, tmp_path):
+    """A traceback, or an error about a package that had swallowed it, and another exit code than later."""
+    (tmp_path / f"{package}.py").write_text(STOPPED)
+    command = [sys.executable, ROOT / "example_usage.py", "a.png", model.path]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
 def test_addresses_inside_are_fetched_only_when_asked(model, tmp_path, server):
@@ -313,15 +512,17 @@ def test_a_line_cut_anywhere_is_mended(kind, number, tmp_path):
     path, again = tmp_path / f"whole.{kind}", tmp_path / f"again.{kind}"
     names = ["a.png", 'b, "c"\n.png', "Käse 猫.png"]
     captions = [Caption("a dog", 0.5), Caption('two, "cats" 猫', 0.25)][:number]
-    output = CaptionFile(path, number, scores=True)
+    output, made_by = CaptionFile(path, number, scores=True), {"model": "a", "num_beams": 3}
+    output.begin(made_by)
     for name in names:
         output.add(name, captions)
     whole = path.read_bytes()
     for cut in range(len(whole) + 1):
         again.write_bytes(whole[:cut])
         mended = CaptionFile(again, number, scores=True)
-        kept = max(0, whole[:cut].count(b"\n") - (kind == "csv"))
-        assert [name for name in names if name in mended] == names[:kept]
+        mended.begin(made_by)
+        kept = max(0, whole[:cut].count(b"\n") - 1)
+        assert mended.missing(names) == names[kept:]
         for name in names[kept:]:
             mended.add(name, captions)
         assert again.read_bytes() == whole
@@ -350,17 +551,17 @@ def test_a_file_of_somebody_else_is_not_touched(content, tmp_path):
 
 def test_a_full_disk_stops_in_one_line(model, tmp_path):
     """The file stays whole, and the same command goes on when there is room again."""
-    for seed in range(6):
+    for seed in range(16):
         (tmp_path / f"{seed}.png").write_bytes(picture(seed))
     arguments = ["*.png", "--output", "captions.csv", "--batch-size", "2"]
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (60, 60))
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (250, 250))
     process = start(model, tmp_path, *arguments, preexec_fn=limit)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 2
     assert error == "error: captions.csv: cannot be written (File too large): mend that, and the same command goes on\n"
     there = max(0, (tmp_path / "captions.csv").read_bytes().count(b"\n") - 1)
-    assert there < 6 and f"{6 - there} pictures captioned" in run(model, tmp_path, *arguments)[0]
-    assert (tmp_path / "captions.csv").read_bytes().count(b"\n") == 7
+    assert 0 < there < 16 and f"{16 - there} pictures captioned" in run(model, tmp_path, *arguments)[0]
+    assert (tmp_path / "captions.csv").read_bytes().count(b"\n") == 17
 
 
 def test_the_progress_bar(model, tmp_path):
@@ -525,3 +726,22 @@ def test_names(tmp_path, monkeypatch):
     assert picture_names(["b", "a[1].png", "absent.png"]) == [*below, "a[1].png", "absent.png"]
     assert picture_names(["a*.png", "**/*.png"]) == ["a1.png", "a[1].png", "a1.png", "a[1].png", "b/2.png", "c.png"]
     assert picture_names(["-"]) == [*below, "c.png", "http://x/y", "\udcff.png"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfa b.png\r\n'c'.png\r\n",
+        b'\xef\xbb\xbf"a b.png"\r\n"\'c\'.png"\r\n',
+        b"'a b.png' \n'c'.png",
+        '"a b.png"\r\n"\'c\'.png"\r\n'.encode("utf-16"),
+        b"a b.png\0'c'.png\0",
+    ],
+)
+def test_lists_of_other_programs(content, tmp_path, monkeypatch):
+    """A byte order mark, quotes and Windows' line ends became part of the names. Quotes that a name has stay."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a b.png", "'c'.png"):
+        Path(name).touch()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert picture_names(["-"]) == ["a b.png", "'c'.png"]
