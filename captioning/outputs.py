@@ -27,7 +27,7 @@ from PIL import Image
 from captioning.models import is_url
 from captioning.pipeline import Caption
 from config import UserError, ViTGPT2Config
-from data.layouts import MADE_BY, PICTURE_SUFFIXES, file_names
+from data.reading import MADE_BY, PICTURE_SUFFIXES, file_names
 from data.pictures import PictureSource, decode
 from data.sidecars import has_caption, texts_beside
 from utils import first_line, in_one_line, write_json, write_text

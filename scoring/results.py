@@ -310,8 +310,7 @@ def _entries(data: bytes) -> Iterator[tuple[Any, Any]]:
     values: list[Any] = []
     end = 0
     while end < len(text) or not values:  # one value, or one a line
-        end += len(text[end:]) - len(text[end:].lstrip())
-        value, end = decoder.raw_decode(text, end)
+        value, end = decoder.raw_decode(text, re.compile(r"\s*").match(text, end).end())  # type: ignore[union-attr]
         values.append(value)
     content = values[0] if len(values) == 1 else values
     if isinstance(content, dict):
