@@ -167,7 +167,7 @@ def _owners(members: dict[str, dict[str, Place]], wanted: str | None) -> dict[st
     near: dict[str, dict[str, str]] = defaultdict(dict)  # key -> part -> picture's key
     for picture in pictures:
         key, part = cut(picture)
-        near[key][part] = picture
+        near[key][part] = near[picture][""] = picture
     owners = {}
     for text in texts:
         for key, part in ((text, ""), cut(text)):

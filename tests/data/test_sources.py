@@ -403,7 +403,7 @@ def test_a_sentence_counts_and_not_its_tags(tmp_path: Path) -> None:
             name: own for split in parts for name, own in zip(ids(parts[split]), captions(parts[split]), strict=True)
         }
         assert found == {f"{n}.jpg": [f"{kind} {n}"] for n, kind in enumerate([*kinds, "txt"])}
-        assert parts["train"].left_out == {f"texts of pictures that have another ({first})": 3}
+        assert parts["train"].left_out == {f"texts of pictures that have another (the first: {first})": 3}
 
 
 def test_pictures_that_share_a_name(tmp_path: Path) -> None:
@@ -883,6 +883,11 @@ SHARDS: dict[str, tuple[Members, dict[str, str], dict[str, int]]] = {
     "a named text only": (
         [m for i in range(4) for m in sample(f"d/s{i}.1", f"c{i}", ".jpg", ".outputs.txt")],
         {f"d/s{i}.1": f"c{i}" for i in range(4)},
+        {},
+    ),
+    "a named text, and keys with dots": (
+        [m for i in range(4) for m in sample(f"img{i}.v2", f"c{i}", ".jpg", ".caption.txt")],
+        {f"img{i}.v2": f"c{i}" for i in range(4)},
         {},
     ),
     "a named picture only": (
