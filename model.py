@@ -215,7 +215,7 @@ class VisionTransformer(nn.Module):
             pixel_values = (pixel_values / 255 - self.mean) / self.std
         x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         # Along a new axis: else the gradient of a batch of one picture is a slice, whose strides DDP warns of.
-        token = self.class_token[0].expand(len(x), -1, -1)
+        token = self.class_token[0].expand(x.shape[0], -1, -1)  # len(x) is a constant of an exported graph
         x = torch.cat([token, x], dim=1) + self.position_embeddings
         for block in self.blocks:
             x = run_block(block, x, save_memory=self.gradient_checkpointing)
