@@ -26,10 +26,8 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-from PIL import Image
-
 from config import UserError
-from data.pictures import FORMATS, reason
+from data.pictures import open_picture, reason
 from utils import first_line, in_one_line
 
 SECONDS = 20.0  # for all of it
@@ -127,7 +125,7 @@ class _Fetch(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         with opener.open(urllib.request.Request(url, headers=headers), timeout=self.seconds) as answer:
             content = self._read(answer)
         try:
-            Image.open(io.BytesIO(content), formats=FORMATS).close()
+            open_picture(io.BytesIO(content)).close()
         except Exception as error:  # Pillow raises a dozen kinds
             kind = answer.headers.get_content_type()
             raise UserError(

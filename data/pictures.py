@@ -7,18 +7,24 @@ its pixels have been read. Never runs an outside program.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import operator
 import os
+import re
 import warnings
+import zlib
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from config import UserError, ViTGPT2Config
+from data.kinds import HEIC
 from utils import first_line, in_one_line
 
 PictureSource = str | os.PathLike[str] | bytes | Image.Image  # bytes are a file's content
@@ -26,7 +32,18 @@ PictureSource = str | os.PathLike[str] | bytes | Image.Image  # bytes are a file
 MAX_PIXELS = 80_000_000
 
 # Tried in this order; TGA has no signature and must be last. PPM stands for its whole family, JPEG for MPO too.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "ICO", "PPM", "QOI", "SGI", "PCX", "TGA")
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "ICO", "PPM", "QOI", "SGI", "PCX", "TGA"]
+with contextlib.suppress(ImportError):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
+    FORMATS.append("HEIF")
+
+JPEG_END = b"\xff\xd9"
+JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # no stuffed or filling byte, and no restart
+PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"acTL", b"fcTL", b"fdAT", b"IEND")  # chunks that make the picture
+PNG_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # how texts begin that may say it
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # bytes that one of these may unpack to; all together have 64 MiB
 
 # Opening an icon, an animation or a WebP file already allocates its pixels, so Pillow has to know the limit as well.
 # It refuses what is above twice its setting and warns below that; these and its other warnings (about unknown tags and
@@ -74,18 +91,33 @@ def decode(source: PictureSource, size: int) -> NDArray[np.uint8]:
     if isinstance(source, Image.Image):
         return decode_pillow(source)
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0) as file:
-        start = file.read(3)
+        start = file.read(32)
         file.seek(0)
         if not start:
             raise ValueError("the file is empty")
-        if start == b"\xff\xd8\xff":
+        if start.startswith(b"\xff\xd8\xff"):
             data = file.read()
             pixels = decode_jpeg(data, size)
+            if pixels is None and not data.endswith(JPEG_END) and lacks_only_its_end(data):
+                data += JPEG_END
+                pixels = decode_jpeg(data, size)
             if pixels is not None:
                 return pixels
-            return decode_pillow(Image.open(io.BytesIO(data), formats=FORMATS))
-        buffered = file if isinstance(file, io.BytesIO) else io.BufferedReader(file)
-        return decode_pillow(Image.open(buffered, formats=FORMATS))
+            file = io.BytesIO(data)
+        return decode_pillow(open_picture(file if isinstance(file, io.BytesIO) else io.BufferedReader(file)))
+
+
+def open_picture(file: BinaryIO) -> Image.Image:
+    """A file's picture, its header read and no pixel. Raises what Pillow raises."""
+    start = file.read(32)
+    file.seek(0)
+    if "HEIF" not in FORMATS and re.match(rb"....ftyp(he|mif1|msf1)(?!.*avi[fs])", start, re.DOTALL):
+        raise ValueError(f"HEIC{HEIC['.heic']}")
+    if start.startswith(b"\x89PNG\r\n\x1a\n"):
+        if int.from_bytes(start[16:20], "big") * int.from_bytes(start[20:24], "big") > MAX_PIXELS:
+            raise Image.DecompressionBombError  # before all of it is read
+        file = lean_png(file)
+    return Image.open(file, formats=FORMATS)
 
 
 def decode_jpeg(data: bytes, size: int) -> NDArray[np.uint8] | None:
@@ -102,6 +134,26 @@ def decode_jpeg(data: bytes, size: int) -> NDArray[np.uint8] | None:
     return upright(pixels, orientation(data)) if has_app1(data) else pixels
 
 
+def lacks_only_its_end(data: bytes) -> bool:
+    """Whether a JPEG, in any colours, has all of its pixels, and only the two bytes after them are missing."""
+    import simplejpeg
+
+    at, lacking = 2, {(-1, -1)}  # (component, coefficient): a file cut between two scans is blurred, without a warning
+    while found := JPEG_MARKER.search(data, at):
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        body = data[found.end() + 2 : at]
+        if found[1] in b"\xc0\xc1\xc2":  # Huffman's codes, of which no bit is missing unnoticed
+            lacking = {(component, place) for component in body[6::3] for place in range(64)}
+        elif found[1] == b"\xda" and len(body) > 5 and not body[-1] & 15:  # a scan that brings the last bit
+            lacking -= {(component, place) for component in body[1:-3:2] for place in range(body[-3], body[-2] + 1)}
+    with contextlib.suppress(ValueError):
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if not lacking and height * width <= MAX_PIXELS:
+            simplejpeg.decode_jpeg(data + JPEG_END, "CMYK" if colours in ("CMYK", "YCCK") else "RGB")
+            return True
+    return False
+
+
 def has_app1(data: bytes) -> bool:
     """Whether a JPEG may hold an APP1 segment, the home of EXIF and XMP: a hundred times cheaper than Pillow's parse."""
     at = 2
@@ -110,6 +162,27 @@ def has_app1(data: bytes) -> bool:
             return False
         at += 2 + (data[at + 2] << 8 | data[at + 3])
     return True  # or laid out in an unusual way, in which case Pillow is to look
+
+
+def lean_png(file: BinaryIO) -> io.BytesIO:
+    """A PNG's pixels, and what says their orientation, without profiles, texts and all else: Pillow refuses the whole
+    picture where one of these is large or its checksum wrong. Raises ValueError where that of pixels is, which Pillow
+    never looks at."""
+    parts = [file.read(8)]
+    while kind := (head := file.read(8))[4:]:
+        length = int.from_bytes(head[:4], "big")
+        content = file.read(length + 4)
+        right = zlib.crc32(content[:length], zlib.crc32(kind)) == int.from_bytes(content[length:], "big")
+        if kind == b"IDAT" and len(content) == length + 4 and not right:
+            raise ValueError("the checksum of its pixels is wrong")
+        # One letter away from a chunk of pixels it may be that one, damaged: Pillow is to judge.
+        pixels = not kind[:1].islower() or any(sum(map(operator.ne, kind, own)) < 2 for own in PNG_PIXELS)
+        turns = kind == b"eXIf" or content.startswith(PNG_ORIENTATION)
+        if pixels or (turns and right):
+            parts += [head, content]
+        if kind == b"IEND":
+            break
+    return io.BytesIO(b"".join(parts))
 
 
 def decode_pillow(image: Image.Image) -> NDArray[np.uint8]:
