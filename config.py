@@ -21,6 +21,9 @@ NUM_BEAMS = 3
 LONGEST = 32
 """Tokens of the longest caption unless told otherwise, with the end token."""
 
+FEW = 200
+"""Pictures below which a number that is measured on them is mostly chance."""
+
 
 class UserError(ValueError):
     """Something the user can put right. Its message is one line: what, where, what to do."""
@@ -406,7 +409,7 @@ class Watching:
     """Steps between sample captions for a fixed set of pictures."""
     val_pictures: int = 1000
     """Validation pictures that are captioned at every epoch's end, greedily, for CIDEr-D: by it the best checkpoint is
-    chosen (0: none, and the best has the lowest validation loss)."""
+    chosen (below 200, where it is mostly chance, by the validation loss; 0: none)."""
     patience: int | None = None
     """Stop after so many epochs without a better one (default: never)."""
     caption_length: int = LONGEST

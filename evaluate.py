@@ -14,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from config import LONGEST, Captioning, UserError, default_decoding
 from data.skipped import BadPictures, check_overlap, pictures_seen
-from data.table import CaptionTable
+from data.table import FLOOR, CaptionTable
 from data.tokenizer import decode
 from dataset import Batch, CaptionDataset, load_picture, load_table, make_dataloader
 from model import ImageCaptionModel
@@ -340,18 +341,29 @@ def score_results(config: EvaluateConfig, results: Path, references: Path, more:
     return write_evaluation(directory, title, captioned, names, {}, about | about_results(results), more)
 
 
+def earlier_parts(model: ImageCaptionModel, load: Callable[..., CaptionTable]) -> bool:
+    """Whether a model was trained by an earlier version, which set fewer of a few pictures aside to validate."""
+    with contextlib.suppress(UserError):  # no such part, or none of its pictures
+        now, before = (pictures_seen(model.trained_on, load("val", floor=floor)) for floor in (FLOOR, 0))
+        return bool(now) and not before
+    return False
+
+
 def score_model(config: EvaluateConfig, source: str, more: MoreScores) -> dict[str, Any]:
     """Scores a model on a part of a data set; writes what evaluate_dataset does."""
     model = ImageCaptionModel.from_pretrained(source, config.base_dir)
-    columns = {"image_column": config.image_column, "caption_column": config.caption_column}
-    folder = config.data_dir or Path()
-    table = load_table(config.dataset, folder, config.split, **columns)
+    columns: Any = {"image_column": config.image_column, "caption_column": config.caption_column}
+    load: Any = partial(load_table, config.dataset, config.data_dir or Path(), **columns)
+    table = load(config.split)
+    if pictures_seen(model.trained_on, table) and earlier_parts(model, load):
+        load = partial(load, floor=0)
+        table = load(config.split)
     check_overlap(model.trained_on, table, config.allow_overlap)
     if table.split == "test":
         print("the test part is for the number at the end: choose models and settings on val")
     if table.split != "train":
         with contextlib.suppress(UserError):  # no such part, or none of its pictures: then it is left out
-            trained = load_table(config.dataset, folder, "train", **columns)
+            trained = load("train")
             more = dataclasses.replace(more, training_captions=trained.captions().to_pylist())
     device, _ = choose_device(config.device)
     dtype, _ = choose_precision(config.precision, device)

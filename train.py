@@ -191,8 +191,8 @@ class Training:
         self.meter.since += time.perf_counter() - looking
 
     def validate(self) -> float:
-        """Measures an epoch that has ended, writes it down, and returns what the best checkpoint has most of: CIDEr-D
-        where that is measured, else less loss."""
+        """Measures an epoch that has ended, writes it down, and returns what the best checkpoint has most of: CIDEr-D, or
+        less loss (see Job.loss_chooses). A run that has begun with CIDEr-D, which is never negative, goes on with it."""
         job, step, model, train_loss = self.job, self.progress.step, self.learner.judged, self.meter.end_epoch()
         loader = make_dataloader(job.datasets["val"], job.config.batch_size, **job.world.share)
         values = {"val_loss": caption_loss(model, loader, job.device, job.dtype, world=job.world)}
@@ -205,7 +205,8 @@ class Training:
         said = f"step {step:,}: validation loss {values['val_loss']:.3f}"
         said += f", CIDEr-D {values['val_cider_d']:.3f}" if "val_cider_d" in values else ""
         tqdm.write(said + ("" if train_loss is None else f", training loss {train_loss:.3f}"))
-        return values.get("val_cider_d", -values["val_loss"])
+        by_loss = job.loss_chooses and (self.progress.best is None or self.progress.best < 0)
+        return -values["val_loss"] if by_loss else values.get("val_cider_d", -values["val_loss"])
 
     def save(self, better: bool) -> None:
         """A checkpoint, unless one of the latest steps was not finite."""

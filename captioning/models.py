@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import UserError
-from data.reading import PICTURE_SUFFIXES
+from data.kinds import is_picture
 from weights.file import MODEL_FILE
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def is_model(name: str) -> bool:
     path = Path(name)
     if name.endswith(".safetensors") or (path / "config.json").is_file():
         return True
-    picture = path.exists() or is_url(name) or path.suffix.lower() in PICTURE_SUFFIXES or glob.has_magic(name)
+    picture = path.exists() or is_url(name) or is_picture(path) or glob.has_magic(name)
     return not picture and name.count("/") == 1 and name[0] not in "./"
 
 

@@ -27,8 +27,9 @@ from PIL import Image
 from captioning.models import is_url
 from captioning.pipeline import Caption
 from config import UserError, ViTGPT2Config
-from data.reading import MADE_BY, PICTURE_SUFFIXES, file_names
+from data.kinds import is_picture
 from data.pictures import PictureSource, decode
+from data.reading import MADE_BY, file_names
 from data.sidecars import has_caption, texts_beside
 from utils import first_line, in_one_line, write_json, write_text
 
@@ -174,7 +175,7 @@ class Sidecars:
         wanted = {Path(name) for name in names}
         for folder in {path.parent for path in wanted}:
             files = sorted(folder / name for name in file_names(folder))
-            pictures = [file for file in files if file in wanted or file.suffix.lower() in PICTURE_SUFFIXES]
+            pictures = [file for file in files if file in wanted or is_picture(file)]
             for picture, texts in texts_beside(pictures, files).items():
                 there = [*filter(has_caption, texts)][:1]
                 self._there |= {picture} & wanted if there else set()

@@ -3,7 +3,7 @@
     for result in caption_pictures(model, picture_names(["photos/"])):
         print(result.name, result.captions or result.error)
 
-For example_usage.py and app.py. Writes nothing but one line when memory runs out.
+For example_usage.py and app.py. Writes nothing but a line of what folders hold besides, and one when memory runs out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,9 +28,9 @@ from transformers import PreTrainedTokenizerFast
 from captioning.models import is_url
 from config import UserError, ViTGPT2Config
 from data.fetch import fetch_picture
-from data.layouts import pictures_below
+from data.kinds import files_below, folders_below, in_words, is_picture, left_out
 from data.pictures import PictureSource, prepare_picture
-from data.reading import PICTURE_SUFFIXES, clean
+from data.reading import clean
 from data.tokenizer import decode
 from model import ImageCaptionModel
 from utils import autocast, choose_precision, first_line
@@ -66,8 +65,8 @@ class Result:
 
 def picture_names(inputs: Iterable[str]) -> list[str]:
     """The names with folders replaced by the pictures below them and patterns by what they match, in order; for - the
-    names on standard input, one a line, or as find -print0 writes them. Raises UserError for a folder or a pattern without
-    a picture."""
+    names on standard input, one a line, or as find -print0 writes them. What else they hold is said by kind and number.
+    Raises UserError for a folder or a pattern without a picture."""
     names: list[str] = []
     for name in inputs:
         if name == "-":
@@ -77,14 +76,9 @@ def picture_names(inputs: Iterable[str]) -> list[str]:
         elif is_url(name):
             names.append(name)
         elif os.path.isdir(name):
-            names += (inside := [str(path) for path, _ in pictures_below(Path(name))])
-            if not inside:
-                raise UserError(f"{name}: no pictures in this folder")
+            names += _pictures(map(str, files_below(name)), f"{name}: no pictures in this folder")
         elif glob.has_magic(name) and not os.path.lexists(name):
-            matches = sorted(glob.glob(name, recursive=True))
-            names += (inside := [match for match in matches if Path(match).suffix.lower() in PICTURE_SUFFIXES])
-            if not inside:
-                raise UserError(f"{name}: no picture matches this pattern")
+            names += _pictures(_matches(name), f"{name}: no picture matches this pattern")
         else:
             names.append(name)
     return names
@@ -97,6 +91,27 @@ def _listed(content: bytes) -> list[str]:
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\0" if b"\0" in content else b"\n")
     names = [os.fsdecode(line.rstrip(b"\r\n")) for line in lines if line.strip()]
     return [name if os.path.lexists(name) else re.sub(r"^\s*([\"'])(.+)\1\s*$", r"\2", name) for name in names]
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files that a pattern matches, in order. Its ** is not left to glob, which follows links round in circles."""
+    before, deep, after = f"{pattern}{'/*' * pattern.endswith('**')}".partition("**/")
+    found = [] if deep else glob.glob(pattern)
+    for start in (glob.glob(before) if before else ["."]) if deep else []:
+        for folder, _ in folders_below(start):
+            files = glob.glob(os.path.join(glob.escape(folder), after), recursive=True)
+            found += files if before else map(os.path.normpath, files)
+    return sorted(file for file in set(found) if not os.path.isdir(file))
+
+
+def _pictures(files: Iterable[str], none: str) -> list[str]:
+    """Those of the files that are pictures. Says what the others are; raises UserError, with `none`, where all are such."""
+    inside = list(filter(is_picture, files := list(files)))
+    others = in_words(left_out(files))
+    if not inside:
+        raise UserError(f"{none} ({others})" if others else none)
+    print(others, end="\n" * bool(others), file=sys.stderr)
+    return inside
 
 
 def picture_source(name: str, allow_private: bool = False) -> PictureSource:

@@ -27,7 +27,7 @@ from PIL import Image
 from captioning.models import load_model
 from captioning.page import card, progress, results
 from config import NUM_BEAMS, UserError
-from data.reading import PICTURE_SUFFIXES
+from data.kinds import in_words, is_picture, left_out
 from utils import ROOT, choose_device
 
 if TYPE_CHECKING:
@@ -206,9 +206,8 @@ def caption_folder(
     captioner: Captioner, sources: Sequence[Source], options: dict[str, Any], table: Path
 ) -> Iterator[str]:
     """Writes a CSV of file, caption and confidence, and yields how far it is, as HTML."""
-    wanted = [
-        s for s in sources if Path(s.name).suffix.lower() in PICTURE_SUFFIXES and not Path(s.name).name.startswith(".")
-    ]
+    shown = [source for source in sources if not Path(source.name).name.startswith(".")]
+    wanted = [source for source in shown if is_picture(source.name)]
     done: list[tuple[str, Caption]] = []
     errors: list[str] = []
     waiting: deque[tuple[str, Future[list[Caption]]]] = deque()
@@ -233,9 +232,9 @@ def caption_folder(
                     left = (len(wanted) - ended) / rate
                     text = f"{ended:,} of {len(wanted):,} · {rate:.1f} pictures/s · {left:.0f} s left"
                     yield progress(ended, len(wanted), text, done[:-9:-1], errors)
-    rest = len(sources) - len(wanted)
     text = f"{len(done):,} of {len(wanted):,} pictures captioned in {time.monotonic() - started:.1f} s"
-    text += f"; {rest} other file{'s' if rest > 1 else ''} left out" if rest else ""
+    others = in_words(left_out(source.name for source in shown))
+    text += f"; {others}" if others else ""
     yield progress(1, 1, text, done[:-9:-1], errors)
 
 

@@ -38,7 +38,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from config import UserError, check_fields
+from config import FEW, UserError, check_fields
 from data.pictures import load_picture
 from data.pixels import in_threads
 from data.reading import Names
@@ -289,6 +289,10 @@ def judge(tables: dict[str, CaptionTable], figures: dict[str, Any], max_bad_shar
     if {"train", "test"} <= set(parts):
         known = int(np.isin(tables["test"].keys(), tables["train"].keys()).sum())
         reasons += [f"test pictures that are, by their ids, train pictures: {known:,}"] if known else []
+    numbers = {split: part["pictures"] for split, part in parts.items() if split != "train"}
+    warnings += [
+        f"{split}: numbers rest on {n:,} pictures, mostly chance below {FEW}" for split, n in numbers.items() if n < FEW
+    ]
     for pair, number in figures["duplicates"].items():
         first, later = pair.split("/")
         exact, total = number["exact"], parts[later]["pictures"]

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from config import UserError
 from data import reading
+from data.kinds import is_picture
 from data.reading import MADE_BY, SPLIT_WORDS, Names, clean_all, parse_json, read_text, split_of
 from data.table import LeftOut, Row
 
@@ -122,7 +123,7 @@ def _json_records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     content = parse_json(text, source)
     if isinstance(content, dict):
         lists = [each for each in content.values() if isinstance(each, list) and each and isinstance(each[0], dict)]
-        if content and next(iter(content)).lower().endswith(reading.PICTURE_SUFFIXES):
+        if content and is_picture(next(iter(content))):
             content = [
                 {"image": name, **(about if isinstance(about, dict) else {"captions": about})}
                 for name, about in content.items()
@@ -200,7 +201,7 @@ def unnamed(names: Iterable[str], columns: Columns) -> str:
     if pictures and captions:
         return ""
     shown = ", ".join(map(repr, list(names)[:12]))[:400]
-    if any(name.lower().endswith(reading.PICTURE_SUFFIXES) for name in names):
+    if any(map(is_picture, names)):
         return f"its first line is {shown}: put the names of the columns above it, such as image,caption"
     also = "" if pictures or captions else ", and the captions' with --caption-column"
     return (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import mmap
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from config import UserError
 from data import reading
 from data.columns import IMAGEFOLDER_FILES, Columns, csv_records, find_columns, read_columns
+from data.kinds import files_below, is_picture
 from data.reading import Names, clean, clean_all, parse_json, read_text, split_of
 from data.shards import find_shards, read_shards
 from data.sidecars import has_caption, texts_beside
@@ -255,11 +255,9 @@ def _read_flickr8k(root: Path, files: list[Path], columns: Columns) -> Iterator[
 
 def pictures_below(root: Path, kind: str | None = None) -> Iterator[tuple[Path, list[Path]]]:
     """Every picture below root, hidden ones left out, with the texts beside it, first the one that counts."""
-    for folder, inside, names in os.walk(root):
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        files = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-        pictures = [file for file in files if file.suffix.lower() in reading.PICTURE_SUFFIXES]
-        yield from texts_beside(pictures, files, kind).items()
+    for _, inside in itertools.groupby(files_below(root), key=lambda file: file.parent):
+        files = list(inside)
+        yield from texts_beside([*filter(is_picture, files)], files, kind).items()
 
 
 def _read_sidecars(root: Path, files: list[Path], columns: Columns) -> Iterator[Row | LeftOut]:

@@ -24,9 +24,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from config import UserError
+from data.kinds import PICTURE_SUFFIXES, is_picture
 
-SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pcx .pgm .png .ppm .qoi .tga .tif .tiff .webp"
-PICTURE_SUFFIXES = tuple(SUFFIXES.split())
 WORDS = {"train": "train training restval", "val": "val valid validation dev", "test": "test testing"}
 SPLIT_WORDS = {word: split for split, words in WORDS.items() for word in words.split()}
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # what is not white space
@@ -116,7 +115,7 @@ class Names:
         for folder, inside, names in os.walk(self.root):
             inside[:] = sorted(name for name in inside if not name.startswith("."))
             for name in sorted(names):
-                if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and is_text(name):
+                if is_picture(name) and is_text(name):
                     path = Path(folder, name).relative_to(self.root).as_posix()
                     found.setdefault(stem(folded(name)), []).append(path)
         return found

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 
 from config import UserError
 from data.columns import PICTURE_COLUMN, Columns, caption_columns, columns_like, id_columns
-from data.reading import PICTURE_SUFFIXES, clean_all, file_names, id_or_name, reason, split_of
+from data.kinds import PICTURE_SUFFIXES
+from data.reading import clean_all, file_names, id_or_name, reason, split_of
 from data.table import LeftOut, Row
 
 SHARD = re.compile(r"[^.].*\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz)", re.IGNORECASE)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from config import UserError
-from data import table
+from data import kinds, table
 from data.columns import (
     LINES,
     PICTURE_COLUMN,
@@ -32,7 +32,7 @@ from data.columns import (
 from data.layouts import LAYOUTS, pictures_below
 from data.reading import Names, clean_all, file_names, id_or_name, is_text, reason, split_of, split_word, unusable
 from data.shards import shards_below
-from data.table import SPLITS, CaptionTable, LeftOut, Row
+from data.table import FLOOR, SPLITS, CaptionTable, LeftOut, Row
 from utils import ask_hub, forget_older, kept_file, key_of, stamps, whole
 
 VERSION = 2  # of the tables kept on disk: one more when a reader or the columns change
@@ -42,25 +42,31 @@ WORTH_KEEPING = 8 << 20  # bytes of captions' files from which on the packed tab
 
 
 def load_tables(
-    dataset: str, data_dir: str | Path, image_column: str | None = None, caption_column: str | None = None
+    dataset: str,
+    data_dir: str | Path,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    floor: int = FLOOR,
 ) -> dict[str, CaptionTable]:
     """All parts of a data set as {"train": ..., "val": ..., "test": ...}; a part without a picture is not there.
 
     `dataset` is a layout of LAYOUTS, "auto" to recognise it, or a name on the Hugging Face Hub (user/name, where
     data_dir does not count). `data_dir` is the folder, or the one file in it that holds the captions. A part that the
-    source does not have is set aside as table.split_up says; val serves as test where there is val and no test.
+    source does not have is set aside as table.split_up says (with a floor of 0 as versions before it did); val serves as test where there is val and no test.
     Raises UserError, in one line with the file and the line or id, for anything damaged.
     """
-    tables = _load(dataset, data_dir, Columns(image_column, caption_column))
+    tables = _load(dataset, data_dir, Columns(image_column, caption_column), floor)
     return {split: _with_pictures(part) for split, part in tables.items()}
 
 
-def load_table(dataset: str, data_dir: str | Path, split: str, **columns: str | None) -> CaptionTable:
+def load_table(
+    dataset: str, data_dir: str | Path, split: str, floor: int = FLOOR, **columns: str | None
+) -> CaptionTable:
     """One part of load_tables; the pictures of the others need not be there. Raises UserError where the source does not
     have it."""
     if split not in SPLITS:
         raise UserError(f"split {split!r} is unknown: use train, val or test")
-    tables = _load(dataset, data_dir, Columns(columns.get("image_column"), columns.get("caption_column")))
+    tables = _load(dataset, data_dir, Columns(columns.get("image_column"), columns.get("caption_column")), floor)
     if split not in tables:
         raise UserError(f"{data_dir} has no {split} part, only {' and '.join(tables)}: choose another, or add it")
     return _with_pictures(tables[split])
@@ -77,21 +83,23 @@ def _with_pictures(part: CaptionTable) -> CaptionTable:
     return part
 
 
-def _load(dataset: str, data_dir: str | Path, columns: Columns) -> dict[str, CaptionTable]:
+def _load(dataset: str, data_dir: str | Path, columns: Columns, floor: int) -> dict[str, CaptionTable]:
     if dataset not in ("auto", *LAYOUTS) and "/" not in dataset:
         raise UserError(f"dataset {dataset!r} is unknown: use auto, {', '.join(LAYOUTS)}, or user/name on the Hub")
     if "/" in dataset:
         if Path(dataset).exists():
             raise UserError(f"{dataset} is a folder here and no name on the Hub: name it with --data-dir")
-        return _read_hub(dataset, columns)
+        return _read_hub(dataset, columns, floor)
     path = Path(data_dir).expanduser()
     try:
         name, root, files = recognise(path, columns, dataset)
         if name == "huggingface":
-            return _read_hub(str(path), columns)
-        packed, about = _packed(name, root, files, columns)
+            return _read_hub(str(path), columns, floor)
+        packed, about = _packed(name, root, files, columns, floor)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
+    if name == "sidecar":  # where whatever lies there may be meant
+        about["left_out"] |= kinds.left_out(kinds.files_below(root))
     how = f"{'recognised as ' if dataset == 'auto' else ''}{LAYOUTS[name].shape}"
     if dataset == "auto" and name == "coco" and LAYOUTS["karpathy"].find(root, columns):
         how += " (Karpathy's split is here too: --dataset karpathy)"
@@ -131,8 +139,10 @@ def recognise(path: Path, columns: Columns = USUAL, dataset: str = "auto") -> tu
     hint = _hint(root, only, columns)
     if dataset == "auto":
         wanted = "; ".join(f"{layout.shape} ({name})" for name, layout in LAYOUTS.items())
-        pictures = sum(1 for _ in pictures_below(root))
+        files = list(kinds.files_below(root))
+        pictures, others = sum(map(kinds.is_picture, files)), kinds.in_words(kinds.left_out(files))
         beside = f" beside {pictures:,} pictures without captions" if pictures else ""
+        beside += f" ({others})" if others else ""
         raise UserError(f"no captions found in {path}{beside}: {hint or f'looked for {wanted}; or try --preset demo'}")
     layout = LAYOUTS[dataset]
     get = f", which is in {layout.source}" if layout.source else ""
@@ -154,14 +164,14 @@ def _hint(root: Path, only: Path | None, columns: Columns) -> str:
     return "; ".join(filter(None, [*itertools.islice(said, 3), unusable([path.name for path in paths])]))
 
 
-def _packed(name: str, root: Path, files: list[Path], columns: Columns) -> tuple[pa.Table, dict[str, Any]]:
+def _packed(name: str, root: Path, files: list[Path], columns: Columns, floor: int) -> tuple[pa.Table, dict[str, Any]]:
     """The packed rows, from disk where they are kept there, and {"parts": in words, "left_out": ...}.
 
     Where a reader finds pictures depends on the folders, so a change in one of them counts as one in the captions.
     """
     seen = stamps(files)
-    if name != "webdataset" and sum(size for _, size, _ in seen) < WORTH_KEEPING:
-        return _settled(LAYOUTS[name].read(root, files, columns), files[0])
+    if floor != FLOOR or (name != "webdataset" and sum(size for _, size, _ in seen) < WORTH_KEEPING):
+        return _settled(LAYOUTS[name].read(root, files, columns), files[0], floor)
     folders = stamps([path for pattern in ("*/", "*/*/") for path in sorted(root.glob(pattern))])
     key = key_of(VERSION, dataclasses.astuple(columns), seen, folders)
     kept = kept_file("table", [name, str(root.absolute())], key)
@@ -169,7 +179,7 @@ def _packed(name: str, root: Path, files: list[Path], columns: Columns) -> tuple
         return table.read_table(kept)
     except (OSError, pa.ArrowException, KeyError, ValueError):
         pass  # not there yet, or damaged: made anew below
-    rows, about = _settled(LAYOUTS[name].read(root, files, columns), files[0])
+    rows, about = _settled(LAYOUTS[name].read(root, files, columns), files[0], floor)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with whole(kept) as unfinished:
@@ -180,13 +190,13 @@ def _packed(name: str, root: Path, files: list[Path], columns: Columns) -> tuple
         return rows, about  # no room, or no home to write to: read anew next time
 
 
-def _settled(rows: Iterable[Row | LeftOut], source: Path | str) -> tuple[pa.Table, dict[str, Any]]:
+def _settled(rows: Iterable[Row | LeftOut], source: Path | str, floor: int) -> tuple[pa.Table, dict[str, Any]]:
     """Rows packed and split up, and {"parts": in words, "left_out": ...}."""
     packed, left_out = table.pack(rows)
     if not packed.num_rows:
         raise UserError(f"{source}: no picture has a caption: get the file anew")
     try:
-        packed, parts = table.split_up(packed)
+        packed, parts = table.split_up(packed, floor)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     return packed, {"parts": parts, "left_out": left_out}
@@ -260,7 +270,7 @@ def _holds_pictures(name: str, kind: Any) -> bool:
     return type(kind).__name__ == "Image" or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
 
 
-def _read_hub(source: str, columns: Columns) -> dict[str, CaptionTable]:
+def _read_hub(source: str, columns: Columns, floor: int) -> dict[str, CaptionTable]:
     """A data set by its name on the Hub, or as save_to_disk or Parquet files keep it in a folder."""
     try:
         import datasets
@@ -303,7 +313,7 @@ def _read_hub(source: str, columns: Columns) -> dict[str, CaptionTable]:
                 split = split_word(record.get("split"), where) or (split_of(part) if len(parts) > 1 else "")
                 yield Row(split, part, id_or_name(record[ids[0]] if ids else None, f"{part}-{number}"), own, number)
 
-    packed, about = _settled(rows(), source)
+    packed, about = _settled(rows(), source, floor)
     picture = {part: data.select_columns(pictures[:1]) for part, data in parts.items()}
     raw = {part: data.cast_column(pictures[0], datasets.Image(decode=False)) for part, data in picture.items()}
     hub = {part: data.rename_column(pictures[0], "picture") for part, data in raw.items()}

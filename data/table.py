@@ -25,6 +25,7 @@ from utils import in_one_line
 
 SPLITS = ("train", "val", "test")
 SET_ASIDE, SET_ASIDE_AT_MOST = 0.05, 1000  # share and number of pictures for a part that the source does not have
+FLOOR, LARGEST_SHARE = 50, 6  # but at least so many pictures, or one in six where there are few
 BATCH = 20_000  # rows packed at a time
 
 
@@ -191,12 +192,12 @@ def _batch(rows: list[Row]) -> pa.Table:
     return pa.table(columns, pa.schema(list(zip(Row._fields, (*types, pa.int64(), pa.int64()), strict=True))))
 
 
-def split_up(packed: pa.Table) -> tuple[pa.Table, str]:
+def split_up(packed: pa.Table, floor: int = FLOOR) -> tuple[pa.Table, str]:
     """The rows with every split filled in and in the order of SPLITS, and in words what was decided.
 
-    Where no row says its part, 5 % of the pictures (at most 1,000) are set aside for val and as many for test; where
-    some do but none is val, val alone is taken from train so. Which ones follows from the pictures' ids alone. Pictures
-    that share a text stay together and count as one.
+    Where no row says its part, 5 % of the pictures (at most 1,000; at least 50, or one in six where there are few) are
+    set aside for val and as many for test; where some do but none is val, val alone is taken from train so. Which ones
+    follows from the pictures' ids alone. Pictures that share a text stay together and count as one.
     """
     codes = pc.fill_null(pc.index_in(packed["split"], pa.array(SPLITS)), -1).to_numpy().copy()
     named = set(codes.tolist()) - {-1}
@@ -211,7 +212,7 @@ def split_up(packed: pa.Table) -> tuple[pa.Table, str]:
         )
     about = ""
     if wanted:
-        number = min(SET_ASIDE_AT_MOST, max(1, int(SET_ASIDE * groups)))
+        number = min(SET_ASIDE_AT_MOST, max(1, int(SET_ASIDE * groups), min(floor, groups // LARGEST_SHARE)))
         ids = packed["id"].to_pylist()
         drawn = np.array([_hash(str(ids[row])) for row in pool], np.uint64)  # no float64, in which some would be equal
         least = np.full(len(pool), np.iinfo(np.uint64).max)

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from config import UserError
+from config import FEW, UserError
 from data.pictures import PictureSource
 from data.pictures import decode as decode_picture
 from data.reading import MADE_BY
@@ -204,6 +204,8 @@ def write_captions(directory: Path, captioned: Captioned, names: Sequence[int | 
 def warnings_about(metrics: dict[str, Any]) -> list[str]:
     """What to know before the numbers are believed."""
     number, found = metrics["pictures"], []
+    if number < FEW:
+        found.append(f"These numbers rest on {number:,} pictures: below {FEW} they are mostly chance.")
     if seen := metrics.get("pictures_trained_on"):
         found.append(
             f"{seen:,} of the {number:,} pictures were trained on: these numbers say nothing about new pictures."

@@ -333,13 +333,14 @@ def test_a_results_file_gets_numbers_intervals_and_a_report(tmp_path):
 
 def test_what_to_know_before_numbers_are_believed():
     """Models that ignore the picture or never end were praised for their BLEU."""
-    good = {"pictures": 100, "unique_captions": 0.8, "loss": 2.0, "loss_shuffled_pictures": 2.4, "cut_captions": 0.0}
-    assert warnings_about(good) == [] and warnings_about({"pictures": 100, "unique_captions": 0.8}) == []
+    good = {"pictures": 1000, "unique_captions": 0.8, "loss": 2.0, "loss_shuffled_pictures": 2.4, "cut_captions": 0.0}
+    assert warnings_about(good) == [] and warnings_about({"pictures": 200, "unique_captions": 0.8}) == []
     for change, word in (
         ({"loss_shuffled_pictures": 2.001}, "ignores the picture"),
         ({"unique_captions": 0.01}, "same caption"),
         ({"cut_captions": 0.5}, "never ended"),
         ({"pictures_trained_on": 96}, "trained on"),
+        ({"pictures": 3}, "These numbers rest on 3 pictures"),
     ):
         (warning,) = warnings_about(good | change)
         assert word in warning

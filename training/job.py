@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from config import PRETRAINED, TrainConfig, UserError, ViTGPT2Config
+from config import FEW, PRETRAINED, TrainConfig, UserError, ViTGPT2Config
 from data.download import download_coco_dataset, download_flickr30k
 from data.scenes import draw_scenes
 from data.skipped import BadPictures, check_overlap
-from data.table import CaptionTable
+from data.table import FLOOR, CaptionTable
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
 from model import ImageCaptionModel, choose_attention
 from training.adapters import adapt, check_adapters
@@ -54,8 +54,8 @@ def write_run(job: Job, finished: bool, **more: Any) -> None:
 # Data
 
 
-def find_tables(config: TrainConfig, run: Path) -> dict[str, CaptionTable]:
-    """The train, val and test tables, drawn or downloaded where that is what the config means."""
+def find_tables(config: TrainConfig, run: Path, floor: int = FLOOR) -> dict[str, CaptionTable]:
+    """The train, val and test tables, drawn or downloaded where that is what the config means. `floor`: see load_tables."""
     dataset, directory = config.dataset, config.data_dir
     if dataset == "scenes":
         dataset, directory = "coco", directory or run / "scenes"
@@ -69,7 +69,7 @@ def find_tables(config: TrainConfig, run: Path) -> dict[str, CaptionTable]:
         directory = download_flickr30k()
     elif directory is None and "/" not in dataset:
         raise UserError(f"dataset {dataset} needs --data-dir: the folder that it lies in")
-    tables = load_tables(dataset, directory or Path(), config.image_column, config.caption_column)
+    tables = load_tables(dataset, directory or Path(), config.image_column, config.caption_column, floor)
     if lacking := [part for part in ("train", "val") if part not in tables]:
         raise UserError(
             f"{directory or dataset} has no {' and no '.join(lacking)} part, only {', '.join(tables)}: add it"
@@ -130,6 +130,12 @@ class Job:
         return self.config.batch_size * self.config.accumulation_steps
 
     @property
+    def loss_chooses(self) -> bool:
+        """Whether the best model is the one with the lowest validation loss, as CIDEr-D of so few pictures, or of none, is
+        chance. Not in self-critical training, which raises the loss."""
+        return min(len(self.datasets["val"]), self.config.val_pictures) < FEW and self.config.objective != "scst"
+
+    @property
     def caption_length(self) -> int:
         """The longest caption to write: as asked for, within the model's positions."""
         return min(self.config.caption_length, self.model.config.text_positions)
@@ -153,10 +159,14 @@ def prepare(config: TrainConfig, world: World, chosen: Chosen) -> Job:
         raise UserError(f"cache_on_gpu on the device {device}: it needs a GPU, leave it out")
     if config.adapts:  # before anything is downloaded for it
         check_adapters(config, device)
-    began, tables = run.began(config), find_tables(config, run.folder)
-    keys = {split: table.keys() for split, table in tables.items()}
-    data_key = key_of([hashlib.sha256(own.tobytes()).hexdigest() for own in keys.values()])
-    if began.get("data", data_key) != data_key:
+    began = run.began(config)
+    for floor in (FLOOR, 0):  # a run of an earlier version goes on with its own parts
+        tables = find_tables(config, run.folder, floor)
+        keys = {split: table.keys() for split, table in tables.items()}
+        data_key = key_of([hashlib.sha256(own.tobytes()).hexdigest() for own in keys.values()])
+        if began.get("data", data_key) == data_key:
+            break
+    else:
         raise UserError(
             f"the pictures or captions have changed since {run.folder} began, so it cannot go on: start a new run with --resume "
             "never (or another --output-dir)"
@@ -360,7 +370,11 @@ def plan(job: Job, step: int) -> str:
     same = job.datasets["test"].table.split == "val"
     tested = "which serve as test too, as there is no test part" if same else f"{test:,} to test"
     left_out = table.left_out | {"captions cut at the model's max_length": job.datasets["train"].tokens.cut}
-    notes = [table.about, *(f"{number:,} {what}" for what, number in left_out.items() if number), *job.bad.notes]
+    left = ", ".join(f"{number:,} {what}" for what, number in left_out.items() if number)
+    notes = [table.about, left and f"left out: {left}", *job.bad.notes]
+    if (few := min(val, test)) < FEW:
+        chosen = ", so the validation loss chooses the best model" if job.loss_chooses else ""
+        notes.append(f"numbers rest on {few:,} pictures, mostly chance below {FEW}{chosen}")
     return (
         f"attention   {choose_attention(job.device.type, job.dtype, sizes.decoder_embed_dim // sizes.decoder_num_heads)[1]}\n"
         f"model       {job.model.num_parameters:,} parameters, vocabulary {job.model.config.vocab_size:,}\n"

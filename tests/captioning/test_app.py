@@ -344,12 +344,13 @@ def test_a_folder_becomes_a_table(open_page, server, pictures, tmp_path):
         shutil.copy(path, folder)
     shutil.copy(pictures[8], folder / "more")
     (folder / "damaged.png").write_bytes(Path(pictures[0]).read_bytes()[:200])
-    (folder / "notes.txt").write_text("no picture")
+    for name in ("notes.txt", "notes.pdf", "raw.CR2", "README"):
+        (folder / name).write_text("no picture")
     page = open_page()
     page.get_by_role("tab", name="Folder").click()
     drop(page, folder, into="#folder")
     page.get_by_text("9 of 10 pictures captioned").wait_for()
-    assert "1 other file left out" in page.locator(".folder").inner_text()
+    assert "left out: 1 .pdf, 1 .cr2, 1 without a suffix" in page.locator(".folder").inner_text()
     assert page.get_by_role("progressbar").get_attribute("aria-valuenow") == "1"
     (line,) = page.locator(".problem").all_inner_texts()
     assert line.startswith("damaged.png: not a picture")

@@ -1628,8 +1628,12 @@ def test_parts_are_whole_apart_and_independent_of_order(rows: list[Row], order: 
     assert parts[0] == parts[1]
 
 
-@pytest.mark.parametrize(("number", "aside"), [(3, 1), (100, 5), (20_000, 1000), (50_000, 1000)])
+@pytest.mark.parametrize(
+    ("number", "aside"),
+    [(3, 1), (11, 1), (12, 2), (60, 10), (100, 16), (300, 50), (1000, 50), (1020, 51), (20_000, 1000), (50_000, 1000)],
+)
 def test_how_many_are_set_aside(number: int, aside: int) -> None:
+    """Of 60 pictures 3 once chose the model, by chance."""
     settled, about = split_up(pack(Row("", f"{i}", i, ["x"]) for i in range(number))[0])
     counts = Counter(settled["split"].to_pylist())
     assert counts == {"train": number - 2 * aside, "val": aside, "test": aside}

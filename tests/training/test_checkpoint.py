@@ -31,7 +31,7 @@ from training.checkpoint import (
     save_checkpoint,
     training_in,
 )
-from utils import file_hash, read_log
+from utils import file_hash, read_log, write_json
 from weights.file import MODEL_FILE
 
 
@@ -338,6 +338,29 @@ def test_patience_outlasts_a_restart(tmp_path, scenes_dir):
     assert (tmp_path / "out/checkpoints/best").resolve().name == "step-00000006"
     assert last["seconds"] > state["seconds"] and about["seconds"] == round(last["seconds"])
     assert [line["step"] for line in read_log(tmp_path / "out/metrics.jsonl") if "val_loss" in line] == [6, 12, 18, 24]
+
+
+def test_of_few_pictures_the_loss_chooses(tmp_path, scenes_dir):
+    """A chance CIDEr-D of 0.15 on three pictures kept a model that wrote "A A with a a a". A run that began by CIDEr-D, as
+    versions before did with few pictures too, goes on by it: no loss would ever look better than its best score."""
+    config = small_config(scenes_dir, max_steps=600)  # 6 steps an epoch, 12 pictures to validate
+    process = fork(config, tmp_path)
+    await_step(12, process, tmp_path / "out")
+    process.terminate()
+    said = end(process, 143, tmp_path)
+    assert "numbers rest on 12 pictures, mostly chance below 200, so the validation loss chooses the best model" in said
+    folder, _, _, state = load_checkpoint(tmp_path / "out")
+    losses = [line["val_loss"] for line in read_log(tmp_path / "out/metrics.jsonl") if "val_loss" in line]
+    assert len(losses) >= 2 and state["best"] == -min(losses)
+    write_json(folder / "state.json", state | {"best": 9.0})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["state.json"]
+    write_json(folder / "manifest.json", manifest)
+    process = fork(config, tmp_path)
+    await_step(state["step"] + 12, process, tmp_path / "out")
+    process.terminate()
+    end(process, 143, tmp_path)
+    assert load_checkpoint(tmp_path / "out")[3]["best"] == 9.0
 
 
 def test_the_average_is_what_is_saved(tmp_path, scenes_dir):
