@@ -40,7 +40,7 @@ def files_below(root: str | Path) -> Iterator[Path]:
 
 def left_out(files: Iterable[str | Path]) -> dict[str, int]:
     """{kind: how many} of the files that are neither pictures nor texts, the most frequent first."""
-    kinds = Counter(Path(file).suffix.lower() for file in files).most_common()
+    kinds = sorted(Counter(Path(file).suffix.lower() for file in files).items(), key=lambda each: (-each[1], each[0]))
     others = [(kind, number) for kind, number in kinds if kind not in PICTURE_SUFFIXES + TEXT_SUFFIXES]
     return {f"{kind or 'without a suffix'}{HEIC.get(kind, '')}": number for kind, number in others}
 

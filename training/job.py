@@ -369,9 +369,9 @@ def plan(job: Job, step: int) -> str:
     val, test = len(job.datasets["val"]), len(job.datasets["test"])
     same = job.datasets["test"].table.split == "val"
     tested = "which serve as test too, as there is no test part" if same else f"{test:,} to test"
-    left_out = table.left_out | {"captions cut at the model's max_length": job.datasets["train"].tokens.cut}
-    left = ", ".join(f"{number:,} {what}" for what, number in left_out.items() if number)
-    notes = [table.about, left and f"left out: {left}", *job.bad.notes]
+    left = ", ".join(f"{number:,} {what}" for what, number in table.left_out.items())
+    cut = f"{n:,} captions cut at the model's max_length" if (n := job.datasets["train"].tokens.cut) else ""
+    notes = [table.about, left and f"left out: {left}", cut, *job.bad.notes]
     if (few := min(val, test)) < FEW:
         chosen = ", so the validation loss chooses the best model" if job.loss_chooses else ""
         notes.append(f"numbers rest on {few:,} pictures, mostly chance below {FEW}{chosen}")

@@ -26,8 +26,8 @@ def draw(*paths: Path) -> None:
 
 def test_kinds_are_counted_whatever_their_case():
     files = ["a.CR2", "b.cr2", "c.jpg", "d.JPG", "e.txt", "f.pdf", "LICENSE", "g.csv"]
-    assert left_out(files) == {".cr2": 2, ".pdf": 1, "without a suffix": 1}
-    assert in_words(left_out(files)) == "left out: 2 .cr2, 1 .pdf, 1 without a suffix" and in_words({}) == ""
+    assert left_out(files) == {".cr2": 2, "without a suffix": 1, ".pdf": 1}
+    assert in_words(left_out(files)) == "left out: 2 .cr2, 1 without a suffix, 1 .pdf" and in_words({}) == ""
 
 
 def test_linked_folders_are_followed_once(tmp_path):

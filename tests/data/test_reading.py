@@ -198,9 +198,9 @@ def test_pictures_inside_parquet_that_nobody_has_called_pictures(tmp_path: Path,
 def test_what_lies_there_is_said(tmp_path: Path, files: dict[str, str | bytes], said: str) -> None:
     """It was "no captions found" and eight layouts."""
     root = fill(tmp_path, FIVE | files)
-    assert error_of(lambda: load_tables("auto", root)) == (
-        f"no captions found in {root} beside 5 pictures without captions: {said}"
-    )
+    error = error_of(lambda: load_tables("auto", root))
+    assert error.startswith(f"no captions found in {root} beside 5 pictures without captions")
+    assert error.endswith(f": {said}")
     first = root / next(iter(files))
     assert said.partition(", b.tar")[0].removeprefix(f"{first.name}: ") in error_of(lambda: load_tables("auto", first))
 

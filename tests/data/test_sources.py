@@ -678,7 +678,7 @@ def test_flickr30k_as_kaggle_ships_it(tmp_path: Path, source: str, folder: str) 
     """A row without its second bar, bars and quotes and U+2028 in captions, Windows' line ends; a picture missing."""
     fill(tmp_path, {source: FLICKR30K} | pictures(f"{folder}1.jpg", f"{folder}2.jpg"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table, "split_up", lambda rows: (rows.set_column(0, "split", pa.array(["train"] * 3)), ""))
+        patch.setattr(table, "split_up", lambda rows, floor: (rows.set_column(0, "split", pa.array(["train"] * 3)), ""))
         part = load_table("auto", tmp_path, "train")
     assert part.name == "flickr30k" and part.missing == (f"{folder}2199200615.jpg",)
     assert ids(part) == ["1.jpg", "2.jpg"]
