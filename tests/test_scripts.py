@@ -237,8 +237,8 @@ def test_a_persons_own_folder_simply_works(tmp_path, scenes_dir):
     own_photos(tmp_path / "my_photos", scenes_dir, 24)
     before = sorted((tmp_path / "my_photos").iterdir())
     output = script(tmp_path, "main.py", "--data-dir", "my_photos", "--max-steps", "2", *SMALL)
-    assert "recognised as name.txt beside each name.jpg; 1 pictures each set aside for val and test" in output
-    assert "22 pictures, 110 captions" in output and "tokenizer   trained on the captions" in output
+    assert "recognised as name.txt beside each name.jpg; 4 pictures each set aside for val and test" in output
+    assert "16 pictures, 80 captions" in output and "tokenizer   trained on the captions" in output
     assert sorted((tmp_path / "my_photos").iterdir()) == before  # nothing is written there
     assert (tmp_path / MODEL).is_file()
 
@@ -280,7 +280,7 @@ def test_flickr30k_comes_from_kaggle(tmp_path, scenes_dir, monkeypatch):
     (pictures.parent / "results.csv").write_text("\n".join(lines) + "\n")
     monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "kaggle"))
     output = script(tmp_path, "main.py", "--dataset", "flickr30k", "--max-steps", "2", *SMALL)
-    assert "flickr30k: 22 pictures, 110 captions" in output
+    assert "flickr30k: 16 pictures, 80 captions" in output
 
 
 def test_damaged_pictures_are_named_skipped_and_counted(tmp_path, scenes_dir):

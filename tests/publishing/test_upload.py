@@ -178,7 +178,8 @@ def as_a_stranger(hub: Hub, cwd: Path, name: str, model: ImageCaptionModel) -> N
     first = 1 if model.config.bridge == "cross_attention" else 0  # transformers' own repeats the start token
     theirs = [token for token in json.loads(tokens)[0][first:] if token != model.config.end_token_id]
     assert theirs == [token for token in sequence.tolist() if token != model.config.end_token_id]
-    assert len(theirs) > 2 and text == model.tokenizer.decode(sequence, skip_special_tokens=True).strip()
+    said = model.tokenizer.decode(sequence, skip_special_tokens=True)  # a pipe makes another line break of a CR
+    assert len(theirs) > 2 and text.split() == said.split()
 
 
 def test_a_stranger_loads_it_with_transformers_alone(home, published, tmp_path):
