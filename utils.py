@@ -58,7 +58,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         if debug:
             traceback.print_exc()
         # From a loader's worker the message comes with a traceback before it.
-        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('config.UserError: ')}", file=sys.stderr)
+        print(f"error: {in_one_line(str(error).rpartition('config.UserError: ')[2].strip())}", file=sys.stderr)
         code = 2
     except BrokenPipeError:  # the reader of a pipe left: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

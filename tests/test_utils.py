@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -204,13 +205,25 @@ def test_folders_that_cannot_be_written(tmp_path):
         writable_directory(tmp_path / "file" / "inside")
 
 
+FROM_WORKER = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback:\n  ...\nconfig.UserError: {}\n"
+
+
+@pytest.mark.parametrize("said", ["{}", FROM_WORKER])
+def test_names_of_files_in_errors_are_escaped(capsys, said):
+    """Of a message with a line break in a name only the end was said, and what colours a terminal reached it."""
+    with pytest.raises(SystemExit):
+        run_script(partial(raised, UserError(said.format("a\nb\x1b[31m.txt: mend it"))))
+    assert capsys.readouterr().err == "error: a\\nb\\x1b[31m.txt: mend it\n"
+
+
+def raised(error):
+    raise error
+
+
 @pytest.mark.parametrize(("error", "code"), [(UserError("what: do this"), 2), (KeyboardInterrupt(), 130)])
 def test_scripts_end_with_one_line(capsys, error, code):
-    def main():
-        raise error
-
     with pytest.raises(SystemExit) as end:
-        run_script(main)
+        run_script(partial(raised, error))
     assert end.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == 1
 
