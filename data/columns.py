@@ -109,7 +109,7 @@ def _parquet_records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             rows = enumerate(batch.to_pylist(), start=number)
             yield from ((f"{source}: row {i}", record) for i, record in rows)
             number += batch.num_rows
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: not readable as Parquet ({reading.reason(error)}): get it anew") from None
 
 
@@ -123,7 +123,7 @@ def _json_records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     content = parse_json(text, source)
     if isinstance(content, dict):
         lists = [each for each in content.values() if isinstance(each, list) and each and isinstance(each[0], dict)]
-        if content and is_picture(next(iter(content))):
+        if any(map(is_picture, content)):
             content = [
                 {"image": name, **(about if isinstance(about, dict) else {"captions": about})}
                 for name, about in content.items()
@@ -192,6 +192,10 @@ def columns_of(source: Path) -> list[str]:
         return [str(name).strip() for name in first] if isinstance(first, dict) else []
     except (ValueError, RecursionError, pa.ArrowException, UserError, StopIteration):
         return []
+    except OSError as error:
+        if error.errno is None:  # Arrow's, for what is damaged
+            return []
+        raise
 
 
 def unnamed(names: Iterable[str], columns: Columns) -> str:

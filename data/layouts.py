@@ -21,7 +21,7 @@ from data.columns import IMAGEFOLDER_FILES, Columns, csv_records, find_columns, 
 from data.kinds import files_below, is_picture
 from data.reading import Names, clean, clean_all, parse_json, read_text, split_of
 from data.shards import find_shards, read_shards
-from data.sidecars import has_caption, texts_beside
+from data.sidecars import TEXT_SUFFIXES, has_caption, texts_beside
 from data.table import LeftOut, Row
 
 
@@ -178,7 +178,7 @@ def _read_flickr30k(root: Path, files: list[Path], columns: Columns) -> Iterator
     else:
         captions = _kaggle_captions(source, known_names)
         base = source.parent.relative_to(root)
-        folder = known_names.first_folder((f"{base}/flickr30k_images", f"{base}", f"{base}/images"), captions)
+        folder = known_names.first_folder((f"{base}/flickr30k_images", f"{base}", f"{base}/images", "."), captions)
     for name, own in captions.items():
         yield Row("", (folder or "flickr30k_images/").removeprefix("./") + name, name, own)
 
@@ -212,7 +212,7 @@ def _find_flickr8k(root: Path, *names: str) -> list[Path]:
     return captions and [*captions, *reading.files_of(captions[0].parent, *FLICKR8K_LISTS.values())]
 
 
-def _read_flickr8k(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
+def _read_flickr8k(root: Path, files: list[Path], columns: Columns) -> Iterator[Row | LeftOut]:
     """Kaggle's captions.txt, or the authors' Flickr8k.token.txt. With the authors' split lists, pictures in the order of
     the lists and none besides."""
     source, known_names = files[0], Names(root)
@@ -226,12 +226,16 @@ def _read_flickr8k(root: Path, files: list[Path], columns: Columns) -> Iterator[
                 )
             own = captions.setdefault(known_names.checked(record["image"], where), [])
             own.extend(clean_all(record["caption"], where))
-        folder = f"{source.parent.relative_to(root)}/Images/".removeprefix("./")
+        usual = f"{source.parent.relative_to(root)}/Images/"
+        folder = known_names.first_folder([usual[:-1], "."], captions) or usual
     else:
         captions = _token_captions(source, known_names)
-        folder = known_names.first_folder([*FLICKR_FOLDERS.split(), "."], captions).removeprefix("./")
+        folder = known_names.first_folder([*FLICKR_FOLDERS.split(), "."], captions)
+    folder = folder.removeprefix("./")
     if len(files) == 1:
         yield from (Row("", folder + name, name, own) for name, own in captions.items())
+        return
+    taken: set[str] = set()
     for split, list_name in FLICKR8K_LISTS.items():
         listed = source.with_name(list_name)
         if listed not in files:
@@ -248,6 +252,8 @@ def _read_flickr8k(root: Path, files: list[Path], columns: Columns) -> Iterator[
                 "or another data set's, get it anew"
             )
         yield from (Row(split, folder + name, name, captions[name]) for name in names)
+        taken.update(names)
+    yield from (LeftOut("pictures in none of the lists", name) for name in captions if name not in taken)
 
 
 # A person's own folder: name.jpg with name.txt beside it
@@ -262,7 +268,10 @@ def pictures_below(root: Path, kind: str | None = None) -> Iterator[tuple[Path, 
 
 def _read_sidecars(root: Path, files: list[Path], columns: Columns) -> Iterator[Row | LeftOut]:
     """Every line of the text that is not empty is a caption. A folder train/, val/ or test/ says the part."""
+    unread = {file: None for file in files_below(root) if file.suffix.lower() in TEXT_SUFFIXES}
     for picture, texts in pictures_below(root, columns.caption):
+        for text in texts:
+            unread.pop(text, None)
         name = picture.relative_to(root).as_posix()
         if not reading.is_text(name):
             raise UserError(f"{root}: {name!r} is no name in UTF-8: rename the picture")
@@ -271,6 +280,7 @@ def _read_sidecars(root: Path, files: list[Path], columns: Columns) -> Iterator[
         for text in filter(has_caption, texts[1:]):
             yield LeftOut("texts of pictures that have another", text.relative_to(root).as_posix())
         yield Row(reading.SPLIT_WORDS.get(name.split("/")[0].lower(), ""), name, name, captions)
+    yield from (LeftOut("texts without a picture", text.relative_to(root).as_posix()) for text in unread)
 
 
 LAYOUTS = {

@@ -202,7 +202,8 @@ def file_names(folder: Path) -> set[str]:
     """The names of the files in folder; none where there is no such folder."""
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
+            # A link may lead round in a circle, at which entry.is_file() raises.
+            return {entry.name for entry in entries if entry.is_file(follow_symlinks=False) or os.path.isfile(entry)}
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file system can have
         return set()
 

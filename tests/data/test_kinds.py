@@ -73,7 +73,8 @@ def test_without_pillow_heif_heic_is_left_out_and_said(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "left out    2 .heic (pip install pillow-heif)\nleft out    1 .cr2\n" in done.stdout
     figures = json.loads((tmp_path / "check/check.json").read_text())
-    assert figures["left_out"] == {".heic (pip install pillow-heif)": 2, ".cr2": 1}
+    texts = {"texts without a picture (the first: x.txt)": 3}
+    assert figures["left_out"] == texts | {".heic (pip install pillow-heif)": 2, ".cr2": 1}
 
 
 def test_a_folder_of_nothing_else_is_not_called_empty(tmp_path, monkeypatch):

@@ -323,6 +323,52 @@ def test_the_authors_own_files(tmp_path: Path, source: str, folder: str, family:
     assert error_of(lambda: load_tables("auto", root)).startswith(f"{root / source}:11: not 'name#number caption'")
 
 
+def test_pictures_in_none_of_the_lists_are_counted(tmp_path: Path) -> None:
+    lists = {"Flickr_8k.trainImages.txt": "0.jpg\n1.jpg\n", "Flickr_8k.devImages.txt": "2.jpg\n"}
+    fill(
+        tmp_path,
+        lists
+        | {"captions.txt": CSV_OF_FIVE.replace("file_name", "image")}
+        | empty(*(f"Images/{name}" for name in NAMES)),
+    )
+    left_out = load_tables("auto", tmp_path)["train"].left_out
+    assert left_out == {"pictures in none of the lists (the first: 3.jpg)": 2}
+
+
+@pytest.mark.parametrize("source", ["captions.txt", "flickr30k_images/results.csv", "dataset_flickr8k.json", "c.csv"])
+@pytest.mark.parametrize("base", ["{}/pictures/Images", "https://example.org/a"])
+def test_names_that_say_the_whole_way(tmp_path: Path, source: str, base: str) -> None:
+    """Flickr8k's Images/ was put before them a second time, and none was there."""
+    root = fill(tmp_path / "pictures", empty(*(f"Images/{name}" for name in NAMES)))
+    paths = [f"{base.format(tmp_path)}/{name}" for name in NAMES]
+    karpathys = [{"filename": path, "split": "train", "sentences": [{"raw": "text"}]} for path in paths]
+    karpathys[0]["split"] = "val"
+    content = {
+        "results.csv": "image_name| comment_number| comment\n" + "".join(f"{path}| 0| text\n" for path in paths),
+        "dataset_flickr8k.json": json.dumps({"images": karpathys}),
+    }.get(Path(source).name, "image,caption\n" + "".join(f"{path},text\n" for path in paths))
+    fill(root, {source: content})
+    assert everything(root) == {f"Images/{name}": ["text"] for name in NAMES}
+
+
+def test_a_link_that_leads_to_itself_is_a_missing_picture(tmp_path: Path) -> None:
+    """One of them ended the reading of any layout: "cannot be read: Too many levels of symbolic links"."""
+    fill(tmp_path, empty(*NAMES) | {"c.csv": CSV_OF_FIVE})
+    before = names(load_tables("auto", tmp_path)["train"])
+    link = tmp_path / before[0]
+    link.unlink()
+    link.symlink_to(link)
+    train = load_tables("auto", tmp_path)["train"]
+    assert names(train) == before[1:] and train.missing == (before[0],)
+
+
+def test_captions_by_picture_whose_first_name_has_an_unknown_suffix(tmp_path: Path) -> None:
+    """{picture: captions} was recognised by its first name alone."""
+    content = {"raw.cr2": "one"} | {name: "text" for name in NAMES}
+    fill(tmp_path, empty("raw.cr2", *NAMES) | {"captions.json": json.dumps(content)})
+    assert everything(tmp_path)["raw.cr2"] == ["one"]
+
+
 # Names of pictures
 
 

@@ -378,7 +378,8 @@ def test_texts_beside_pictures_give_cocos_table_under_names(tmp_path: Path, coco
 
 
 def test_sidecar_names(tmp_path: Path) -> None:
-    """Nested folders, .caption, name.jpg.txt and upper-case suffixes count; hidden folders and texts alone do not."""
+    """Nested folders, .caption, name.jpg.txt and upper-case suffixes count; hidden folders do not, and texts alone
+    are counted: where a picture had another name, its captions were gone without a word."""
     texts: dict[str, str | bytes] = {
         "a/x.txt": "one\ntwo",
         "b/x.caption": "three",
@@ -390,7 +391,8 @@ def test_sidecar_names(tmp_path: Path) -> None:
     parts = load_tables("auto", tmp_path)
     found = {name: own for split in parts for name, own in zip(ids(parts[split]), captions(parts[split]), strict=True)}
     assert found == {"a/x.jpg": ["one", "two"], "b/x.WEBP": ["three"], "c.JPG": ["four"]}
-    assert parts["train"].left_out == {"pictures without a caption": 1}
+    alone = {"texts without a picture (the first: README.txt)": 1}
+    assert parts["train"].left_out == alone | {"pictures without a caption": 1}
 
 
 def test_a_sentence_counts_and_not_its_tags(tmp_path: Path) -> None:
@@ -1239,6 +1241,25 @@ def test_damaged_tables(tmp_path: Path, name: str, content: str | bytes, part: s
     message = error_of(lambda: load_tables("auto", tmp_path))
     assert message.startswith(f"{tmp_path / name}{part}")
     assert re.search(r"mend|anew|rename|write|put|name it|save|another kind|one part", message[len(str(tmp_path)) :])
+
+
+def test_damaged_parquet_is_named_and_in_nobodys_way(tmp_path: Path) -> None:
+    """Arrow raises OSError for some damage: the file was not named, and beside texts it kept them from being read."""
+    content = io.BytesIO()
+    rows = [{"image": f"{i}.jpg", "text": f"xyz{i}"} for i in range(5)]
+    pq.write_table(
+        pa.Table.from_pylist(rows), content, compression="none", use_dictionary=False, write_statistics=False
+    )
+    whole = content.getvalue()
+    root = fill(tmp_path / "table", FIVE | {"c.parquet": whole.replace(b"xyz3", b"xy\xff3")})
+    assert error_of(lambda: load_tables("csv", root)).startswith(f"{root / 'c.parquet'}: not readable as Parquet")
+    page = whole[:4] + b"\xff" * 40 + whole[44:]
+    fill(root, {"c.parquet": page})
+    assert error_of(lambda: load_tables("csv", root)).startswith(f"{root / 'c.parquet'}: not readable as Parquet")
+    end = whole.rindex(b"schema")
+    texts = {name.replace(".jpg", ".txt"): "text" for name in FIVE}
+    root = fill(tmp_path / "texts", FIVE | texts | {"c.parquet": whole[: end - 20] + b"\xff" * 20 + whole[end:]})
+    assert sum(map(len, load_tables("auto", root).values())) == 5
 
 
 def test_parquet_says_the_row(tmp_path: Path) -> None:
