@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import posixpath
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,12 +40,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import FEW, UserError, check_fields
+from data.kinds import files_below, is_picture
 from data.pictures import load_picture
 from data.pixels import in_threads
 from data.reading import Names
 from data.sources import load_tables
 from data.table import CaptionTable
-from utils import parse_flags, whole, writable_directory, write_csv, write_json
+from utils import in_one_line, parse_flags, whole, writable_directory, write_csv, write_json
 
 SIZE, GRID = 64, 8  # pixels and cells a side of what is remembered of a picture
 MAX_DISTANCE = 4  # bits
@@ -144,6 +146,7 @@ def check_tables(
     figures = {
         "parts": {split: count_part(table, views[split]) for split, table in parts.items()},
         "left_out": next(iter(parts.values())).left_out,
+        "unused": unused(list(parts.values())),
         "captions": count_captions(list(parts.values()), max_words),
         "duplicates": copies,
     }
@@ -218,6 +221,15 @@ def count_part(table: CaptionTable, view: View) -> dict[str, Any]:
         "undecodable": len(view.bad),
         "exact_copies_inside": len(good) - len(set(good)),
     }
+
+
+def unused(tables: list[CaptionTable]) -> dict[str, Any]:
+    """How many pictures below the data's folder are in no part, as those are that no caption names, and the first."""
+    named = {posixpath.normpath(name) for t in tables for name in (*t.rows["picture"].to_pylist(), *t.missing)}
+    root = tables[0].root
+    names = [file.relative_to(root).as_posix() for file in files_below(root) if is_picture(file)]
+    others = [name for name in names if name not in named]
+    return {"pictures": len(others), "first": in_one_line(others[0]) if others else None}
 
 
 # Captions
@@ -325,6 +337,8 @@ def print_report(report: Report) -> None:
     if "val" in parts and "test" not in parts:
         lines += [("test", "none: val serves as test")]
     lines += [("left out", f"{number:,} {what}") for what, number in report.figures["left_out"].items()]
+    number, first = report.figures["unused"].values()
+    lines += [("unused", f"{number:,} pictures below the folder are in no part, such as {first}")] if number else []
     words, longer = captions["words"], captions["over_long"]
     lines += [("words", f"min {words['min']}, median {words['median']:g}, 95 % {words['95 %']:g}, max {words['max']}")]
     if longer["captions"]:
@@ -347,7 +361,7 @@ def print_report(report: Report) -> None:
         lines += [("duplicates", "near ones not looked for, without ImageHash: pip install -r requirements/data.txt")]
     lines += [("warning", warning) for warning in report.warnings]
     for name, text in lines:
-        print(f"{name:11} {text}")
+        print(in_one_line(f"{name:11} {text}"))
 
 
 def excerpt(caption: str) -> str:

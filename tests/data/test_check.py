@@ -118,6 +118,21 @@ def test_a_clean_set_passes_and_is_left_as_it_was(tmp_path, monkeypatch, capsys)
     assert "train       12 pictures, 24 captions (2 a picture)" in output
 
 
+def test_pictures_in_no_part_are_counted_and_names_escaped(tmp_path, capsys):
+    """Half a folder that no caption named was not mentioned; what colours a terminal came out of names as it is."""
+    root = clean(tmp_path / "data")
+    for name in ("val2017/b\x1b[31m.jpg", "val2017/a.png", ".hidden/c.jpg", "val2017/._val0.jpg"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"")
+    report = report_of(root)
+    assert report.figures["unused"] == {"pictures": 2, "first": "val2017/a.png"}
+    (root / "val2017/a.png").unlink()
+    print_report(report_of(root))
+    output = capsys.readouterr().out
+    assert "unused      1 pictures below the folder are in no part, such as val2017/b\\x1b[31m.jpg\n" in output
+    assert report_of(clean(tmp_path / "other")).figures["unused"] == {"pictures": 0, "first": None}
+
+
 def test_an_unfit_set_exits_1_and_says_why_last(tmp_path):
     broken = [("cut.jpg", jpeg(photo(50))[:700], ["cut"]), ("empty.jpg", b"", ["empty"]), ("gone.jpg", None, ["gone"])]
     write(tmp_path / "data", train=some("train", 9, 0) + broken, val=some("val", 4, 100))
