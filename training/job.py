@@ -184,6 +184,9 @@ def prepare(config: TrainConfig, world: World, chosen: Chosen) -> Job:
     if world.main:
         for data in datasets.values():
             bad.add_known(data.table, data.pixels.bad)
+            if len(data.pixels.bad) == len(data.table):  # or evaluation would say so, after the training
+                where = f"{data.table.root}: no picture of the {data.table.split} part can be read"
+                raise UserError(f"{where}: see {bad.path}, and mend them")
     pictures_a_step = config.batch_size * config.accumulation_steps
     steps_per_epoch = len(make_dataloader(datasets["train"], pictures_a_step))
     return Job(

@@ -15,12 +15,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_config
-from processes import run, start, stop_after
+from PIL import Image
+from processes import run, small_config, start, stop_after
 
 from config import PRESETS, TrainConfig, UserError
 from data.table import make_table
 from dataset import CaptionDataset, collate, decode
 from model import CrossAttention, EncoderBlock, ImageCaptionModel
+from train import train
 from training.checkpoint import checkpoints, load_checkpoint
 from training.distributed import ALONE
 from training.estimates import duration, step_operations
@@ -499,3 +501,20 @@ def test_what_stays_as_random_as_it_began_is_refused():
     with pytest.raises(UserError, match="freeze new"):
         TrainConfig(freeze=("new",), init="pretrained")
     TrainConfig(freeze=("encoder",), init="pretrained")
+
+
+def test_a_part_without_a_whole_picture_is_said_before_the_first_step(tmp_path, monkeypatch):
+    """It was said after the last one."""
+    monkeypatch.chdir(tmp_path)
+    for name, whole in (("train/a", True), ("train/b", True), ("val/c", False), ("val/d", False)):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"data/{name}.txt").write_text("a dog runs")
+        (tmp_path / f"data/{name}.png").touch()
+        if whole:
+            Image.new("RGB", (16, 16)).save(tmp_path / f"data/{name}.png")
+    config = small_config(tmp_path / "data", max_steps=1, dataset="auto", tokenizer="train", max_bad_share=0.9)
+    with pytest.raises(
+        UserError, match=r"no picture of the val part can be read: see out.bad_samples.csv, and mend them$"
+    ):
+        train(config)
+    assert not (tmp_path / "out/metrics.jsonl").exists()
