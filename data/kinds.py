@@ -11,7 +11,8 @@ from pathlib import Path
 HEIC = dict.fromkeys((".heic", ".heif", ".hif"), " (pip install pillow-heif)")
 SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pcx .pgm .png .ppm .qoi .tga .tif .tiff .webp"
 PICTURE_SUFFIXES = (*SUFFIXES.split(), *(HEIC if find_spec("pillow_heif") else ()))
-TEXT_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".json", ".jsonl")  # which lie beside pictures
+TEXT_SUFFIXES = (".caption", ".txt")
+BESIDE = (*TEXT_SUFFIXES, ".csv", ".tsv", ".json", ".jsonl")  # what is expected where pictures lie
 
 
 def is_picture(name: str | Path) -> bool:
@@ -41,7 +42,7 @@ def files_below(root: str | Path) -> Iterator[Path]:
 def left_out(files: Iterable[str | Path]) -> dict[str, int]:
     """{kind: how many} of the files that are neither pictures nor texts, the most frequent first."""
     kinds = sorted(Counter(Path(file).suffix.lower() for file in files).items(), key=lambda each: (-each[1], each[0]))
-    others = [(kind, number) for kind, number in kinds if kind not in PICTURE_SUFFIXES + TEXT_SUFFIXES]
+    others = [(kind, number) for kind, number in kinds if kind not in PICTURE_SUFFIXES + BESIDE]
     return {f"{kind or 'without a suffix'}{HEIC.get(kind, '')}": number for kind, number in others}
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from config import UserError
 from data import reading
 from data.columns import IMAGEFOLDER_FILES, Columns, csv_records, find_columns, read_columns
-from data.kinds import files_below, is_picture
+from data.kinds import TEXT_SUFFIXES, files_below, is_picture
 from data.reading import Names, clean, clean_all, parse_json, read_text, split_of
 from data.shards import find_shards, read_shards
-from data.sidecars import TEXT_SUFFIXES, has_caption, texts_beside
+from data.sidecars import has_caption, texts_beside
 from data.table import LeftOut, Row
 
 

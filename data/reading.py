@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from config import UserError
-from data.kinds import PICTURE_SUFFIXES, is_picture
+from data.kinds import PICTURE_SUFFIXES, files_below, is_picture
 
 WORDS = {"train": "train training restval", "val": "val valid validation dev", "test": "test testing"}
 SPLIT_WORDS = {word: split for split, words in WORDS.items() for word in words.split()}
@@ -112,12 +112,10 @@ class Names:
     def alike(self) -> dict[str, list[str]]:
         """{a picture's folded name without folder and suffix: its paths below the root}; the folder is walked once."""
         found: dict[str, list[str]] = {}
-        for folder, inside, names in os.walk(self.root):
-            inside[:] = sorted(name for name in inside if not name.startswith("."))
-            for name in sorted(names):
-                if is_picture(name) and is_text(name):
-                    path = Path(folder, name).relative_to(self.root).as_posix()
-                    found.setdefault(stem(folded(name)), []).append(path)
+        for file in files_below(self.root):
+            path = file.relative_to(self.root).as_posix()
+            if is_picture(file) and is_text(path):
+                found.setdefault(stem(folded(file.name)), []).append(path)
         return found
 
     def checked(self, name: Any, where: str) -> str:

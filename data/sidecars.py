@@ -6,7 +6,7 @@ import codecs
 from collections import Counter
 from pathlib import Path
 
-TEXT_SUFFIXES = (".caption", ".txt")
+from data.kinds import TEXT_SUFFIXES
 
 
 def texts_beside(pictures: list[Path], files: list[Path], kind: str | None = None) -> dict[Path, list[Path]]:
