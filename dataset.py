@@ -170,6 +170,7 @@ class CaptionDataset(Dataset[Sample]):
                 f"{kept.numel() / 2**30:.1f} GiB of pictures do not fit into the GPU's {free / 2**30:.1f} GiB: use --cache "
                 "instead of --cache-on-gpu"
             )
+        self.pixels.check_all()
         self.on_gpu = kept.to(device)
 
     def __getitem__(self, key: tuple[int, ...]) -> Sample:

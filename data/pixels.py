@@ -7,9 +7,11 @@ generator it is handed.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,16 +19,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from config import Augmentation, UserError
 from data.pictures import crop, load_picture
 from data.table import CaptionTable
-from utils import forget_older, kept_file, key_of, locked, stamps, unfinished_of, whole, write_text
+from utils import forget_older, kept_file, key_of, locked, stamps, unfinished_of, whole
 
 Keep = Literal["no", "memory", "disk"]
-VERSION = 1  # of the pictures kept on disk: one more when load_picture gives other pixels
+VERSION = 2  # of the pictures kept on disk: one more when load_picture gives other pixels
+BAD = 0  # stands for the checksum of what is no picture; the one picture in 2 ** 32 that has it is decoded every time
+ZEROS = bytes(1 << 20)
 
 
 def in_threads(work: Callable[[int], object], rows: Sequence[int], bar: tqdm[Any], number: int | None = None) -> None:
@@ -52,6 +57,11 @@ class Pixels:
         """Rows that turned out not to be pictures, with what is wrong."""
         self.kept: Tensor | None = None
         """All of them, uint8 (N, 3, size, size), where they are kept."""
+        self.file = Path()
+        """Where, on disk."""
+        self.sums: NDArray[np.uint32] | None = None
+        """CRC-32 of each, on disk."""
+        self.unchecked = np.ones(len(table), bool)
         if keep == "memory":
             self.kept = torch.empty(len(table), 3, size, size, dtype=torch.uint8)
             self._decode_into(self.kept, range(len(table)))
@@ -63,12 +73,31 @@ class Pixels:
         if row in self.bad:
             raise UserError(self.bad[row])
         if self.kept is not None:
+            self.check(row)
             return self.kept[row]
         try:
             return self._load(row)
         except UserError as error:
             self.bad[row] = str(error)
             raise
+
+    def check(self, row: int) -> None:
+        """Decodes a picture anew that has changed on the disk since it was written there. Looks once at each."""
+        if self.sums is None or not self.unchecked[row]:
+            return
+        assert self.kept is not None
+        if zlib.crc32(self.kept[row].numpy()) != self.sums[row]:
+            with contextlib.suppress(OSError):  # another process was first, or Windows, as it is mapped
+                self.file.unlink()
+                print(f"cache       {self.file} is damaged: deleted; until the next run its pictures are decoded anew")
+            self.kept[row] = self._load(row)
+        self.unchecked[row] = False
+
+    def check_all(self) -> None:
+        """Looks at every picture."""
+        label, off = f"checking {self.table.split} pictures", None if self.progress and self.sums is not None else True
+        with tqdm(desc=label, total=len(self.table), unit="picture", disable=off) as bar:
+            in_threads(self.check, range(len(self.table)), bar)
 
     def _load(self, row: int) -> Tensor:
         return load_picture(self.table.picture(row), self.size, self.table.name_of(row), self.resample)
@@ -82,6 +111,7 @@ class Pixels:
             try:
                 target[row] = self._load(row)
                 self.bad.pop(row, None)
+                self.unchecked[row] = False
             except UserError as error:
                 self.bad[row] = str(error)
                 target[row] = 0
@@ -101,13 +131,12 @@ class Pixels:
 
     def _map(self, path: Path) -> None:
         """Maps the file, which is made first where it is not there; other processes of the run wait for that."""
-        about = path.with_name(f"{path.name}.json")
-        shape = (len(self.table), 3, self.size, self.size)
-        needed = int(np.prod(shape))
+        number = len(self.table)
+        needed = number * (3 * self.size**2 + np.dtype(np.uint32).itemsize)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with locked(path.with_name(f"{path.name}.lock")):
-                if not path.exists():
+                if not path.exists() or path.stat().st_size != needed:
                     # By a process that was killed, and by one of an earlier version.
                     for left in [*unfinished_of(path), *path.parent.glob(f"{path.name}.*.part")]:
                         left.unlink()
@@ -118,20 +147,39 @@ class Pixels:
                             "are free): leave --cache out, or set VIT_GPT2_CACHE to a folder on another disk"
                         )
                     with whole(path) as unfinished:
-                        self._decode_into(
-                            torch.from_numpy(np.memmap(unfinished, np.uint8, "w+", shape=shape)), range(shape[0])
-                        )
-                        write_text(about, json.dumps(list(self.bad.items())))
+                        reserve(unfinished, needed)
+                        pictures, sums = self._mapped(unfinished, "r+")
+                        self._decode_into(torch.from_numpy(pictures), range(number))
+                        sums[:] = [BAD if row in self.bad else zlib.crc32(pictures[row]) for row in range(number)]
                     forget_older(path)
                     print(f"cache       {path} ({needed / 1e9:.1f} GB, may be deleted at any time)")
             # Copy on write: pages are shared with every process, and torch is spared a warning about read-only memory.
-            self.kept = torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
-            self._decode_into(self.kept, [row for row, _ in json.loads(about.read_text())])  # it may have passed
+            pictures, self.sums = self._mapped(path, "c")
         except OSError as error:
             raise UserError(
                 f"pictures cannot be kept in {path.parent} ({error.strerror or error}): leave --cache out, or set "
                 "VIT_GPT2_CACHE to another folder"
             ) from None
+        self.file, self.kept = path, torch.from_numpy(pictures)
+        self.unchecked[:] = True
+        self._decode_into(self.kept, np.flatnonzero(self.sums == BAD).tolist())  # what was wrong may have passed
+
+    def _mapped(self, path: Path, mode: Literal["r+", "c"]) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+        """The file's pictures, (N, 3, size, size), and behind them their checksums, (N,)."""
+        content, shape = np.memmap(path, np.uint8, mode), (len(self.table), 3, self.size, self.size)
+        return content[: np.prod(shape)].reshape(shape), content[np.prod(shape) :].view(np.uint32)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Takes so much of the disk now, in bytes: where it is full, a process that writes through a map dies of SIGBUS."""
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except (AttributeError, OSError) as error:  # not on macOS and Windows, nor on every disk
+            if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            for start in range(0, size, len(ZEROS)):
+                file.write(ZEROS[: size - start])
 
 
 # Cutting out and augmenting

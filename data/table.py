@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ SPLITS = ("train", "val", "test")
 SET_ASIDE, SET_ASIDE_AT_MOST = 0.05, 1000  # share and number of pictures for a part that the source does not have
 FLOOR, LARGEST_SHARE = 50, 6  # but at least so many pictures, or one in six where there are few
 BATCH = 20_000  # rows packed at a time
+CHECKSUM = 4  # bytes at the end of a kept table
 
 
 class Row(NamedTuple):
@@ -248,9 +250,17 @@ def write_table(packed: pa.Table, path: Path, about: dict[str, Any]) -> None:
     packed = packed.replace_schema_metadata({"about": json.dumps(about)})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, packed.schema) as writer:
         writer.write_table(packed)
+    checksum = zlib.crc32(pa.memory_map(str(path)).read_buffer())
+    with path.open("ab") as file:
+        file.write(checksum.to_bytes(CHECKSUM))
 
 
 def read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """The inverse of write_table; the rows stay on disk and are mapped. Raises OSError and pa.ArrowException."""
-    packed = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    """The inverse of write_table; the rows stay on disk and are mapped. Raises OSError, pa.ArrowException, and ValueError
+    where the file has changed since it was written."""
+    content = pa.memory_map(str(path)).read_buffer()
+    content, checksum = content[:-CHECKSUM], content[-CHECKSUM:]
+    if zlib.crc32(content) != int.from_bytes(checksum):
+        raise ValueError("its checksum is wrong")
+    packed = pa.ipc.open_file(content).read_all()
     return packed.replace_schema_metadata(None), json.loads((packed.schema.metadata or {})[b"about"])

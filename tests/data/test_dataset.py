@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import multiprocessing
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -383,7 +385,7 @@ def test_kept_pictures_are_made_once_and_anew_when_one_changes(
     folder = damaged_copy(scenes_dir, tmp_path / "data", 20, damaged=1)
     first = dataset(load_table("coco", folder, "train"), scenes_tokenizer, keep="disk")
     (file,) = pixel_files(kept)
-    assert list(first.pixels.bad) == [0] and file.stat().st_size == 20 * 3 * 20 * 20
+    assert list(first.pixels.bad) == [0] and file.stat().st_size == 20 * (3 * 20 * 20 + 4)
 
     asked = []
     with monkeypatch.context() as patch:
@@ -446,6 +448,57 @@ def test_no_room_and_no_folder_for_kept_pictures(kept, scenes_table, scenes_toke
     kept.write_text("a file stands where the folder should be")
     with pytest.raises(UserError, match="VIT_GPT2_CACHE"):
         dataset(scenes_table, scenes_tokenizer, keep="disk")
+
+
+def test_a_cache_has_its_room_before_anything_is_written(kept, scenes_table, scenes_tokenizer, monkeypatch):
+    """It was a sparse file: when the disk was full the process died of SIGBUS, without a word."""
+    taken = []
+
+    def looks(*of):
+        (unfinished,) = kept.rglob(".pixels-*.unfinished")
+        taken.append(unfinished.stat().st_blocks * 512)
+        return load_picture(*of)
+
+    needed = len(scenes_table) * (3 * 20 * 20 + 4)
+    for number, fault in enumerate([None, OSError(errno.EOPNOTSUPP, "no such call on this disk")]):
+        monkeypatch.setenv("VIT_GPT2_CACHE", str(kept / str(number)))
+        with monkeypatch.context() as patch:
+            patch.setattr(pixels, "load_picture", looks)
+            if fault:
+                patch.setattr(os, "posix_fallocate", Mock(side_effect=fault))
+            dataset(scenes_table, scenes_tokenizer, keep="disk")
+    assert len(taken) == 2 * len(scenes_table) and min(taken) >= needed
+
+
+def test_a_full_disk_is_one_line(kept, scenes_table, scenes_tokenizer, monkeypatch):
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(UserError, match=r"cannot be kept in .* \(No space left on device\): leave --cache out"):
+        dataset(scenes_table, scenes_tokenizer, keep="disk")
+    assert not list(kept.glob("*pixels-*")) or all(path.suffix == ".lock" for path in kept.glob("*pixels-*"))
+
+
+def test_a_kept_picture_that_changed_on_the_disk_is_decoded_anew(kept, scenes_table, scenes_tokenizer, capsys):
+    """A flipped bit went into training unseen, in every run that used the cache."""
+    sound = dataset(scenes_table, scenes_tokenizer, keep="disk").pixels.kept.clone()
+    (file,) = pixel_files(kept)
+    content = file.read_bytes()
+    for place in (0, 5 * 1200 + 77, len(content) - 1):  # in the first picture, the sixth, and the last one's checksum
+        damaged = bytearray(content)
+        damaged[place] ^= 4
+        file.write_bytes(damaged)
+        data = dataset(scenes_table, scenes_tokenizer, keep="disk")
+        capsys.readouterr()
+        assert all(torch.equal(data.pixels[row], sound[row]) for row in range(len(scenes_table)))
+        assert capsys.readouterr().out.count("is damaged: deleted") == 1
+        assert not file.exists(), "the next run is to make it anew"
+    file.write_bytes(damaged)
+    data = dataset(scenes_table, scenes_tokenizer, keep="disk")
+    data.keep_on(torch.device("cpu"))
+    assert torch.equal(data.on_gpu, sound) and not file.exists()
+    for wrong in (content[:-1], b"", content + b"x"):
+        file.write_bytes(wrong)
+        assert torch.equal(dataset(scenes_table, scenes_tokenizer, keep="disk").pixels.kept, sound)
+        assert file.read_bytes() == content
 
 
 def make_cache(table, tokenizer, queue) -> None:

@@ -1490,8 +1490,10 @@ def test_columns_are_part_of_what_is_kept(tmp_path: Path, keeps_all: None) -> No
         lambda content: content[:-8],
         lambda content: b"\0" * len(content),
         lambda content: content.replace(b"about", b"abbut"),
+        lambda content: content.replace(b"caption 1", b"captain 1"),  # a table of other captions
+        lambda content: content[:-1] + bytes([content[-1] ^ 1]),
     ],
-    ids=["empty", "start", "half", "end", "zeros", "metadata"],
+    ids=["empty", "start", "half", "end", "zeros", "metadata", "caption", "checksum"],
 )
 def test_a_damaged_kept_table_is_made_anew(
     tmp_path: Path,
@@ -1505,6 +1507,7 @@ def test_a_damaged_kept_table_is_made_anew(
     (kept,) = cache_folder.iterdir()
     whole = kept.read_bytes()
     kept.unlink()  # the old content stays mapped
+    assert damage(whole) != whole
     kept.write_bytes(damage(whole))
     assert load_tables("auto", root) == first
     assert kept.read_bytes() == whole
