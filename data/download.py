@@ -10,6 +10,7 @@ import fnmatch
 import hashlib
 import http.client
 import os
+import re
 import shutil
 import stat
 import threading
@@ -75,6 +76,8 @@ STALL_SECONDS = 30.0  # until a download that has gone quiet is taken up anew
 ATTEMPTS = 5  # in a row without a new byte
 PAUSE_SECONDS = 1.0  # before the first repetition; doubles with each
 CHUNK = 1 << 18
+ZIP = b"PK"  # how such an archive begins
+LOOK = "look at it in a browser (a sign-in page?), or set COCO_MIRROR to another server"
 OTHER_MEMBERS = 100  # members an archive may hold besides the counted ones: folders, the other annotations
 
 
@@ -210,8 +213,8 @@ def _fetch(archive: Archive, url: str, root: Path) -> None:
             raise UserError(f"{target} is not COCO's archive (size or SHA-256 differs): move it away and run again")
         return
     if _size(part) > archive.size:
-        part.unlink()
-    failures, best = 0, _size(part)
+        os.truncate(part, archive.size)
+    failures, best = 0, (before := _size(part))
     with _bar(archive.size, archive.name) as bar:
         while best < archive.size:
             why = "the connection was cut"
@@ -234,32 +237,63 @@ def _fetch(archive: Archive, url: str, root: Path) -> None:
             if best < archive.size:
                 time.sleep(PAUSE_SECONDS * 2**failures)
     if _sha256(part) != archive.sha256:
-        part.unlink()
-        raise UserError(f"{url} sent something else than COCO's archive (SHA-256 differs), now deleted: run it again")
+        os.truncate(part, before)
+        kept = f" but the {before / archive.size:.0%} from before (delete {part} if this comes again)"
+        if before in (0, archive.size):
+            part.unlink()
+            kept = ""
+        raise UserError(
+            f"{url} sent something else than COCO's archive (SHA-256 differs), now deleted{kept}: run it again"
+        )
     sync(part)  # a power cut must not leave the new name on a file that never reached the disk
     part.replace(target)
 
 
 def _fetch_rest(url: str, part: Path, size: int, bar: tqdm) -> None:
-    """Append to part what it lacks, or less where the server hangs up early; never more than size bytes in all."""
+    """Append to part what it lacks, or less where the server hangs up early; never more than size bytes in all.
+
+    What is there is never given up: of a server that sends everything anew (it knows no ranges), those bytes are compared.
+    Raises UserError for an answer that is no part of such an archive, before a byte of it is written.
+    """
     done = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     with urllib.request.urlopen(request, timeout=STALL_SECONDS) as answer:
-        if answer.status != 206:
-            done = 0  # the server knows no ranges and sends everything
-        length = answer.headers.get("Content-Length", "")
-        if length.isdigit() and done + int(length) != size:
-            raise UserError(
-                f"{url} offers {done + int(length)} bytes where COCO's archive has {size}: look at it in a browser (a "
-                "sign-in page?), or set COCO_MIRROR to another server"
-            )
+        start = done if answer.status == 206 else 0
+        if why := _not_the_rest(answer, start, size):
+            raise UserError(f"{url} {why}: {LOOK}")
         bar.n = bar.initial = done
         bar.refresh()
-        with open(part, "ab" if done else "wb") as file:
-            while chunk := answer.read(min(CHUNK, size - done)):
-                file.write(chunk)
-                done += len(chunk)
-                bar.update(len(chunk))
+        with open(part, "ab") as file, open(part, "rb") as there:
+            while chunk := answer.read(min(CHUNK, size - start)):
+                old = there.read(min(len(chunk), done - start)) if start < done else b""
+                if not chunk.startswith(old):
+                    raise UserError(
+                        f"{url} sends other bytes than those in {part}, which is kept: {LOOK}, or delete it"
+                    )
+                if start == 0 and not chunk.startswith(ZIP[: len(chunk)]):
+                    raise UserError(f"{url} sends no zip archive: {LOOK}")
+                start += len(chunk)
+                file.write(chunk[len(old) :])
+                bar.update(len(chunk) - len(old))
+
+
+def _not_the_rest(answer: http.client.HTTPResponse, start: int, size: int) -> str:
+    """What is wrong with an answer that is to bring the bytes from `start` on of an archive of so many; "" for nothing."""
+    headers = answer.headers
+    if answer.status not in (200, 206):
+        return f"answers {answer.status} {answer.reason}"
+    if (packed := headers.get("Content-Encoding", "identity")) != "identity":  # as was asked for
+        return f"offers something packed as {packed}"
+    length = headers.get("Content-Length", "")
+    if answer.status == 200:
+        return (
+            f"offers {length} bytes where COCO's archive has {size}" if length.isdigit() and int(length) != size else ""
+        )
+    span = headers.get("Content-Range", "")
+    of = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", span)
+    if not of or int(of[1]) != start or of[3] not in ("*", str(size)):
+        return f"offers {span or 'bytes from an unknown place'} where bytes {start}-{size - 1}/{size} were asked for"
+    return ""
 
 
 def _unpack(archive: Archive, root: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import gzip
 import hashlib
 import http.server
 import io
@@ -53,6 +54,7 @@ class Server:
         self.ranges = True
         self.asked: list[tuple[str, str]] = []  # (file name, Range) of each GET
         self.sent = 0  # bytes of files
+        self.answer: Callable[[], tuple[int, dict[str, str], bytes]] | None = None  # to every GET
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -65,6 +67,15 @@ class Server:
                 server.asked.append((name, wanted))
                 if codes := server.codes.get(name):
                     return self.send_error(codes.pop(0))
+                if server.answer:
+                    code, headers, body = server.answer()
+                    self.send_response(code)
+                    for header, value in headers.items():
+                        self.send_header(header, value)
+                    self.end_headers()
+                    self.wfile.write(body)
+                    self.close_connection = True
+                    return None
                 content = server.files[name]
                 size = len(content)
                 start = int(wanted[len("bytes=") : -1]) if wanted and server.ranges else 0
@@ -224,6 +235,97 @@ def test_download_retries_a_busy_server_and_gives_up_on_a_dead_one(server: Serve
     assert "answer 404 Not Found" in message and "--preset demo" in message
 
 
+PAGE = b"<html>Please sign in</html>"
+
+# What a server may answer that is asked for the rest of an archive: status, headers and body, of the archive and where
+# the rest begins; and what is said of it.
+ODD_ANSWERS: dict[str, tuple[Callable[[bytes, int], tuple[int, dict[str, str], bytes]], str]] = {
+    "page": (lambda all_, at: (200, {"Content-Type": "text/html"}, PAGE), "sends other bytes than those in"),
+    "page with its length": (lambda all_, at: (200, {"Content-Length": "27"}, PAGE), "offers 27 bytes where"),
+    "page as long": (lambda all_, at: (200, {}, PAGE.ljust(len(all_))), "sends other bytes than those in"),
+    "empty": (lambda all_, at: (200, {}, b""), "stopped at 90% (the connection was cut)"),
+    "empty with its length": (lambda all_, at: (200, {"Content-Length": "0"}, b""), "offers 0 bytes where"),
+    "no content": (lambda all_, at: (204, {}, b""), "answers 204 No Content"),
+    "reset": (lambda all_, at: (205, {}, b""), "answers 205 Reset Content"),
+    "multiple": (lambda all_, at: (207, {}, PAGE), "answers 207 Multi-Status"),
+    "packed": (lambda all_, at: (200, {"Content-Encoding": "gzip"}, gzip.compress(all_)), "packed as gzip"),
+    "packed rest": (
+        lambda all_, at: (206, span(all_, at) | {"Content-Encoding": "gzip"}, gzip.compress(all_[at:])),
+        "packed as gzip",
+    ),
+    "packed unsaid": (lambda all_, at: (200, {}, gzip.compress(all_)), "sends other bytes than those in"),
+    "other archive": (lambda all_, at: (200, {}, zip_of({"x": bytes(len(all_))})), "sends other bytes than those in"),
+    "from the start": (lambda all_, at: (206, span(all_, 0), all_), "offers bytes 0-"),
+    "from elsewhere": (lambda all_, at: (206, span(all_, at + 1), all_[at + 1 :]), "were asked for"),
+    "other size": (lambda all_, at: (206, span(all_ + b"x", at), all_[at:]), "were asked for"),
+    "no place": (lambda all_, at: (206, {}, all_[at:]), "bytes from an unknown place"),
+    "many places": (
+        lambda all_, at: (206, {"Content-Type": "multipart/byteranges; boundary=x"}, b"--x\r\n" + all_[at:]),
+        "bytes from an unknown place",
+    ),
+    "not to be had": (lambda all_, at: (416, {}, b""), "answer 416"),
+    "sign in": (lambda all_, at: (401, {}, PAGE), "answer 401"),
+    "wrong rest": (
+        lambda all_, at: (206, span(all_, at), bytes(len(all_) - at)),
+        "now deleted but the 90% from before",
+    ),
+}
+
+
+def span(content: bytes, start: int) -> dict[str, str]:
+    return {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+
+
+@pytest.mark.parametrize("odd", ODD_ANSWERS)
+def test_what_is_there_outlives_any_answer(server: Server, tmp_path: Path, odd: str) -> None:
+    """A sign-in page, an empty answer or one from another place once replaced the 90 % of an archive that were there:
+    17 GB of COCO. They stay to the byte, and the next honest answer is asked for the rest alone."""
+    content = server.files["train2017.zip"]
+    there = content[: len(content) * 9 // 10]
+    server.cuts["train2017.zip"] = [0.9, *[0.9] * download.ATTEMPTS]
+    assert "stopped at 90%" in error_of(lambda: download_coco_dataset(tmp_path))
+    part = tmp_path / "train2017.zip.part"
+    assert part.read_bytes() == there
+    answer, said = ODD_ANSWERS[odd]
+    server.answer = lambda: answer(content, len(there))
+    assert said in error_of(lambda: download_coco_dataset(tmp_path))
+    assert part.read_bytes() == there
+    server.answer, server.sent = None, 0
+    download_coco_dataset(tmp_path)
+    assert server.asked[-1] == ("train2017.zip", f"bytes={len(there)}-") and server.sent == len(content) - len(there)
+    assert below(tmp_path) == WHOLE
+
+
+@pytest.mark.parametrize(
+    "odd", ["page", "page with its length", "packed", "packed unsaid", "no content", "from elsewhere"]
+)
+def test_a_first_answer_that_is_no_archive(server: Server, tmp_path: Path, odd: str) -> None:
+    """It stayed as the archive's first bytes, for every later attempt to go on from."""
+    server.cuts.clear()
+    content = server.files["annotations_trainval2017.zip"]
+    server.answer = lambda: ODD_ANSWERS[odd][0](content, 0)
+    error_of(lambda: download_coco_dataset(tmp_path))
+    server.answer = None
+    download_coco_dataset(tmp_path)
+    assert below(tmp_path) == WHOLE
+
+
+def test_a_rest_in_pieces(server: Server, tmp_path: Path) -> None:
+    """A server may send less than was asked for, and not know how much there is in all."""
+    content = server.files["train2017.zip"]
+
+    def piece() -> tuple[int, dict[str, str], bytes]:
+        start = int(server.asked[-1][1][len("bytes=") : -1] or 0)
+        body = content[start : start + len(content) // 3]
+        return 206 if start else 200, {"Content-Range": f"bytes {start}-{start + len(body) - 1}/*"}, body
+
+    server.cuts["train2017.zip"] = [0.1] * (1 + download.ATTEMPTS)
+    error_of(lambda: download_coco_dataset(tmp_path))
+    server.answer = piece
+    download_coco_dataset(tmp_path)
+    assert (tmp_path / "train2017.zip").read_bytes() == content
+
+
 def test_interrupted_download_goes_on(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C leaves the .part file, and the next call asks for the rest only."""
     fetch_rest = download._fetch_rest
@@ -249,7 +351,7 @@ def test_interrupted_download_goes_on(server: Server, tmp_path: Path, monkeypatc
 
 
 def test_wrong_content_never_comes_into_place(server: Server, tmp_path: Path) -> None:
-    server.files["train2017.zip"] = bytes(len(server.files["train2017.zip"]))
+    server.files["train2017.zip"] = b"PK" + bytes(len(server.files["train2017.zip"]) - 2)
     message = error_of(lambda: download_coco_dataset(tmp_path / "coco"))
     assert "SHA-256 differs" in message
     assert below(tmp_path / "coco") == [name for name in WHOLE if not name.startswith("train2017")]
