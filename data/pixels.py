@@ -86,7 +86,7 @@ class Pixels:
         if self.sums is None or not self.unchecked[row]:
             return
         assert self.kept is not None
-        if zlib.crc32(self.kept[row].numpy()) != self.sums[row]:
+        if zlib.crc32(self.kept[row].numpy().data) != self.sums[row]:
             with contextlib.suppress(OSError):  # another process was first, or Windows, as it is mapped
                 self.file.unlink()
                 print(f"cache       {self.file} is damaged: deleted; until the next run its pictures are decoded anew")
