@@ -3,11 +3,12 @@
 Every caption comes with how sure the model was and, for each word, where in the picture it looked; a folder of pictures
 becomes a CSV. Programs reach the same model at the endpoint /caption, by gradio's client. What many clients ask for at the
 same time is captioned together. Nothing is loaded from elsewhere, and nothing is sent elsewhere. captioning/service.py has what
-answers, captioning/page.py what the page looks like.
+answers, captioning/page.py what the page looks like, captioning/door.py what keeps strangers out.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import tempfile
@@ -17,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from captioning.door import LEAST, Door, Uploads, host_names, is_local, upload_folder
 from captioning.models import newest_model
 from captioning.page import COLOURS, HEADER, NO_MODEL, PAGE, STYLE, WORDS, results, working
 from captioning.service import Captioner, Length, Source, Style, Training, caption_folder, decoding_options, show
 from config import NUM_BEAMS, UserError
-from utils import StopSignal, choose_precision, parse_flags, run_script
+from utils import StopSignal, choose_precision, in_one_line, named, parse_flags, run_script
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -37,8 +39,12 @@ class AppConfig:
     """Where to listen: 127.0.0.1 is for this machine alone, 0.0.0.0 for whoever can reach it."""
     port: int = 7860
     """Where to listen."""
+    allowed_hosts: tuple[str, ...] = ()
+    """More names by which the page may be called, as behind a proxy: page.example.org, or with a port."""
     max_megabytes: int = 20
     """Largest file of a picture that is taken, in MiB."""
+    max_upload_gigabytes: float = 4
+    """Of all pictures that are held, in GiB; each is deleted after an hour."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to run."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
@@ -62,17 +68,19 @@ def gradio() -> Any:
 
 # What the page's own events have: no place in the API's description, and no limit to how many run at a time.
 PAGE_ONLY: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None}
+MOST_EVENTS = 400  # that wait for their turn; the next are told that the queue is full
+MOST_SESSIONS = 1000  # browsers whose pictures and settings are remembered
 
 
 def build(captioner: Captioner, most_bytes: int, training: Training) -> gr.Blocks:
     """The page and its endpoint /caption."""
     gr = gradio()
-    with gr.Blocks(title="Captions for pictures", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title="Captions for pictures", analytics_enabled=False) as page:
         gr.HTML(HEADER)
-        untrained = gr.Column(visible=captioner.model is None, elem_id="untrained")
         main = gr.Column(visible=captioner.model is not None)
-        with untrained:
-            demo(captioner, training, page, [untrained, main])
+        if captioner.model is None:  # else the page has no such event
+            with gr.Column(elem_id="untrained") as untrained:
+                demo(captioner, training, page, [untrained, main])
         with main:
             settings, answers = choices(), places()
             with gr.Tabs():
@@ -86,20 +94,66 @@ def build(captioner: Captioner, most_bytes: int, training: Training) -> gr.Block
             for place in answers:
                 place.render()
         endpoint(captioner, most_bytes, *settings[:2])
-    return page
+    guard(page)
+    return page.queue(max_size=MOST_EVENTS)
+
+
+def guard(page: gr.Blocks) -> None:
+    """Has every event, by whatever route it is asked for, look at what is sent before gradio does, which fetches addresses;
+    and fail in one line, where gradio writes a traceback."""
+    gr = gradio()
+    process = page.process_api
+
+    async def guarded(block_fn: Any, inputs: list[Any], *others: Any, **options: Any) -> dict[str, Any]:
+        try:
+            if options.get("iterator") is None:
+                for field, sent in zip(block_fn.inputs, inputs, strict=False):
+                    check_sent(field, sent)
+            return await process(block_fn, inputs, *others, **options)
+        except (asyncio.CancelledError, GeneratorExit):
+            raise
+        except BaseException as error:  # even what ends a process: a client has asked for it
+            known = isinstance(error, UserError | gr.Error)
+            why = getattr(error, "message", str(error)) if known else f"cannot be done ({named(error)})"
+            raise gr.Error(in_one_line(why)[:500], print_exception=False) from None
+
+    page.process_api = guarded  # type: ignore[method-assign]
+
+
+def check_sent(field: Any, sent: Any) -> None:
+    """Raises UserError for what this field of the page does not take: files that were not uploaded, and anything but files,
+    texts and numbers."""
+    if not isinstance(field, gradio().File):
+        if not (field.stateful or sent is None or isinstance(sent, str | int | float)):
+            raise UserError(f"{field.label}: has to be a text or a number")
+        return
+    for file in sent if isinstance(sent, list) else [] if sent is None else [sent]:
+        path = file.get("path") if isinstance(file, dict) else None
+        if not isinstance(path, str):
+            raise UserError(f"{field.label}: has to be a file")
+        if "://" in path:
+            raise UserError("an address goes into url, a file into picture")
+        if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(field.GRADIO_CACHE)):
+            raise UserError(f"{field.label}: a file is uploaded first")
 
 
 def demo(captioner: Captioner, training: Training, page: gr.Blocks, columns: list[Any]) -> None:
     """A button that trains the demo, for while there is no model; then the first column makes way for the second."""
     gr = gradio()
 
-    def train() -> Iterator[tuple[str, Any, Any]]:
+    def train(request: Any) -> Iterator[tuple[str, Any, Any]]:
+        if captioner.model is not None:
+            raise UserError("there is a model here already")
+        if not is_local(request.client.host, request.headers):
+            raise UserError("only who sits at this machine can train the demo")
         training.start()
         while training.running:
             yield working(training.line), gr.skip(), gr.skip()
             time.sleep(0.5)
         if training.process is not None and training.process.returncode == 0:
-            captioner.load(newest_model())
+            with training.lock:  # many may have waited
+                if captioner.model is None:
+                    captioner.load(newest_model())
             yield "", gr.update(visible=False), gr.update(visible=True)
         else:
             yield results([], [training.line]), gr.skip(), gr.skip()
@@ -107,12 +161,12 @@ def demo(captioner: Captioner, training: Training, page: gr.Blocks, columns: lis
     def trained() -> list[Any]:
         return [gr.update(visible=(captioner.model is None) == shown) for shown in (True, False)]
 
+    train.__annotations__["request"] = gr.Request  # gradio gives what is annotated so
     gr.HTML(NO_MODEL)
     start = gr.Button("Train the demo", variant="primary")
     said = gr.HTML()
     start.click(train, None, [said, *columns], show_progress="hidden", **PAGE_ONLY)
-    if captioner.model is None:  # whoever comes after the training is to find it done
-        page.load(trained, None, columns, show_progress="hidden", **PAGE_ONLY)
+    page.load(trained, None, columns, show_progress="hidden", **PAGE_ONLY)  # whoever comes later is to find it done
 
 
 def pictures_tab(captioner: Captioner, most_bytes: int, settings: list[Any], answers: list[Any]) -> None:
@@ -182,22 +236,16 @@ def places() -> list[Any]:
 
 
 def upload(**options: Any) -> Any:
-    """A place for files. gradio's own would also fetch addresses, without a limit, and leave an empty file for each
-    that is sent. (A subclass would have gradio write an app.pyi beside this file.)"""
+    """A place for files. gradio's own would leave an empty file for each that is sent. (A subclass would have gradio
+    write an app.pyi beside this file.)"""
     gr = gradio()
     field = gr.File(**options)
-    move = field.async_move_resource_to_block_cache
-
-    async def refuse_addresses(path: Any) -> Any:
-        if "://" in str(path):
-            raise gr.Error("an address goes into url, a file into picture", print_exception=False)
-        return await move(path)
 
     def as_sources(sent: Any) -> list[Source]:
         files = [] if sent is None else [sent] if field.file_count == "single" else sent.root
         return [Source(file.orig_name or Path(file.path).name, path=file.path) for file in files]
 
-    field.async_move_resource_to_block_cache, field.preprocess = refuse_addresses, as_sources
+    field.preprocess = as_sources
     return field
 
 
@@ -209,14 +257,11 @@ def endpoint(captioner: Captioner, most_bytes: int, length: Any, style: Any) -> 
         picture: list[Source], url: str, length: Length, style: Style, captions: float, beams: float
     ) -> list[dict[str, Any]]:
         """Captions of one picture, a file or an address, the best first: [{"caption": ..., "confidence": 0 to 1}, ...]."""
-        try:
-            if bool(picture) == bool(url):
-                raise UserError("give either a picture or a url")
-            source = Source(url, url=url) if url else picture[0]
-            options = decoding_options(length, style, int(captions), int(beams))
-            found = captioner.submit(source.read(most_bytes), source.name, options).result()
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+        if bool(picture) == bool(url):
+            raise UserError("give either a picture or a url")
+        source = Source(url, url=url) if url else picture[0]
+        options = decoding_options(length, style, int(captions), int(beams))
+        found = captioner.submit(source.read(most_bytes), source.name, options).result()
         return [{"caption": each.text, "confidence": round(each.score or 0, 4)} for each in found]
 
     parameters = [
@@ -232,9 +277,61 @@ def endpoint(captioner: Captioner, most_bytes: int, length: Any, style: Any) -> 
     ask.click(caption, parameters, answer, api_name="caption", concurrency_limit=None)
 
 
-def launch(page: gr.Blocks, host: str, port: int, most_bytes: int) -> str:
+def keep(uploads: Uploads) -> None:
+    """Has gradio write what is uploaded within bounds, and delete it where the upload does not come to its end."""
+    gradio()
+    from gradio import route_utils
+    from starlette.formparsers import MultiPartException
+
+    class Bounded(route_utils.GradioMultiPartParser):
+        def on_headers_finished(self) -> None:
+            super().on_headers_finished()
+            self.take(LEAST)
+            if self._current_part.file is None or self._current_part.field_name != "files":
+                raise MultiPartException("an upload has files, in the field files, and nothing else")
+
+        def on_part_data(self, data: bytes, start: int, end: int) -> None:
+            self.take(end - start)
+            super().on_part_data(data, start, end)
+
+        def take(self, size: int) -> None:
+            try:
+                uploads.take(size)
+            except UserError as error:
+                raise MultiPartException(str(error)) from None
+
+        async def parse(self) -> Any:
+            try:
+                return await super().parse()
+            except BaseException:
+                for file in self._files_to_close_on_error:
+                    file.close()
+                    Path(file.name).unlink(missing_ok=True)
+                raise
+
+    route_utils.GradioMultiPartParser = Bounded  # type: ignore[misc]
+
+
+def tidy(page: gr.Blocks, uploads: Uploads) -> None:
+    """Deletes old files, and has gradio forget what it would remember for ever."""
+    from gradio.routes import file_upload_statuses
+
+    uploads.clean()
+    for names in page.temp_file_sets:
+        names.clear()
+    queue = page._queue
+    for session in set(queue.pending_event_ids_session) - set(queue.pending_messages_per_session):
+        queue.pending_event_ids_session.pop(session, None)
+    if len(file_upload_statuses._signals) > MOST_SESSIONS:
+        file_upload_statuses._signals.clear()
+        file_upload_statuses._statuses.clear()
+
+
+def launch(page: gr.Blocks, host: str, port: int, most_bytes: int, allowed_hosts: tuple[str, ...] = ()) -> str:
     """Serves the page until page.close() and returns its address. Raises UserError where it cannot listen there."""
     gr = gradio()
+    from starlette.middleware import Middleware
+
     theme = gr.themes.Base(
         primary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"]
     )
@@ -244,6 +341,8 @@ def launch(page: gr.Blocks, host: str, port: int, most_bytes: int) -> str:
             server_name=host,
             server_port=port,
             max_file_size=most_bytes,
+            state_session_capacity=MOST_SESSIONS,
+            app_kwargs={"middleware": [Middleware(Door, names=host_names(host, allowed_hosts))]},
             prevent_thread_lock=True,
             quiet=True,
             share=False,
@@ -265,7 +364,14 @@ def launch(page: gr.Blocks, host: str, port: int, most_bytes: int) -> str:
 def main() -> int:
     """The command line: serves until it is stopped."""
     config = parse_flags(AppConfig, __doc__)
-    gradio()
+    with upload_folder() as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)  # where gradio looks when it is imported
+        return serve(config, Uploads(folder, int(config.max_upload_gigabytes * 2**30)))
+
+
+def serve(config: AppConfig, uploads: Uploads) -> int:
+    """Serves the page, and keeps what is uploaded in bounds."""
+    keep(uploads)
     captioner, training = Captioner(config.device, config.precision), Training()
     source = config.model
     if source is None:
@@ -280,9 +386,12 @@ def main() -> int:
     stop = StopSignal()
     most_bytes = config.max_megabytes << 20
     page = build(captioner, most_bytes, training)
-    print(f"page        {launch(page, config.host, config.port, most_bytes)} (Ctrl-C stops it)", flush=True)
+    address = launch(page, config.host, config.port, most_bytes, config.allowed_hosts)
+    print(f"page        {address} (Ctrl-C stops it)", flush=True)
     try:
         while stop.received is None:
+            if time.monotonic() - uploads.cleaned > 60:
+                tidy(page, uploads)
             time.sleep(0.2)
     finally:
         training.stop()

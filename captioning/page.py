@@ -95,7 +95,7 @@ def error_lines(errors: Iterable[str]) -> str:
     return "".join(f'<p class="problem" role="alert">{_text(error)}</p>' for error in errors)
 
 
-def progress(done: int, total: int, said: str, rows: Sequence[tuple[str, Caption]], errors: Sequence[str]) -> str:
+def progress(done: int, total: int, said: str, rows: Iterable[tuple[str, Caption]], errors: Sequence[str]) -> str:
     """How far a folder is, its newest captions, and the pictures that could not be captioned."""
     cells = "".join(
         f"<tr><td>{_text(name)}</td><td>{_text(caption.text)}</td><td>{percent(caption)} %</td></tr>"
@@ -107,7 +107,7 @@ def progress(done: int, total: int, said: str, rows: Sequence[tuple[str, Caption
     return (
         f'<section class="folder"><div class="bar" role="progressbar" aria-label="Pictures done" aria-valuemax="{total}" '
         f'aria-valuenow="{done}"><span style="width:{done / max(1, total):.1%}"></span></div>'
-        f"<p>{_text(said)}</p>{table if rows else ''}{error_lines(errors)}</section>"
+        f"<p>{_text(said)}</p>{table if cells else ''}{error_lines(errors)}</section>"
     )
 
 

@@ -28,7 +28,7 @@ from captioning.models import load_model
 from captioning.page import card, progress, results
 from config import NUM_BEAMS, UserError
 from data.kinds import in_words, is_picture, left_out
-from utils import ROOT, choose_device
+from utils import ROOT, choose_device, in_one_line, named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from model import ImageCaptionModel
 
 MOST_AT_ONCE = 16  # pictures that are captioned together
+MOST_WAITING = 400  # pictures that wait for their captions; the next are told so
 MOST_SHOWN = 24  # pictures at a time in the page, each with its heat maps; folders have no limit
+MOST_ERRORS = 100  # lines of what could not be captioned in a folder; the others are counted
 PREVIEW = 720  # pixels of the longer side of a picture in the page
 DEMO = [sys.executable, str(ROOT / "main.py"), "--preset", "demo", "--no-upload"]
 DECODING = threading.Semaphore(4)  # pictures decoded at a time: a large one takes a quarter of a GiB
@@ -57,6 +59,12 @@ class Request:
     pixels: Tensor
     options: dict[str, Any]
     captions: Future[list[Caption]]
+    group: str = ""
+    """Equal for requests that are captioned together."""
+
+
+class BusyError(UserError):
+    """More wait than can be held."""
 
 
 class Captioner:
@@ -79,30 +87,48 @@ class Captioner:
         """The captions, the best first, that a picture will have. Raises UserError where it cannot be read."""
         from data.pictures import prepare_picture
 
+        group = repr(sorted(options.items()))
         if self.model is None:
             raise UserError("there is no model here yet: python main.py --preset demo trains one")
+        self._room()
         with DECODING:
-            request = Request(prepare_picture(picture, self.model.config, name), options, Future())
+            request = Request(prepare_picture(picture, self.model.config, name), options, Future(), group)
         with self.changed:
+            self._room()
             self.waiting.append(request)
             self.changed.notify()
         return request.captions
 
+    def _room(self) -> None:
+        if len(self.waiting) >= MOST_WAITING:
+            raise BusyError(f"busy: {MOST_WAITING} pictures are waiting already: try again in a moment")
+
     def _work(self) -> None:
         while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.waiting)
-                options = self.waiting[0].options
-                together = [request for request in self.waiting if request.options == options][:MOST_AT_ONCE]
-                for request in together:
-                    self.waiting.remove(request)
+            together = self._next()
+            if not together:
+                continue
             try:
                 for request, captions in zip(together, self._caption(together), strict=True):
                     request.captions.set_result(captions)
-            except Exception as error:  # whoever asked is to hear of it, and the next are to be served
+            except (
+                BaseException
+            ) as error:  # a tokenizer's panic too: who asked is to hear of it, the next are to be served
+                if not isinstance(error, UserError):
+                    error = UserError(in_one_line(f"captioning failed ({named(error)})"))
                 for request in together:
                     if not request.captions.done():
                         request.captions.set_exception(error)
+
+    def _next(self) -> list[Request]:
+        """What is captioned together next; whoever has left is passed over."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.waiting)
+            group = self.waiting[0].group
+            together = [request for request in self.waiting if request.group == group][:MOST_AT_ONCE]
+            for request in together:
+                self.waiting.remove(request)
+        return [request for request in together if request.captions.set_running_or_notify_cancel()]
 
     def _caption(self, requests: list[Request]) -> list[list[Caption]]:
         import torch
@@ -205,37 +231,59 @@ def show(captioner: Captioner, sources: Sequence[Source], options: dict[str, Any
 def caption_folder(
     captioner: Captioner, sources: Sequence[Source], options: dict[str, Any], table: Path
 ) -> Iterator[str]:
-    """Writes a CSV of file, caption and confidence, and yields how far it is, as HTML."""
+    """Writes a CSV of file, caption and confidence, and yields how far it is, as HTML. Holds the newest lines alone."""
     shown = [source for source in sources if not Path(source.name).name.startswith(".")]
     wanted = [source for source in shown if is_picture(source.name)]
-    done: list[tuple[str, Caption]] = []
+    done, failed = 0, 0
+    newest: deque[tuple[str, Caption]] = deque(maxlen=8)
     errors: list[str] = []
     waiting: deque[tuple[str, Future[list[Caption]]]] = deque()
     started = said = time.monotonic()
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "caption", "confidence"])
-        for source in [*wanted, None]:
-            if source is not None:
-                try:
-                    waiting.append((source.name, captioner.submit(str(source.path), source.name, options)))
-                except UserError as error:
-                    errors.append(str(error))
-            while waiting and (source is None or len(waiting) > 2 * MOST_AT_ONCE):
-                name, captions = waiting.popleft()
-                best = captions.result()[0]
-                done.append((name, best))
-                writer.writerow([name, best.text, f"{best.score:.4f}"])
-                if time.monotonic() - said > 0.3:
-                    said = time.monotonic()
-                    rate, ended = len(done) / (said - started), len(done) + len(errors)
-                    left = (len(wanted) - ended) / rate
-                    text = f"{ended:,} of {len(wanted):,} · {rate:.1f} pictures/s · {left:.0f} s left"
-                    yield progress(ended, len(wanted), text, done[:-9:-1], errors)
-    text = f"{len(done):,} of {len(wanted):,} pictures captioned in {time.monotonic() - started:.1f} s"
+    try:
+        with table.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "caption", "confidence"])
+            for source in [*wanted, None]:
+                if source is not None:
+                    waiting.append((source.name, _patiently(captioner, source, options)))
+                while waiting and (source is None or len(waiting) > 2 * MOST_AT_ONCE):
+                    name, captions = waiting.popleft()
+                    try:
+                        best = captions.result()[0]
+                    except UserError as error:
+                        failed += 1
+                        errors += [str(error)] if failed <= MOST_ERRORS else []
+                        continue
+                    done += 1
+                    newest.appendleft((name, best))
+                    writer.writerow([name, best.text, f"{best.score:.4f}"])
+                    if time.monotonic() - said > 0.3:
+                        said = time.monotonic()
+                        rate, ended = done / (said - started), done + failed
+                        left = (len(wanted) - ended) / rate
+                        text = f"{ended:,} of {len(wanted):,} · {rate:.1f} pictures/s · {left:.0f} s left"
+                        yield progress(ended, len(wanted), text, newest, errors)
+    finally:  # whoever has left is not captioned for
+        for _, captions in waiting:
+            captions.cancel()
+    errors += [f"and {failed - MOST_ERRORS:,} more"] if failed > MOST_ERRORS else []
+    text = f"{done:,} of {len(wanted):,} pictures captioned in {time.monotonic() - started:.1f} s"
     others = in_words(left_out(source.name for source in shown))
     text += f"; {others}" if others else ""
-    yield progress(1, 1, text, done[:-9:-1], errors)
+    yield progress(1, 1, text, newest, errors)
+
+
+def _patiently(captioner: Captioner, source: Source, options: dict[str, Any]) -> Future[list[Caption]]:
+    """Submits once there is room; a picture that cannot be read fails in its turn."""
+    while True:
+        try:
+            return captioner.submit(str(source.path), source.name, options)
+        except BusyError:
+            time.sleep(0.2)
+        except UserError as error:
+            failed: Future[list[Caption]] = Future()
+            failed.set_exception(error)
+            return failed
 
 
 class Training:
@@ -262,7 +310,7 @@ class Training:
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:  # a progress bar's carriage returns end lines too
-            self.line = line.strip() or self.line
+            self.line = in_one_line(line.strip()[-500:]) or self.line
 
     @property
     def running(self) -> bool:

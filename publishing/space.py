@@ -47,9 +47,12 @@ def write_space(folder: Path, repository: str, adapters: dict[str, Any] | None) 
     text = f"Drop a picture on this page and read what [{repository}](https://huggingface.co/{repository}) says of it. Where "
     text += "that model is private, the Space needs a secret HF_TOKEN (Settings) that may read it."
     write_text(folder / "README.md", f"---\n{about.to_yaml()}\n---\n\n# {title}\n\n{text}\n")
-    start = f'"""The web page, with the model {repository}."""\n\nimport sys\n\n'
+    start = f'"""The web page, with the model {repository}."""\n\nimport os\nimport sys\n\n'
     start += "from app import main\nfrom utils import run_script\n\n"
-    start += f'sys.argv[1:] = ["--model", "{repository}", "--host", "0.0.0.0"]\nrun_script(main)\n'
+    start += (
+        'names = os.environ.get("SPACE_HOST", "localhost").split(",")  # by which the Hub passes on what is asked\n'
+    )
+    start += f'sys.argv[1:] = ["--model", "{repository}", "--host", "0.0.0.0", "--allowed-hosts", *names]\nrun_script(main)\n'
     write_text(folder / START, start)
     needed = ["requirements.txt", *(["requirements/qlora.txt"] if adapters and adapters["quantized"] else [])]
     lines = [line for name in needed for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
