@@ -179,9 +179,10 @@ def part(
                 took.append(time.monotonic() - started)
                 if "event: complete" not in said:
                     errors.append(said[:300])
-            time.sleep(draw.expovariate(1 / think) if think else 0)
+            pause = draw.expovariate(1 / think) if think else 0.0
+            time.sleep(max(0.0, min(pause, until - time.monotonic())))
 
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(CLIENTS if think else 4)]
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(CLIENTS if think else 8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -226,6 +227,7 @@ def test_honest_clients_beside_hostile_ones(scenes_tokenizer, tmp_path, capsys):
 
         try:
             threading.Thread(target=watch, daemon=True).start()
+            part(port, pictures, {}, 4, 0)  # what the first requests alone need
             warm, _, _ = part(port, pictures, {}, 8, 0)
             think = 2 * CLIENTS * 8 / len(warm)
             quiet, quiet_errors, _ = part(port, pictures, {}, 60 * MINUTES, think)
