@@ -71,6 +71,7 @@ class Client:
 
     port: int
     connection: http.client.HTTPConnection = field(init=False)
+    used: float = 0.0
 
     def __post_init__(self) -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
@@ -78,6 +79,8 @@ class Client:
     def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, str]:
         """Status and text."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
+        if time.monotonic() - self.used > 3:  # the page closes what is idle for five seconds
+            self.connection.close()
         try:
             self.connection.request(method, path, body, named)
             answer = self.connection.getresponse()
@@ -85,6 +88,8 @@ class Client:
         except BaseException:
             self.connection.close()
             raise
+        finally:
+            self.used = time.monotonic()
 
     def post(self, route: str, sent: object, **headers: str) -> tuple[int, str]:
         """JSON."""
