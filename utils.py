@@ -15,6 +15,7 @@ import io
 import json
 import os
 import secrets
+import select
 import shutil
 import signal
 import sys
@@ -24,7 +25,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from config import UserError
 
@@ -33,8 +34,8 @@ if TYPE_CHECKING:  # torch takes a second to import, which --help is not to wait
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent  # of this repository
-# The last is what Slurm can be told to send before a job's time ends; Windows has none.
-STOP_SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# A terminal that is closed sends SIGHUP, Slurm SIGUSR1 before a job's time ends if it is told to; Windows has neither.
+STOP_SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 LEFT_AFTER = 24 * 60 * 60  # seconds after which what is unfinished is taken for a killed process's
 HUB_SECONDS = 10.0  # that the Hub has to answer in
 
@@ -47,30 +48,76 @@ def module_file(name: str) -> Path:
 # Scripts
 
 
-def run_script(main: Callable[[], int | None]) -> None:
-    """Runs a script's main: a UserError becomes one line and exit code 2, Ctrl-C exit code 130. --debug shows tracebacks."""
+class Printed(io.FileIO):
+    """Where a script prints. What cannot be written any more (a pipe's reader left, the disk is full, the terminal is gone)
+    is dropped; the first time it is an error, unless the script is to go on without a reader."""
+
+    goes_on = failed = False
+    lost: ClassVar[str] = ""
+    """Why standard output is dropped."""
+
+    def write(self, content: Any) -> int:
+        """Writes all of it, or drops it."""
+        done = 0
+        try:
+            while done < len(content) and not self.failed:
+                written = super().write(memoryview(content)[done:])
+                if written is None:  # somebody has made it non-blocking, and its reader is slow
+                    select.select([], [self], [])
+                done += written or 0
+        except OSError as error:
+            self.failed = True
+            if self.fileno() == 1:
+                Printed.lost = str(error.strerror)
+                if not self.goes_on:
+                    raise
+                print(f"nothing more can be printed ({error.strerror}): going on without", file=sys.stderr)
+        return len(content)
+
+
+def open_streams(goes_on: bool) -> None:
+    """Sees to it that no print ends a script: a stream that was closed before leads nowhere, a character that the console's
+    encoding lacks is replaced; for what cannot be written see Printed."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # or a file opened later would get it, and what is printed
+        pass
+    os.close(number)
+    sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8")
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        old = getattr(sys, name) or os.fdopen(number, "w", encoding="utf-8")
+        if old is getattr(sys, f"__{name}__") and isinstance(getattr(old.buffer, "raw", old.buffer), io.FileIO):
+            raw, lines = Printed(number, "w", closefd=False), old.line_buffering or old.write_through
+            raw.goes_on = goes_on
+            old = io.TextIOWrapper(io.BufferedWriter(raw), old.encoding, "replace", line_buffering=lines)
+        setattr(sys, name, old)
+
+
+def run_script(main: Callable[[], int | None], goes_on: bool = False) -> None:
+    """Runs a script's main: a UserError becomes one line and exit code 2, Ctrl-C exit code 130. --debug shows tracebacks.
+
+    goes_on: whether it has more to do than to print, so that it goes on when nobody reads that any more."""
     debug = "--debug" in sys.argv
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a character that the console's encoding lacks is no reason to stop
+    open_streams(goes_on)
     try:
-        code = main()
+        try:
+            code = main()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         if debug:
             traceback.print_exc()
         # From a loader's worker the message comes with a traceback before it.
         print(f"error: {in_one_line(str(error).rpartition('config.UserError: ')[2].strip())}", file=sys.stderr)
         code = 2
-    except BrokenPipeError:  # the reader of a pipe left: `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130
     except Exception as error:
-        if debug:
-            raise
-        print(f"error: {named(error)} (--debug shows where)", file=sys.stderr)
         code = 1
+        left = isinstance(error, BrokenPipeError) and Printed.lost  # the reader of a pipe: `... | head`
+        if debug and not left:
+            raise
+        if not left:
+            print(f"error: {named(error)} (--debug shows where)", file=sys.stderr)
     sys.exit(code)
 
 
@@ -93,7 +140,8 @@ def parse_flags(kind: type[T], description: str | None, arguments: list[str] | N
 
 
 class StopSignal:
-    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a wish to stop at the next step; a second one stops at once."""
+    """Turns the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 into a wish to stop at the next step; a second one stops at once,
+    but for SIGHUP, which a shell and the system send both when a terminal is closed."""
 
     def __init__(self, grace: float = 0.0) -> None:
         """Within `grace` seconds a second one is taken for the first: torchrun passes on what a terminal, or Slurm, has
@@ -101,12 +149,14 @@ class StopSignal:
         self.received: int | None = None
         self._grace, self._since = grace, 0.0
         numbers = [getattr(signal, name) for name in STOP_SIGNALS]
-        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
+        # What nohup has set to be ignored stays so; shells ignore SIGINT for all that runs in the background.
+        heard = [n for n in numbers if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle) for number in heard}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since >= self._grace:
+        elif signal.Signals(number).name != "SIGHUP" and time.monotonic() - self._since >= self._grace:
             sys.exit(exit_code_of(number))
 
     @property
@@ -214,15 +264,13 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]], line_end: str = "\r\n")
         csv.writer(file, lineterminator=line_end).writerows(rows)
 
 
-def writable_directory(path: Path) -> Path:
+def writable_directory(path: Path, advice: str = "choose another --output-dir") -> Path:
     """Makes the folder; raises UserError where it cannot be made or written into."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UserError(f"{path}: cannot write there ({error.strerror}): choose another --output-dir") from error
+        raise UserError(f"{path}: cannot write there ({error.strerror}): {advice}") from error
     return path
 
 
@@ -230,13 +278,15 @@ def put_in_place(source: Path, target: Path) -> Path | None:
     """Copies source to target; a different file standing there is kept as *.previous.*, whose path is returned."""
     if target.exists() and file_hash(target) == file_hash(source):
         return None
-    previous = target.with_name(f"{target.stem}.previous{target.suffix}") if target.exists() else None
+    previous = target.with_name(f"{target.stem}.previous{target.suffix}")
     clear_left(target)
     with whole(target) as unfinished:
         shutil.copyfile(source, unfinished)
-        if previous:
-            sync(unfinished)  # which takes a while, in which there is to be a target
+        sync(unfinished)  # which takes a while, in which there is to be a target
+        try:
             target.replace(previous)
+        except FileNotFoundError:  # there was none; or another run, which ends at the same time, has just done that
+            return None
     return previous
 
 
@@ -295,7 +345,9 @@ def locked(path: Path, taken: str | None = None) -> Iterator[None]:
     except ImportError:
         yield
         return
-    with open(path, "w") as lock:
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link, which could lead anywhere: delete it")
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w") as lock:
         os.register_at_fork(after_in_child=lock.close)  # or a loader's worker would hold it on for a while
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB if taken else fcntl.LOCK_EX)
