@@ -266,7 +266,8 @@ class Basics:
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Of matrix products; auto: fp16 on CUDA, elsewhere bf16 where it is measured to be faster."""
     resume: str = "auto"
-    """auto: go on with the newest unfinished run of the same settings; never; or the folder of a run."""
+    """auto: go on with the newest unfinished run of the same settings; never (the checkpoints of a run in the same folder
+    are kept as checkpoints.previous); or the folder of a run."""
 
 
 @dataclass(kw_only=True)
@@ -416,6 +417,8 @@ class Watching:
     """Longest caption to write when evaluating, in tokens."""
     checkpoint_interval: int | None = None
     """Steps between checkpoints (default: one at every epoch's end)."""
+    checkpoint_minutes: float = 30.0
+    """Minutes after which a checkpoint is written between two others, without an evaluation; 0: not by time."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep, beside the best one."""
     wandb: Literal["auto", "off", "offline", "online"] = "auto"
@@ -442,7 +445,7 @@ class TrainConfig(
     """Sizes of the model."""
 
     def __post_init__(self) -> None:
-        from_0 = "num_workers warmup_steps weight_decay seed val_pictures"
+        from_0 = "num_workers warmup_steps weight_decay seed val_pictures checkpoint_minutes"
         from_1 = "epochs max_steps batch_size captions_per_image accumulation_steps eval_interval checkpoint_interval "
         from_1 += "keep_checkpoints num_scenes caption_length patience overflow_limit lora_rank"
         above_0 = "learning_rate encoder_learning_rate decoder_learning_rate layer_decay gradient_clip lora_alpha"
@@ -503,7 +506,7 @@ class TrainConfig(
     def fingerprint(self) -> str:
         """Equal for two configs whose runs learn the same; where they write and what they print does not count."""
         elsewhere = (
-            "output_dir resume yes debug num_workers eval_interval keep_checkpoints checkpoint_interval cache cache_on_gpu "
+            "output_dir resume yes debug num_workers eval_interval keep_checkpoints checkpoint_interval checkpoint_minutes cache cache_on_gpu "
             "max_bad_share allow_overlap no_upload base_dir merge wandb wandb_project shard"
         )
         values = {name: value for name, value in self.to_dict().items() if name not in elsewhere.split()}

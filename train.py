@@ -10,10 +10,12 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
+import re
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from dataset import make_dataloader
 from evaluate import caption_loader, caption_loss, evaluate_dataset
 from model import ImageCaptionModel, use_flash_attention
 from scoring.results import MoreScores, print_metrics
-from training.checkpoint import clean, training_in
+from training.checkpoint import clean, final_checkpoint, put_aside, training_in
 from training.distributed import join_world, leave_world
 from training.job import Job, choose_where, plan, prepare, write_run
 from training.learner import Learner
@@ -37,23 +39,41 @@ from training.optimizers import learning_rate_at
 from training.progress import Meter, Progress
 from training.run import Run
 from training.tracking import Log, SilentLog, draw_curves
-from utils import StopSignal, autocast, keep_freed_memory, named, put_in_place, write_json
+from utils import (
+    Printed,
+    StopSignal,
+    autocast,
+    file_hash,
+    first_line,
+    keep_freed_memory,
+    named,
+    put_in_place,
+    writable_directory,
+    write_json,
+)
 from weights.file import MODEL_FILE
 
 LOG_INTERVAL = 10  # steps
+clock = time.monotonic  # of --checkpoint-minutes
 
 
 def train(config: TrainConfig) -> int:
-    """A whole run, from data to the finished model and its evaluation. Returns an exit code: 0, or 130/143 when stopped."""
+    """A whole run, from data to the finished model and its evaluation. Returns an exit code: 0, 1 when the finished model is
+    not the best one or is not here, or 130/143 when stopped."""
     world = join_world(config.device)
     with contextlib.ExitStack() as stack:
         chosen: Any = None
         if world.main:
+            writable_directory(Path(), "the finished model is put there, so start the command in another folder")
+            if Path(MODEL_FILE).is_dir():
+                raise UserError(f"{MODEL_FILE}: a folder has the finished model's name: move it away")
             run = Run.find(config)
             stack.enter_context(training_in(run.folder))
             chosen = choose_where(config, run)
         else:  # what is said is said once
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(
+                contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w", errors="replace")))
+            )
         chosen = world.agree(chosen)
         if chosen.device.type == "cpu":
             keep_freed_memory()
@@ -72,9 +92,9 @@ def train(config: TrainConfig) -> int:
         if not world.main:
             job = prepare(config, world, chosen)
         try:
-            stopped = learn(job)
-            if stopped is None:
-                finish(job)
+            code = learn(job)
+            if code is None:
+                code = finish(job)
         except RuntimeError as error:
             if world.size == 1:
                 raise
@@ -83,7 +103,7 @@ def train(config: TrainConfig) -> int:
             print(f"error: process {world.rank}: {named(error)}", file=sys.stderr, flush=True)
             os._exit(1)  # kernels that wait for a process that is gone would keep this one from ending
         leave_world(world)
-    return stopped or 0
+    return code
 
 
 # The loop
@@ -108,7 +128,9 @@ class Training:
             write_run(job, finished=False)
         self.log = Log(job.run.folder, step, config) if world.main else SilentLog()
         self.look_first = bool(config.init_model) and not state  # where a trained model starts from is of interest
-        self.batches = iter(training_batches(job, step))
+        self.workers = workers_of(job)
+        self.batches = self.batches_from(step)
+        self.saved = clock()
         self.stop = StopSignal(grace=5.0 if world.size > 1 else 0.0)
         self.meter = Meter(self.learner, state)
         self.began = time.perf_counter() - state.get("seconds", 0.0)
@@ -128,9 +150,10 @@ class Training:
         self.learner.model.train()
         with self.bar:  # an error's line begins below it
             while True:  # one time more than there are steps, so that the last look, save and stop are no special case
-                stopping = world.sum(stop.received is not None)[0] > 0
+                late = 0 < self.job.config.checkpoint_minutes * 60 <= clock() - self.saved
+                stopping, due = (n > 0 for n in world.sum(stop.received is not None, world.main and late))
                 if progress.step > self.first_step or self.look_first:
-                    self.look(stopping)
+                    self.look(stopping, due)
                 if progress.last or stopping:
                     break
                 self.advance()
@@ -146,7 +169,7 @@ class Training:
         """One step, and every LOG_INTERVAL steps a line of the log."""
         job, learner, meter, step = self.job, self.learner, self.meter, self.progress.step
         asked = time.perf_counter()
-        batch = next(self.batches)
+        batch = self.next_batch()
         meter.waiting += time.perf_counter() - asked
         if job.world.sum(len(batch.bad))[0]:
             for bad in job.world.gather(batch.bad):
@@ -162,17 +185,39 @@ class Training:
         if logging or job.device.type == "cpu":  # a GPU would have to be waited for
             learner.check(meter.steps)
         if logging:
-            line = meter.line(rate)
+            line = meter.line(rate) | ({"not_printed": Printed.lost} if Printed.lost else {})
             self.log.write(step + 1, **line)
             said = "loss {loss:.3f}, lr {learning_rate:.1e}, {pictures_per_second:.0f} pictures/s, {pairs_per_second:.0f} pairs/s"
             self.bar.set_postfix_str(said.format(**line), refresh=False)
 
-    def look(self, stopping: bool) -> None:
+    def batches_from(self, step: int) -> Iterator[Any]:
+        """The batches of all steps from this one on."""
+        batches = iter(training_batches(self.job, step, self.workers))
+        if hasattr(signal, "SIGCHLD"):  # torch raises there and then when a worker dies, in the middle of an update too
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return batches
+
+    def next_batch(self) -> Any:
+        """The next step's batch. Where a worker was killed, as the system does when memory runs out, half as many go on."""
+        while True:
+            try:
+                return next(self.batches)
+            except RuntimeError as error:
+                if not (self.workers and re.search("DataLoader worker|Pin memory", str(error))):
+                    raise
+                self.workers //= 2
+                said = (
+                    f"a process that prepares pictures was killed ({first_line(error)}): going on with {self.workers}"
+                )
+                tqdm.write(f"{said}; where memory is short, --num-workers {self.workers} saves this")
+                self.batches = self.batches_from(self.progress.step)
+
+    def look(self, stopping: bool, due: bool = False) -> None:
         """What is due between two steps: validation, sample captions, a checkpoint; not counted in the speed."""
         job, config, step, looking = self.job, self.job.config, self.progress.step, time.perf_counter()
         better, ended = False, self.progress.last or step % job.steps_per_epoch == 0
         sampling = step == job.steps or step % config.eval_interval == 0
-        saving = ended or stopping or step % (config.checkpoint_interval or sys.maxsize) == 0
+        saving = ended or stopping or due or step % (config.checkpoint_interval or sys.maxsize) == 0
         if not (sampling or saving):
             return
         self.learner.gather()
@@ -210,6 +255,7 @@ class Training:
 
     def save(self, better: bool) -> None:
         """A checkpoint, unless one of the latest steps was not finite."""
+        self.saved = clock()
         self.learner.check(self.meter.steps)
         progress = self.progress
         state = {"step": progress.step, "best": progress.best, "waited": progress.waited, **self.meter.state()}
@@ -219,24 +265,30 @@ class Training:
 def learn(job: Job) -> int | None:
     """Trains from the newest checkpoint, or from the start, to the last step. Returns an exit code when it was stopped."""
     if job.config.resume == "never" and job.world.main:
-        shutil.rmtree(job.run.folder / "checkpoints", ignore_errors=True)
+        if aside := put_aside(job.run.folder):
+            print(f"put aside   {aside}: the checkpoints of the run that was here, until the next --resume never")
         (job.run.folder / "wandb.id").unlink(missing_ok=True)
     job.world.wait()
     return Training(job).run()
 
 
-def training_batches(job: Job, first_step: int) -> DataLoader[Any]:
-    """This process's share of the batches of all steps from this one on."""
-    train_set, config = job.datasets["train"], job.config
-    at_hand = train_set.pixels.kept is not None and config.augmentation.moves_pixels_only
+def workers_of(job: Job) -> int:
+    """How many processes prepare this process's training pictures."""
+    config, pixels = job.config, job.datasets["train"].pixels
+    at_hand = pixels.kept is not None and config.augmentation.moves_pixels_only
     cores = max(1, (os.cpu_count() or 1) // job.world.local_size)
+    return 0 if at_hand else min(16, cores, config.num_workers)
+
+
+def training_batches(job: Job, first_step: int, workers: int) -> DataLoader[Any]:
+    """This process's share of the batches of all steps from this one on."""
     return make_dataloader(
-        train_set,
+        job.datasets["train"],
         job.pictures_a_step,
         first_step=first_step,
         last_step=job.steps,
         shuffle=True,
-        num_workers=0 if at_hand else min(16, cores, config.num_workers),
+        num_workers=workers,
         pin_memory=job.device.type == "cuda",
         **job.world.share,
     )
@@ -273,10 +325,13 @@ def sample_captions(job: Job, model: ImageCaptionModel) -> dict[str, str]:
 # The end of a run
 
 
-def finish(job: Job) -> None:
-    """Puts the best model in place, evaluates it on the test pictures, draws the curves and says where everything is."""
+def finish(job: Job) -> int:
+    """Puts the best model in place, evaluates it on the test pictures, draws the curves and says where everything is.
+    Returns 1 where it had to do with another model, or could not put it here."""
     run, config, test = job.run.folder, job.config, job.datasets["test"]
-    model, previous = finished_model(job)
+    checkpoint, lost, state = job.world.agree(final_checkpoint(run) if job.world.main else (run, "", {}))
+    model = finished_model(job, checkpoint / "model.safetensors")
+    failed = put_here(run / MODEL_FILE) if job.world.main else ""
     captioned, metrics = evaluate_dataset(
         model,
         test,
@@ -289,38 +344,50 @@ def finish(job: Job) -> None:
         max_length=job.caption_length,
     )
     if not job.world.main:
-        return
+        return 0
     if config.dataset == "scenes":
         metrics |= score_drawn_scenes(config.data_dir or run / "scenes", run, captioned.captions)
-    write_json(run / "metrics.json", metrics)
+    known: dict[str, Any] = {"checkpoint": checkpoint.name} | ({"lost": lost} if lost else {})
+    write_json(run / "metrics.json", metrics | (known if lost else {}))
     draw_curves(run)
-    state = job.run.state
-    write_run(job, finished=True, steps=state["step"], seconds=round(state["seconds"]))
+    known |= {"steps": state["step"], "seconds": round(state["seconds"]), "model_sha256": file_hash(run / MODEL_FILE)}
+    write_run(job, finished=not failed, **known)
     print_metrics(metrics)
-    if previous:
-        print(f"another run's model was kept as {previous}")
     pictures = ", ".join(str(run / name) for name in ("samples.png", "curves.png"))
-    print(f"model       {MODEL_FILE}\npictures    {pictures}\nnumbers     {run / 'metrics.json'}")
+    print(
+        f"model       {run / MODEL_FILE if failed else MODEL_FILE}\npictures    {pictures}\nnumbers     {run / 'metrics.json'}"
+    )
     if isinstance(test.table.picture(0), Path):
         print(f"try it      python example_usage.py {test.table.name_of(0)}")
+    for error in filter(None, (lost, failed)):
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if lost or failed else 0
 
 
-def finished_model(job: Job) -> tuple[ImageCaptionModel, Path | None]:
-    """The best model, which also comes into the run's folder and here; and where another run's that stood here is now."""
-    best, model = job.run.folder / "checkpoints" / "best" / "model.safetensors", job.model
+def put_here(model: Path) -> str:
+    """Copies the finished model to where the command was started; returns what went wrong, if anything did."""
+    try:
+        if previous := put_in_place(model, Path(MODEL_FILE)):
+            print(f"another run's model was kept as {previous}")
+        return ""
+    except OSError as error:
+        return f"{MODEL_FILE} cannot be written here ({error.strerror}): the model is {model}; the same command puts it here"
+
+
+def finished_model(job: Job, file: Path) -> ImageCaptionModel:
+    """The model of a checkpoint's file, which also comes into the run's folder."""
+    model, place = job.model, job.run.folder / MODEL_FILE
     if job.config.merge:
-        model = ImageCaptionModel.from_pretrained(best, job.config.base_dir).to(job.device)
+        model = ImageCaptionModel.from_pretrained(file, job.config.base_dir).to(job.device)
         model.merged = None  # from here on it is one model
     else:
-        model.load_own_state(load_file(best))
+        model.load_own_state(load_file(file))
     model.eval()
-    if not job.world.main:
-        return model, None
-    if job.config.merge:
-        model.save_file(job.run.folder / MODEL_FILE)
-    else:
-        put_in_place(best, job.run.folder / MODEL_FILE)
-    return model, put_in_place(job.run.folder / MODEL_FILE, Path(MODEL_FILE))
+    if job.world.main and job.config.merge:
+        model.save_file(place)
+    elif job.world.main and (previous := put_in_place(file, place)):
+        print(f"another model that stood there was kept as {previous}")
+    return model
 
 
 def score_drawn_scenes(directory: Path, run: Path, captions: list[str]) -> dict[str, float]:

@@ -31,7 +31,7 @@ from data.kinds import is_picture
 from data.pictures import PictureSource, decode
 from data.reading import MADE_BY, file_names
 from data.sidecars import has_caption, texts_beside
-from utils import first_line, in_one_line, write_json, write_text
+from utils import first_line, in_one_line, whole, write_json, write_text
 
 PANEL = 360  # pixels of a picture's longer side in a figure
 
@@ -68,6 +68,8 @@ class CaptionFile:
         self.about, self.made_by = path.with_name(f"{path.name}.json"), dict[str, Any]()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_symlink():
+                raise UserError(f"{path}: is a link: name the file itself as --output")
             self._file = path.open("a+b")
             self._go_on()
         except OSError as error:
@@ -239,7 +241,8 @@ def draw_words(path: Path, source: PictureSource, caption: Caption, config: ViTG
         axes.imshow(pixels * (0.15 + 0.85 * seen[..., None]))
         axes.contour(seen, levels=[0.5], colors="white", linewidths=1)
         axes.set_title(word, size=12, parse_math=False)
-    figure.savefig(path, dpi=110)
+    with whole(path if path.suffix else path.with_suffix(".png")) as unfinished:
+        figure.savefig(unfinished, format=path.suffix[1:] or "png", dpi=110)
 
 
 def check_figure(path: Path) -> None:

@@ -198,7 +198,9 @@ def draw_scenes(directory: Path, sizes: dict[str, int], seed: int = 0) -> None:
         for index in tqdm(range(size), f"drawing {split}", unit="scene"):
             scene, texts, rng = make_scene(seed, split, index)
             name = f"{index:012d}.png"
-            draw(scene, rng).save(folder / name, compress_level=1)
+            (folder / name).unlink(missing_ok=True)
+            with (folder / name).open("xb") as file:  # follows no link
+                draw(scene, rng).save(file, "PNG", compress_level=1)
             images.append({"id": index, "file_name": name, "height": SIDE, "width": SIDE, "scene": asdict(scene)})
             captions += [{"id": 5 * index + k, "image_id": index, "caption": text} for k, text in enumerate(texts)]
         write_text(annotations, json.dumps({"info": recipe, "images": images, "annotations": captions}))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from config import PRESETS, TrainConfig, ViTGPT2Config
+from training.checkpoint import load_checkpoint, newest_whole
 from utils import file_hash, read_log, run_script
 from weights.file import MODEL_FILE
 
@@ -177,3 +178,10 @@ def losses(out: Path) -> list[float]:
 def ending(out: Path) -> tuple[str, list[tuple[int, str, str]]]:
     """What two runs must have in common to be the same: the weights' hash, and the curve."""
     return file_hash(out / MODEL_FILE), curve(out)
+
+
+def newest(run: Path) -> tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The newest whole checkpoint of a run: its folder, weights, tensors and state."""
+    folder = newest_whole(run)
+    assert folder is not None
+    return folder, *load_checkpoint(folder)

@@ -6,13 +6,15 @@
         state.json               step, schedule, scaler, best score: all else that the next step depends on
         manifest.json            size and SHA-256 of the files above, written last
 
-`checkpoints/latest` and `checkpoints/best` are links to such folders. Nothing is ever pickled.
+`checkpoints/latest` and `checkpoints/best` are links to such folders, for people: state.json knows the best one's name.
+Nothing is ever pickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -26,10 +28,21 @@ from torch import Tensor
 
 from config import UserError
 from training.sharding import collected, like
-from utils import file_hash, first_line, locked, sync, write_json
+from utils import file_hash, first_line, locked, sync, unfinished_name, whole, write_json
 from weights.file import write_tensors
 
 ROOM_FOR_JSON = 1 << 20  # bytes, beside the tensors
+FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
+KINDS: dict[str, Any] = {  # of what state.json holds
+    "best": float | int | None,
+    "waited": int,
+    "losses": list,
+    "rewards": list,
+    "epoch": list,
+    "seconds": float | int,
+    "scaler": dict,
+    "overflows": float | int,
+}
 
 
 def training_in(run: Path) -> AbstractContextManager[None]:
@@ -47,8 +60,8 @@ def in_use(run: Path) -> bool:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "manifest.json").is_file())
+    """The checkpoints of a run, oldest first, damaged ones too."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
 def save_checkpoint(
@@ -59,27 +72,25 @@ def save_checkpoint(
     state: dict[str, Any],
     size: int,
     *,
-    best: bool,
+    best: str | None,
     keep: int,
 ) -> None:
-    """Writes the checkpoint of a step, links it as latest (and best), and deletes what is older than the newest `keep`,
-    and what is newer: a run that went back behind damaged ones has passed over those.
+    """Writes the checkpoint of a step, links it as latest and that of the name `best` as best, and deletes what is older than
+    the newest `keep`, and what is newer: a run that went back behind damaged ones has passed over those.
 
     `size` is what its files will have at least, in bytes: UserError before a byte is written where the disk has less.
     """
     folder = run / "checkpoints" / f"step-{step:08d}"
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    unfinished = unfinished_name(folder)
     unfinished.parent.mkdir(exist_ok=True)
     needed, free = size + ROOM_FOR_JSON, shutil.disk_usage(run).free
     if needed > free:
         raise no_room(folder, needed, free)
-    link_to_best = run / "checkpoints" / "best"
-    kept = folder.name if best else os.readlink(link_to_best) if link_to_best.is_symlink() else None
     try:
         unfinished.mkdir()
         save_model(unfinished / "model.safetensors")
         write_tensors(tensors, unfinished / "optimizer.safetensors")
-        write_json(unfinished / "state.json", state | {"best_checkpoint": kept})
+        write_json(unfinished / "state.json", state | {"best_checkpoint": best})
         written = sorted(unfinished.iterdir())
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in written}
         write_json(unfinished / "manifest.json", manifest)
@@ -91,10 +102,10 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise no_room(folder, needed, shutil.disk_usage(run).free, error) from error
-    link_all(folder, kept)
+    link_all(folder, best)
     newest = [path for path in checkpoints(run) if path.name <= folder.name][-keep:]
     for path in checkpoints(run):
-        if path not in newest and path.name != kept:
+        if path not in newest and path.name != best:
             remove(path)
 
 
@@ -109,7 +120,30 @@ def no_room(folder: Path, needed: int, free: int, error: Exception | None = None
 
 def remove(folder: Path) -> None:
     """Deletes a checkpoint; one that is killed meanwhile leaves nothing that looks like a checkpoint."""
-    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old.unfinished")))
+    delete(folder.rename(unfinished_name(folder)))
+
+
+def delete(path: Path) -> None:
+    """Deletes a file, a link or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def put_aside(run: Path) -> Path | None:
+    """Gives a run's checkpoints, with its run.json and metrics.jsonl, another name for a new one to begin; returns that,
+    None where there are none. What was there by that name goes: one generation, as each is as large as the run."""
+    old, aside = run / "checkpoints", run / "checkpoints.previous"
+    if not checkpoints(run):
+        return None
+    if aside.exists() or aside.is_symlink():
+        remove(aside)
+    old.rename(aside)
+    for name in ("run.json", "metrics.jsonl"):
+        with contextlib.suppress(FileNotFoundError), whole(aside / name) as copy:
+            shutil.copyfile(run / name, copy)
+    return aside
 
 
 def link_all(folder: Path, best: str | None) -> None:
@@ -121,35 +155,74 @@ def link_all(folder: Path, best: str | None) -> None:
 
 def link(folder: Path, name: str) -> None:
     """Makes `name`, beside the folder, lead to it: to the old one or the new one at any time."""
-    new = folder.with_name(f".{name}.unfinished")
-    new.unlink(missing_ok=True)
+    place = folder.with_name(name)
+    if place.is_dir() and not place.is_symlink():  # a copy that was made of a run has folders in the links' places
+        remove(place)
+    new = unfinished_name(place)
     new.symlink_to(folder.name)
-    new.replace(folder.with_name(name))
+    new.replace(place)
 
 
 def clean(run: Path) -> None:
     """Deletes what a process that was killed has left half-written."""
     for path in [*run.glob(".*.unfinished"), *run.glob("checkpoints/.*.unfinished")]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        delete(path)
 
 
-def load_checkpoint(run: Path) -> tuple[Path, dict[str, Tensor], dict[str, Tensor], dict[str, Any]] | None:
-    """The newest checkpoint that is as its manifest says: folder, weights, tensors and state. None where there is none."""
-    for folder in reversed(checkpoints(run)):
+def check(folder: Path) -> dict[str, Any]:
+    """A checkpoint's state. Raises UserError, saying what is damaged, unless it is as its manifest says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if set(manifest) != FILES:
+            raise ValueError("manifest.json does not name its files")
+        for name, known in manifest.items():
+            path = folder / name
+            if path.stat().st_size != known["bytes"] or file_hash(path) != known["sha256"]:
+                raise ValueError(f"{name} is not what was written")
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        best = state["best_checkpoint"]
+        fits = folder.name == f"step-{state['step']:08d}" and (best is None or re.fullmatch(r"step-\d{8,}", best))
+        if not fits or not all(isinstance(state[name], kind) for name, kind in KINDS.items()):
+            raise ValueError("state.json does not hold what it should")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder} is damaged ({first_line(error)})") from error
+    return state
+
+
+def newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint that is as its manifest says, None where there is none at all. Raises UserError where there are
+    some and all are damaged: a run that began anew would overwrite what may be mended."""
+    found = checkpoints(run)
+    for folder in reversed(found):
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-            for name, known in manifest.items():
-                if file_hash(folder / name) != known["sha256"]:
-                    raise ValueError(f"{name} is not what was written")
-            state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            weights = load_file(folder / "model.safetensors")
-            return folder, weights, load_file(folder / "optimizer.safetensors"), state
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            print(f"{folder} is damaged ({first_line(error)}): going back to the one before")
+            check(folder)
+            return folder
+        except UserError as error:
+            print(f"{error}: passed over")
+    if found:
+        raise UserError(f"{run}: no checkpoint can be read: bring one back, or start anew with --resume never")
     return None
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """The weights, tensors and state of a checkpoint that was checked."""
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors"), state
+
+
+def final_checkpoint(run: Path) -> tuple[Path, str, dict[str, Any]]:
+    """The best checkpoint; where that is lost the newest one, and what is to be said of it; and the newest one's state.
+    Raises UserError where the newest is damaged, which the same command makes anew."""
+    newest = newest_whole(run)
+    if newest is None or newest != checkpoints(run)[-1]:
+        raise UserError(f"{run}: the newest checkpoint is lost: the same command goes on from the one before")
+    *_, state = load_checkpoint(newest)
+    best = newest.with_name(state["best_checkpoint"] or "best")
+    try:
+        check(best)
+        return best, "", state
+    except UserError as error:
+        return newest, f"the best checkpoint is lost, so the model is the newest, {newest.name}: {error}", state
 
 
 # Optimizers as tensors

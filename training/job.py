@@ -4,7 +4,6 @@ plan of it that is printed.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import os
@@ -24,10 +23,11 @@ from data.table import FLOOR, CaptionTable
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
 from model import ImageCaptionModel, choose_attention
 from training.adapters import adapt, check_adapters
+from training.checkpoint import newest_whole
 from training.distributed import World
 from training.estimates import duration, estimated_memory, estimated_seconds
 from training.optimizers import freeze
-from training.run import Run
+from training.run import Run, check_model
 from utils import available_memory, choose_device, choose_precision, dtypes, key_of, some, write_json
 from weights.adapters import find_base
 from weights.pretrained import is_language_model, read_parts
@@ -99,6 +99,10 @@ class Chosen:
     dtype: torch.dtype
     device_reason: str = ""
     precision_reason: str = ""
+    checkpoint: Path | None = None
+    """Which one the run goes on from."""
+    began: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """run.json as it is there; empty for a run that begins."""
     tokenizer: str | None = None
     """See Job.tokenizer; None: it is still to be chosen."""
 
@@ -123,6 +127,8 @@ class Job:
     """What the tokenizer was loaded by: see TrainConfig.tokenizer."""
     data_key: str
     """Changes with the pictures and captions."""
+    checkpoint: Path | None = None
+    """Which one it goes on from."""
 
     @property
     def pictures_a_step(self) -> int:
@@ -144,12 +150,13 @@ class Job:
 def choose_where(config: TrainConfig, run: Run) -> Chosen:
     """Device and precision with their reasons; a run that goes on keeps the precision that `auto` once chose."""
     device, device_reason = choose_device(config.device)
-    began = run.began(config)
+    checkpoint = None if config.resume == "never" else newest_whole(run.folder)
+    began = run.about if checkpoint else {}
     if config.precision == "auto" and began.get("device") == device.type:
         dtype, precision_reason = choose_precision(began["precision"], device)[0], "as this run began"
     else:
         dtype, precision_reason = choose_precision(config.precision, device)
-    return Chosen(run, device, dtype, device_reason, precision_reason)
+    return Chosen(run, device, dtype, device_reason, precision_reason, checkpoint, began)
 
 
 def prepare(config: TrainConfig, world: World, chosen: Chosen) -> Job:
@@ -159,7 +166,7 @@ def prepare(config: TrainConfig, world: World, chosen: Chosen) -> Job:
         raise UserError(f"cache_on_gpu on the device {device}: it needs a GPU, leave it out")
     if config.adapts:  # before anything is downloaded for it
         check_adapters(config, device)
-    began = run.began(config)
+    began = chosen.began
     for floor in (FLOOR, 0):  # a run of an earlier version goes on with its own parts
         tables = find_tables(config, run.folder, floor)
         keys = {split: table.keys() for split, table in tables.items()}
@@ -203,6 +210,7 @@ def prepare(config: TrainConfig, world: World, chosen: Chosen) -> Job:
         bad=bad,
         tokenizer=name,
         data_key=data_key,
+        checkpoint=chosen.checkpoint,
     )
 
 
@@ -211,10 +219,12 @@ def start_model(
 ) -> tuple[str, ImageCaptionModel]:
     """The model before the run's next step, with what is frozen and what has adapters, and its tokenizer's name. `keys`
     are those of the training pictures."""
-    run = chosen.run
-    began = run.began(config)
-    if began and not config.adapts:  # a file of adapters is loaded as the plain model that they make of their base
-        name, model = go_on_with(run)
+    run, began = chosen.run, chosen.began
+    # What a run began from may have changed meanwhile. A file of adapters is loaded as the plain model that they make of
+    # their base.
+    if chosen.checkpoint and not config.adapts:
+        name = began["tokenizer"]
+        model = ImageCaptionModel.from_pretrained(chosen.checkpoint / "model.safetensors")
     else:
         name, model = make_model(config, tables["train"], chosen.tokenizer or began.get("tokenizer"))
     model.trained_on = np.union1d(model.trained_on, keys)
@@ -262,19 +272,13 @@ def make_datasets(
     return {split: of_table[id(table)] for split, table in tables.items()}
 
 
-def go_on_with(run: Run) -> tuple[str, ImageCaptionModel]:
-    """The model of the newest checkpoint: what a run began from may have changed meanwhile. Its weights come later."""
-    for folder in reversed(run.checkpoints):
-        with contextlib.suppress(UserError):  # damaged, as load_checkpoint will say
-            return run.about["tokenizer"], ImageCaptionModel.from_pretrained(folder / "model.safetensors")
-    raise UserError(f"{run.folder}: no checkpoint can be read: --resume never starts anew")
-
-
 def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> tuple[str, ImageCaptionModel]:
     """The model to start from, with its tokenizer, and the name that this can be had by again."""
     torch.manual_seed(config.seed)
     if config.init_model:
-        whole = ImageCaptionModel.from_pretrained(find_base(config.init_model, config.base_dir), config.base_dir)
+        base = find_base(config.init_model, config.base_dir)
+        check_model(Path(base))
+        whole = ImageCaptionModel.from_pretrained(base, config.base_dir)
         whole.merged = None  # they will not stay what they are
         # Not what the model is, but how it is trained.
         trained = {f: getattr(config.model, f) for f in ("dropout", "vision_dropout", "vision_drop_path")}

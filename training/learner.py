@@ -50,6 +50,7 @@ class Learner:
             if self.average:
                 self.average.model = shard(self.average.model)
         self.updater = Updater(self.model, config, self.scaler, job.dtype)
+        self.best: str | None = None  # name of the best checkpoint
         self.critic = None
         if config.objective == "scst":
             self.critic = SelfCritic(job.datasets["train"].table, config, job.caption_length)
@@ -131,6 +132,7 @@ class Learner:
     def save(self, state: dict[str, Any], best: bool) -> None:
         """Writes a checkpoint; the first process does. `state` is what the loop itself has to remember."""
         job, world = self.job, self.job.world
+        self.best = f"step-{state['step']:08d}" if best else self.best
         if world.main or self.sharded:
             tensors = optimizer_tensors(self.updater.optimizers)
             if self.average:
@@ -146,19 +148,20 @@ class Learner:
                 tensors,
                 state | scaling,
                 size,
-                best=best,
+                best=self.best,
                 keep=keep,
             )
         world.wait()
 
     def load(self) -> dict[str, Any]:
-        """Goes back to the newest whole checkpoint; returns the loop's own state, {} where there is none."""
-        found = load_checkpoint(self.job.run.folder)
-        if found is None:
+        """Goes back to the checkpoint that the run goes on from; returns the loop's own state, {} where there is none."""
+        folder = self.job.checkpoint
+        if folder is None:
             return {}
-        folder, weights, tensors, state = found
+        weights, tensors, state = load_checkpoint(folder)
+        self.best = state["best_checkpoint"]
         if self.job.world.main:  # a process that was killed may not have come to it
-            link_all(folder, state["best_checkpoint"])
+            link_all(folder, self.best)
         if self.average:
             load_weights(self.average.model, weights)
             weights = {name: tensors.pop(f"weights.{name}") for name in weights}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from config import TrainConfig, UserError
-from training.checkpoint import checkpoints, in_use
+from training.checkpoint import check, checkpoints, in_use
 from utils import file_hash, writable_directory
 from weights.file import MODEL_FILE
 
@@ -38,7 +38,7 @@ class Run:
     @property
     def about(self) -> dict[str, Any]:
         """run.json, empty where there is none that can be read."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             about = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
             return about if isinstance(about, dict) else {}
         return {}
@@ -50,21 +50,23 @@ class Run:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The whole ones, oldest first."""
+        """Oldest first, damaged ones too."""
         return checkpoints(self.folder)
 
     @property
-    def state(self) -> dict[str, Any]:
-        """What the newest checkpoint says of the loop."""
-        state: dict[str, Any] = json.loads((self.checkpoints[-1] / "state.json").read_text(encoding="utf-8"))
-        return state
-
-    def began(self, config: TrainConfig) -> dict[str, Any]:
-        """run.json where there are checkpoints that the run is to go on from, else nothing."""
-        return self.about if config.resume != "never" and self.checkpoints else {}
+    def readable(self) -> bool:
+        """Whether run.json says what a run needs to go on."""
+        about = self.about
+        texts = all(isinstance(about.get(name), str) for name in ("fingerprint", "tokenizer", "data", "device"))
+        return texts and about.get("precision") in ("fp32", "fp16", "bf16")
 
     def check(self, config: TrainConfig) -> Run:
         """The run itself. Raises UserError when it was started with other settings."""
+        if not self.readable:
+            raise UserError(
+                f"{self.folder}: run.json is lost or damaged, so its checkpoints cannot be gone on from: bring it back, or "
+                "start anew with --resume never"
+            )
         if self.about.get("fingerprint") != config.fingerprint:
             raise UserError(
                 f"{self.folder} holds a run with other settings: choose another --output-dir, or --resume never to replace it"
@@ -78,7 +80,8 @@ class Run:
             run = cls(Path(config.resume))
             if not run.checkpoints:
                 raise UserError(f"{run.folder}: no checkpoint to resume from there: name a run's folder, auto or never")
-            return run.check(config)
+            run.check(config)
+            return cls(writable_directory(run.folder))
         if config.output_dir is not None:
             run = cls(config.output_dir)
             if config.resume == "auto" and run.checkpoints:
@@ -86,9 +89,11 @@ class Run:
             return cls(writable_directory(run.folder))
         if config.resume == "auto":
             for run in map(cls, sorted(Path("runs").glob("*-*"), reverse=True)):
-                if run.about.get("fingerprint") == config.fingerprint and not run.finished and run.checkpoints:
+                if run.checkpoints and not run.readable:
+                    print(f"{run.folder} is not gone on with: its run.json is lost or damaged")
+                elif run.about.get("fingerprint") == config.fingerprint and not run.finished and run.checkpoints:
                     if not in_use(run.folder):
-                        return run
+                        return cls(writable_directory(run.folder))
                     print(
                         f"{run.folder} is unfinished too, but another process is training there: this is a run of its own"
                     )
@@ -118,3 +123,14 @@ class Run:
         candidates = [file for file in Path("runs").glob(f"*/{MODEL_FILE}") if file.stat().st_size == size]
         same = [file.parent for file in candidates if file_hash(file) == file_hash(path)]
         return cls(same[0]) if same and (same[0] / "run.json").is_file() else None
+
+
+def check_model(path: Path) -> None:
+    """Raises UserError where a model's file, or that of its folder, is not what the run wrote that it lies in. Of other
+    files nothing is known."""
+    path = path / MODEL_FILE if path.is_dir() else path
+    if (path.parent / "manifest.json").is_file():
+        check(path.parent)
+    known = Run(path.parent).about.get("model_sha256")
+    if known and path.name == MODEL_FILE and path.is_file() and file_hash(path) != known:
+        raise UserError(f"{path} is damaged (it is not what the run wrote): the run's own command writes it again")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
-from processes import await_step, end, ending, flags, fork, forked, run, small_config, start, stop_after
+from processes import await_step, end, ending, flags, fork, forked, newest, run, small_config, start, stop_after
 
 from config import TrainConfig, UserError
 from model import ImageCaptionModel
@@ -25,8 +25,8 @@ from training.checkpoint import (
     checkpoints,
     clean,
     link_all,
-    load_checkpoint,
     load_optimizers,
+    newest_whole,
     optimizer_tensors,
     save_checkpoint,
     training_in,
@@ -38,6 +38,18 @@ from weights.file import MODEL_FILE
 def several(few: int, many: int) -> pytest.MarkDecorator:
     """A few in every test run, many before a release."""
     return pytest.mark.parametrize("number", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
+# What a run's loop remembers, beside its step.
+STATE = {"best": None, "waited": 0, "losses": [], "rewards": [0.0, 0], "epoch": [0.0, 0], "seconds": 1.0}
+STATE |= {"scaler": {}, "overflows": 0.0}
+
+
+def sign(folder: Path) -> None:
+    """A manifest for a checkpoint as it is now."""
+    files = [path for path in folder.iterdir() if path.name != "manifest.json"]
+    about = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files}
+    write_json(folder / "manifest.json", about)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -70,7 +82,7 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(tmp_path, config, never_
     forked(config, tmp_path / "again")
     seconds = time.perf_counter() - began
     assert ending(tmp_path / "again/out") == ending(never_killed / "out")
-    learning = load_checkpoint(tmp_path / "again/out")[3]["seconds"]
+    learning = newest(tmp_path / "again/out")[3]["seconds"]
     moments, resumed = random.Random(seed), 0
     for index in range(number):
         folder = tmp_path / f"{index}"
@@ -91,13 +103,14 @@ def _save_forever(run: Path) -> None:
     """Checkpoints whose weights, moments and state all are their step's number, every third the best one."""
     torch.set_num_threads(1)
     clean(run)
-    found = load_checkpoint(run)
+    found = newest_whole(run) and newest(run)
     model = ImageCaptionModel(tiny_config(vision_embed_dim=128, decoder_embed_dim=128))
     for step in itertools.count(found[3]["step"] + 1 if found else 1):
         for parameter in model.parameters():
             parameter.data.fill_(step)
         tensors = {f"0.{i}.exp_avg": p.data for i, p in enumerate(model.parameters())}
-        save_checkpoint(run, step, model.save_file, tensors, {"step": step}, 0, best=step % 3 == 0, keep=2)
+        best = f"step-{step // 3 * 3:08d}" if step > 2 else None
+        save_checkpoint(run, step, model.save_file, tensors, STATE | {"step": step}, 0, best=best, keep=2)
 
 
 @several(5, 100)
@@ -112,7 +125,7 @@ def test_a_save_killed_anywhere_leaves_a_state_to_load(tmp_path, capsys, number)
     for _ in range(number):
         process = context.Process(target=_save_forever, args=(tmp_path,))
         process.start()
-        while not (newest := checkpoints(tmp_path)) or newest[-1].name <= f"step-{step:08d}":
+        while not (there := checkpoints(tmp_path)) or there[-1].name <= f"step-{step:08d}":
             assert process.is_alive()
             time.sleep(0.001)
         process.join(moments.uniform(0, 0.1))
@@ -121,7 +134,7 @@ def test_a_save_killed_anywhere_leaves_a_state_to_load(tmp_path, capsys, number)
         unfinished += bool([*tmp_path.glob("checkpoints/.*")])
         clean(tmp_path)
         assert all(path.name.startswith("step-") or path.is_symlink() for path in (tmp_path / "checkpoints").iterdir())
-        folder, weights, tensors, state = load_checkpoint(tmp_path)
+        folder, weights, tensors, state = newest(tmp_path)
         assert state["step"] > step and folder == checkpoints(tmp_path)[-1]  # the newest is whole
         step = state["step"]
         assert all((tensor == step).all() for tensor in (*weights.values(), *tensors.values()))
@@ -157,7 +170,7 @@ def test_a_flipped_byte_is_seen_and_passed_over(tmp_path, config, never_killed):
     assert "step-00000036 is damaged (model.safetensors is not what was written)" in line
     assert "going on at step 33" in said
     assert ending(tmp_path / "out") == ending(never_killed / "out")
-    assert load_checkpoint(tmp_path / "out")[3]["step"] == 36  # whole again
+    assert newest(tmp_path / "out")[3]["step"] == 36  # whole again
 
 
 def save_step(run: Path, step: int, best: bool = False, keep: int = 2, size: int = 0) -> None:
@@ -166,7 +179,9 @@ def save_step(run: Path, step: int, best: bool = False, keep: int = 2, size: int
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()
     tensors = optimizer_tensors([optimizer])
-    save_checkpoint(run, step, model.save_file, tensors, {"step": step}, size, best=best, keep=keep)
+    link = run / "checkpoints/best"
+    name = f"step-{step:08d}" if best else os.readlink(link) if link.is_symlink() else None
+    save_checkpoint(run, step, model.save_file, tensors, STATE | {"step": step}, size, best=name, keep=keep)
     load_optimizers(tensors, [optimizer])
 
 
@@ -192,7 +207,7 @@ def test_what_is_kept_is_whole(tmp_path, capsys):
     for step in (2, 7):
         save_step(tmp_path, step)
     (tmp_path / "checkpoints/step-00000007/state.json").write_text("{")
-    assert load_checkpoint(tmp_path)[3]["step"] == 2
+    assert newest(tmp_path)[3]["step"] == 2
     save_step(tmp_path, 4, keep=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000004"]
     assert capsys.readouterr().out.count("damaged") == 1
@@ -230,13 +245,13 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, small_disk, config, never_kil
     await_step(10, process, out)
     process.terminate()
     end(process, 143)
-    before = hashes(newest := checkpoints(out)[-1])
+    before = hashes(there := checkpoints(out)[-1])
     filler = fill(small_disk, leave=500_000)
     said = run(flags(config), tmp_path, code=2)
     (line,) = (line for line in said.splitlines() if line.startswith("error:"))
     needed, free = re.search(r"needs ([\d,]+) bytes and ([\d,]+) are free", line).groups()
     assert int(needed.replace(",", "")) > 500_000 >= int(free.replace(",", ""))
-    assert checkpoints(out)[-1] == newest and hashes(newest) == before
+    assert checkpoints(out)[-1] == there and hashes(there) == before
     filler.unlink()
     assert "going on at step" in forked(config, tmp_path)
     assert ending(out) == ending(never_killed / "out")
@@ -254,7 +269,7 @@ def test_a_disk_that_fills_up_meanwhile_costs_no_checkpoint(small_disk):
     model = ImageCaptionModel(tiny_config())
     too_large = {"moments": torch.ones(600_000)}
     with pytest.raises(UserError, match=r"cannot be written \(.*needs [\d,]+ bytes and [\d,]+ are free"):
-        save_checkpoint(small_disk, 2, model.save_file, too_large, {"step": 2}, 0, best=False, keep=2)
+        save_checkpoint(small_disk, 2, model.save_file, too_large, {"step": 2}, 0, best=None, keep=2)
     assert [path.name for path in checkpoints(small_disk)] == ["step-00000001"]
     assert hashes(small_disk / "checkpoints/step-00000001") == before
     assert not [*small_disk.glob("checkpoints/.*")]
@@ -272,7 +287,7 @@ def test_sigusr1_saves_what_slurm_is_about_to_end(tmp_path, config, never_killed
     os.kill(process.pid, signal.SIGUSR1)
     said = end(process, 143, tmp_path)
     stopped = int(re.search(r"stopped at step (\d+) and saved", said)[1])
-    assert load_checkpoint(tmp_path / "out")[3]["step"] == stopped >= 10
+    assert newest(tmp_path / "out")[3]["step"] == stopped >= 10
     assert f"going on at step {stopped}" in forked(config, tmp_path)
     assert ending(tmp_path / "out") == ending(never_killed / "out")
 
@@ -286,7 +301,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path, config, never_killed):
     said = end(process, 143, tmp_path)
     assert "and saved" not in said
     clean(tmp_path / "out")
-    assert load_checkpoint(tmp_path / "out")[3]["step"] >= 9
+    assert newest(tmp_path / "out")[3]["step"] >= 9
     forked(config, tmp_path)
     assert ending(tmp_path / "out") == ending(never_killed / "out")
 
@@ -330,10 +345,10 @@ def test_patience_outlasts_a_restart(tmp_path, scenes_dir):
     await_step(12, process, tmp_path / "out")
     process.terminate()
     end(process, 143)
-    state = load_checkpoint(tmp_path / "out")[3]
+    state = newest(tmp_path / "out")[3]
     assert 12 <= state["step"] < 24 and state["waited"] == state["step"] // 6 - 1
     forked(config, tmp_path)
-    about, last = json.loads((tmp_path / "out/run.json").read_text()), load_checkpoint(tmp_path / "out")[3]
+    about, last = json.loads((tmp_path / "out/run.json").read_text()), newest(tmp_path / "out")[3]
     assert about["finished"] and about["steps"] == last["step"] == 24 and last["waited"] == 3
     assert (tmp_path / "out/checkpoints/best").resolve().name == "step-00000006"
     assert last["seconds"] > state["seconds"] and about["seconds"] == round(last["seconds"])
@@ -349,18 +364,16 @@ def test_of_few_pictures_the_loss_chooses(tmp_path, scenes_dir):
     process.terminate()
     said = end(process, 143, tmp_path)
     assert "numbers rest on 12 pictures, mostly chance below 200, so the validation loss chooses the best model" in said
-    folder, _, _, state = load_checkpoint(tmp_path / "out")
+    folder, _, _, state = newest(tmp_path / "out")
     losses = [line["val_loss"] for line in read_log(tmp_path / "out/metrics.jsonl") if "val_loss" in line]
     assert len(losses) >= 2 and state["best"] == -min(losses)
     write_json(folder / "state.json", state | {"best": 9.0})
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["state.json"]
-    write_json(folder / "manifest.json", manifest)
+    sign(folder)
     process = fork(config, tmp_path)
     await_step(state["step"] + 12, process, tmp_path / "out")
     process.terminate()
     end(process, 143, tmp_path)
-    assert load_checkpoint(tmp_path / "out")[3]["best"] == 9.0
+    assert newest(tmp_path / "out")[3]["best"] == 9.0
 
 
 def test_the_average_is_what_is_saved(tmp_path, scenes_dir):
@@ -371,7 +384,7 @@ def test_the_average_is_what_is_saved(tmp_path, scenes_dir):
     loaded = []
     for path in checkpoints(tmp_path / "out"):
         shutil.copytree(path, tmp_path / path.name / "checkpoints" / path.name)
-        loaded.append(load_checkpoint(tmp_path / path.name))
+        loaded.append(newest(tmp_path / path.name))
     assert [folder.name[-1] for folder, *_ in loaded] == list("123456")
     for (_, before, _, _), (_, after, tensors, state) in itertools.pairwise(loaded):
         decay = min(0.5, state["step"] / (9 + state["step"]))
@@ -416,8 +429,8 @@ def test_going_back_before_there_was_a_best_one(tmp_path):
     save_step(tmp_path, 1)
     save_step(tmp_path, 2, best=True)
     (tmp_path / "checkpoints/step-00000002/model.safetensors").write_bytes(b"damaged")
-    folder, _, _, state = load_checkpoint(tmp_path)
+    folder, _, _, state = newest(tmp_path)
     assert folder.name == "step-00000001" and state["best_checkpoint"] is None
     link_all(folder, state["best_checkpoint"])
     save_step(tmp_path, 3)
-    assert load_checkpoint(tmp_path)[0].name == "step-00000003"
+    assert newest(tmp_path)[0].name == "step-00000003"

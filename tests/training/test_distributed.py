@@ -11,12 +11,25 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_config
-from processes import await_step, end, ending, flags, fork, forked, losses, ranks_of, small_config, start, together
+from processes import (
+    await_step,
+    end,
+    ending,
+    flags,
+    fork,
+    forked,
+    losses,
+    newest,
+    ranks_of,
+    small_config,
+    start,
+    together,
+)
 
 from config import TrainConfig
 from dataset import collate
 from model import ImageCaptionModel
-from training.checkpoint import checkpoints, load_checkpoint
+from training.checkpoint import checkpoints
 from utils import read_log
 from weights.file import MODEL_FILE
 
@@ -59,7 +72,7 @@ def test_one_process_goes_on_where_two_stopped(tmp_path, scenes_dir):
     processes[1].terminate()  # who is told so does not matter
     for process in processes:
         end(process, 143, tmp_path / "two")
-    assert 10 <= load_checkpoint(tmp_path / "two/out")[3]["step"] < 24
+    assert 10 <= newest(tmp_path / "two/out")[3]["step"] < 24
     forked(config, tmp_path / "two")
     assert losses(tmp_path / "two/out") == pytest.approx(losses(tmp_path / "one/out"), rel=1e-5)
 
@@ -111,7 +124,7 @@ def test_both_stop_at_the_same_step(tmp_path, config, never_stopped):
     said, _ = process.communicate(timeout=60)
     assert process.returncode and "lost the others" not in said
     assert said.count("and saved: the same command goes on") == 1
-    assert 10 <= load_checkpoint(tmp_path / "out")[3]["step"] < 40
+    assert 10 <= newest(tmp_path / "out")[3]["step"] < 40
     assert "going on at step" in forked(config, tmp_path, 2)
     assert ending(tmp_path / "out") == ending(never_stopped)
 

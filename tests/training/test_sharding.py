@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from conftest import write_bases, write_language_model
-from processes import await_step, flags, forked, ranks_of, small_config, start
+from processes import await_step, flags, forked, newest, ranks_of, small_config, start
 from safetensors.torch import load_file
 
 from config import TrainConfig, UserError
-from training.checkpoint import checkpoints, load_checkpoint
+from training.checkpoint import checkpoints
 from utils import read_log
 from weights.file import MODEL_FILE
 
@@ -97,7 +97,7 @@ def test_four_processes_of_which_one_is_killed(tmp_path, config):
     await_step(10, process, tmp_path / "4/out")
     os.kill(ranks_of(process)[2], signal.SIGKILL)
     process.communicate(timeout=60)
-    assert process.returncode and 9 <= load_checkpoint(tmp_path / "4/out")[3]["step"] < 24
+    assert process.returncode and 9 <= newest(tmp_path / "4/out")[3]["step"] < 24
     assert "going on at step" in forked(config, tmp_path / "4")
     assert_same(tmp_path / "1/out", tmp_path / "4/out")
 

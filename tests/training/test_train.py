@@ -16,14 +16,14 @@ import pytest
 import torch
 from conftest import tiny_config
 from PIL import Image
-from processes import run, small_config, start, stop_after
+from processes import newest, run, small_config, start, stop_after
 
 from config import PRESETS, TrainConfig, UserError
 from data.table import make_table
 from dataset import CaptionDataset, collate, decode
 from model import CrossAttention, EncoderBlock, ImageCaptionModel
 from train import train
-from training.checkpoint import checkpoints, load_checkpoint
+from training.checkpoint import checkpoints
 from training.distributed import ALONE
 from training.estimates import duration, step_operations
 from training.job import Chosen, plan, prepare
@@ -350,7 +350,7 @@ def test_the_plan_says_that_val_serves_as_test(tmp_path, scenes_dir):
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole_run, capsys):
     shutil.copytree(whole_run / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints/step-00000024/optimizer.safetensors").write_bytes(b"cut")
-    folder, weights, _, state = load_checkpoint(tmp_path)
+    folder, weights, _, state = newest(tmp_path)
     assert folder.name == "step-00000020" and state["step"] == 20
     assert "step-00000024 is damaged" in capsys.readouterr().out
     model = ImageCaptionModel.from_pretrained(whole_run / "checkpoints/step-00000020/model.safetensors")
