@@ -10,10 +10,11 @@ import copy
 import dataclasses
 import os
 import sys
+from pathlib import Path
 from typing import Any, Literal
 
 from config import PRESETS, TrainConfig, UserError
-from utils import parse_flags, run_script
+from utils import parse_flags, run_script, writable_directory
 
 # The defaults that people edit. A preset's own values, and flags, go before them.
 BATCH_SIZE = 128
@@ -62,6 +63,7 @@ def parse_in_groups(defaults: TrainConfig, arguments: list[str] | None) -> Train
 def main() -> int:
     """Parses the command line, trains, and on a terminal asks whether to publish; heavy imports come after --help."""
     config = parse_arguments()
+    writable_directory(Path(), "the finished model is put there, so start the command in another folder")
     from train import train
 
     code = train(config)

@@ -10,12 +10,11 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,6 @@ from utils import (
     keep_freed_memory,
     named,
     put_in_place,
-    writable_directory,
     write_json,
 )
 from weights.file import MODEL_FILE
@@ -64,7 +62,6 @@ def train(config: TrainConfig) -> int:
     with contextlib.ExitStack() as stack:
         chosen: Any = None
         if world.main:
-            writable_directory(Path(), "the finished model is put there, so start the command in another folder")
             if Path(MODEL_FILE).is_dir():
                 raise UserError(f"{MODEL_FILE}: a folder has the finished model's name: move it away")
             run = Run.find(config)
@@ -190,7 +187,7 @@ class Training:
             said = "loss {loss:.3f}, lr {learning_rate:.1e}, {pictures_per_second:.0f} pictures/s, {pairs_per_second:.0f} pairs/s"
             self.bar.set_postfix_str(said.format(**line), refresh=False)
 
-    def batches_from(self, step: int) -> Iterator[Any]:
+    def batches_from(self, step: int) -> Any:
         """The batches of all steps from this one on."""
         batches = iter(training_batches(self.job, step, self.workers))
         if hasattr(signal, "SIGCHLD"):  # torch raises there and then when a worker dies, in the middle of an update too
@@ -202,9 +199,9 @@ class Training:
         while True:
             try:
                 return next(self.batches)
-            except RuntimeError as error:
-                if not (self.workers and re.search("DataLoader worker|Pin memory", str(error))):
-                    raise
+            except (RuntimeError, OSError, EOFError) as error:
+                if not self.workers or not connection.wait([own.sentinel for own in self.batches._workers], 1):
+                    raise  # none of them has ended
                 self.workers //= 2
                 said = (
                     f"a process that prepares pictures was killed ({first_line(error)}): going on with {self.workers}"
