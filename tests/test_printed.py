@@ -17,7 +17,7 @@ from utils import Printed, locked, read_log
 from weights.file import MODEL_FILE
 
 HOWEVER = {
-    "reader left": "| head -c 1 >/dev/null; exit ${PIPESTATUS[0]}",
+    "reader left": "| true; exit ${PIPESTATUS[0]}",
     "full disk": ">/dev/full",
     "no output": ">&-",
     "no errors": "2>&-",
