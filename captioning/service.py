@@ -10,7 +10,6 @@ app.py makes the page. Nothing here knows gradio. What needs torch is imported l
 from __future__ import annotations
 
 import csv
-import io
 import subprocess
 import sys
 import threading
@@ -22,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from PIL import Image
-
+from captioning import decoder
 from captioning.models import load_model
 from captioning.page import card, progress, results
 from config import NUM_BEAMS, UserError
@@ -40,9 +38,7 @@ MOST_AT_ONCE = 16  # pictures that are captioned together
 MOST_WAITING = 400  # pictures that wait for their captions; the next are told so
 MOST_SHOWN = 24  # pictures at a time in the page, each with its heat maps; folders have no limit
 MOST_ERRORS = 100  # lines of what could not be captioned in a folder; the others are counted
-PREVIEW = 720  # pixels of the longer side of a picture in the page
 DEMO = [sys.executable, str(ROOT / "main.py"), "--preset", "demo", "--no-upload"]
-DECODING = threading.Semaphore(4)  # pictures decoded at a time: a large one takes a quarter of a GiB
 
 Length = Literal["short", "normal", "long"]
 Style = Literal["safe", "varied", "creative"]
@@ -77,6 +73,7 @@ class Captioner:
         self.model: ImageCaptionModel | None = None
         self.waiting: deque[Request] = deque()
         self.changed = threading.Condition()
+        decoder.shared()  # its processes start, and will be ready when pictures come
         threading.Thread(target=self._work, daemon=True).start()
 
     def load(self, source: str) -> None:
@@ -85,14 +82,11 @@ class Captioner:
 
     def submit(self, picture: str | bytes, name: str, options: dict[str, Any]) -> Future[list[Caption]]:
         """The captions, the best first, that a picture will have. Raises UserError where it cannot be read."""
-        from data.pictures import prepare_picture
-
         group = repr(sorted(options.items()))
         if self.model is None:
             raise UserError("there is no model here yet: python main.py --preset demo trains one")
         self._room()
-        with DECODING:
-            request = Request(prepare_picture(picture, self.model.config, name), options, Future(), group)
+        request = Request(decoder.shared().prepare(picture, self.model.config, name), options, Future(), group)
         with self.changed:
             self._room()
             self.waiting.append(request)
@@ -196,18 +190,6 @@ class Source:
             raise UserError(f"{self.name}: no longer here: send it again") from None
 
 
-def preview(content: bytes) -> bytes:
-    """A JPEG of a picture that prepare_picture has read, small enough to stand in the page."""
-    from data.pictures import decode
-
-    with DECODING:
-        image = Image.fromarray(decode(content, PREVIEW))
-    image.thumbnail((PREVIEW, PREVIEW))
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=88)
-    return out.getvalue()
-
-
 def show(captioner: Captioner, sources: Sequence[Source], options: dict[str, Any], most_bytes: int) -> str:
     """Cards of pictures with their captions, in order; what could not be captioned has a line."""
     waiting, cards, errors = [], [], []
@@ -222,7 +204,8 @@ def show(captioner: Captioner, sources: Sequence[Source], options: dict[str, Any
     for name, content, captions in waiting:
         config = captioner.model.config  # type: ignore[union-attr]
         try:
-            cards.append(card(name, preview(content), config.image_size / (config.resize_size or 1), captions.result()))
+            shown = decoder.shared().preview(content, name)
+            cards.append(card(name, shown, config.image_size / (config.resize_size or 1), captions.result()))
         except UserError as error:
             errors.append(str(error))
     return results(cards, errors)

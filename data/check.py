@@ -40,8 +40,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import FEW, UserError, check_fields
+from data.budget import OverBudget, read_file, why_missing
 from data.kinds import files_below, is_picture
-from data.pictures import load_picture
+from data.pictures import load_picture, reason
 from data.pixels import in_threads
 from data.reading import Names
 from data.sources import load_tables
@@ -136,7 +137,9 @@ def check_tables(
     for split, table in parts.items():
         near = Names(table.root).nearest
         for number, name in enumerate(table.missing):
-            bad += [BadPicture(split, str(table.root / name), f"no such file{near(name) if number < SHOWN else ''}")]
+            why = why_missing(table.root / name)
+            why += near(name) if number < SHOWN and why == "no such file" else ""
+            bad.append(BadPicture(split, str(table.root / name), why))
         bad += [BadPicture(split, table.name_of(row), why) for row, why in sorted(views[split].bad.items())]
     for first, later in itertools.combinations(parts, 2):
         found = find_copies(views, first, later)
@@ -174,10 +177,10 @@ def look_at(table: CaptionTable, phash: PHash | None, view: View, row: int) -> N
     name = table.name_of(row)
     try:
         source = table.picture(row)
-        data = source if isinstance(source, bytes) else source.read_bytes()
+        data = source if isinstance(source, bytes) else read_file(source)
         pixels = load_picture(data, SIZE, name).numpy()
-    except OSError as error:
-        view.bad[row] = (error.strerror or str(error)).lower()
+    except (OSError, OverBudget) as error:
+        view.bad[row] = reason(error)
         return
     except UserError as error:
         view.bad[row] = str(error).removeprefix(f"{name}: ")

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from config import UserError
 from data import reading
+from data.budget import open_file
 from data.kinds import is_picture
 from data.reading import MADE_BY, SPLIT_WORDS, Names, clean_all, parse_json, read_text, split_of
 from data.table import LeftOut, Row
@@ -175,7 +176,7 @@ def columns_of(source: Path) -> list[str]:
 
             inside = (pa.types.is_struct, pa.types.is_binary, pa.types.is_large_binary)
             return [column.name for column in pq.read_schema(source) if not any(kind(column.type) for kind in inside)]
-        with open(source, "rb") as file:
+        with open_file(source) as file:
             start = file.read(START)  # a byte that is no text does not matter here: the reader will say where it is
         text = start.decode(reading.encoding_of(start), errors="replace").replace("\r\n", "\n").replace("\r", "\n")
         if source.suffix.lower() in (".csv", ".tsv"):
@@ -224,7 +225,7 @@ def find_columns(root: Path, columns: Columns, usual: bool = True) -> list[Path]
 def _is_usual(path: Path) -> bool:
     if path.suffix != ".json":
         return path.suffix in TABLE_SUFFIXES
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return file.read(START).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from config import UserError
 from data import reading
+from data.budget import open_file
 from data.columns import IMAGEFOLDER_FILES, Columns, csv_records, find_columns, read_columns
 from data.kinds import TEXT_SUFFIXES, files_below, is_picture
 from data.reading import Names, clean, clean_all, parse_json, read_text, split_of
@@ -60,7 +61,7 @@ def _coco_form(root: Path, columns: Columns) -> list[Path]:
 def _has_cocos_lists(path: Path) -> bool:
     """Searched for, since reading a gigabyte of instances as JSON takes half a minute."""
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with open_file(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             lists = all(re.search(rb'"%s"\s*:\s*\[' % key, content) for key in (b"images", b"annotations"))
             return lists and content.find(b'"caption"') >= 0
     except (OSError, ValueError):  # ValueError: an empty file

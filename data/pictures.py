@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from config import UserError, ViTGPT2Config
+from data import budget
+from data.budget import MAX_CHUNKS, MAX_GIF_READS, MAX_PIXELS, MAX_READS, MAX_SIDE, Counted, OverBudget
 from data.kinds import HEIC
 from utils import first_line, in_one_line
 
 PictureSource = str | os.PathLike[str] | bytes | Image.Image  # bytes are a file's content
-
-MAX_PIXELS = 80_000_000
 
 # Tried in this order; TGA has no signature and must be last. PPM stands for its whole family, JPEG for MPO too.
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "ICO", "PPM", "QOI", "SGI", "PCX", "TGA"]
@@ -40,7 +40,6 @@ with contextlib.suppress(ImportError):
     FORMATS.append("HEIF")
 
 JPEG_END = b"\xff\xd9"
-JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # no stuffed or filling byte, and no restart
 PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"acTL", b"fcTL", b"fdAT", b"IEND")  # chunks that make the picture
 PNG_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # how texts begin that may say it
 PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # bytes that one of these may unpack to; all together have 64 MiB
@@ -90,34 +89,42 @@ def decode(source: PictureSource, size: int) -> NDArray[np.uint8]:
     """uint8 (H, W, 3), upright; H and W are the picture's own or, for a JPEG, smaller ones of at least `size`."""
     if isinstance(source, Image.Image):
         return decode_pillow(source)
-    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0) as file:
-        start = file.read(32)
-        file.seek(0)
-        if not start:
-            raise ValueError("the file is empty")
-        if start.startswith(b"\xff\xd8\xff"):
-            data = file.read()
+    data = source if isinstance(source, bytes) else budget.read_file(source)
+    budget.check_size(len(data))
+    if not data:
+        raise ValueError("the file is empty")
+    if data.startswith(b"\xff\xd8\xff"):
+        budget.check_jpeg(data)
+        pixels = decode_jpeg(data, size)
+        if pixels is None and not data.endswith(JPEG_END) and lacks_only_its_end(data):
+            data += JPEG_END
             pixels = decode_jpeg(data, size)
-            if pixels is None and not data.endswith(JPEG_END) and lacks_only_its_end(data):
-                data += JPEG_END
-                pixels = decode_jpeg(data, size)
-            if pixels is not None:
-                return pixels
-            file = io.BytesIO(data)
-        return decode_pillow(open_picture(file if isinstance(file, io.BytesIO) else io.BufferedReader(file)))
+        if pixels is not None:
+            return pixels
+    return decode_pillow(open_picture(io.BytesIO(data)))
 
 
 def open_picture(file: BinaryIO) -> Image.Image:
-    """A file's picture, its header read and no pixel. Raises what Pillow raises."""
-    start = file.read(32)
-    file.seek(0)
-    if "HEIF" not in FORMATS and re.match(rb"....ftyp(he|mif1|msf1)(?!.*avi[fs])", start, re.DOTALL):
+    """A file's picture, its header read and no pixel. Raises what Pillow raises, and OverBudget."""
+    data, reads = file.read(), MAX_READS
+    if "HEIF" not in FORMATS and re.match(rb"....ftyp(he|mif1|msf1)(?!.*avi[fs])", data[:32], re.DOTALL):
         raise ValueError(f"HEIC{HEIC['.heic']}")
-    if start.startswith(b"\x89PNG\r\n\x1a\n"):
-        if int.from_bytes(start[16:20], "big") * int.from_bytes(start[20:24], "big") > MAX_PIXELS:
+    if data.startswith(b"\xff\xd8\xff"):
+        budget.check_jpeg(data)
+    if data.startswith((b"II", b"MM")):
+        budget.check_tags(data)
+    if data.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")):
+        budget.check_jpeg2000(data)
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        if int.from_bytes(data[16:20], "big") * int.from_bytes(data[20:24], "big") > MAX_PIXELS:
             raise Image.DecompressionBombError  # before all of it is read
-        file = lean_png(file)
-    return Image.open(file, formats=FORMATS)
+        data, reads = lean_png(io.BytesIO(data)), 4 * MAX_CHUNKS
+    if data.startswith(b"GIF8"):
+        reads = MAX_GIF_READS
+    counted = Counted(data, reads)
+    image = Image.open(counted, formats=FORMATS)
+    counted.most += 2 * image.width * image.height  # some of Pillow's decoders read every pixel's bytes by themselves
+    return image
 
 
 def decode_jpeg(data: bytes, size: int) -> NDArray[np.uint8] | None:
@@ -138,13 +145,11 @@ def lacks_only_its_end(data: bytes) -> bool:
     """Whether a JPEG, in any colours, has all of its pixels, and only the two bytes after them are missing."""
     import simplejpeg
 
-    at, lacking = 2, {(-1, -1)}  # (component, coefficient): a file cut between two scans is blurred, without a warning
-    while found := JPEG_MARKER.search(data, at):
-        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-        body = data[found.end() + 2 : at]
-        if found[1] in b"\xc0\xc1\xc2":  # Huffman's codes, of which no bit is missing unnoticed
+    lacking = {(-1, -1)}  # (component, coefficient): a file cut between two scans is blurred, without a warning
+    for marker, body in budget.segments(data):
+        if marker in (0xC0, 0xC1, 0xC2):  # Huffman's codes, of which no bit is missing unnoticed
             lacking = {(component, place) for component in body[6::3] for place in range(64)}
-        elif found[1] == b"\xda" and len(body) > 5 and not body[-1] & 15:  # a scan that brings the last bit
+        elif marker == 0xDA and len(body) > 5 and not body[-1] & 15:  # a scan that brings the last bit
             lacking -= {(component, place) for component in body[1:-3:2] for place in range(body[-3], body[-2] + 1)}
     with contextlib.suppress(ValueError):
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -164,12 +169,14 @@ def has_app1(data: bytes) -> bool:
     return True  # or laid out in an unusual way, in which case Pillow is to look
 
 
-def lean_png(file: BinaryIO) -> io.BytesIO:
+def lean_png(file: BinaryIO) -> bytes:
     """A PNG's pixels, and what says their orientation, without profiles, texts and all else: Pillow refuses the whole
     picture where one of these is large or its checksum wrong. Raises ValueError where that of pixels is, which Pillow
-    never looks at."""
-    parts = [file.read(8)]
+    never looks at, and OverBudget for too many chunks."""
+    parts, number = [file.read(8)], 0
     while kind := (head := file.read(8))[4:]:
+        if (number := number + 1) > MAX_CHUNKS:
+            raise OverBudget(f"more than {MAX_CHUNKS:,} chunks")
         length = int.from_bytes(head[:4], "big")
         content = file.read(length + 4)
         right = zlib.crc32(content[:length], zlib.crc32(kind)) == int.from_bytes(content[length:], "big")
@@ -182,13 +189,15 @@ def lean_png(file: BinaryIO) -> io.BytesIO:
             parts += [head, content]
         if kind == b"IEND":
             break
-    return io.BytesIO(b"".join(parts))
+    return b"".join(parts)
 
 
 def decode_pillow(image: Image.Image) -> NDArray[np.uint8]:
     """uint8 (H, W, 3), upright, of an image that Pillow may or may not have loaded yet."""
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
+    if max(image.size) > MAX_SIDE:
+        raise OverBudget(f"more than {MAX_SIDE:,} pixels a side")
     image.load()  # before the orientation: a PNG's may stand behind its pixels, and a TIFF turns itself
     return upright(to_rgb(image), orientation(image))
 
@@ -196,7 +205,7 @@ def decode_pillow(image: Image.Image) -> NDArray[np.uint8]:
 def orientation(source: bytes | Image.Image) -> int:
     """EXIF's number for how a picture is stored, 1 to 8; damaged EXIF is no reason to lose the picture."""
     try:
-        image = Image.open(io.BytesIO(source), formats=("JPEG",)) if isinstance(source, bytes) else source
+        image = Image.open(Counted(source), formats=("JPEG",)) if isinstance(source, bytes) else source
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
         return 1

@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from config import UserError
+from data.budget import open_file
 from data.kinds import PICTURE_SUFFIXES, files_below, is_picture
 
 WORDS = {"train": "train training restval", "val": "val valid validation dev", "test": "test testing"}
@@ -255,7 +256,8 @@ def encoding_of(start: bytes) -> str:
 def read_text(path: Path) -> str:
     """A whole text file, with or without a byte order mark."""
     try:
-        content = path.read_bytes()
+        with open_file(path) as file:
+            content = file.read()
         return content.decode(encoding_of(content)).replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         raise UserError(f"no such file: {path}: put it there, or name another folder") from None

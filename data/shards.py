@@ -28,7 +28,12 @@ Place = tuple[int, int]  # offset and size of a member's content
 
 def shards_below(root: Path) -> list[Path]:
     """All tar files, packed ones too, in folders that are not hidden; links to folders count in root itself only."""
-    paths = (path for pattern in ("*/*", "**/*") for path in root.glob(pattern) if SHARD.fullmatch(path.name))
+    paths = (
+        path
+        for pattern in ("*/*", "**/*")
+        for path in root.glob(pattern)
+        if SHARD.fullmatch(path.name) and path.is_file()
+    )
     found = {path.resolve(): path for path in paths if "/." not in f"/{path.relative_to(root).as_posix()}"}
     return sorted(found.values(), key=lambda path: (len(path.parts), path))
 

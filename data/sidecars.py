@@ -6,6 +6,7 @@ import codecs
 from collections import Counter
 from pathlib import Path
 
+from data.budget import open_file
 from data.kinds import TEXT_SUFFIXES
 
 
@@ -32,4 +33,5 @@ def texts_beside(pictures: list[Path], files: list[Path], kind: str | None = Non
 
 def has_caption(text: Path) -> bool:
     """Whether a text holds more than white space."""
-    return bool(text.read_bytes().removeprefix(codecs.BOM_UTF8).strip())
+    with open_file(text) as file:
+        return bool(file.read().removeprefix(codecs.BOM_UTF8).strip())

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
+from data.budget import why_missing
 from data.table import CaptionTable
 from utils import write_csv
 
@@ -52,7 +53,7 @@ class BadPictures:
 
     def add_known(self, table: CaptionTable, damaged: Mapping[int, str]) -> None:
         """Takes over what is missing from the table, and rows that have failed to decode, with the reason."""
-        named = [(str(table.root / name), "no such file") for name in table.missing]
+        named = [(str(path := table.root / name), why_missing(path)) for name in table.missing]
         self._add(table, [*named, *((table.name_of(row), reason) for row, reason in damaged.items())])
 
     def add(self, table: CaptionTable, rows: Sequence[tuple[int, str]]) -> None:
