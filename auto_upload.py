@@ -17,7 +17,7 @@ from pathlib import Path
 
 from config import UserError
 from publishing.config import UploadConfig
-from utils import StopSignal, parse_flags, run_script
+from utils import StopSignal, parse_flags, printable, run_script
 from weights.file import MODEL_FILE
 
 LOOK_EVERY = 1.0  # seconds; a run keeps a checkpoint until two newer ones are there
@@ -73,7 +73,9 @@ def watch(config: AutoConfig, run: Path) -> int:
                         return 0
             except HubAwayError as error:
                 wait = min(2 * wait, LONGEST_WAIT)
-                print(f"{error.args[0].partition(': run again')[0]}; next attempt in {wait:.0f} s", flush=True)
+                print(
+                    f"{printable(error.args[0].partition(': run again')[0])}; next attempt in {wait:.0f} s", flush=True
+                )
             until = time.monotonic() + wait
             while stop.received is None and time.monotonic() < until:
                 time.sleep(0.1)

@@ -25,6 +25,10 @@ FEW = 200
 """Pictures below which a number that is measured on them is mostly chance."""
 
 
+MOST_LAYERS = 1000
+"""More than any model has."""
+
+
 class UserError(ValueError):
     """Something the user can put right. Its message is one line: what, where, what to do."""
 
@@ -35,6 +39,27 @@ def check_fields(config: Any, names: str, fits: Callable[[Any], bool], what: str
         value = getattr(config, name)
         if value is not None and not fits(value):
             raise UserError(f"{name} is {value}: it must be {what}")
+
+
+def check_numbers(config: Any) -> None:
+    """Raises UserError for the first field whose value is not of its kind, or no number that a model can have: a file may
+    say anything."""
+    for f in dataclasses.fields(config):
+        value, kind = getattr(config, f.name), str(f.type)
+        least = 0 if f.name.endswith(("_id", "_ids")) else 1
+        most = MOST_LAYERS if f.name.endswith("_layers") else (1 << 31) - 1
+        for number in value if isinstance(value, tuple) else [value]:
+            if number is None and kind.endswith("None"):
+                continue
+            wrong = ""
+            if "int" in kind and not (type(number) is int and least <= number <= most):
+                wrong = f"a whole number from {least} to {most:,}"
+            if "float" in kind and not (type(number) in (int, float) and abs(number) < 1e9):
+                wrong = "a number"
+            if kind.startswith("str") and not isinstance(number, str):
+                wrong = "text"
+            if wrong:
+                raise UserError(f"{f.name} is {ascii(number)[:40]}: it must be {wrong}")
 
 
 @dataclass(kw_only=True)
@@ -94,6 +119,10 @@ class ViTGPT2Config:
     """The token that fills up short captions (default: end_token_id); training takes the tokenizer's."""
 
     def __post_init__(self) -> None:
+        self.prompt_ids = tuple(self.prompt_ids)
+        self.image_mean = tuple(self.image_mean)  # type: ignore[assignment]  # JSON gives lists
+        self.image_std = tuple(self.image_std)  # type: ignore[assignment]
+        check_numbers(self)
         if self.resize_size is None:
             self.resize_size = self.image_size
         if self.end_token_id is None:
@@ -102,18 +131,16 @@ class ViTGPT2Config:
             self.start_token_id = self.end_token_id
         if self.pad_token_id is None:
             self.pad_token_id = self.end_token_id
-        self.prompt_ids = tuple(self.prompt_ids)
-        self.image_mean = tuple(self.image_mean)  # type: ignore[assignment]  # JSON gives lists
-        self.image_std = tuple(self.image_std)  # type: ignore[assignment]
-        for name, value in dataclasses.asdict(self).items():
-            if "drop" not in name and isinstance(value, int) and value < (0 if name.endswith("_id") else 1):
-                raise UserError(f"{name} is {value}: it must be positive")
         if self.image_size % self.patch_size:
             raise UserError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}: change one of them"
             )
         if self.resize_size < self.image_size:
             raise UserError(f"resize_size {self.resize_size} is smaller than image_size {self.image_size}")
+        if self.num_patches > 1 << 16 or self.resize_size > max(4096, self.image_size):
+            raise UserError(
+                f"pictures of {self.resize_size} pixels, {self.num_patches} patches: more than fit into memory"
+            )
         for part in ("vision", "decoder"):
             width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
             if width % heads:
@@ -129,6 +156,8 @@ class ViTGPT2Config:
             raise UserError(f"resample {self.resample!r} is unknown: use bicubic or bilinear")
         if self.bridge not in ("cross_attention", "prefix"):
             raise UserError(f"bridge {self.bridge!r} is unknown: use cross_attention or prefix")
+        if self.language_model and self.bridge != "prefix":
+            raise UserError("language_model needs bridge prefix: add that, or leave it out")
         if self.prompt_ids and self.bridge != "prefix":
             raise UserError("a prompt needs bridge prefix: add that, or leave it out")
         if self.prefix_length is not None and self.bridge != "prefix":

@@ -41,6 +41,7 @@ from utils import (
     choose_precision,
     parse_flags,
     run_script,
+    shown,
     whole,
     writable_directory,
     write_json,
@@ -168,10 +169,10 @@ def contact_sheet(
         axis.axis("off")
     for axis, picture, caption, known in zip(axes, pictures, captions, references, strict=False):
         axis.imshow(picture.permute(1, 2, 0).numpy())
-        lines = textwrap.wrap(caption, width) or ["(nothing)"]
+        lines = textwrap.wrap(shown(caption), width) or ["(nothing)"]
         how = {"transform": axis.transAxes, "va": "top", "parse_math": False}  # a $ in a caption is no formula
         axis.text(0, -0.03, "\n".join(lines), weight="bold", size=9.5, **how)
-        grey = "\n".join(textwrap.shorten(text, 44, placeholder="…") for text in known[:2])
+        grey = "\n".join(textwrap.shorten(shown(text), 44, placeholder="…") for text in known[:2])
         axis.text(0, -0.05 - 0.075 * len(lines), grey, color="0.4", size=8, **how)
     figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.1, hspace=0.45, wspace=0.1)
     with whole(path) as unfinished:

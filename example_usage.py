@@ -38,7 +38,7 @@ from tqdm import tqdm
 from captioning.models import is_model, load_model, newest_model
 from config import LONGEST, Captioning, UserError
 from data.scenes import draw, make_scene
-from utils import choose_device, in_one_line, parse_flags, run_script
+from utils import choose_device, parse_flags, printable, run_script, shown
 from weights.file import MODEL_FILE
 
 if TYPE_CHECKING:  # what brings torch along is imported late: --help is not to wait for it
@@ -126,9 +126,9 @@ class CaptionConfig(Captioning, Wanted):  # dataclass takes the last one's field
 def say(result: Result, several: bool) -> None:
     """Prints a picture's captions, with its name where there are several pictures."""
     for caption in result.captions:
-        about = [in_one_line(result.name)] if several else []
+        about = [shown(result.name)] if several else []
         score = [f"{caption.score:.4f}"] if caption.score is not None else []
-        tqdm.write("\t".join([*about, caption.text, *score]), file=sys.stdout)
+        tqdm.write("\t".join([*about, shown(caption.text), *score]), file=sys.stdout)
 
 
 def caption_all(
@@ -154,7 +154,7 @@ def caption_all(
             for result in results:
                 bar.update()
                 if result.error:
-                    tqdm.write(f"error: {result.error}", file=sys.stderr)
+                    tqdm.write(f"error: {printable(result.error)}", file=sys.stderr)
                     failed += 1
                     continue
                 captioned += 1

@@ -29,10 +29,11 @@ from torch.utils.checkpoint import checkpoint
 
 from config import ViTGPT2Config
 from decoding.cache import ALIGNED, DecoderCache, FastCopies, Looked, Packing, next_logits
+from decoding.foreign import no_larger, refused
 from decoding.search import Generated, generate
 from utils import write_json
 from weights.adapters import base_of, merge_adapters
-from weights.file import MODEL_FILE, Saved, check_shapes, gpt2_tokenizer, part_of, write_model_file
+from weights.file import MODEL_FILE, Saved, check_finite, check_shapes, gpt2_tokenizer, part_of, write_model_file
 from weights.huggingface import read_captioner
 from weights.remote import write_remote_code
 
@@ -706,14 +707,18 @@ class ImageCaptionModel(nn.Module):
     @classmethod
     def from_saved(cls, saved: Saved, base_dir: Path | None = None) -> ImageCaptionModel:
         """The model that a record describes, adapters merged. Raises UserError where its tensors do not fit."""
-        if saved.adapters is None:
-            model = cls(saved.config)
+        check_finite(saved.path, saved.tensors)
+        base = None if saved.adapters is None else cls.from_saved(base_of(saved, base_dir), base_dir)
+        if not saved.partial:  # what is to be fresh the user has asked for
+            known = [*saved.tensors.values(), *(base.parameters() if base else ())]
+            with refused(f"{saved.path}: the weights do not fit the config"), no_larger(t.shape for t in known):
+                cls(saved.config)
+        model = cls(saved.config)
+        if base:
+            model.merged = merge_adapters(model, base, saved, base_dir)
+        else:
             tensors = model.state_dict() | saved.tensors if saved.partial else saved.tensors
             check_shapes(saved.path, model.state_dict(), tensors)
             model.load_state_dict(tensors)
-        else:
-            base = cls.from_saved(base_of(saved, base_dir), base_dir)
-            model = cls(saved.config)
-            model.merged = merge_adapters(model, base, saved, base_dir)
         model.trained_on, model._tokenizer = saved.trained_on, saved.tokenizer
         return model

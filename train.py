@@ -47,6 +47,7 @@ from utils import (
     keep_freed_memory,
     named,
     put_in_place,
+    shown,
     write_json,
 )
 from weights.file import MODEL_FILE
@@ -223,7 +224,9 @@ class Training:
         if sampling and job.world.main:
             samples = sample_captions(job, self.learner.judged)
             self.log.write(step, samples=samples)
-            tqdm.write("\n".join(f"  {name}: {caption}" for name, caption in samples.items()))  # above the bar
+            tqdm.write(
+                "\n".join(f"  {shown(name)}: {shown(caption)}" for name, caption in samples.items())
+            )  # above the bar
         if config.objective != "scst" or self.learner.judged is not self.learner.model:
             self.learner.judged.copies.drop()  # they are stale after the next step
         if saving:
@@ -355,7 +358,7 @@ def finish(job: Job) -> int:
         f"model       {run / MODEL_FILE if failed else MODEL_FILE}\npictures    {pictures}\nnumbers     {run / 'metrics.json'}"
     )
     if isinstance(test.table.picture(0), Path):
-        print(f"try it      python example_usage.py {test.table.name_of(0)}")
+        print(f"try it      python example_usage.py {shown(test.table.name_of(0))}")
     for error in filter(None, (lost, failed)):
         print(f"error: {error}", file=sys.stderr)
     return 1 if lost or failed else 0

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import select
 import shutil
@@ -38,6 +39,10 @@ ROOT = Path(__file__).resolve().parent  # of this repository
 STOP_SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 LEFT_AFTER = 24 * 60 * 60  # seconds after which what is unfinished is taken for a killed process's
 HUB_SECONDS = 10.0  # that the Hub has to answer in
+# Where the clients look for what they prove themselves with; the files hold a token alone.
+TOKENS = {"hub": ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"], "kaggle": ["KAGGLE_API_TOKEN", "KAGGLE_KEY"]}
+TOKENS |= {"wandb": ["WANDB_API_KEY"]}
+JOINED = re.compile(r"(?<=[^\x00-\x7f\s])([\u200c\u200d])(?=[^\x00-\x7f\s])")  # in Persian, in Hindi, in emoji
 
 
 def module_file(name: str) -> Path:
@@ -104,19 +109,18 @@ def run_script(main: Callable[[], int | None], goes_on: bool = False) -> None:
             sys.stdout.flush()
     except UserError as error:
         if debug:
-            traceback.print_exc()
+            print(trace(), file=sys.stderr)
         # From a loader's worker the message comes with a traceback before it.
-        print(f"error: {in_one_line(str(error).rpartition('config.UserError: ')[2].strip())}", file=sys.stderr)
+        print(f"error: {printable(str(error).rpartition('config.UserError: ')[2].strip())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130
     except Exception as error:
         code = 1
-        left = isinstance(error, BrokenPipeError) and Printed.lost  # the reader of a pipe: `... | head`
-        if debug and not left:
-            raise
-        if not left:
+        if not (isinstance(error, BrokenPipeError) and Printed.lost):  # the reader of a pipe left: `... | head`
+            if debug:
+                print(trace(), file=sys.stderr)
             print(f"error: {named(error)} (--debug shows where)", file=sys.stderr)
     sys.exit(code)
 
@@ -125,9 +129,9 @@ def parse_flags(kind: type[T], description: str | None, arguments: list[str] | N
     """The config that a command line describes, by tyro. A UserError from the config's own checks comes out as such."""
     import tyro  # late: only scripts need it
 
-    said = io.StringIO()
+    complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(complaint):
             return tyro.cli(kind, args=arguments, description=description, **options)
     except SystemExit as end:
         cause: BaseException | None = end
@@ -135,7 +139,8 @@ def parse_flags(kind: type[T], description: str | None, arguments: list[str] | N
             cause = cause.__context__
         if cause is not None:
             raise cause from None
-        sys.stderr.write(said.getvalue())
+        for line in complaint.getvalue().splitlines():
+            print(printable(line), file=sys.stderr)
         raise
 
 
@@ -179,13 +184,14 @@ def exit_code_of(number: int) -> int:
 
 
 def some(names: list[str]) -> str:
-    """How many tensors, and the first three by name."""
-    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "nothing"
+    """How many tensors, and the first three by name, to be printed."""
+    first = shown(", ".join(names[:3]))
+    return f"{len(names)} tensors ({first}{', ...' if len(names) > 3 else ''})" if names else "nothing"
 
 
 def first_line(error: BaseException) -> str:
-    """An error's text without what follows on further lines; its kind where it has no text."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """An error's text without what follows on further lines, to be printed; its kind where it has no text."""
+    return printable(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
 def named(error: BaseException) -> str:
@@ -199,6 +205,54 @@ def in_one_line(message: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in message)
 
 
+def shown(text: object) -> str:
+    """A caption, a name, a stranger's words as a terminal may get them: in one line, nothing in it moves the cursor or
+    turns letters round. What joins letters or emoji stays."""
+    return "".join(part if part in "\u200c\u200d" else in_one_line(part) for part in JOINED.split(str(text)))
+
+
+def tokens(service: str) -> dict[str, str]:
+    """What this process may prove itself with there, by where it stands."""
+    found = {name: os.environ[name] for name in TOKENS[service] if os.environ.get(name)}
+    hub, home = sys.modules.get("huggingface_hub.constants"), os.path.expanduser("~/.kaggle/access_token")
+    files = {"hub": getattr(hub, "HF_TOKEN_PATH", ""), "kaggle": home}
+    with contextlib.suppress(OSError, KeyError):
+        found[files[service]] = Path(files[service]).read_text(encoding="utf-8", errors="surrogateescape")
+    return {name: token.strip() for name, token in found.items()}
+
+
+def check_tokens(service: str) -> None:
+    """Raises UserError for a token that cannot be one. A client would put it into a message, and ask several times."""
+    for name, token in tokens(service).items():
+        if not re.fullmatch("[!-~]*", token):
+            raise UserError(
+                f"{in_one_line(name)}: white space, or a character that no token has, is in it: set it anew"
+            )
+
+
+def printable(message: str) -> str:
+    """A message in one line, with dots for whatever token is in it, also as the text of a Python value."""
+    message = in_one_line(message)
+    for token in (token for service in TOKENS for token in tokens(service).values() if len(token) > 7):
+        coded = token.encode("utf-8", "surrogateescape")
+        for form in sorted({token, in_one_line(token), ascii(token)[1:-1], repr(coded)[2:-1]}, key=len, reverse=True):
+            message = message.replace(form, "...")
+    return message
+
+
+def trace() -> str:
+    """The traceback of the error that is being handled, to be printed."""
+    return "\n".join(map(printable, traceback.format_exc().splitlines()))
+
+
+def json_of(text: str | bytes) -> Any:
+    """What JSON holds. Raises ValueError, also where it is nested deeper than Python can follow."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 @contextlib.contextmanager
 def one_line(source: str | os.PathLike[str]) -> Iterator[None]:
     """Turns whatever goes wrong with a config that is none into a UserError that names where it came from."""
@@ -206,7 +260,7 @@ def one_line(source: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{source}: its JSON files are not as transformers writes them ({named(error)})") from error
 
 
@@ -492,6 +546,7 @@ def ask_hub(name: str, kind: str = "model") -> Exception | None:
     from huggingface_hub import HfApi
 
     try:
+        check_tokens("hub")
         HfApi().repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
     except Exception as error:  # the client raises a dozen kinds, for absent, private and unreachable repositories
         return error

@@ -163,6 +163,21 @@ def to_file(
             dynamo=True,
             external_data=False,
         )
+    drop_origins(path)
+
+
+def drop_origins(path: Path) -> None:
+    """Takes out of a file where each node came from: the exporter writes stack traces, with this machine's paths."""
+    import onnx
+
+    whole = onnx.load(path)
+    graphs = [whole.graph, *whole.functions]
+    parts = [part for graph in graphs for part in (*graph.node, *graph.value_info)]
+    parts += [*whole.graph.input, *whole.graph.output, *whole.graph.initializer]
+    for part in (whole, *graphs, *parts):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+    onnx.save(whole, path)
 
 
 def quantize(source: Path, target: Path) -> None:

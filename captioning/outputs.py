@@ -31,7 +31,7 @@ from data.kinds import is_picture
 from data.pictures import PictureSource, decode
 from data.reading import MADE_BY, file_names
 from data.sidecars import has_caption, texts_beside
-from utils import first_line, in_one_line, whole, write_json, write_text
+from utils import first_line, in_one_line, json_of, shown, whole, write_json, write_text
 
 PANEL = 360  # pixels of a picture's longer side in a figure
 
@@ -91,7 +91,7 @@ class CaptionFile:
                     raise self._not_ours()
                 self.done = {row[0] for row in rows}
             else:
-                records = [json.loads(line) for line in lines]
+                records = [json_of(line) for line in lines]
                 if records and list(records[0]) == [MADE_BY]:
                     self.made_by = dict(records.pop(0)[MADE_BY])
                 if any(list(record) != self.columns for record in records):
@@ -102,7 +102,7 @@ class CaptionFile:
         self._file.truncate(len(whole))
         if self.is_csv:
             with contextlib.suppress(OSError, ValueError, TypeError):  # a file from before it was remembered
-                self.made_by = dict(json.loads(self.about.read_text(encoding="utf-8-sig")))
+                self.made_by = dict(json_of(self.about.read_text(encoding="utf-8-sig")))
 
     def begin(self, made_by: dict[str, Any], overwrite: bool = False) -> int:
         """Remembers the model and the settings that are to write. With overwrite all that is there goes, and how much it
@@ -234,13 +234,13 @@ def draw_words(path: Path, source: PictureSource, caption: Caption, config: ViTG
     for axes in figure.axes:
         axes.axis("off")
     next(panels).imshow(pixels)
-    figure.suptitle("\n".join(textwrap.wrap(caption.text, 22 * columns)), parse_math=False)
+    figure.suptitle("\n".join(textwrap.wrap(shown(caption.text), 22 * columns)), parse_math=False)
     for axes, (word, looks) in zip(panels, caption.words, strict=False):
         share = Image.fromarray(looks / max(looks.max(), 1e-9)).resize(picture.size, Image.Resampling.BICUBIC)
         seen = np.asarray(share).clip(0, 1)
         axes.imshow(pixels * (0.15 + 0.85 * seen[..., None]))
         axes.contour(seen, levels=[0.5], colors="white", linewidths=1)
-        axes.set_title(word, size=12, parse_math=False)
+        axes.set_title(shown(word), size=12, parse_math=False)
     with whole(path if path.suffix else path.with_suffix(".png")) as unfinished:
         figure.savefig(unfinished, format=path.suffix[1:] or "png", dpi=110)
 

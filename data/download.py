@@ -27,7 +27,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from config import UserError
 from data.reading import file_names, reason, stays_inside
-from utils import locked, sync
+from utils import check_tokens, locked, sync
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ def download_flickr30k() -> Path:
             f"Flickr30k comes through kagglehub: pip install -r requirements/data.txt, or {by_hand}"
         ) from None
     try:
+        check_tokens("kaggle")
         # With its version, kagglehub asks the server only for what the cache lacks; without, every time.
         return Path(kagglehub.dataset_download(f"{FLICKR30K}/versions/1"))
     except Exception as error:  # kagglehub's own errors have no common base class

@@ -8,18 +8,18 @@ repeated for its rows, because transformers' cache has a row for each.
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, DynamicCache
+from transformers import AutoModel, DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from config import UserError, ViTGPT2Config
 from decoding.cache import DecoderCache, Looked, Packing, next_logits
-from utils import first_line
+from decoding.foreign import refused, their_config
 
 
 @dataclass
@@ -39,11 +39,11 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ViTGPT2Config) -> None:
         super().__init__()
         self.config = config
-        try:
-            theirs = AutoConfig.for_model(**json.loads(config.language_model or "{}"))
-            self.body: Any = AutoModel.from_config(theirs, dtype=torch.float32)
-        except (KeyError, TypeError, ValueError) as error:  # of a newer transformers, or of none
-            raise UserError(f"this transformers has no such language model ({first_line(error)}): update it") from error
+        with refused("this transformers has no such language model"):  # of a newer one, or of none
+            theirs = their_config(config.language_model or "{}", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+            self.body: Any = AutoModel.from_config(theirs, dtype=torch.float32, trust_remote_code=False)
+            if self.wte.weight.shape != (config.vocab_size, config.decoder_embed_dim):
+                raise UserError(f"the language model's embeddings are {tuple(self.wte.weight.shape)}, not the config's")
         # Since transformers 5.24 "cache", before "past_key_values".
         self.cache_name = next(
             n for n in ("cache", "past_key_values") if n in inspect.signature(self.body.forward).parameters

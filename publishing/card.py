@@ -19,7 +19,7 @@ from data.tokenizer import decode
 from model import ImageCaptionModel
 from scoring.report import METRICS
 from scoring.results import warnings_about
-from utils import read_log
+from utils import json_of, read_log
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -129,7 +129,7 @@ def read_facts(folder: Path, weights_sha256: str, step: int | None = None) -> Fa
     read."""
 
     def read(name: str) -> Any:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
+        return json_of((folder / name).read_text(encoding="utf-8"))
 
     try:
         about, metrics = read("run.json"), read("metrics.json") if (folder / "metrics.json").is_file() else {}

@@ -29,7 +29,7 @@ from publishing.card import Facts, layout_of, local, read_facts, scrubbed, write
 from publishing.config import UploadConfig
 from publishing.space import SPACE_FILES, write_space
 from training.run import Run
-from utils import ROOT, first_line, module_file, new_folder, whole, write_json
+from utils import ROOT, check_tokens, first_line, json_of, module_file, new_folder, printable, whole, write_json
 from weights.file import MODEL_FILE
 from weights.huggingface import MARKER, WRITTEN, write_transformers
 from weights.remote import MODULE
@@ -157,7 +157,7 @@ def repository_folder(directory: Path, names: Sequence[str], modules: Sequence[s
 def files_of(folder: Path) -> list[str]:
     """What an earlier upload wrote into a folder, by its manifest; nothing where there is none that can be read."""
     try:
-        names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        names = json_of((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
@@ -213,6 +213,7 @@ def logged_in() -> HfApi:
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars
 
+    check_tokens("hub")
     if not get_token():
         raise UserError("not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
     if not sys.stderr.isatty():
@@ -323,7 +324,9 @@ def once(name: str, action: Callable[[], T]) -> T:
         while type(cause) is RuntimeError and cause.__cause__:  # it says which file, not why
             cause = cause.__cause__
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        lost = type(cause).__module__.startswith(("httpx", "hf_xet")) or isinstance(cause, json.JSONDecodeError)
+        ours = type(cause).__name__ in ("LocalProtocolError", "UnsupportedProtocol", "InvalidURL")  # will not pass
+        lost = type(cause).__module__.startswith(("httpx", "hf_xet")) and not ours
+        lost |= isinstance(cause, json.JSONDecodeError)
         if status in PASSING or (status is None and lost):
             again = "run again, only what is missing will be sent"
             raise HubAwayError(f"{name}: the Hub is away ({first_line(cause)}): {again}") from error
@@ -362,7 +365,7 @@ def offer_upload(model_path: Path | str = MODEL_FILE) -> None:
     try:
         publish(UploadConfig(repository=name, model_path=str(model_path)))
     except UserError as error:
-        print(f"error: {error}\nlater       {command}", file=sys.stderr)
+        print(f"error: {printable(str(error))}\nlater       {command}", file=sys.stderr)
 
 
 class Stage:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 from config import UserError
 from scoring.metrics import tokenize
-from utils import in_one_line
+from utils import in_one_line, json_of
 
 
 class Chair(NamedTuple):
@@ -68,7 +67,7 @@ def _objects_in_pictures(instances_json: Path) -> dict[Any, set[str]]:
         raise UserError("CHAIR needs pycocotools: pip install -r requirements/full.txt") from None
     try:
         coco = COCO()
-        coco.dataset = dict(**json.loads(instances_json.read_text(encoding="utf-8-sig")))
+        coco.dataset = dict(**json_of(instances_json.read_text(encoding="utf-8-sig")))
         with contextlib.redirect_stdout(io.StringIO()):  # it reports every step
             coco.createIndex()
         names = {number: category["name"] for number, category in coco.cats.items()}

@@ -17,7 +17,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from config import UserError
 from data.pictures import PictureSource, decode, reason
-from utils import first_line, hub_folder, in_one_line
+from decoding.foreign import load_theirs, refused
+from utils import hub_folder, in_one_line
 
 
 class ClipScores(NamedTuple):
@@ -76,19 +77,13 @@ class _Clip:
     """A CLIP of transformers' that gives embeddings of length 1, float64 (N, D), on the CPU."""
 
     def __init__(self, name: str | Path, device: torch.device, batch_size: int, progress: bool) -> None:
-        from transformers import CLIPModel, CLIPProcessor
+        from transformers import AutoModel, CLIPProcessor
 
-        try:  # nothing but safetensors: a pickle can run code
+        with refused(f"CLIP {str(name)!r} cannot be loaded: name a folder with its weights"):
             local = Path(name).is_dir()
             folder = name if local else hub_folder(str(name), ["*.json", "model*.safetensors", "merges.txt"])
-            loaded: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-            self.model, missing = loaded[0].float().to(device).eval(), sorted(loaded[1]["missing_keys"])
-            if missing:  # transformers would go on with random weights
-                raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them")
-            self.processor: Any = CLIPProcessor.from_pretrained(folder)
-        except Exception as error:  # offline, absent, damaged: the Hub client raises many kinds
-            why = first_line(error)
-            raise UserError(f"CLIP {str(name)!r} cannot be loaded ({why}): name a folder with its weights") from error
+            self.model = load_theirs(AutoModel, Path(folder), ("clip",))[0].to(device).eval()
+            self.processor: Any = CLIPProcessor.from_pretrained(folder, trust_remote_code=False)
         self.device, self.batch_size, self.progress = device, batch_size, progress
 
     def captions(self, texts: Sequence[str]) -> Tensor:

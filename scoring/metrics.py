@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from config import UserError
 from scoring.ngrams import MAX_N, Floats, Integers, References, Table, Vocabulary, sum_by
 from scoring.tokens import tokenize as tokenize
-from utils import first_line, whole
+from utils import first_line, json_of, whole
 
 Caption: TypeAlias = str | Sequence[str]
 
@@ -247,7 +247,7 @@ class CiderD:
         loaded._vocabulary = vocabulary = Vocabulary()
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                words = json.loads(arrays["words"].tobytes())
+                words = json_of(arrays["words"].tobytes())
                 vocabulary.words = {word: number for number, word in enumerate(words)}
                 vocabulary.keys = [arrays[f"keys_{n + 1}"] for n in range(MAX_N)]
                 vocabulary.numbers = [arrays[f"numbers_{n + 1}"] for n in range(MAX_N)]

@@ -23,7 +23,7 @@ from data.pictures import decode as decode_picture
 from data.reading import MADE_BY
 from scoring.metrics import CiderD, Scores, Statistics, diversity, novelty, self_cider, tokenize
 from scoring.report import THUMBNAIL, Report, write_report
-from utils import file_hash, in_one_line, read_log, write_csv, write_json
+from utils import file_hash, in_one_line, json_of, read_log, shown, write_csv, write_json
 
 ENDS = ("low", "high")  # of a 95 % interval
 
@@ -126,10 +126,11 @@ def about_results(results: Path) -> dict[str, Any]:
     """What the evaluation that wrote a file of captions said of their making; unknown for anybody else's."""
     facts: dict[str, Any] = {"decoding": "unknown", "weights_sha256": "unknown"}
     try:
-        said = json.loads((results.parent / "metrics.json").read_text(encoding="utf-8"))
+        said = json_of((results.parent / "metrics.json").read_text(encoding="utf-8"))
         if said["captions_sha256"] == file_hash(results):
             names = ("data", "split", *facts, "precision", "pictures_trained_on")
-            return {name: said[name] for name in names if name in said}
+            kinds = {"pictures_trained_on": int}
+            return {name: said[name] for name in names if isinstance(said.get(name), kinds.get(name, str))}
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no evaluation's folder
     return facts
@@ -338,7 +339,8 @@ def compare(
     sides = {"a": (a, facts), "b": (b, other_facts)}
     table |= {side: {"captions": str(path), **about_results(path), **more} for side, (path, more) in sides.items()}
     for name, said in table.items():
-        print(f"{name:22} {', '.join(f'{k} {v}' for k, v in said.items()) if isinstance(said, dict) else said}")
+        text = ", ".join(f"{k} {v}" for k, v in said.items()) if isinstance(said, dict) else said
+        print(f"{name:22} {shown(text)}")
     print("differences with 95 % intervals by paired bootstrap")
     print(f"{'':10} {'A':>8} {'B':>8} {'B - A':>9}  {'95 % interval':^19} {'p':>6}")
     before, after = first.scores(), second.scores()
@@ -361,6 +363,6 @@ def print_metrics(metrics: dict[str, Any]) -> None:
             continue
         low, high = (metrics.get(f"{name}_{end}") for end in ENDS)
         interval = "" if low is None else f"   ({low:.4f} to {high:.4f})"
-        print(f"{name:26} {value:.4f}{interval}" if isinstance(value, float) else f"{name:26} {value}")
+        print(f"{name:26} {value:.4f}{interval}" if isinstance(value, float) else f"{name:26} {shown(value)}")
     for warning in warnings_about(metrics):
         print(f"WARNING: {warning}")

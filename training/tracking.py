@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import netrc
 import os
+import re
 import threading
 from http.client import HTTPException
 from pathlib import Path
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from config import TrainConfig
-from utils import MetricLog, named, read_log, whole, write_text
+from utils import MetricLog, named, printable, read_log, whole, write_text
 
 SERVER = "https://api.wandb.ai"
 SECONDS = 10  # that its server gets to answer, and at a run's end to take what is left
@@ -82,6 +83,8 @@ def wandb_mode(config: TrainConfig) -> tuple[Literal["online", "offline", "off"]
     if not key:
         with contextlib.suppress(OSError, netrc.NetrcParseError):
             key = (netrc.netrc().authenticators(host) or [None] * 3)[2]
+    if not re.fullmatch("[!-~]*", key := (key or "").strip()):
+        return "off", "the key has a character that no key has: run `wandb login` again, or set WANDB_API_KEY"
     if not key:
         return "off", "no key: run `wandb login`, or set WANDB_API_KEY"
     try:
@@ -89,7 +92,10 @@ def wandb_mode(config: TrainConfig) -> tuple[Literal["online", "offline", "off"]
     except HTTPError:
         pass  # an answer
     except (OSError, HTTPException, ValueError) as error:
-        return "offline", f"{host} is away ({getattr(error, 'reason', error)}): send it later with `wandb sync`"
+        return (
+            "offline",
+            f"{host} is away ({printable(str(getattr(error, 'reason', error)))}): send it later with `wandb sync`",
+        )
     return "online", "a key is there"
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +69,24 @@ def four_bit_layer(layer: nn.Linear, device: torch.device) -> nn.Module:
 
 def base_of(saved: Saved, base_dir: Path | None) -> Saved:
     """The pretrained weights that a file of adapters is for. Raises UserError where they cannot be had."""
-    about, path = saved.adapters or {}, saved.path
-    if lacking := {"bases", "key", "scale", "quantized"} - about.keys():
-        raise UserError(f"{path}: not adapters of this project (no {min(lacking)}): name another file")
-    bases = {part: find_base(name, base_dir) for part, name in about["bases"].items() if name}
+    about, path = saved.adapters if isinstance(saved.adapters, dict) else {}, saved.path
+    kinds = {"bases": dict, "key": str, "scale": float | int, "quantized": bool}
+    wrong = [name for name, kind in kinds.items() if not isinstance(about.get(name), kind)]
+    wrong += [] if wrong or math.isfinite(about["scale"]) else ["scale"]
+    parts = [] if wrong else ["model"] if "model" in about["bases"] else ["encoder", "decoder"]
+    names = {part: about["bases"].get(part) for part in parts}
+    wrong += [part for part, name in names.items() if not (isinstance(name, str) and name and name.isprintable())]
+    if (saved.config.prefix_length or 0) != len(saved.tensors.get("pooling.queries", ())):  # made fresh in the base
+        wrong.append("prefix_length")
+    if wrong:
+        raise UserError(f"{path}: not adapters of this project ({wrong[0]}): name another file")
+    bases = {part: find_base(name, base_dir) for part, name in names.items()}
     if any(Path(base).resolve() == path.resolve() for base in bases.values()):
         raise other_weights(saved, bases)
     try:
         if "model" in bases:
             return read_captioner(bases["model"])
-        return read_parts(saved.config, bases.get("encoder"), bases.get("decoder"))
+        return read_parts(saved.config, bases["encoder"], bases["decoder"])
     except UserError as error:
         raise UserError(
             f"{path}: adapters for {' and '.join(bases.values())}: {error}; --base-dir names a folder that has them, and "
@@ -103,6 +112,7 @@ def merge_adapters(model: nn.Module, base: nn.Module, saved: Saved, base_dir: Pa
     if fingerprint(base) != about["key"]:
         raise other_weights(saved, {part: find_base(n, base_dir) for part, n in about["bases"].items() if n})
     pretrained = {name: tensor for name, tensor in base.state_dict().items() if part_of(name) != "new"}
+    check_shapes(path, {name: t for name, t in model.state_dict().items() if part_of(name) != "new"}, pretrained)
     model.load_state_dict(pretrained, strict=False)
     state = model.state_dict()
     if about["quantized"]:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import UserError, ViTGPT2Config
-from utils import clear_left, first_line, hub_folder, whole
+from decoding.foreign import refused
+from utils import clear_left, first_line, hub_folder, json_of, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,20 +88,21 @@ def read_model_file(path: Path) -> Saved:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-            about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            about = json_of((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file that can be read ({error}): name another model") from error
+        raise UserError(
+            f"{path}: not a safetensors file that can be read ({first_line(error)}): name another model"
+        ) from error
     except ValueError as error:
-        raise not_ours(path, error) from error
+        raise not_ours(path, first_line(error)) from error
     if not isinstance(about, dict):
         raise not_ours(path, "its metadata is no JSON object")
     try:
         config = ViTGPT2Config.from_dict(about.get("config") or config_fields_from_shapes(tensors))
         trained_on = keys_from_text(about.get("trained_on", ""))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise not_ours(path, error) from error
-    words = about.get("tokenizer")
-    tokenizer = tokenizer_from_json(json.dumps(words), config) if "tokenizer" in about else None
+        tokenizer = tokenizer_from_json(json.dumps(about["tokenizer"]), config) if "tokenizer" in about else None
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise not_ours(path, first_line(error)) from error
     return Saved(config, tensors, tokenizer, trained_on, about.get("adapters"), path)
 
 
@@ -157,6 +159,17 @@ def check_shapes(path: Path, expected: dict[str, Tensor], found: dict[str, Tenso
         )
 
 
+def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises UserError for the first tensor with a value that is no number in fp32, of which every caption would be "!"."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            ends = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()  # in fp8 there is none
+            if not all(map(math.isfinite, (end.float().item() for end in ends))):
+                raise UserError(
+                    f"{path}: {name} holds NaN or infinity: damaged, or its training failed; name another model"
+                )
+
+
 def config_fields_from_shapes(weights: dict[str, Tensor]) -> dict[str, Any]:
     """The config of a file without metadata, read off its tensors; heads are 64 wide, as in ViT and GPT-2.
 
@@ -193,18 +206,16 @@ def tokenizer_from_json(text: str, config: ViTGPT2Config) -> PreTrainedTokenizer
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises Exception itself
-        raise UserError(f"the model's tokenizer cannot be read ({error})") from error
     assert config.start_token_id is not None and config.end_token_id is not None and config.pad_token_id is not None
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=tokenizer.id_to_token(config.start_token_id),
-        eos_token=tokenizer.id_to_token(config.end_token_id),
-        pad_token=tokenizer.id_to_token(config.pad_token_id),
-        model_max_length=config.text_positions,
-    )
+    with refused("the model's tokenizer cannot be read"):
+        tokenizer = Tokenizer.from_str(text)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            bos_token=tokenizer.id_to_token(config.start_token_id),
+            eos_token=tokenizer.id_to_token(config.end_token_id),
+            pad_token=tokenizer.id_to_token(config.pad_token_id),
+            model_max_length=config.text_positions,
+        )
 
 
 def gpt2_tokenizer(source: str = "gpt2") -> PreTrainedTokenizerFast:

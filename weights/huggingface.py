@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from config import LONGEST, NUM_BEAMS, UserError, ViTGPT2Config
-from utils import first_line, hub_folder, new_folder, one_line, some, write_json
+from utils import first_line, hub_folder, json_of, new_folder, one_line, some, write_json
 from weights.file import (
     METADATA_KEY,
     Saved,
@@ -310,7 +310,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not path.exists() and name != "config.json":
         return {}
     try:
-        about = json.loads(path.read_text(encoding="utf-8-sig"))
+        about = json_of(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): name a folder that transformers wrote") from error
     except ValueError as error:

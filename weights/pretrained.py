@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import UserError, ViTGPT2Config
-from utils import first_line, one_line, some
+from decoding.foreign import load_theirs, refused
+from utils import one_line, some
 from weights.file import Saved
 from weights.huggingface import (
     WANTED,
@@ -65,7 +66,7 @@ def read_parts(config: ViTGPT2Config, encoder: str | None, decoder: str | None) 
         tensors["encoder.position_embeddings"] = interpolate(tensors["encoder.position_embeddings"], new)
         taken |= tensors
     if decoder is not None and is_language_model(decoder):
-        config, tensors, tokenizer = pretrained_language_model(decoder, config)
+        config, tensors, tokenizer = pretrained_language_model(decoder, config, left)
         said.append(f"{decoder}: {some(list(tensors))}, {config.max_length} positions")
         taken |= tensors
     elif decoder is not None:
@@ -117,19 +118,23 @@ def pretrained_gpt2(source: str, config: ViTGPT2Config, left: list[str]) -> tupl
     return config, take(path, weights, [name for name in names if "cross" not in name.ours])
 
 
-def pretrained_language_model(source: str, config: ViTGPT2Config) -> tuple[ViTGPT2Config, dict[str, Tensor], Any]:
-    """The sizes, the tensors by our names and the tokenizer of a folder or a Hub name. Raises UserError where it has none
-    that fit, or where its captions could not end."""
+def pretrained_language_model(
+    source: str, config: ViTGPT2Config, left: list[str]
+) -> tuple[ViTGPT2Config, dict[str, Tensor], Any]:
+    """The sizes, the tensors by our names and the tokenizer of a folder or a Hub name; adds to left what was left out.
+    Raises UserError where it has none that fit, or where its captions could not end."""
     if config.bridge != "prefix":
         raise UserError(
             f"{source}: only GPT-2 takes cross-attention, other language models a prefix: add --bridge prefix"
         )
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder = find_folder(source, LANGUAGE_MODEL)
-    try:
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    with refused(f"{source}: no language model to be had"):
+        theirs, unused = load_theirs(AutoModelForCausalLM, folder, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        left += unused
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         about = theirs.config
         fields: dict[str, Any] = {
             "language_model": json.dumps(about.to_diff_dict() | {"model_type": about.model_type}, sort_keys=True),
@@ -139,8 +144,6 @@ def pretrained_language_model(source: str, config: ViTGPT2Config) -> tuple[ViTGP
             "decoder_num_layers": about.num_hidden_layers,
             "decoder_num_heads": 1,  # theirs are their own affair
         }
-    except Exception as error:  # the client and the many models raise anything
-        raise UserError(f"{source}: no language model to be had ({first_line(error)})") from error
     end, start, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
     if end is None or not tokenizer.is_fast:
         raise UserError(f"{source}: its tokenizer has no end token, or no tokenizer.json")

@@ -18,7 +18,7 @@ from weights.file import MODEL_FILE, Saved, gpt2_tokenizer
 from weights.huggingface import their_files
 
 MODULE = "modeling_img2gpt"
-SOURCES: dict[str, tuple[str, ...]] = {"config": ("UserError", "check_fields", "ViTGPT2Config")}
+SOURCES: dict[str, tuple[str, ...]] = {"config": ("UserError", "check_fields", "check_numbers", "ViTGPT2Config")}
 SOURCES |= dict.fromkeys(("decoding.cache", "model", "decoding.search"), ())  # (): all of it
 # Files of this project, and layers made for one machine; what is left out is not called behind a PreTrainedModel.
 LEFT_OUT = {"fast_copy", "own_state", "load_own_state", "saved", "from_saved", "save_file", "save_pretrained"}
