@@ -134,7 +134,7 @@ def pretrained_language_model(
     with refused(f"{source}: no language model to be had"):
         theirs, unused = load_theirs(AutoModelForCausalLM, folder, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         left += unused
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=theirs.config, trust_remote_code=False)
         about = theirs.config
         fields: dict[str, Any] = {
             "language_model": json.dumps(about.to_diff_dict() | {"model_type": about.model_type}, sort_keys=True),

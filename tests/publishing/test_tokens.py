@@ -65,7 +65,7 @@ def test_a_malformed_token_is_neither_sent_nor_shown(token, where, command, mode
 @pytest.mark.parametrize("token", BAD)
 def test_each_kind_of_bad_token(token, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(UserError, match="HF_TOKEN: .* set it anew") as error:
+    with pytest.raises(UserError, match=r"HF_TOKEN: .* set it anew") as error:
         check_tokens("hub")
     assert SECRET not in str(error.value)
     monkeypatch.setenv("HF_TOKEN", f"  {SECRET}\n")  # which clients strip
