@@ -25,10 +25,6 @@ FEW = 200
 """Pictures below which a number that is measured on them is mostly chance."""
 
 
-MOST_LAYERS = 1000
-"""More than any model has."""
-
-
 class UserError(ValueError):
     """Something the user can put right. Its message is one line: what, where, what to do."""
 
@@ -47,7 +43,7 @@ def check_numbers(config: Any) -> None:
     for f in dataclasses.fields(config):
         value, kind = getattr(config, f.name), str(f.type)
         least = 0 if f.name.endswith(("_id", "_ids")) else 1
-        most = MOST_LAYERS if f.name.endswith("_layers") else (1 << 31) - 1
+        most = 1000 if f.name.endswith("_layers") else (1 << 31) - 1
         for number in value if isinstance(value, tuple) else [value]:
             if number is None and kind.endswith("None"):
                 continue

@@ -224,9 +224,8 @@ class Training:
         if sampling and job.world.main:
             samples = sample_captions(job, self.learner.judged)
             self.log.write(step, samples=samples)
-            tqdm.write(
-                "\n".join(f"  {shown(name)}: {shown(caption)}" for name, caption in samples.items())
-            )  # above the bar
+            lines = [f"  {shown(name)}: {shown(caption)}" for name, caption in samples.items()]
+            tqdm.write("\n".join(lines))  # above the bar
         if config.objective != "scst" or self.learner.judged is not self.learner.model:
             self.learner.judged.copies.drop()  # they are stale after the next step
         if saving:

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import MOST_LAYERS, UserError
+from config import UserError
 from utils import first_line, json_of, shown
 
 # What names code, kernels to fetch, files or other models, says how weights are packed or spread, or fills a list.
@@ -41,6 +41,7 @@ NOT_TAKEN = set(
         "use_kernels",
     ]
 )
+MOST_LAYERS = 1000
 
 
 @contextlib.contextmanager

@@ -129,8 +129,7 @@ def about_results(results: Path) -> dict[str, Any]:
         said = json_of((results.parent / "metrics.json").read_text(encoding="utf-8"))
         if said["captions_sha256"] == file_hash(results):
             names = ("data", "split", *facts, "precision", "pictures_trained_on")
-            kinds = {"pictures_trained_on": int}
-            return {name: said[name] for name in names if isinstance(said.get(name), kinds.get(name, str))}
+            return {n: said[n] for n in names if isinstance(said.get(n), int if n == "pictures_trained_on" else str)}
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no evaluation's folder
     return facts

@@ -84,18 +84,18 @@ def mutate(draw: st.DataObject, value: Any) -> Any:
         found = places(value)
         *above, last = found[draw.draw(st.integers(1, len(found) - 1))] if len(found) > 1 else (None,)
         if last is None:
-            return draw.draw(st.sampled_from(OTHERS))
+            return copy.deepcopy(draw.draw(st.sampled_from(OTHERS)))
         holder = value
         for key in above:
             holder = holder[key]
         how = draw.draw(st.sampled_from(["put", "put", "drop", "again", "nest", "swap"]))
-        other = draw.draw(st.sampled_from(OTHERS))
+        other = copy.deepcopy(draw.draw(st.sampled_from(OTHERS)))
         if how == "drop":
             del holder[last]
         elif how == "again" and isinstance(holder, dict):
-            holder[f"{last}\u202e"] = holder[last]
+            holder[f"{last}\u202e"] = copy.deepcopy(holder[last])
         elif how == "again":
-            holder.append(holder[last])
+            holder.append(copy.deepcopy(holder[last]))
         elif how == "nest":
             holder[last] = [holder[last]]
         elif how == "swap":

@@ -92,10 +92,8 @@ def wandb_mode(config: TrainConfig) -> tuple[Literal["online", "offline", "off"]
     except HTTPError:
         pass  # an answer
     except (OSError, HTTPException, ValueError) as error:
-        return (
-            "offline",
-            f"{host} is away ({printable(str(getattr(error, 'reason', error)))}): send it later with `wandb sync`",
-        )
+        why = printable(str(getattr(error, "reason", error)))
+        return "offline", f"{host} is away ({why}): send it later with `wandb sync`"
     return "online", "a key is there"
 
 
