@@ -241,6 +241,8 @@ def matched(
     known: dict[int | str, list[str]] = defaultdict(list)
     for image, caption in read_captions(references):
         known[image].append(caption)
+    if not known:
+        raise UserError(f"{references}: no captions in it: name a file of references")
     entries = read_captions(results)
     times = Counter(image for image, _ in dict.fromkeys(entries))
     if len(times) < times.total():

@@ -237,6 +237,14 @@ def results_files(number: int, folder: Path) -> Counter[str]:
     return each(number, look)
 
 
+def test_references_without_captions(tmp_path):
+    """An IndexError, where the results had a picture."""
+    (tmp_path / "r.json").write_text('[{"image_id": 1, "caption": "a"}]')
+    (tmp_path / "k.json").write_text('{"annotations": []}')
+    with pytest.raises(UserError, match="no captions in it"):
+        matched(tmp_path / "r.json", tmp_path / "k.json")
+
+
 def test_some_results(tmp_path):
     assert results_files(5 * FEW, tmp_path)["refused"]
 
