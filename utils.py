@@ -1,5 +1,5 @@
 """What every script stands on: flags, one-line errors, signals, files written whole, the cache on disk, device and
-precision chosen with a reason, the metric log.
+precision chosen with a reason.
 
 Knows nothing of models or data.
 """
@@ -225,9 +225,7 @@ def check_tokens(service: str) -> None:
     """Raises UserError for a token that cannot be one. A client would put it into a message, and ask several times."""
     for name, token in tokens(service).items():
         if not re.fullmatch("[!-~]*", token):
-            raise UserError(
-                f"{in_one_line(name)}: white space, or a character that no token has, is in it: set it anew"
-            )
+            raise UserError(f"{in_one_line(name)}: a character that no token has is in it: set it anew")
 
 
 def printable(message: str) -> str:
@@ -316,6 +314,18 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]], line_end: str = "\r\n")
     """Writes all of the rows or nothing."""
     with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator=line_end).writerows(rows)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a crash cut short is left out."""
+    lines = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json_of(text))
+            except ValueError:
+                break
+    return lines
 
 
 def writable_directory(path: Path, advice: str = "choose another --output-dir") -> Path:
@@ -587,41 +597,3 @@ def available_memory() -> int:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             limits.append(int(Path(name).read_text()))
     return min(limits)
-
-
-# The log
-
-
-class MetricLog:
-    """Appends one JSON object a line to metrics.jsonl; on resuming, drops what came after the checkpoint."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        write_text(path, "".join(json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step))
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, step: int, **values: Any) -> None:
-        """One line, flushed."""
-        try:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise UserError(
-                f"{self._file.name} cannot be written ({error.strerror}): make room, and the same command goes on from the "
-                "newest checkpoint"
-            ) from error
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a crash cut short is left out."""
-    lines = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-    return lines

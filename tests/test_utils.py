@@ -17,8 +17,8 @@ from PIL import Image
 
 import utils
 from config import UserError
+from training.tracking import MetricLog
 from utils import (
-    MetricLog,
     StopSignal,
     choose_device,
     choose_precision,

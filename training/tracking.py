@@ -7,6 +7,7 @@ in the run's folder for `wandb sync`.
 from __future__ import annotations
 
 import contextlib
+import json
 import netrc
 import os
 import re
@@ -18,11 +19,34 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
-from config import TrainConfig
-from utils import MetricLog, named, printable, read_log, whole, write_text
+from config import TrainConfig, UserError
+from utils import named, printable, read_log, whole, write_text
 
 SERVER = "https://api.wandb.ai"
 SECONDS = 10  # that its server gets to answer, and at a run's end to take what is left
+
+
+class MetricLog:
+    """Appends one JSON object a line to metrics.jsonl; on resuming, drops what came after the checkpoint."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        write_text(path, "".join(json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, **values: Any) -> None:
+        """One line, flushed."""
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._file.name} cannot be written ({error.strerror}): make room, and the same command goes on from the "
+                "newest checkpoint"
+            ) from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
 
 class Log:
