@@ -152,7 +152,7 @@ def choose_where(config: TrainConfig, run: Run) -> Chosen:
     device, device_reason = choose_device(config.device)
     checkpoint = None if config.resume == "never" else newest_whole(run.folder)
     began = run.about if checkpoint else {}
-    if config.precision == "auto" and began.get("device") == device.type:
+    if config.precision == "auto" and began.get("device") == device.type and "precision" in began:
         dtype, precision_reason = choose_precision(began["precision"], device)[0], "as this run began"
     else:
         dtype, precision_reason = choose_precision(config.precision, device)
@@ -223,7 +223,7 @@ def start_model(
     # What a run began from may have changed meanwhile. A file of adapters is loaded as the plain model that they make of
     # their base.
     if chosen.checkpoint and not config.adapts:
-        name = began["tokenizer"]
+        name = began.get("tokenizer", config.tokenizer)
         model = ImageCaptionModel.from_pretrained(chosen.checkpoint / "model.safetensors")
     else:
         name, model = make_model(config, tables["train"], chosen.tokenizer or began.get("tokenizer"))

@@ -55,10 +55,10 @@ class Run:
 
     @property
     def readable(self) -> bool:
-        """Whether run.json says what a run needs to go on."""
-        about = self.about
-        texts = all(isinstance(about.get(name), str) for name in ("fingerprint", "tokenizer", "data", "device"))
-        return texts and about.get("precision") in ("fp32", "fp16", "bf16")
+        """Whether run.json is there, and what a run needs of it to go on is of the right kind."""
+        about = {"fingerprint": None, "tokenizer": "", "data": "", "device": "", "precision": "fp32"} | self.about
+        texts = all(isinstance(about[name], str) for name in ("fingerprint", "tokenizer", "data", "device"))
+        return texts and about["precision"] in ("fp32", "fp16", "bf16")
 
     def check(self, config: TrainConfig) -> Run:
         """The run itself. Raises UserError when it was started with other settings."""
