@@ -136,11 +136,14 @@ def test_no_planted_link_leads_out_of_a_folder(tmp_path, config, printed, scenes
             shutil.copy(scenes_dir / "val2017" / f"{n:012d}.png", tmp_path / folder / "photos")
     names = watched(tmp_path / "first", kind, arguments, tmp_path / "log")
     names |= {path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*") if path.is_file()}
-    names = {
-        name
-        for name in names
-        if (name.name != ".lock" and name.suffix != ".png") or (name.parts[0] != "photos" and name.name != ".lock")
+    folders = {
+        path.relative_to(tmp_path / "first")
+        for path in (tmp_path / "first").rglob("*")
+        if path.is_dir() and not path.is_symlink()
     }
+    pictures = {name for name in names if name.parts[:1] == ("photos",) and name.suffix == ".png"}
+    names -= folders | pictures | {Path(), Path("out/.lock")}  # a run does not begin with a link there: see below
+    names = {name for name in names if not name.parent.name.startswith("step-")}  # a damaged checkpoint stops a run
     assert any("unfinished" in name.name for name in names)
     if script == "csv":  # the file that a person has named is refused: the link may be theirs
         names -= {Path("captions.csv")}
