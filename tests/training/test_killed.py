@@ -35,7 +35,8 @@ def stage(folder: Path) -> str:
     return "drawing" if (out / "scenes").exists() else "starting"
 
 
-@several(1, 30)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [30])
 def test_a_command_line_killed_anywhere_ends_in_the_same_model(tmp_path, number, monkeypatch):
     """Drawing, caching, training, saving, evaluation, the end: the same command, given again, must end as if nothing had
     been."""
