@@ -82,6 +82,15 @@ def their_config(text: str, kinds: Container[str]) -> Any:
     return AutoConfig.for_model(**plain(about))
 
 
+def check_ids(text: str) -> None:
+    """Raises UserError where a tokenizer.json or a vocab.json numbers its words so high that a list of all fills memory."""
+    about = json_of(text)
+    words = about.get("model", about).get("vocab", about)
+    highest = max(words.values(), default=0) if isinstance(words, dict) and "model" not in words else 0
+    if highest > 1 << 22:
+        raise UserError(f"a word has the number {highest}")
+
+
 @contextlib.contextmanager
 def no_larger(shapes: Iterable[Sequence[int]]) -> Iterator[None]:
     """Models are built without memory in here, and no further than tensors of these shapes can fill them: else UserError.

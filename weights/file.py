@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import UserError, ViTGPT2Config
-from decoding.foreign import refused
+from decoding.foreign import check_ids, refused
 from utils import clear_left, first_line, hub_folder, json_of, whole
 
 if TYPE_CHECKING:
@@ -208,6 +208,7 @@ def tokenizer_from_json(text: str, config: ViTGPT2Config) -> PreTrainedTokenizer
 
     assert config.start_token_id is not None and config.end_token_id is not None and config.pad_token_id is not None
     with refused("the model's tokenizer cannot be read"):
+        check_ids(text)
         tokenizer = Tokenizer.from_str(text)
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
@@ -227,6 +228,8 @@ def gpt2_tokenizer(source: str = "gpt2") -> PreTrainedTokenizerFast:
 
     try:
         folder = source if Path(source).is_dir() else hub_folder(source, GPT2_TOKENIZER)
+        if (vocabulary := Path(folder) / "vocab.json").is_file():
+            check_ids(vocabulary.read_text(encoding="utf-8-sig"))
         tokenizer = GPT2Tokenizer.from_pretrained(folder)
         if len(tokenizer) < 257:  # a folder without the files gives an empty one
             raise ValueError("no vocab.json and merges.txt there")

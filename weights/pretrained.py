@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import UserError, ViTGPT2Config
-from decoding.foreign import load_theirs, refused
+from decoding.foreign import check_ids, load_theirs, refused
 from utils import one_line, some
 from weights.file import Saved
 from weights.huggingface import (
@@ -134,6 +134,8 @@ def pretrained_language_model(
     with refused(f"{source}: no language model to be had"):
         theirs, unused = load_theirs(AutoModelForCausalLM, folder, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         left += unused
+        for path in (*folder.glob("tokenizer.json"), *folder.glob("vocab.json")):
+            check_ids(path.read_text(encoding="utf-8-sig"))
         tokenizer = AutoTokenizer.from_pretrained(folder, config=theirs.config, trust_remote_code=False)
         about = theirs.config
         fields: dict[str, Any] = {

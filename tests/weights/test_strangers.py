@@ -286,6 +286,18 @@ def test_deep_json_beside_the_weights(name, sound, tmp_path, capsys, monkeypatch
         assert "Traceback" not in said and code
 
 
+def test_a_word_with_the_number_of_a_billion(sound, llama, tmp_path):
+    """A list of all numbers up to it took 4 GB, of a file of 100 KB."""
+    about = metadata(sound["prefix"])
+    about["tokenizer"]["model"]["vocab"]["!"] = 10**9
+    with pytest.raises(UserError, match="a word has the number 1000000000"):
+        ImageCaptionModel.from_pretrained(written(tmp_path / "x.safetensors", sound["prefix"], about))
+    folder = copied(llama, tmp_path / "lm")
+    (folder / "tokenizer.json").write_text(json.dumps(about["tokenizer"]))
+    with pytest.raises(UserError, match="a word has the number 1000000000"):
+        initialise(tiny_config(bridge="prefix", max_length=64), None, str(folder))
+
+
 def test_a_vit_of_a_billion_layers(tmp_path):
     bases = write_bases(tmp_path)
     for part, name in (("encoder", "num_hidden_layers"), ("decoder", "n_layer")):
