@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from processes import ending, flags, fork, forked, small_config, start
 from test_checkpoint import several
 
@@ -37,7 +38,7 @@ def stage(folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [30])
-def test_a_command_line_killed_anywhere_ends_in_the_same_model(tmp_path, number, monkeypatch):
+def test_a_command_line_killed_anywhere_ends_in_the_same_model(tmp_path, number):
     """Drawing, caching, training, saving, evaluation, the end: the same command, given again, must end as if nothing had
     been."""
     config = small_config(
