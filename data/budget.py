@@ -23,6 +23,7 @@ MAX_PIXELS = 80_000_000
 MAX_SIDE = 1 << 20  # pixels: the resize has weights for each of them
 MAX_BYTES = 512 << 20  # as many pixels in 16 bits a colour, not compressed, have 458 MiB
 MAX_READS = 30_000  # pieces that are read before the pixels; a page scanned in 10,000 strips has ten
+MAX_BESIDE = 1 << 20  # bytes of a packed BMP beside its pixels
 MAX_GIF_READS = 8000  # two for 255 bytes of a comment, which Pillow copies anew for each of them
 MAX_CHUNKS = 1 << 17  # of a PNG: 80 million pixels in IDATs of 8 KiB have about 30,000
 MAX_SEGMENTS = 4096  # before a JPEG's first scan: 255 are enough for the largest profile

@@ -55,7 +55,7 @@ REFUSED = {
     "ICO, entries": "pieces",
     "PPM, a long comment": "pieces",
     "PPM, white space": "pieces",
-    "BMP, ends of lines": "pieces",
+    "BMP, ends of lines": " bytes for 4,096 pixels",
     "JPEG 2000, boxes": "pieces",
     "TIFF, tags that overlap": "its tags overlap",
     "BigTIFF, tags": " tags",
