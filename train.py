@@ -279,7 +279,7 @@ def workers_of(job: Job) -> int:
     return 0 if at_hand else min(16, cores, config.num_workers)
 
 
-def training_batches(job: Job, first_step: int, workers: int) -> DataLoader[Any]:
+def training_batches(job: Job, first_step: int, workers: int = 0) -> DataLoader[Any]:
     """This process's share of the batches of all steps from this one on."""
     return make_dataloader(
         job.datasets["train"],

@@ -85,8 +85,9 @@ def their_config(text: str, kinds: Container[str]) -> Any:
 def check_ids(text: str) -> None:
     """Raises UserError where a tokenizer.json or a vocab.json numbers its words so high that a list of all fills memory."""
     about = json_of(text)
-    words = about.get("model", about).get("vocab", about)
-    highest = max(words.values(), default=0) if isinstance(words, dict) and "model" not in words else 0
+    if isinstance(about.get("model"), dict):  # in a vocab.json it is a word like any other
+        about = about["model"].get("vocab")
+    highest = max(about.values(), default=0) if isinstance(about, dict) else 0
     if highest > 1 << 22:
         raise UserError(f"a word has the number {highest}")
 

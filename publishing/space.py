@@ -15,6 +15,19 @@ from config import UserError
 from utils import ROOT, write_text
 
 START = "serve.py"
+START_TEXT = '''"""The web page, with the model {repository}."""
+
+import os
+import sys
+
+from app import main
+from utils import run_script
+
+if __name__ == "__main__":  # the processes that decode pictures import this file too
+    names = os.environ.get("SPACE_HOST", "localhost").split(",")  # by which the Hub passes on what is asked
+    sys.argv[1:] = ["--model", "{repository}", "--host", "0.0.0.0", "--allowed-hosts", *names]
+    run_script(main)
+'''
 SPACE_FILES = [START, "requirements.txt"]  # beside its README.md and the code
 
 
@@ -47,13 +60,7 @@ def write_space(folder: Path, repository: str, adapters: dict[str, Any] | None) 
     text = f"Drop a picture on this page and read what [{repository}](https://huggingface.co/{repository}) says of it. Where "
     text += "that model is private, the Space needs a secret HF_TOKEN (Settings) that may read it."
     write_text(folder / "README.md", f"---\n{about.to_yaml()}\n---\n\n# {title}\n\n{text}\n")
-    start = f'"""The web page, with the model {repository}."""\n\nimport os\nimport sys\n\n'
-    start += "from app import main\nfrom utils import run_script\n\n"
-    start += (
-        'names = os.environ.get("SPACE_HOST", "localhost").split(",")  # by which the Hub passes on what is asked\n'
-    )
-    start += f'sys.argv[1:] = ["--model", "{repository}", "--host", "0.0.0.0", "--allowed-hosts", *names]\nrun_script(main)\n'
-    write_text(folder / START, start)
+    write_text(folder / START, START_TEXT.format(repository=repository))
     needed = ["requirements.txt", *(["requirements/qlora.txt"] if adapters and adapters["quantized"] else [])]
     lines = [line for name in needed for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
     # Of the lists themselves only the packages; and a Space does not train.

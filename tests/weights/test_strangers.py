@@ -22,7 +22,7 @@ import upload_to_hf
 from captioning.models import _load_model
 from config import UserError
 from dataset import train_tokenizer
-from decoding.foreign import plain
+from decoding.foreign import check_ids, plain
 from model import ImageCaptionModel
 from training.job import initialise
 from utils import run_script
@@ -307,3 +307,10 @@ def test_a_vit_of_a_billion_layers(tmp_path):
         with pytest.raises(UserError, match="from 1 to 1,000"):
             initialise(tiny_config(), bases["encoder"], bases["decoder"])
         (folder / "config.json").write_text(before)
+
+
+def test_model_may_be_a_word():
+    """GPT-2's own vocab.json has it, and was refused: it was taken for a tokenizer.json."""
+    check_ids('{"model": 4, "vocab": 5}')
+    with pytest.raises(UserError, match="a word has the number 1000000000"):
+        check_ids('{"model": 4, "vocab": 1000000000}')
