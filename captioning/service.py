@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from captioning import decoder
+from captioning.decoder import BusyError
 from captioning.models import load_model
 from captioning.page import card, progress, results
 from config import NUM_BEAMS, UserError
@@ -57,10 +58,6 @@ class Request:
     captions: Future[list[Caption]]
     group: str = ""
     """Equal for requests that are captioned together."""
-
-
-class BusyError(UserError):
-    """More wait than can be held."""
 
 
 class Captioner:

@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_config
 from PIL import Image
 
-from captioning.decoder import PictureDecoder
+from captioning.decoder import BusyError, PictureDecoder
 from config import UserError
 from data.pictures import prepare_picture
 
@@ -61,7 +61,30 @@ def test_a_picture_that_takes_too_long_is_stopped(decoder):
     decoder.seconds = 60
     assert decoder.prepare(content, config, "p").shape == (3, 16, 16)
     process.join(10)
-    assert not process.is_alive() and decoder.replaced == before + 1 and decoder.idle.qsize() == 2
+    assert not process.is_alive() and decoder.replaced == before + 2 and decoder.idle.qsize() == 2
+
+
+@pytest.mark.skipif("sys.platform == 'win32'")
+def test_what_takes_more_than_a_moment_keeps_nobody_waiting(decoder):
+    """Two pictures of 79 megapixels, 1.6 s each, had both processes, and everybody else waited for them."""
+    decoder.room, slow, ends = threading.BoundedSemaphore(1), decoder.patient.queue[0], []
+
+    def ask() -> None:
+        with pytest.raises(UserError, match="its decoder ended") as error:
+            decoder.prepare(QOI, tiny_config(), "slow.qoi")
+        ends.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not decoder.patient.empty():
+        time.sleep(0.01)
+    assert all(decoder.prepare(jpeg(), tiny_config(), "p").shape == (3, 16, 16) for _ in range(4))
+    with pytest.raises(BusyError, match=r"^slow.qoi: busy with large pictures: try again"):
+        decoder.prepare(QOI, tiny_config(), "slow.qoi")
+    assert decoder.patient.empty() and not ends
+    slow.process.kill()
+    thread.join()
+    assert ends and decoder.patient.qsize() == 1 and decoder.idle.qsize() == 2
 
 
 @pytest.mark.skipif("sys.platform != 'linux'")
