@@ -31,6 +31,7 @@ from data.skipped import BadPictures, check_overlap, pictures_seen
 from data.table import FLOOR, CaptionTable
 from data.tokenizer import decode
 from dataset import Batch, CaptionDataset, load_picture, load_table, make_dataloader
+from decoding.packed import how_int8
 from model import ImageCaptionModel
 from scoring.metrics import CiderD
 from scoring.results import Captioned, MoreScores, about_results, compare, matched, print_metrics, write_evaluation
@@ -368,6 +369,8 @@ def score_model(config: EvaluateConfig, source: str, more: MoreScores) -> dict[s
             more = dataclasses.replace(more, training_captions=trained.captions().to_pylist())
     device, _ = choose_device(config.device)
     dtype, _ = choose_precision(config.precision, device)
+    if config.precision == "int8":
+        print(f"int8        {how_int8()}")
     directory = writable_directory(config.output_dir)
     return evaluate_dataset(
         model.to(device),

@@ -8,19 +8,22 @@ EXPERIMENTS.md has how much.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decoding.cache import copied, weights_version
+from utils import choose_precision
 
 Precision = Literal["fp32", "bf16", "int8"]
 ROWS = 8
 """What oneDNN is told to expect: the layout it chooses for so many also serves thousands, but that for one does not."""
-FEW = 4
+FEW, FEW_WITHOUT_VNNI = 4, 7
 """Rows, up to which rounding them costs more time than it saves, at least on the smaller layers."""
 LEAST_GELU = -0.1701
 """Below what any GELU, exact or by tanh, gives."""
@@ -32,17 +35,23 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         """weight (out, in) and bias (out,) as nn.Linear has them."""
         super().__init__()
-        self.dtype = dtype
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), ROWS)
+        self.dtype, self.weight = dtype, weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
+        if torch.backends.mkldnn.is_available():
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the layer's own dtype."""
+        if not self.weight.is_mkldnn:  # a Mac's torch has no oneDNN
+            return F.linear(x.to(self.dtype), self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
 
 
 class Int8Linear(nn.Module):
     """The same with 8-bit weights, a scale for each output, and each row of x rounded to 8 bits by its largest number."""
+
+    PLAIN: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
+    """The product's other arguments: no bias, the result as it is in float32, nothing behind it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, least: float | None = None) -> None:
         """`dtype` is the result's. With `least`, which no x is below, the 8 bits are for what is above it: finer, behind a
@@ -50,7 +59,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.dtype, self.least = dtype, least
         weight = weight.detach().float()
-        scales = weight.abs().amax(1).clamp(min=1e-12) / 127
+        scales = weight.abs().amax(1).clamp(min=1e-12) / (largest_weight() or 127)
         rounded = (weight / scales.unsqueeze(1)).round().to(torch.int8)
         self.weight = torch.ops.onednn.qlinear_prepack(rounded, [ROWS, weight.shape[1]])
         self.scales, self.zeros = scales, torch.zeros(len(scales), dtype=torch.int32)
@@ -74,25 +83,16 @@ class Int8Linear(nn.Module):
             scale = self.steps / span
             offset = torch.add(self.half_up, scale, alpha=-self.least)
         # By way of int16, because torch's cast from float to uint8 goes number by number.
-        eights = (x * scale).add_(offset).to(torch.int16).to(torch.uint8)
-        out = torch.ops.onednn.qlinear_pointwise(
-            eights,
-            self.one,
-            self.zero,
-            self.weight,
-            self.scales,
-            self.zeros,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
+        out = self.product((x * scale).add_(offset).to(torch.int16).to(torch.uint8))
         if self.bias is None:
             return out.mul_(span / self.steps).to(self.dtype)
         return torch.addcmul(self.bias, out, span / self.steps, out=out).to(self.dtype)
+
+    def product(self, eights: Tensor) -> Tensor:
+        """uint8 (..., in), of which `zero` stands for 0 -> float32 (..., out), without the bias."""
+        return torch.ops.onednn.qlinear_pointwise(
+            eights, self.one, self.zero, self.weight, self.scales, self.zeros, *self.PLAIN
+        )
 
 
 class Int8Weight(nn.Module):
@@ -113,6 +113,23 @@ class Int8Weight(nn.Module):
 
 
 @functools.cache
+def largest_weight() -> int:
+    """The largest whole number that a weight of oneDNN's 8-bit product may be here: 127; 63 where a CPU without VNNI adds two
+    products in 16 bits, into which two of larger ones do not fit; 0 where the product is wrong, slow or missing."""
+    if "AVX" not in torch.backends.cpu.get_cpu_capability():
+        return 0  # elsewhere it is a loop, a hundred times as slow
+    one, zero, kind = torch.tensor(1.0), torch.tensor(0), Int8Linear.PLAIN
+    eights, zeros = torch.full((8, 64), 255, dtype=torch.uint8), torch.zeros(64, dtype=torch.int32)
+    for largest in (127, 63):
+        with contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
+            weight = torch.ops.onednn.qlinear_prepack(torch.full((64, 64), largest, dtype=torch.int8), [ROWS, 64])
+            out = torch.ops.onednn.qlinear_pointwise(eights, one, zero, weight, torch.ones(64), zeros, *kind)
+            if bool((out == 255 * largest * 64).all()):
+                return largest
+    return 0
+
+
+@functools.cache
 def available(precision: Precision) -> bool:
     """Whether this torch and this CPU have the kernels: tried on a small layer, since these operators are torch's own."""
     try:
@@ -125,6 +142,17 @@ def available(precision: Precision) -> bool:
         return False
 
 
+def how_int8() -> str:
+    """In which way int8 is computed here, and why: a line for people."""
+    few = FEW if largest_weight() == 127 else FEW_WITHOUT_VNNI
+    many = {
+        127: "8-bit products",
+        63: "products of 8 and 7 bits, as this CPU adds two of them in 16 bits",
+        0: "fp32, as this CPU has no 8-bit product",
+    }[largest_weight()]
+    return f"8-bit weights for up to {few} captions at a time, for more, and for pictures, {many}"
+
+
 def pack(
     weight: Tensor,
     bias: Tensor | None,
@@ -135,11 +163,12 @@ def pack(
 ) -> nn.Module:
     """One layer; `few` where it will meet at most FEW rows at a time. An int8 layer gives `dtype`, and meets no number below
     `least`."""
-    if precision == "int8":
-        # The kernel for a few rows reads 16 numbers at a time, behind the end of a row too.
-        few = few and weight.shape[1] % 16 == 0
-        return Int8Weight(weight, bias, dtype) if few else Int8Linear(weight, bias, dtype, least)
-    return PackedLinear(weight, bias, torch.float32 if precision == "fp32" else torch.bfloat16)
+    # The kernel for a few rows reads 16 numbers at a time, behind the end of a row too.
+    if precision == "int8" and few and weight.shape[1] % 16 == 0:
+        return Int8Weight(weight, bias, dtype)
+    if precision == "int8" and largest_weight():
+        return Int8Linear(weight, bias, dtype, least)
+    return PackedLinear(weight, bias, torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 def packed_model(model: Any, precision: Precision, rows: int) -> Any:
@@ -150,7 +179,7 @@ def packed_model(model: Any, precision: Precision, rows: int) -> Any:
     """
     if model.device.type != "cpu" or model.decoder.wte.weight.dtype != torch.float32 or not available(precision):
         return model
-    few = precision == "int8" and rows <= FEW
+    few = precision == "int8" and rows <= (FEW if largest_weight() == 127 else FEW_WITHOUT_VNNI)
     kind = min(rows, 2) if few else 0  # one row, a few, or many
     made = model.copies.of((precision, weights_version(model)))
     layers = made.setdefault("layers", {})  # which copies may share
@@ -161,9 +190,11 @@ def packed_model(model: Any, precision: Precision, rows: int) -> Any:
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 memo[id(module)] = packed_layer(name, module, layers, precision, rows if few else None, prefixed)
-        if "head" not in layers:  # always by the faster kernel: rounding activations costs nothing measurable there
-            layers["head"] = pack(model.decoder.wte.weight, None, precision)
-        memo[id(model.decoder.head)] = layers["head"]
+        # By the faster kernel: rounding activations costs nothing measurable there.
+        head = ("head", few and largest_weight() != 127)
+        if head not in layers:
+            layers[head] = pack(model.decoder.wte.weight, None, precision, head[1])
+        memo[id(model.decoder.head)] = layers[head]
         twin = copied(model, memo)
         twin.encoder.pictures_at_a_time = 2  # what goes from layer to layer then stays in the processor's cache
         made[kind] = twin
@@ -178,9 +209,10 @@ def packed_layer(
     tokens_only = tokens_only and not prefixed  # a prefix meets all layers
     # Attention to a picture is halved, except for a few queries, which are faster in fp32.
     halved = name.endswith(("qkv",) if few else ("qkv", "c_attn", "q_attn"))
-    dtype = torch.bfloat16 if halved else torch.float32
-    # From two rows on, rounding costs a layer with more outputs than inputs less than the faster kernel saves.
-    unrounded = bool(few) and tokens_only and (few == 1 or layer.out_features <= layer.in_features)
+    dtype = choose_precision("auto", layer.weight.device)[0] if halved else torch.float32  # if the CPU has fast bf16
+    # From two rows on, rounding costs a layer with more outputs than inputs less than VNNI saves.
+    wide = largest_weight() == 127 and few != 1 and layer.out_features > layer.in_features
+    unrounded = bool(few) and tokens_only and not wide
     key = (name, unrounded, dtype)
     if key not in made:
         least = LEAST_GELU if re.search(r"\.(fc2|\d+\.c_proj)$", name) else None
