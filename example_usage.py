@@ -139,9 +139,13 @@ def caption_all(
     source: Callable[[str], PictureSource],
 ) -> int:
     """Captions these pictures, but for those that the output has, into the output or to be read. Returns an exit code."""
+    from captioning.engine import in_words
     from captioning.outputs import draw_words
     from captioning.pipeline import caption_pictures
+    from decoding.packed import how_int8
 
+    if config.precision == "int8":
+        print(f"int8        {how_int8()}; tokens by {in_words('int8')}", file=sys.stderr)
     wanted = names if output is None else output.missing(names)
     size = None if config.batch_size == "auto" else config.batch_size
     options = config.options(precision=config.precision, scores=config.scores, attention=config.heatmap is not None)

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from captioning.engine import find_engine
 from captioning.models import is_url
 from config import UserError, ViTGPT2Config
 from data.fetch import fetch_picture
@@ -134,7 +135,9 @@ def caption_batch(
     """Captions of pixels (N, 3, S, S) as prepare_picture gives them: N lists of num_return_sequences each, with their
     scores and where their words looked, if asked for. decoding goes to model.generate."""
     dtype, _ = choose_precision(precision, model.device)
-    decoding = {"int8": precision == "int8"} | decoding
+    kind = "int8" if precision == "int8" else "fp32" if dtype == torch.float32 else "half"
+    engine = find_engine(kind) if model.device.type == "cpu" else None
+    decoding = {"int8": precision == "int8", "engine": engine} | decoding
     with autocast(model.device, dtype):
         found = model.generate(pixels.to(model.device), return_scores=scores, return_attention=attention, **decoding)
     captions = [Caption(clean(text, "caption")) for text in decode(model.tokenizer, found.sequences)]

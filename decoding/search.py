@@ -138,13 +138,20 @@ class Search:
 @torch.inference_mode(False)  # what is kept for the next call must be of use outside it
 @torch.no_grad()
 def generate(
-    model: Any, pixel_values: Tensor, *, generator: torch.Generator | None = None, int8: bool = False, **options: Any
+    model: Any,
+    pixel_values: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    int8: bool = False,
+    engine: Callable[[Any, Any, int], Any] | None = None,
+    **options: Any,
 ) -> Generated:
     """Captions for pixel_values (N, 3, S, S), uint8 or normalised float; `options` are Search's.
 
     `generator` makes sampling repeatable. int8 rounds weights to 8 bits, on a CPU; for more than four captions at a time
-    it rounds what they are multiplied with as well, so that a caption may depend on how many there are. Raises UserError
-    for options that do not go together.
+    it rounds what they are multiplied with as well, so that a caption may depend on how many there are. `engine` makes of
+    the model, its fast copy and the number of captions the decoder that is asked for tokens (see captioning/engine.py).
+    Raises UserError for options that do not go together.
     """
     search, end = Search(**options), model.config.end_token_id
     prefix = model.tokenizer(search.prefix).input_ids if isinstance(search.prefix, str) else list(search.prefix)
@@ -169,7 +176,13 @@ def generate(
                 hidden = fast.encode(pixel_values)
                 start = torch.tensor([model.config.start_token_id or 0, *prefix], device=hidden.device)
                 find = beam_search if search.num_beams > 1 else token_by_token
-                found = find(fast.decoder, hidden, start, choose_from, search, max_length, generator)
+                decoder = engine(model, fast, rows) if engine else fast.decoder
+                threads = torch.get_num_threads()
+                try:
+                    found = find(decoder, hidden, start, choose_from, search, max_length, generator)
+                finally:
+                    if engine:  # which may have threads of its own
+                        torch.set_num_threads(threads)
                 if search.return_scores or search.return_attention:
                     look_again(fast.decoder, hidden, found, len(prefix), search)
             return found
