@@ -1,6 +1,7 @@
 """Speed, and what it costs, side by side with transformers and pycocoevalcap, on the machine at hand.
 
     python benchmark.py data          the loader against the plain transformers path, and how the table grows
+    python benchmark.py machine       this computer in ten minutes: what it has, captions and training steps, as a table
     python benchmark.py generate      captions by our decoding and by transformers', from the same weights
     python benchmark.py folder        captions of a folder, against the model alone and decoding alone
     python benchmark.py precision     what fewer bits cost: CIDEr-D of a model in each precision
@@ -25,6 +26,7 @@ from utils import parse_flags, run_script, write_json
 
 COMMANDS = {  # in which file of benchmarks/ each is; the others, and torch, need not be imported for it
     "data": ("loader", "DataBenchmark"),
+    "machine": ("machine", "MachineBenchmark"),
     "generate": ("captions", "GenerateBenchmark"),
     "folder": ("captions", "FolderBenchmark"),
     "precision": ("captions", "PrecisionBenchmark"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,25 +13,58 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.timing import fastest, timed
+from benchmarks.timing import fastest, sizes, timed
+from captioning.engine import find_engine, in_words
 from captioning.pipeline import BATCH_SIZES, caption_batch, caption_pictures, picture_names, prepared
 from config import NUM_BEAMS, UserError, ViTGPT2Config
 from data.skipped import check_overlap
 from dataset import CaptionDataset, load_table, load_tokenizer, make_dataloader
-from decoding.packed import Precision, available
+from decoding.packed import Int8Linear, Precision, available, how_int8, pack
 from evaluate import caption_loader
 from model import ImageCaptionModel
 from scoring.metrics import interval_of, resampled_sums
+from training.estimates import step_operations
 from utils import choose_device, dtypes
 from weights.huggingface import write_transformers
 
 PRECISIONS = dtypes()
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+"""Of a weight."""
 
 
 def packed_precisions() -> list[str]:
     """What this CPU captions in: fp32 always, if need be by torch's plain layers."""
     halves: tuple[Precision, ...] = ("bf16", "int8")
     return ["fp32", *(name for name in halves if available(name))]
+
+
+def floor(config: ViTGPT2Config, pictures: int, beams: int, length: int, precision: str) -> float:
+    """The seconds that captions take where nothing but this CPU's rates holds them up: the pictures' operations, and for each
+    token the weights' bytes or its operations, whichever takes longer."""
+    rate, memory = product_rate(precision), memory_rate()
+    width, words = config.decoder_embed_dim, config.vocab_size
+    weights = config.decoder_num_layers * 14 * width**2 + words * width
+    token = max(weights * BYTES[precision] / memory, 2 * pictures * beams * weights / rate)
+    return pictures * step_operations(config, 0, 0) / 3 / rate + length * token
+
+
+@functools.cache
+def product_rate(precision: str) -> float:
+    """Operations a second of a base-size layer's product with two pictures' positions, the best of several."""
+    weight, x = torch.randn(3072, 768), torch.randn(394, 768)
+    layer: Any = pack(weight, None, precision)  # type: ignore[arg-type]
+    if isinstance(layer, Int8Linear):
+        layer, x = layer.product, torch.full(x.shape, 200, dtype=torch.uint8)
+    elif precision == "bf16":
+        x = x.bfloat16()
+    return 2 * weight.numel() * len(x) / min(timed(lambda: layer(x)) for _ in range(20))
+
+
+@functools.cache
+def memory_rate() -> float:
+    """Bytes a second that this CPU reads of more than its caches hold, the best of several."""
+    numbers = torch.ones(1 << 27)
+    return numbers.nbytes / min(timed(numbers.sum) for _ in range(8))
 
 
 @dataclass(kw_only=True)
@@ -56,10 +89,15 @@ class GenerateBenchmark:
     """Where the figures are written to."""
     debug: bool = False
     """Show tracebacks of errors."""
+    model: ViTGPT2Config = field(default_factory=sizes)
+    """Sizes of the model."""
 
     def run(self) -> dict[str, Any]:
         """Seconds and ratios."""
-        model, theirs = self.models(ViTGPT2Config())
+        model, theirs = self.models(self.model)
+        if model.device.type == "cpu":
+            print(f"memory is read at {memory_rate() / 1e9:.1f} GB/s; int8: {how_int8()}")
+            print(f"tokens by {in_words('fp32')} (here from the first time on)")
         figures = []
         for pictures in self.batch_sizes:
             for beams in self.num_beams if pictures == min(self.batch_sizes) else (1,):
@@ -96,7 +134,8 @@ class GenerateBenchmark:
         def ours(precision: str) -> Any:
             with torch.autocast(model.device.type, torch.bfloat16, enabled=precision != "fp32"):
                 options = {"min_length": self.length, "max_length": self.length, "num_beams": beams}
-                return model.generate(pixels, int8=precision == "int8", **options).sequences
+                engine = find_engine(precision, after=0) if cpu else None  # from the first time on
+                return model.generate(pixels, int8=precision == "int8", engine=engine, **options).sequences
 
         precisions = packed_precisions() if cpu else ["bf16"]
         figures: dict[str, Any] = {"pictures": pictures, "beams": beams}
@@ -117,6 +156,10 @@ class GenerateBenchmark:
                 ratio = float(np.median(rounds[:, 0] / rounds[:, 1]))
                 figures[name] |= {"transformers": others[0], "ratio": ratio}
                 said += f"   transformers {others[0]:8.4f} s   {ratio:5.2f}x"
+            if cpu:
+                least = floor(model.config, pictures, beams, self.length, name)
+                figures[name]["floor"] = least
+                said += f"   floor {least:.3f} s, {least / seconds:.0%} of it reached"
             print(said, flush=True)
         return figures
 

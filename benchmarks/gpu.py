@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.captions import GenerateBenchmark
 from benchmarks.kernels import attentions, rates
-from benchmarks.timing import Row, about_machine
+from benchmarks.timing import Row, about_machine, sizes
 from benchmarks.training import Loop, Running, start_process
 from config import UserError, ViTGPT2Config
 from dataset import load_tokenizer
@@ -248,17 +248,7 @@ class GpuBenchmark:
     @property
     def sizes(self) -> ViTGPT2Config:
         """Of the model."""
-        if not self.tiny:
-            return ViTGPT2Config(dropout=0.0)
-        vision = {"image_size": 32, "vision_embed_dim": 64, "vision_num_layers": 1, "vision_num_heads": 2}
-        text = {
-            "vocab_size": 300,
-            "max_length": 32,
-            "decoder_embed_dim": 64,
-            "decoder_num_layers": 1,
-            "decoder_num_heads": 2,
-        }
-        return ViTGPT2Config(dropout=0.0, **vision, **text)  # type: ignore[arg-type]
+        return sizes(self.tiny)
 
     def run(self) -> dict[str, Any]:
         """The rows of all sections, printed and written as they come."""

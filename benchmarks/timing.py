@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from config import ViTGPT2Config
+
 
 @dataclass(frozen=True)
 class Row:
@@ -35,6 +37,15 @@ def about_machine() -> dict[str, Any]:
 
     about = {"python": sys.version.split()[0], "torch": torch.__version__, "cores": os.cpu_count()}
     return about | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def sizes(tiny: bool = False) -> ViTGPT2Config:
+    """A model of base size; or a tiny one, with which every line can be run."""
+    if not tiny:
+        return ViTGPT2Config(dropout=0.0)
+    vision: Any = {"image_size": 32, "vision_embed_dim": 64, "vision_num_layers": 1, "vision_num_heads": 2}
+    text: Any = {"vocab_size": 300, "max_length": 32, "decoder_embed_dim": 64, "decoder_num_layers": 1}
+    return ViTGPT2Config(dropout=0.0, **vision, **text, decoder_num_heads=2)
 
 
 def timed(work: Callable[[], Any]) -> float:

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.captions import PRECISIONS
+from benchmarks.timing import sizes
 from config import PRESETS, TrainConfig, UserError, ViTGPT2Config
 from data.skipped import BadPictures
 from data.table import make_table
@@ -319,7 +320,7 @@ class TrainBenchmark:
     """Where the figures are written to."""
     debug: bool = False
     """Show tracebacks of errors."""
-    model: ViTGPT2Config = field(default_factory=lambda: ViTGPT2Config(dropout=0.0))
+    model: ViTGPT2Config = field(default_factory=sizes)
     """Sizes of the model."""
 
     def run(self) -> dict[str, Any]:

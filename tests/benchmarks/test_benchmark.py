@@ -22,6 +22,7 @@ from benchmarks import training as loops
 from benchmarks.captions import FolderBenchmark, GenerateBenchmark, PrecisionBenchmark
 from benchmarks.golden import golden_run
 from benchmarks.gpu import SECTIONS, GpuBenchmark
+from benchmarks.machine import training_rows
 from benchmarks.metrics import MetricsBenchmark
 from benchmarks.training import Loop, Running, TrainBenchmark
 from captioning.pipeline import caption_pictures
@@ -59,6 +60,31 @@ def test_the_caption_benchmark(monkeypatch, scenes_tokenizer, capsys):
     for figure in figures:
         assert figure["equal"] and all(figure[name]["ratio"] > 0 for name in captions.packed_precisions())
     assert "captions/s" in capsys.readouterr().out
+
+
+def test_the_machine_benchmark(tmp_path):
+    done = run("machine", "--tiny", "--no-train", "--rounds", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "benchmark-machine.json").read_text())
+    rates = found["rates"]
+    assert found["about"]["processor"] and min(rates.values()) > 1e8 and list(rates)[-1] == "memory"
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    names = ["", "---", "1 picture, greedy", "1 picture, 3 beams", "8 pictures, greedy"]
+    assert [row.split("|")[1].strip() for row in rows] == names
+    assert all(row.count("|") == len(rates) + 2 for row in rows)
+    assert all(0 < row["fp32"]["floor"] < row["fp32"]["seconds"] for row in found["generate"])
+
+
+def test_the_floor_of_a_caption(monkeypatch):
+    """By hand, for base size: a picture's 35 GFLOP, cross-attention's keys and values among them, and a token's 124 million
+    weights with the head."""
+    monkeypatch.setattr(captions, "product_rate", lambda precision: 100e9)
+    monkeypatch.setattr(captions, "memory_rate", lambda: 20e9)
+    weights = 12 * 14 * 768**2 + 50257 * 768
+    picture = 2 * 197 * 12 * (12 * 768**2 + 2 * 197 * 768 + 2 * 768**2)
+    base = captions.sizes()
+    assert captions.floor(base, 1, 1, 20, "fp32") == pytest.approx(picture / 100e9 + 20 * weights * 4 / 20e9)
+    assert captions.floor(base, 8, 3, 20, "int8") == pytest.approx(8 * picture / 100e9 + 20 * 48 * weights / 100e9)
 
 
 def test_the_folder_benchmark(scenes_dir, scenes_tokenizer, tmp_path, capsys):
@@ -149,7 +175,7 @@ def test_the_metrics_benchmark_names_a_batch_that_is_too_large(tmp_path):
 def test_unknown_benchmarks_get_one_line(tmp_path):
     done = run("nothing", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.strip() == (
-        "error: usage: python benchmark.py data|generate|folder|precision|metrics|train|race|golden|gpu (--help after it shows the flags)"
+        "error: usage: python benchmark.py data|machine|generate|folder|precision|metrics|train|race|golden|gpu (--help after it shows the flags)"
     )
 
 
@@ -175,6 +201,11 @@ def test_the_training_benchmark(tmp_path):
         assert loop["whose"] == "self-critical" or loop["first_loss"] == pytest.approx(5.7, abs=0.3)
     assert "ours, 10 pairs bf16 against 2 pairs fp32: a pair costs 1/" in done.stdout
     assert "self-critical, 10 pairs bf16: a picture costs" in done.stdout
+    rows = training_rows(figures, ["fp32", "bf16", "int8"])  # of the machine's table
+    assert [row.split("|")[1].strip() for row in rows] == [
+        f"a pair in training, beside steps of {n} pairs" for n in (2, 10)
+    ]
+    assert all(f"{figures['loops'][0]['seconds_per_pair']:.3f} s, " in row.split("|")[3] for row in rows)
 
 
 @pytest.mark.slow
