@@ -75,9 +75,11 @@ down before the row was measured."""
 def tests(config: GpuBenchmark, folder: Path) -> Iterator[Row]:
     """The tests that need a GPU, from the files that have some: collecting the others would take longer."""
     files = [
-        str(path) for path in sorted(ROOT.glob("tests/**/test_*.py")) if re.search(r"def test\w*gpu", path.read_text())
+        str(path)
+        for path in sorted(ROOT.glob("tests/**/test_*.py"))
+        if re.search(r"def test\w*on_the_gpu", path.read_text(encoding="utf-8"))
     ]
-    options = ["-n", "0", "-v", "--tb=short", "--color=no", "-p", "no:cacheprovider", "-k", "gpu"]
+    options = ["-n", "0", "-v", "--tb=short", "--color=no", "-p", "no:cacheprovider", "-k", "on_the_gpu"]
     command = [sys.executable, "-m", "pytest", *options, *files]
     outcomes: list[str] = []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped where there is none. `pytest -n 0 -k gpu` runs them alone."""
+"""What only a GPU can show; skipped where there is none. `pytest -n 0 -k on_the_gpu` runs them alone."""
 
 from __future__ import annotations
 

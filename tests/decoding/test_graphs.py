@@ -114,7 +114,7 @@ def test_a_step_in_half_precision(tiny_model):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_gpu_graphs_give_the_same_tokens(num_beams):
+def test_recorded_steps_on_the_gpu_give_the_same_tokens(num_beams):
     model = random_model(tiny_config(decoder_embed_dim=64), std=0.2)
     options = dict(max_length=12, num_beams=num_beams)
     expected = [model.generate(part, **options).sequences for part in PICTURES.split(3)]
