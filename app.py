@@ -380,9 +380,12 @@ def serve(config: AppConfig, uploads: Uploads) -> int:
         except UserError:
             print("no model here: the page offers to train the demo")
     if source is not None:
+        from captioning.engine import in_words  # late: --help is not to wait for torch
+
         captioner.load(source)
         precision = str(choose_precision(captioner.precision, captioner.device)[0])[6:]
-        print(f"model       {source}, on {captioner.device} in {precision}")
+        tokens = in_words("fp32" if (captioner.device.type, precision) == ("cpu", "float32") else "half")
+        print(f"model       {source}, on {captioner.device} in {precision}; tokens by {tokens}")
     stop = StopSignal()
     most_bytes = config.max_megabytes << 20
     page = build(captioner, most_bytes, training)
@@ -400,4 +403,4 @@ def serve(config: AppConfig, uploads: Uploads) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, goes_on=True)

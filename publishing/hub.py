@@ -389,6 +389,8 @@ class Stage:
                 key = (path.parent.name, about.st_ino, about.st_mtime_ns)
                 if key not in self._seen:
                     self.folder.mkdir(exist_ok=True)
+                    if self.folder.is_symlink():
+                        raise UserError(f"{self.folder}: is a link, which could lead anywhere: delete it")
                     take(path, self.folder / f"{path.parent.name}.safetensors")
                     self._seen.add(key)
             except FileNotFoundError:  # deleted by the run while we looked: it was there, and taken, before

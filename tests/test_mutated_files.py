@@ -1,6 +1,6 @@
 """Model files, results and tables with anything changed in their structure: a right answer, or one line that can be shown.
 
-MUTATIONS in the environment says how many of each the slow tests try.
+The slow tests try for MUTATION_MINUTES each (in the environment; half a minute unless told).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import copy
 import csv
 import io
 import json
-import os
 import resource
 import struct
 from collections import Counter
@@ -19,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import random_model, tiny_config
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from mutations import many
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -34,7 +36,7 @@ from model import ImageCaptionModel
 from scoring.results import matched
 from utils import printable
 
-FEW, MANY = 40, int(os.environ.get("MUTATIONS", 20_000))
+FEW = 40
 ODD = [
     None,
     True,
@@ -119,18 +121,11 @@ def damage(draw: st.DataObject, text: bytes) -> bytes:
     return text[:start] + new + text[end:]
 
 
-def each(number: int, look: Callable[[st.DataObject], str]) -> Counter[str]:
-    """What became of so many; memory stays where it was."""
+def each(number: int | None, look: Callable[[st.DataObject], str]) -> Counter[str]:
+    """What became of so many, or of as many as the minutes allow; memory stays where it was."""
     seen: Counter[str] = Counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    @settings(
-        max_examples=number,
-        deadline=None,
-        database=None,
-        derandomize=number == FEW,
-        suppress_health_check=list(HealthCheck),
-    )
     @given(st.data())
     def one(draw: st.DataObject) -> None:
         try:
@@ -139,7 +134,7 @@ def each(number: int, look: Callable[[st.DataObject], str]) -> Counter[str]:
             assert printable(str(error)).isprintable() and str(error)
             seen.update(["refused"])
 
-    one()
+    many(one, number)
     print(dict(seen))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700_000  # kilobytes
     return seen
@@ -157,7 +152,7 @@ def model_file(tmp_path_factory, scenes_table) -> Path:
     return path
 
 
-def model_files(number: int, source: Path, path: Path) -> Counter[str]:
+def model_files(number: int | None, source: Path, path: Path) -> Counter[str]:
     """The header, the metadata in it, and the bytes of both."""
     content = source.read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
@@ -199,13 +194,13 @@ def test_some_model_files(model_file, tmp_path):
 
 @pytest.mark.slow
 def test_many_model_files(model_file, tmp_path):
-    assert model_files(MANY, model_file, tmp_path / "x.safetensors")["read"]
+    assert model_files(None, model_file, tmp_path / "x.safetensors")["read"]
 
 
 # Results and references
 
 
-def results_files(number: int, folder: Path) -> Counter[str]:
+def results_files(number: int | None, folder: Path) -> Counter[str]:
     """What is scored is what stands in both files; all else is an error."""
     references = {
         "images": [{"id": n} for n in range(6)],
@@ -251,7 +246,7 @@ def test_some_results(tmp_path):
 
 @pytest.mark.slow
 def test_many_results(tmp_path):
-    assert results_files(3 * MANY, tmp_path)["read"]
+    assert results_files(None, tmp_path)["read"]
 
 
 # Tables
@@ -269,8 +264,18 @@ def as_csv(rows: list[dict], delimiter: str) -> bytes:
     return text.getvalue().encode("utf-8", "replace")
 
 
-def tables(number: int, folder: Path) -> Counter[str]:
-    """Six pictures with two captions each, in five forms. A table's captions are among those that the file has."""
+def as_parquet(content: Any, rows: list[dict]) -> bytes:
+    """Of rows that no table can hold, the unchanged ones."""
+    file = io.BytesIO()
+    for tried in (content, rows):
+        with contextlib.suppress(pa.ArrowException, TypeError, AttributeError, OverflowError, UnicodeError):
+            pq.write_table(pa.Table.from_pylist(tried), file)
+            break
+    return file.getvalue()
+
+
+def tables(number: int | None, folder: Path) -> Counter[str]:
+    """Six pictures with two captions each, in six forms. A table's captions are among those that the file has."""
     folder.mkdir()
     for n in range(6):
         Image.fromarray(np.full((16, 16, 3), 40 * n, np.uint8)).save(folder / f"p{n}.png")
@@ -291,11 +296,13 @@ def tables(number: int, folder: Path) -> Counter[str]:
     }
 
     def look(draw: st.DataObject) -> str:
-        form = draw.draw(st.sampled_from(["csv", "tsv", "jsonl", "json", "karpathy.json"]))
+        form = draw.draw(st.sampled_from(["csv", "tsv", "jsonl", "json", "karpathy.json", "parquet"]))
         content = mutate(draw, karpathy if form == "karpathy.json" else rows)
         if form in ("csv", "tsv"):
             whole = isinstance(content, list) and content and isinstance(content[0], dict)
             data = as_csv(content if whole else rows, "," if form == "csv" else "\t")
+        elif form == "parquet":
+            data = as_parquet(content, rows)
         elif form == "jsonl" and isinstance(content, list):
             data = "\n".join(map(json.dumps, content)).encode()
         else:
@@ -319,4 +326,4 @@ def test_some_tables(tmp_path):
 
 @pytest.mark.slow
 def test_many_tables(tmp_path):
-    assert tables(MANY, tmp_path / "data")["read"]
+    assert tables(None, tmp_path / "data")["read"]

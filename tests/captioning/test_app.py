@@ -27,6 +27,7 @@ from processes import flags, small_config
 
 import app
 from captioning import service
+from captioning.engine import in_words
 from captioning.page import HEAT_SIDE, card, heat_map, place_of, results
 from captioning.pipeline import Caption, caption_batch
 from config import UserError
@@ -666,7 +667,8 @@ def test_the_command_line(model_file, pictures, tmp_path):
     shutil.copy(model_file, tmp_path / MODEL_FILE)  # the newest model here
     environment = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path / "gradio")}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
-        assert process.stdout.readline().startswith(f"model       {tmp_path / MODEL_FILE}, on cpu in float32")
+        said = process.stdout.readline()
+        assert said.startswith(f"model       {tmp_path / MODEL_FILE}, on cpu in float32; tokens by {in_words('fp32')}")
         assert process.stdout.readline().split()[1] == f"http://127.0.0.1:{port}/"
         found = connect(f"http://127.0.0.1:{port}").predict(handle_file(pictures[0]), api_name="/caption")
         assert found[0]["caption"] == caption_image(

@@ -146,15 +146,15 @@ def hostile_kinds(honest: bytes) -> dict[str, Callable[[Client], object]]:
     return kinds
 
 
-def resident(pid: int) -> float:
-    """MiB of a process and its children."""
-    total = 0.0
+def resident(pid: int) -> dict[int, float]:
+    """MiB of a process and its children, memory that several share divided among them."""
+    held: dict[int, float] = {}
     with contextlib.suppress(OSError, IndexError):
-        total = int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+        held[pid] = int(Path(f"/proc/{pid}/smaps_rollup").read_text().split("Pss:")[1].split()[0]) / 1024
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        children_of = [child for task in tasks for child in (task / "children").read_text().split()]
-        total += sum(resident(int(child)) for child in children_of)
-    return total
+        for child in [child for task in tasks for child in (task / "children").read_text().split()]:
+            held |= resident(int(child))
+    return held
 
 
 def part(
@@ -226,7 +226,8 @@ def test_honest_clients_beside_hostile_ones(scenes_tokenizer, tmp_path, capsys):
 
         def watch() -> None:
             while not ended.wait(0.5):
-                memory.append(resident(server.pid))
+                held = resident(server.pid)
+                memory.append(held if server.pid in held else memory[-1])
                 with contextlib.suppress(OSError):
                     disk.append(sum(path.stat().st_size for path in uploads.rglob("*") if path.is_file()))
 
@@ -244,14 +245,24 @@ def test_honest_clients_beside_hostile_ones(scenes_tokenizer, tmp_path, capsys):
         assert server.wait(60) == 130 and not list(uploads.iterdir())
     said = (tmp_path / "log").read_text()
     (low, high), (before, after) = np.percentile(quiet, [50, 99]), np.percentile(took, [50, 99])
-    under = memory[start:]
+    quarters = {
+        name: [float(np.median(part)) for part in np.array_split(values, 4)]
+        for name, values in {
+            "all": [sum(held.values()) for held in memory[start:]],
+            "the page": [held[server.pid] for held in memory[start:]],
+        }.items()
+    }
+    most = max(sum(held.values()) for held in memory[start:])
     with capsys.disabled():
         print(f"\n{len(warm) / 8:.1f} captions/s at most; each client thinks {think:.1f} s: half of that, quiet")
         print(f"quiet          {len(quiet)} honest, {len(quiet_errors)} errors, p50 {low:.2f} s, p99 {high:.2f} s")
         print(f"under attack   {len(took)} honest, {len(errors)} errors, p50 {before:.2f} s, p99 {after:.2f} s; {sent}")
-        print(f"memory         {under[0]:.0f} MiB at its start, {max(under):.0f} at most, {under[-1]:.0f} at its end")
+        for name, medians in quarters.items():
+            print(f"memory, {name:8} {' '.join(f'{value:.0f}' for value in medians)} MiB, the medians of four quarters")
+        print(f"               {most:.0f} MiB at most; before the attack {sum(memory[start].values()):.0f}")
         print(f"uploads        {max(disk) / 2**20:.0f} MiB at most; the log has {len(said):,} characters")
         for error in sorted(set(errors))[:5]:
             print(f"               {error}")
     assert not quiet_errors and not errors
     assert "Traceback" not in said and max(disk) < 5 << 30
+    assert quarters["all"][-1] < 1.1 * quarters["all"][0]

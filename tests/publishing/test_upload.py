@@ -30,7 +30,7 @@ from example_usage import caption_image
 from model import ImageCaptionModel
 from publishing import hub as publish
 from publishing.card import HUB
-from publishing.hub import UploadConfig
+from publishing.hub import Stage, UploadConfig
 from publishing.space import write_space
 from training.checkpoint import save_checkpoint
 from weights import adapters
@@ -529,6 +529,18 @@ def test_weights_that_do_not_go_through_are_all_that_is_sent_later(hub, cwd, sta
     before = len(hub.lines("^PUT"))
     script(hub, cwd, "upload_to_hf.py", "ann/model")
     assert hub.lines("^PUT")[before:] == [f"PUT /lfs/{weights}"]
+
+
+def test_a_watcher_stages_nothing_through_a_link(tmp_path):
+    """A link planted beside a run led a watcher's copies wherever somebody else wanted them."""
+    model = tmp_path / "run/checkpoints/step-00000001/model.safetensors"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(b"weights")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".run.upload").symlink_to("elsewhere")
+    with pytest.raises(UserError, match=r"\.run\.upload: is a link"):
+        Stage(tmp_path / "run").gather()
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize("away", [10, pytest.param(60, marks=pytest.mark.slow)], ids=["seconds", "a minute"])
