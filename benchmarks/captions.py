@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.timing import fastest, sizes, timed
-from captioning.engine import find_engine, in_words
+from captioning.engine import MOST_ROWS, find_engine, in_words
 from captioning.pipeline import BATCH_SIZES, caption_batch, caption_pictures, picture_names, prepared
 from config import NUM_BEAMS, UserError, ViTGPT2Config
 from data.skipped import check_overlap
@@ -30,6 +30,7 @@ from weights.huggingface import write_transformers
 PRECISIONS = dtypes()
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 """Of a weight."""
+BY_RUNTIME = "int8 by onnxruntime"
 
 
 def packed_precisions() -> list[str]:
@@ -271,22 +272,27 @@ class PrecisionBenchmark:
         device, _ = choose_device(self.device)
         model = ImageCaptionModel.from_pretrained(self.model).to(device)
         precisions = packed_precisions() if device.type == "cpu" else ["fp32", "fp16", "bf16"]
+        if "int8" in precisions and find_engine("int8"):
+            precisions.append(BY_RUNTIME)
         # By the part that each is: val serves as test where a data set has none.
         tables = {table.split: table for table in (load_table(self.dataset, self.data_dir, s) for s in self.splits)}
-        loaders = []
         for table in tables.values():
             check_overlap(model.trained_on, table, self.allow_overlap)
-            loaders.append(make_dataloader(CaptionDataset(table, model.tokenizer, model.config), self.batch_size))
+        parts = [CaptionDataset(table, model.tokenizer, model.config) for table in tables.values()]
         scores: dict[str, list[np.ndarray]] = {name: [] for name in precisions}
-        print(f"{'beams':>5} " + "".join(f"{name:>9}" for name in precisions))
+        print(f"{'beams':>5} " + "".join(f"{name:>{max(9, len(name) + 2)}}" for name in precisions))
         for beams in self.num_beams:
             for name in precisions:
                 dtype = PRECISIONS.get(name, torch.float32)
-                options: dict[str, Any] = {"progress": False, "num_beams": beams, "int8": name == "int8"}
+                options: dict[str, Any] = {"progress": False, "num_beams": beams, "int8": name.startswith("int8")}
+                size = self.batch_size
+                if name == BY_RUNTIME:
+                    options["engine"], size = find_engine("int8", after=0), max(1, MOST_ROWS // beams)
                 captioned = [
-                    caption_loader(model, loader, model.tokenizer, device, dtype, **options)
-                    for loader in tqdm(loaders, f"{beams} beams, {name}", leave=False)
+                    caption_loader(model, make_dataloader(part, size), model.tokenizer, device, dtype, **options)
+                    for part in tqdm(parts, f"{beams} beams, {name}", leave=False)
                 ]
                 scores[name].append(np.concatenate([own.statistics.per_picture()["cider_d"] for own in captioned]))
-            print(f"{beams:5} " + "".join(f"{scores[name][-1].mean():9.4f}" for name in precisions), flush=True)
+            means = [f"{own[-1].mean():{max(9, len(name) + 2)}.4f}" for name, own in scores.items()]
+            print(f"{beams:5} " + "".join(means), flush=True)
         return scores
