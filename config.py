@@ -42,7 +42,7 @@ def check_numbers(config: Any) -> None:
     say anything."""
     for f in dataclasses.fields(config):
         value, kind = getattr(config, f.name), str(f.type)
-        least = 0 if f.name.endswith(("_id", "_ids")) else 1
+        least = 0 if f.name.endswith(("_id", "_ids", "_registers")) else 1
         most = 1000 if f.name.endswith("_layers") else (1 << 31) - 1
         for number in value if isinstance(value, tuple) else [value]:
             if number is None and kind.endswith("None"):
@@ -52,10 +52,24 @@ def check_numbers(config: Any) -> None:
                 wrong = f"a whole number from {least} to {most:,}"
             if "float" in kind and not (type(number) in (int, float) and abs(number) < 1e9):
                 wrong = "a number"
+            if kind == "bool" and type(number) is not bool:
+                wrong = "true or false"
             if kind.startswith("str") and not isinstance(number, str):
                 wrong = "text"
             if wrong:
                 raise UserError(f"{f.name} is {ascii(number)[:40]}: it must be {wrong}")
+
+
+NEWER = {"vision_mlp_dim", "vision_activation", "vision_norm_eps", "vision_norm_first", "vision_norm_last"}
+NEWER |= {"vision_class_token", "vision_registers", "vision_layer_scale", "vision_positions", "vision_patch_bias"}
+"""Fields that files and fingerprints of version 0.1 do not know."""
+CHOICES = {
+    "resample": ("bicubic", "bilinear"),
+    "bridge": ("cross_attention", "prefix"),
+    "vision_activation": ("gelu", "gelu_tanh", "quick_gelu", "swiglu"),
+    "vision_positions": ("learned", "rotary"),
+}
+"""What the fields that are one of several words may be."""
 
 
 @dataclass(kw_only=True)
@@ -85,6 +99,26 @@ class ViTGPT2Config:
     vision_drop_path: float = 0.0
     """Share of the pictures that skip a branch of the encoder's last layer in training, falling to none at its first
     (stochastic depth)."""
+    vision_mlp_dim: int | None = None
+    """Width inside the encoder's MLPs (default: four times its own)."""
+    vision_activation: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] = "gelu"
+    """What stands inside the encoder's MLPs; swiglu multiplies two halves (Shazeer 2020, arXiv:2002.05202)."""
+    vision_norm_eps: float = 1e-12
+    """Added to the variance in the encoder's norms."""
+    vision_norm_first: bool = False
+    """A norm before the encoder's first layer, as in CLIP."""
+    vision_norm_last: bool = True
+    """A norm behind the encoder's last layer; CLIP's states are read without."""
+    vision_class_token: bool = True
+    """A learned state of the whole picture, before those of the patches; SigLIP has none."""
+    vision_registers: int = 0
+    """Learned states that layers may write to, behind the class token (Darcet et al. 2024, arXiv:2309.16588)."""
+    vision_layer_scale: bool = False
+    """A learned factor for each number at the end of an encoder's branch (Touvron et al. 2021, arXiv:2103.17239)."""
+    vision_positions: Literal["learned", "rotary"] = "learned"
+    """How patches know where they are: by learned embeddings, or by rotating queries and keys, as in DINOv3."""
+    vision_patch_bias: bool = True
+    """A bias in the patch embedding; CLIP has none."""
     vocab_size: int = 50257
     """Entries of the tokenizer (a tokenizer trained on the captions is made this large at most)."""
     max_length: int = 512
@@ -148,10 +182,16 @@ class ViTGPT2Config:
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or not all(self.image_std):
             raise UserError("image_mean and image_std need three numbers each, and no image_std may be zero")
         check_fields(self, "dropout vision_dropout vision_drop_path", lambda x: 0 <= x < 1, "at least 0 and below 1")
-        if self.resample not in ("bicubic", "bilinear"):
-            raise UserError(f"resample {self.resample!r} is unknown: use bicubic or bilinear")
-        if self.bridge not in ("cross_attention", "prefix"):
-            raise UserError(f"bridge {self.bridge!r} is unknown: use cross_attention or prefix")
+        check_fields(self, "vision_norm_eps", lambda x: x >= 0, "at least 0")
+        if self.vision_positions == "rotary" and self.vision_embed_dim // self.vision_num_heads % 4:
+            raise UserError(
+                "rotary positions need encoder heads whose size is a multiple of 4: change vision_num_heads"
+            )
+        if self.vision_registers and not self.vision_class_token:
+            raise UserError("registers stand behind a class token: add vision_class_token, or leave them out")
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"{name} {value!r} is unknown: use {', '.join(known[:-1])} or {known[-1]}")
         if self.language_model and self.bridge != "prefix":
             raise UserError("language_model needs bridge prefix: add that, or leave it out")
         if self.prompt_ids and self.bridge != "prefix":
@@ -169,7 +209,7 @@ class ViTGPT2Config:
         """The decoder's positions that the picture takes, with the prompt behind it; none with cross-attention."""
         if self.bridge == "cross_attention":
             return 0
-        return (self.prefix_length or self.num_patches + 1) + len(self.prompt_ids)
+        return (self.prefix_length or self.num_states) + len(self.prompt_ids)
 
     @property
     def text_positions(self) -> int:
@@ -178,12 +218,24 @@ class ViTGPT2Config:
 
     @property
     def num_patches(self) -> int:
-        """P, the patches of one picture, the class token not counted."""
+        """P, the patches of one picture, the class token and registers not counted."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def num_states(self) -> int:
+        """S, the encoder's states of one picture: class token, registers and patches."""
+        return self.vision_class_token + self.vision_registers + self.num_patches
+
+    @property
+    def vision_mlp(self) -> int:
+        """Width inside the encoder's MLPs."""
+        return self.vision_mlp_dim or 4 * self.vision_embed_dim
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
-        return dataclasses.asdict(self)
+        """The fields as JSON can hold them. Those that came after version 0.1 are left out at their defaults: a plain
+        ViT's files stay readable by it, and its runs can be resumed."""
+        values, defaults = dataclasses.asdict(self), {f.name: f.default for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if name not in NEWER or value != defaults[name]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ViTGPT2Config:
@@ -325,7 +377,10 @@ class Start:
     init: Literal["scratch", "pretrained"] = "scratch"
     """Start from random weights, or from a pretrained ViT and GPT-2 with fresh cross-attention."""
     init_encoder: str | None = None
-    """A ViT or DeiT to start from, a Hub name or a folder (with init pretrained: google/vit-base-patch16-224-in21k)."""
+    """A ViT, DeiT, MAE, MSN, CLIP, SigLIP, DINOv2 or DINOv3 to start from, a Hub name or a folder (with init pretrained:
+    google/vit-base-patch16-224-in21k)."""
+    encoder_layer: int = -1
+    """Which of init_encoder's layers gives the states: -1 is the last, -2 the one before, which CLIP's readers prefer."""
     init_decoder: str | None = None
     """A GPT-2 to start from, a Hub name or a folder (with init pretrained: gpt2); its tokenizer comes with it."""
     decoder: str | None = None
@@ -519,7 +574,7 @@ class TrainConfig(
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self) | {"model": self.model.to_dict()}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     @property
@@ -536,6 +591,8 @@ class TrainConfig(
         )
         values = {name: value for name, value in self.to_dict().items() if name not in elsewhere.split()}
         values["compile"] = bool(self.compile)  # as it was before the device decided
+        if self.encoder_layer == -1:  # as in a run that version 0.1 began
+            del values["encoder_layer"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -4,8 +4,8 @@ Bottom up: attention by the fastest kernel at hand, the encoder, the decoder, th
 What its files look like is in weights/, how captions are searched for in decoding/. Nothing here trains, decodes pictures
 or picks a device.
 
-Dimensions: N pictures, K captions of each, T tokens of a caption, S encoder states of a picture (class token +
-patches), H heads, D width, V vocabulary, M real positions (the ones with a target).
+Dimensions: N pictures, K captions of each, T tokens of a caption, S encoder states of a picture (class token,
+registers, patches), H heads, D width, V vocabulary, M real positions (the ones with a target).
 
 References: ViT, Dosovitskiy et al. 2021 (arXiv:2010.11929); GPT-2, Radford et al. 2019; cross-attention as in
 Vaswani et al. 2017 (arXiv:1706.03762), placed where transformers' GPT2Model places it; the prefix as in ClipCap, Mokady
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,38 +155,72 @@ def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
 # The encoder
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+}
+
+
 class EncoderBlock(nn.Module):
-    """One pre-norm ViT layer: self-attention, then an MLP with exact GELU."""
+    """One pre-norm layer of a vision transformer: self-attention, then an MLP."""
 
     def __init__(self, config: ViTGPT2Config, drop_path: float = 0.0) -> None:
         super().__init__()
         self.drop_path = drop_path
-        width = config.vision_embed_dim
+        width, inside, eps = config.vision_embed_dim, config.vision_mlp, config.vision_norm_eps
         self.num_heads, self.dropout = config.vision_num_heads, config.vision_dropout
-        self.norm_before = nn.LayerNorm(width, eps=1e-12)
+        self.activation = config.vision_activation
+        self.norm_before = nn.LayerNorm(width, eps=eps)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.norm_after = nn.LayerNorm(width, eps=1e-12)
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.norm_after = nn.LayerNorm(width, eps=eps)
+        self.fc1 = nn.Linear(width, inside * (2 if self.activation == "swiglu" else 1))
+        self.fc2 = nn.Linear(inside, width)
+        if config.vision_layer_scale:
+            self.scale_before, self.scale_after = (nn.Parameter(torch.ones(width)) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N, S, D) -> (N, S, D)."""
+    def forward(self, x: Tensor, turns: Tensor | None = None) -> Tensor:
+        """x (N, S, D) -> (N, S, D); turns (2, P, D/H) as rotary_turns gives them."""
         query, key, value = split_heads(self.qkv(self.norm_before(x)), 3, self.num_heads)
-        x = x + self.branch(self.proj(attention(query, key, value).flatten(2)))
-        return x + self.branch(self.fc2(F.gelu(self.fc1(self.norm_after(x)))))
+        if turns is not None:
+            query, key = rotate(query, turns), rotate(key, turns)
+        x = x + self.branch(self.proj(attention(query, key, value).flatten(2)), "scale_before")
+        hidden = ACTIVATIONS[self.activation](self.fc1(self.norm_after(x)))
+        return x + self.branch(self.fc2(hidden), "scale_after")
 
-    def branch(self, x: Tensor) -> Tensor:
-        """A branch's end, (N, S, D): dropout, and in training some pictures go without (Huang et al. 2016,
+    def branch(self, x: Tensor, scale: str) -> Tensor:
+        """A branch's end, (N, S, D): dropout, its factors, and in training some pictures go without (Huang et al. 2016,
         arXiv:1603.09382)."""
         x = F.dropout(x, self.dropout, self.training)
+        if hasattr(self, scale):
+            x = x * getattr(self, scale)
         if not (self.training and self.drop_path):
             return x
         return x * F.dropout(x.new_ones(len(x), 1, 1), self.drop_path)
 
 
+def rotary_turns(side: int, size: int) -> Tensor:
+    """Cosines and sines (2, side * side, size) by which DINOv3 (arXiv:2508.10104) turns heads of this size: the angles
+    follow from a patch's middle, from -1 to 1 in both directions, at size / 4 wavelengths up to 100 times the shortest."""
+    middles = (torch.arange(side) + 0.5) / side * 2 - 1
+    places = torch.cartesian_prod(middles, middles)  # (side * side, 2), rows first
+    angles = (2 * math.pi * places.unsqueeze(-1) * 100.0 ** -torch.arange(0, 1, 4 / size)).flatten(1).tile(2)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Heads (N, S, H, D/H), the last P of their S states turned."""
+    cos, sin = turns.unsqueeze(2).to(x.dtype)
+    first, patches = x[:, : -len(cos)], x[:, -len(cos) :]
+    one, other = patches.chunk(2, -1)
+    return torch.cat([first, patches * cos + torch.cat([-other, one], -1) * sin], 1)
+
+
 class VisionTransformer(nn.Module):
-    """ViT without pooler: uint8 or normalised pictures in, one state for the class token and each patch out."""
+    """A vision transformer without pooler: uint8 or normalised pictures in, a state for class token, registers and each
+    patch out. ViT, DeiT, MAE, MSN, CLIP, SigLIP, DINOv2 and DINOv3 differ in the config's fields alone."""
 
     mean: Tensor
     std: Tensor
@@ -193,34 +228,61 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: ViTGPT2Config) -> None:
         super().__init__()
         self.config = config
-        width, patch = config.vision_embed_dim, config.patch_size
-        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_patches + 1, width))
+        width, patch, eps = config.vision_embed_dim, config.patch_size, config.vision_norm_eps
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=config.vision_patch_bias)
+        if config.vision_class_token:
+            self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        if config.vision_registers:
+            self.registers = nn.Parameter(torch.zeros(1, config.vision_registers, width))
+        if config.vision_positions == "learned":
+            placed = config.num_patches + config.vision_class_token
+            self.position_embeddings = nn.Parameter(torch.zeros(1, placed, width))
+        if config.vision_norm_first:
+            self.norm_first = nn.LayerNorm(width, eps=eps)
         layers = config.vision_num_layers
         skipped = [config.vision_drop_path * index / max(1, layers - 1) for index in range(layers)]
         self.blocks = nn.ModuleList(EncoderBlock(config, share) for share in skipped)
-        self.norm = nn.LayerNorm(width, eps=1e-12)
+        if config.vision_norm_last:
+            self.norm = nn.LayerNorm(width, eps=eps)
         self.gradient_checkpointing = False
         self.pictures_at_a_time: int | None = None
         # Not saved: they follow from the config.
         self.register_buffer("mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
+        self.turns: Tensor | None
+        turns = rotary_turns(config.image_size // patch, width // config.vision_num_heads)
+        self.register_buffer("turns", turns if config.vision_positions == "rotary" else None, persistent=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values (N, 3, S, S), uint8 (normalised here) or float (taken as normalised) -> (N, P + 1, D)."""
+        """pixel_values (N, 3, S, S), uint8 (normalised here) or float (taken as normalised) -> (N, states, D)."""
         size = self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
             raise ValueError(f"pixel_values is {tuple(pixel_values.shape)}: expected (N, 3, {size}, {size})")
         if pixel_values.dtype == torch.uint8:
             pixel_values = (pixel_values / 255 - self.mean) / self.std
-        x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
-        # Along a new axis: else the gradient of a batch of one picture is a slice, whose strides DDP warns of.
-        token = self.class_token[0].expand(x.shape[0], -1, -1)  # len(x) is a constant of an exported graph
-        x = torch.cat([token, x], dim=1) + self.position_embeddings
+        x = self.embed(
+            self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        )
+        if self.config.vision_norm_first:
+            x = self.norm_first(x)
         for block in self.blocks:
-            x = run_block(block, x, save_memory=self.gradient_checkpointing)
-        return self.norm(x)
+            x = run_block(block, x, self.turns, save_memory=self.gradient_checkpointing)
+        return self.norm(x) if self.config.vision_norm_last else x
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Patches (N, P, D) with their positions, behind class token and registers: (N, states, D)."""
+        config, number = self.config, x.shape[0]  # len(x) is a constant of an exported graph
+        before = []
+        if config.vision_class_token:
+            # Along a new axis: else the gradient of a batch of one picture is a slice, whose strides DDP warns of.
+            before = [self.class_token[0].expand(number, -1, -1)]
+        x = torch.cat([*before, x], dim=1)
+        if config.vision_positions == "learned":
+            x = x + self.position_embeddings
+        if not config.vision_registers:
+            return x
+        registers = self.registers[0].expand(number, -1, -1)
+        return torch.cat([x[:, :1], registers.to(x.dtype), x[:, 1:]], dim=1)
 
 
 def run_block(block: Callable[..., Any], *inputs: Any, save_memory: bool) -> Any:
@@ -547,7 +609,7 @@ class ImageCaptionModel(nn.Module):
         branches = {"encoder": 2 * config.vision_num_layers, "decoder": decoder_branches * config.decoder_num_layers}
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:  # biases and norms
-                nn.init.constant_(parameter, 1.0 if "norm" in name or "ln_" in name else 0.0)
+                nn.init.constant_(parameter, 1.0 if re.search("norm|ln_|scale_", name) else 0.0)
                 if name.endswith("bias"):
                     nn.init.zeros_(parameter)
                 continue
@@ -584,7 +646,7 @@ class ImageCaptionModel(nn.Module):
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = on
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values (N, 3, S, S) -> the states that the decoder looks at, (N, P + 1, decoder width), or as many as they
+        """pixel_values (N, 3, S, S) -> the states that the decoder looks at, (N, states, decoder width), or as many as they
         are pooled to."""
         at_a_time = self.encoder.pictures_at_a_time
         if at_a_time and len(pixel_values) > at_a_time:

@@ -26,7 +26,7 @@ ROWS = 8
 FEW, FEW_WITHOUT_VNNI = 4, 7
 """Rows, up to which rounding them costs more time than it saves, at least on the smaller layers."""
 LEAST_GELU = -0.1701
-"""Below what any GELU, exact or by tanh, gives."""
+"""Below what any GELU, exact, by tanh or by a sigmoid, gives."""
 
 
 class PackedLinear(nn.Module):
@@ -186,10 +186,9 @@ def packed_model(model: Any, precision: Precision, rows: int) -> Any:
     if kind not in made:
         # Packed layers in the place of linear ones; all other tensors are shared.
         memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        prefixed = model.config.bridge == "prefix"
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                memo[id(module)] = packed_layer(name, module, layers, precision, rows if few else None, prefixed)
+                memo[id(module)] = packed_layer(name, module, layers, precision, rows if few else None, model.config)
         # By the faster kernel: rounding activations costs nothing measurable there.
         head = ("head", few and largest_weight() != 127)
         if head not in layers:
@@ -202,11 +201,11 @@ def packed_model(model: Any, precision: Precision, rows: int) -> Any:
 
 
 def packed_layer(
-    name: str, layer: nn.Linear, made: dict[Any, nn.Module], precision: Precision, few: int | None, prefixed: bool
+    name: str, layer: nn.Linear, made: dict[Any, nn.Module], precision: Precision, few: int | None, config: Any
 ) -> nn.Module:
     """One layer of a model, kept in `made`; `few` rows at a time, or None for many."""
     tokens_only = name.startswith("decoder.") and not name.endswith("crossattention.c_attn")
-    tokens_only = tokens_only and not prefixed  # a prefix meets all layers
+    tokens_only = tokens_only and config.bridge != "prefix"  # a prefix meets all layers
     # Attention to a picture is halved, except for a few queries, which are faster in fp32.
     halved = name.endswith(("qkv",) if few else ("qkv", "c_attn", "q_attn"))
     dtype = choose_precision("auto", layer.weight.device)[0] if halved else torch.float32  # if the CPU has fast bf16
@@ -215,6 +214,9 @@ def packed_layer(
     unrounded = bool(few) and tokens_only and not wide
     key = (name, unrounded, dtype)
     if key not in made:
-        least = LEAST_GELU if re.search(r"\.(fc2|\d+\.c_proj)$", name) else None
+        behind_gelu = re.search(r"\.(fc2|\d+\.c_proj)$", name) and not (
+            name.endswith("fc2") and config.vision_activation == "swiglu"
+        )
+        least = LEAST_GELU if behind_gelu else None
         made[key] = pack(layer.weight, layer.bias, precision, unrounded, dtype, least)
     return made[key]

@@ -452,4 +452,4 @@ def look_again(decoder: Decoder, hidden: Tensor, found: Generated, prefix: int, 
         behind[:, :prefix] = True
         found.token_log_probs, found.lengths = each.masked_fill(behind, 0.0), (~behind).sum(1)
     if search.return_attention:
-        found.attention = torch.stack(looks).mean(0)[:, :, 1:].float()
+        found.attention = torch.stack(looks).mean(0)[:, :, -decoder.config.num_patches :].float()

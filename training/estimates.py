@@ -31,8 +31,9 @@ def step_operations(config: ViTGPT2Config, captions: float, tokens: float) -> fl
 
     Two for every weight and position it meets, forward once and backward twice (Kaplan et al. 2020, arXiv:2001.08361).
     """
-    states, vision, width = config.num_patches + 1, config.vision_embed_dim, config.decoder_embed_dim
-    encoder = states * config.vision_num_layers * (12 * vision**2 + 2 * states * vision)
+    states, vision, width = config.num_states, config.vision_embed_dim, config.decoder_embed_dim
+    layers = (3 if config.vision_activation == "swiglu" else 2) * config.vision_mlp + 4 * vision
+    encoder = states * config.vision_num_layers * (layers * vision + 2 * states * vision)
     words = captions * tokens
     if config.bridge == "cross_attention":
         looking = states * config.decoder_num_layers * 2 * vision * width
@@ -76,7 +77,7 @@ def estimated_memory(config: TrainConfig, weights: int, learned: int, tokens: fl
     moments in fp32, activations kept for the backward pass."""
     m = config.model
     kept = 2 if config.gradient_checkpointing else 34  # numbers a layer keeps for each position and unit of width
-    states = (m.num_patches + 1) * m.vision_num_layers * m.vision_embed_dim
+    states = m.num_states * m.vision_num_layers * m.vision_embed_dim
     words = config.captions_per_image * tokens * m.decoder_num_layers * m.decoder_embed_dim * 1.3
     head = config.captions_per_image * tokens * m.vocab_size * 3
     numbers = weights + (16.0 if config.ema else 12.0) * learned

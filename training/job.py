@@ -289,7 +289,7 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
         return config.init_model, model
     parts = {part: name and find_base(name, config.base_dir) for part, name in pretrained_parts(config).items()}
     if parts["decoder"] and is_language_model(parts["decoder"]):  # whose tokenizer comes with it
-        _, model = initialise(config.model, **parts)
+        _, model = initialise(config.model, **parts, layer=config.encoder_layer)
         add_prompt(model, config.prompt)
         return parts["decoder"], model
     if parts["decoder"] and config.tokenizer == "auto":
@@ -306,7 +306,7 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
         pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     if any(parts.values()):
-        sizes, model = initialise(sizes, **parts)
+        sizes, model = initialise(sizes, **parts, layer=config.encoder_layer)
         if sizes.vocab_size != len(tokenizer):
             raise UserError(
                 f"{parts['decoder']} knows {sizes.vocab_size:,} tokens and tokenizer {name} has {len(tokenizer):,}: leave "
@@ -320,11 +320,11 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
 
 
 def initialise(
-    config: ViTGPT2Config, encoder: str | None, decoder: str | None
+    config: ViTGPT2Config, encoder: str | None, decoder: str | None, layer: int = -1
 ) -> tuple[ViTGPT2Config, ImageCaptionModel]:
     """A model with pretrained parts (see weights.pretrained.read_parts) and fresh ones, and its config. Prints what was
     taken, left out and made new."""
-    parts = read_parts(config, encoder, decoder)
+    parts = read_parts(config, encoder, decoder, layer)
     model = ImageCaptionModel.from_saved(parts)
     made = [name for name in model.state_dict() if name not in parts.tensors]
     print(f"taken       {parts.taken}\nleft out    {parts.left}\nmade new    {some(made)}")

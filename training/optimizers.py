@@ -17,14 +17,9 @@ from torch import Tensor, nn
 from config import TrainConfig, UserError
 from model import ImageCaptionModel
 from training.sharding import whole
-from weights.file import part_of
+from weights.file import layer_of, part_of
 
 MOMENTUM = 0.95  # Muon's
-
-
-def layer_of(name: str) -> int | None:
-    """The number of the layer that a parameter is in: "encoder.blocks.3.fc1.bias" -> 3; None outside of them."""
-    return next((int(word) for word in name.split(".") if word.isdigit()), None)
 
 
 def depth_below_top(name: str, layers: dict[str, int]) -> int:

@@ -86,7 +86,7 @@ def base_of(saved: Saved, base_dir: Path | None) -> Saved:
     try:
         if "model" in bases:
             return read_captioner(bases["model"])
-        return read_parts(saved.config, bases["encoder"], bases["decoder"])
+        return read_parts(saved.config, bases["encoder"], bases["decoder"], saved.config.vision_num_layers)
     except UserError as error:
         raise UserError(
             f"{path}: adapters for {' and '.join(bases.values())}: {error}; --base-dir names a folder that has them, and "

@@ -55,6 +55,11 @@ def part_of(name: str) -> str:
     return name.split(".")[0]
 
 
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a parameter is in: "encoder.blocks.3.fc1.bias" -> 3; None outside of them."""
+    return next((int(word) for word in name.split(".") if word.isdigit()), None)
+
+
 def keys_to_text(keys: np.ndarray) -> str:
     """Keys of pictures (uint64), the MOST_KEYS smallest of them, as JSON can hold them."""
     return base64.b64encode(np.sort(keys)[:MOST_KEYS].astype("<u8").tobytes()).decode()

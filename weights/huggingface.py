@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -33,11 +31,23 @@ from weights.file import (
     tokenizer_from_json,
     write_tensors,
 )
+from weights.vision import (
+    Name,
+    Source,
+    as_ours,
+    as_theirs,
+    family_named,
+    prefix_of,
+    require,
+    split_off,
+    square,
+    their_fields,
+    vision_fields,
+    vision_names,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-Source = str | os.PathLike[str]  # a folder, or user/name on the Hugging Face Hub
 
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
 MARKER = f"{METADATA_KEY}.json"  # what transformers has no place for; a folder that has it was written here
@@ -46,14 +56,6 @@ WRITTEN += ["tokenizer.json", "tokenizer_config.json"]
 WANTED = [*WRITTEN, "processor_config.json", "vocab.json", "merges.txt", f"{WEIGHTS}.index.json", "model-*.safetensors"]
 
 # Our fields, transformers' names for them and its defaults.
-VIT_FIELDS: dict[str, tuple[str, Any]] = {
-    "image_size": ("image_size", 224),
-    "patch_size": ("patch_size", 16),
-    "vision_embed_dim": ("hidden_size", 768),
-    "vision_num_layers": ("num_hidden_layers", 12),
-    "vision_num_heads": ("num_attention_heads", 12),
-    "vision_dropout": ("hidden_dropout_prob", 0.0),
-}
 GPT2_FIELDS: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", 50257),
     "max_length": ("n_positions", 1024),
@@ -63,13 +65,6 @@ GPT2_FIELDS: dict[str, tuple[str, Any]] = {
     "dropout": ("resid_pdrop", 0.1),
 }
 # Settings that decide what the weights mean, with the values under which they mean it here, transformers' default first.
-VIT_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "model_type": ("vit",),
-    "hidden_act": ("gelu",),
-    "layer_norm_eps": (1e-12,),
-    "qkv_bias": (True,),
-    "num_channels": (3,),
-}
 GPT2_SETTINGS: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
@@ -81,17 +76,8 @@ GPT2_SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 
 RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
-# Tensors that no caption depends on: ViT's pooler and mask token, GPT-2's causal masks.
-UNUSED = re.compile(r"(^|\.)(pooler\..*|embeddings\.mask_token|(attn|crossattention)\.(masked_)?bias)$")
+UNUSED = r"(^|\.)(attn|crossattention)\.(masked_)?bias$"  # GPT-2's causal masks: no caption depends on them
 # A layer's modules: our name, theirs, and how many times the width its outputs and inputs are (a norm has no inputs).
-VIT_LAYER: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-    "norm_before": (("layernorm_before",), (1,)),
-    "qkv": (tuple(f"attention.attention.{name}" for name in ("query", "key", "value")), (3, 1)),
-    "proj": (("attention.output.dense",), (1, 1)),
-    "norm_after": (("layernorm_after",), (1,)),
-    "fc1": (("intermediate.dense",), (4, 1)),
-    "fc2": (("output.dense",), (1, 4)),
-}
 GPT2_LAYER: dict[str, tuple[str, tuple[int, ...]]] = {
     **{name: (name, (1,)) for name in ("ln_1", "ln_cross_attn", "ln_2")},
     **{f"attn.{name}": (f"attn.{name}", shape) for name, shape in (("c_attn", (3, 1)), ("c_proj", (1, 1)))},
@@ -103,41 +89,21 @@ GPT2_LAYER: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 
 
-class Name(NamedTuple):
-    """A tensor of ours, its names in transformers (three where ours is their concatenation), its shape here, and whether
-    it is turned there."""
-
-    ours: str
-    theirs: tuple[str, ...]
-    shape: tuple[int, ...]
-    transposed: bool = False  # in x out, as GPT-2's Conv1D keeps its weights
-
-
 def tensor_names(config: ViTGPT2Config, vit: str = "encoder.", gpt2: str = "decoder.transformer.") -> Iterator[Name]:
     """Every tensor of the model; vit and gpt2 are what stands before transformers' names."""
-    D, W, patch = config.vision_embed_dim, config.decoder_embed_dim, config.patch_size
-    projection = f"{vit}embeddings.patch_embeddings.projection"
-    modules = [
-        Name("encoder.patch_embedding", (projection,), (D, 3, patch, patch)),
-        Name("encoder.norm", (f"{vit}layernorm",), (D,)),
-        Name("decoder.ln_f", (f"{gpt2}ln_f",), (W,)),
-    ]
+    D, W = config.vision_embed_dim, config.decoder_embed_dim
+    modules = [Name("decoder.ln_f", (f"{gpt2}ln_f",), (W,))]
     if D != W:
         modules.append(Name("enc_to_dec_proj", ("enc_to_dec_proj",), (W, D)))
-    for n in range(config.vision_num_layers):
-        for name, (theirs, times) in VIT_LAYER.items():
-            whole = tuple(f"{vit}encoder.layer.{n}.{t}" for t in theirs)
-            modules.append(Name(f"encoder.blocks.{n}.{name}", whole, tuple(D * t for t in times)))
     for n in range(config.decoder_num_layers):
         for name, (t, times) in GPT2_LAYER.items():
             if config.bridge == "cross_attention" or "cross" not in name:
                 shape = tuple(W * t for t in times)
                 modules.append(Name(f"decoder.blocks.{n}.{name}", (f"{gpt2}h.{n}.{t}",), shape, len(shape) == 2))
-    yield Name("encoder.class_token", (f"{vit}embeddings.cls_token",), (1, 1, D))
-    yield Name("encoder.position_embeddings", (f"{vit}embeddings.position_embeddings",), (1, config.num_patches + 1, D))
+    yield from vision_names(config, vit)
     yield Name("decoder.wte.weight", (f"{gpt2}wte.weight",), (config.vocab_size, W))
     yield Name("decoder.wpe.weight", (f"{gpt2}wpe.weight",), (config.max_length, W))
-    for ours, theirs, shape, transposed in modules:
+    for ours, theirs, shape, transposed, _ in modules:
         yield Name(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), shape, transposed)
         yield Name(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs), shape[:1])
 
@@ -145,7 +111,7 @@ def tensor_names(config: ViTGPT2Config, vit: str = "encoder.", gpt2: str = "deco
 def rename(state: dict[str, Tensor], names: list[Name]) -> dict[str, Tensor]:
     """Our tensors as transformers stores them; those that are not turned share memory with ours."""
     return {
-        theirs: (part.mT if name.transposed else part).contiguous()
+        theirs: (part.mT if name.transposed else part.reshape(name.flat or part.shape)).contiguous()
         for name in names
         for theirs, part in zip(name.theirs, state[name.ours].chunk(len(name.theirs)), strict=True)
     }
@@ -156,7 +122,7 @@ def take(path: Path, weights: dict[str, Tensor], names: list[Name]) -> dict[str,
     blank = {name.ours: torch.empty(name.shape, device="meta") for name in names}
     check_shapes(path, rename(blank, names), weights)
     whole = {name: torch.cat([weights[theirs] for theirs in name.theirs]) for name in names}
-    return {name.ours: tensor.mT if name.transposed else tensor for name, tensor in whole.items()}
+    return {n.ours: tensor.mT if n.transposed else tensor.reshape(n.shape) for n, tensor in whole.items()}
 
 
 # Out
@@ -168,14 +134,11 @@ def write_transformers(saved: Saved, directory: Source) -> None:
     Raises UserError where the folder must not be written (see utils.new_folder), and where there is no tokenizer and
     GPT-2's cannot be had.
     """
-    config, dtype = saved.config, saved.tensors["decoder.wte.weight"].dtype
+    config = saved.config
     if config.bridge != "cross_attention":
         raise UserError("transformers' VisionEncoderDecoder has no prefix: this model stays in its own file")
     weights = rename({name: t.detach().cpu() for name, t in saved.tensors.items()}, list(tensor_names(config)))
-    # transformers' ViT has a pooler. Without one in the file it makes one up, and warns that the model needs training.
-    width = config.vision_embed_dim
-    weights["encoder.pooler.dense.weight"] = torch.zeros(width, width, dtype=dtype)
-    weights["encoder.pooler.dense.bias"] = torch.zeros(width, dtype=dtype)
+    as_theirs(config, "encoder.", weights)
     with new_folder(directory, WRITTEN, MARKER) as folder:
         write_tensors(weights, folder / WEIGHTS, {"format": "pt"})
         write_their_files(saved, folder)
@@ -195,9 +158,6 @@ def their_files(config: ViTGPT2Config, tokenizer: PreTrainedTokenizerFast) -> di
     start, end, pad = config.start_token_id, config.end_token_id, config.pad_token_id
     assert start is not None and end is not None and pad is not None
     ids = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad}
-    encoder = {name: allowed[0] for name, allowed in VIT_SETTINGS.items()}
-    encoder |= {theirs: getattr(config, ours) for ours, (theirs, _) in VIT_FIELDS.items()}
-    encoder |= {"intermediate_size": 4 * config.vision_embed_dim, "attention_probs_dropout_prob": 0.0}
     decoder = {name: allowed[0] for name, allowed in GPT2_SETTINGS.items()} | ids
     decoder |= {theirs: getattr(config, ours) for ours, (theirs, _) in GPT2_FIELDS.items()}
     decoder |= {"n_inner": None, "embd_pdrop": config.dropout, "attn_pdrop": 0.0}
@@ -228,7 +188,7 @@ def their_files(config: ViTGPT2Config, tokenizer: PreTrainedTokenizerFast) -> di
             "is_encoder_decoder": True,
             "tie_word_embeddings": False,  # between encoder and decoder; the decoder's own head is tied
             "decoder_start_token_id": start,
-            "encoder": encoder,
+            "encoder": their_fields(config) if config.bridge == "cross_attention" else {},  # the prefix's has its own
             "decoder": decoder,
             **ids,
         },
@@ -274,19 +234,22 @@ def read_transformers(source: Source, allow_pickle: bool = False) -> Saved:
     with one_line(source):
         encoder, decoder = about["encoder"], about["decoder"]
         require(source, "decoder.", decoder, {"add_cross_attention": (True,)})
-        fields = vit_fields(source, "encoder.", encoder) | gpt2_fields(source, "decoder.", decoder)
+        fields = vision_fields(source, "encoder.", encoder) | gpt2_fields(source, "decoder.", decoder)
         fields |= special_ids(source, read_json(folder, "generation_config.json"), about, decoder)
         fields |= picture_fields(source, processor, fields["image_size"])
         config = ViTGPT2Config.from_dict(fields)
         trained_on = keys_from_text(marker.get("trained_on", ""))
+        family = family_named(source, "encoder.", encoder)
     advice = "where you trust it, python convert.py from-transformers --allow-pickle reads its tensors and nothing else"
     path, weights = read_weights(source, folder, allow_pickle, advice)
     untie(path, weights, "decoder.lm_head.weight", "decoder.transformer.wte.weight")
-    unused = split_off(weights, "")
+    unused = split_off(weights, "", f"{UNUSED}|{family.unused}")
+    vit = prefix_of(family.patches, weights)
+    as_ours(config, vit, weights)
     tokenizer = read_tokenizer(source, folder, config)
     if tokenizer is None and config.vocab_size != 50257:  # with as many it is GPT-2's own
         raise UserError(f"{source}: no tokenizer.json, and no vocab.json with merges.txt: add the tokenizer's files")
-    ours = take(path, weights, list(tensor_names(config)))
+    ours = take(path, weights, list(tensor_names(config, vit)))
     if unused and not marker:  # what is unused in our own folders means nothing
         print(f"{source}: {some(unused)} left out, captions do not depend on them", file=sys.stderr)
     return Saved(config, ours, tokenizer, trained_on, path=path)
@@ -379,23 +342,6 @@ def read_tokenizer(source: Source, folder: Path, config: ViTGPT2Config) -> PreTr
     return tokenizer
 
 
-def require(source: Source, part: str, about: dict[str, Any], settings: dict[str, tuple[Any, ...]]) -> None:
-    """Raises UserError for the first setting that has another than the known values."""
-    for name, known in settings.items():
-        if (value := about.get(name, known[0])) not in known:
-            words = " or ".join(map(repr, known))
-            raise UserError(f"{source}: {part}{name} is {value!r}, which this model cannot represent: only {words}")
-
-
-def vit_fields(source: Source, part: str, about: dict[str, Any], kinds: tuple[str, ...] = ("vit",)) -> dict[str, Any]:
-    """Our fields from a ViT's config."""
-    require(source, part, about, VIT_SETTINGS | {"model_type": kinds})
-    fields = numbers(about, VIT_FIELDS)
-    fields |= {name: square(source, f"{part}{name}", fields[name]) for name in ("image_size", "patch_size")}
-    require(source, part, {"intermediate_size": 3072} | about, {"intermediate_size": (4 * fields["vision_embed_dim"],)})
-    return fields
-
-
 def gpt2_fields(source: Source, part: str, about: dict[str, Any]) -> dict[str, Any]:
     """Our fields from a GPT-2's config."""
     require(source, part, about, GPT2_SETTINGS)
@@ -408,7 +354,7 @@ def numbers(about: dict[str, Any], names: dict[str, tuple[str, Any]]) -> dict[st
     """Our fields by transformers' names. Raises TypeError for one that is no number."""
     fields = {ours: about.get(theirs, default) for ours, (theirs, default) in names.items()}
     for ours, value in fields.items():
-        if not isinstance(value, int | float | list):  # a list is for square to judge
+        if not isinstance(value, int | float):
             raise TypeError(f"{names[ours][0]} is {value!r}")
     return fields
 
@@ -442,25 +388,16 @@ def picture_fields(source: Source, about: dict[str, Any], image_size: int) -> di
     return looks(source, about) | {"resize_size": resized if about else image_size}
 
 
-def looks(source: Source, about: dict[str, Any]) -> dict[str, Any]:
-    """Resampling, mean and standard deviation from a preprocessor_config.json."""
+def looks(source: Source, about: dict[str, Any], colours: Any = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))) -> dict[str, Any]:
+    """Resampling, mean and standard deviation from a preprocessor_config.json; these colours where it does not say."""
     number = about.get("resample", RESAMPLING["bicubic"] if not about else RESAMPLING["bilinear"])
     names = [name for name, known in RESAMPLING.items() if known == number]
     if not names:
         raise UserError(f"{source}: resample {number} cannot be represented: only {RESAMPLING}")
     if not about.get("do_normalize", True):
         return {"resample": names[0], "image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
-    colours = {name: tuple(about.get(name) or (0.5, 0.5, 0.5)) for name in ("image_mean", "image_std")}
-    return {"resample": names[0], **colours}
-
-
-def square(source: Source, name: str, size: Any) -> int:
-    """The side of a square given as a number, as a pair, or by height and width."""
-    sides = [size.get("height"), size.get("width")] if isinstance(size, dict) else size
-    sides = sides if isinstance(sides, list) else [sides]
-    if not all(isinstance(side, int) and side == sides[0] for side in sides):
-        raise UserError(f"{source}: {name} is {size}, which this model cannot represent: only squares")
-    return int(sides[0])
+    mean, std = (tuple(about.get(name) or own) for name, own in zip(("image_mean", "image_std"), colours, strict=True))
+    return {"resample": names[0], "image_mean": mean, "image_std": std}
 
 
 def untie(path: Path, weights: dict[str, Tensor], head: str, embedding: str) -> None:
@@ -468,11 +405,3 @@ def untie(path: Path, weights: dict[str, Tensor], head: str, embedding: str) -> 
     stored = weights.pop(head, None)
     if stored is not None and not torch.equal(stored, weights.setdefault(embedding, stored)):
         raise UserError(f"{path}: {head} differs from {embedding}, and this model has one tensor for both")
-
-
-def split_off(weights: dict[str, Tensor], prefix: str) -> list[str]:
-    """Takes away what is unused or does not begin with the prefix; returns the names."""
-    unused = [name for name in weights if UNUSED.search(name) or not name.startswith(prefix)]
-    for name in unused:
-        del weights[name]
-    return unused

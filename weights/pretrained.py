@@ -1,4 +1,4 @@
-"""Pretrained weights to start from: a ViT's or a DeiT's, a GPT-2's or another language model's.
+"""Pretrained weights to start from: a vision transformer's, a GPT-2's or another language model's.
 
 Takes everything or nothing, as huggingface.py does, and says what was taken and left out.
 """
@@ -19,8 +19,9 @@ from torch import Tensor
 from config import UserError, ViTGPT2Config
 from decoding.foreign import check_ids, load_theirs, refused
 from utils import one_line, some
-from weights.file import Saved
+from weights.file import Saved, layer_of
 from weights.huggingface import (
+    UNUSED,
     WANTED,
     find_folder,
     gpt2_fields,
@@ -30,12 +31,11 @@ from weights.huggingface import (
     read_tokenizer,
     read_weights,
     special_ids,
-    split_off,
     take,
     tensor_names,
     untie,
-    vit_fields,
 )
+from weights.vision import DINOV2, Family, as_ours, family_named, prefix_of, split_off, vision_fields, vision_names
 
 LANGUAGE_MODEL = ["*.json", "model*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
 
@@ -48,8 +48,9 @@ class Parts(Saved):
     left: str = ""
 
 
-def read_parts(config: ViTGPT2Config, encoder: str | None, decoder: str | None) -> Parts:
-    """The weights of a pretrained ViT or DeiT, of a pretrained GPT-2 or another language model, or of both; None: fresh.
+def read_parts(config: ViTGPT2Config, encoder: str | None, decoder: str | None, layer: int = -1) -> Parts:
+    """The weights of a pretrained vision transformer, of a pretrained GPT-2 or another language model, or of both; None:
+    fresh. Of the encoder the states behind this layer are read: 1 is the first, -1 the last.
 
     encoder and decoder are folders or Hub names. Sizes, heads, colours and the vocabulary become those of the weights.
     image_size stays, and the position embeddings are interpolated to it; max_length stays where the weights have as
@@ -59,11 +60,16 @@ def read_parts(config: ViTGPT2Config, encoder: str | None, decoder: str | None) 
     left: list[str] = []
     said, tokenizer = [], None
     if encoder is not None:
-        theirs, tensors = pretrained_vit(encoder, config, left)
+        theirs, tensors, family, assumed = pretrained_vision(encoder, config, layer, left)
         config = dataclasses.replace(theirs, image_size=config.image_size, resize_size=config.resize_size)
         old, new = (sizes.image_size // sizes.patch_size for sizes in (theirs, config))
-        said.append(f"{encoder}: {some(list(tensors))}, positions {old} x {old} -> {new} x {new}")
-        tensors["encoder.position_embeddings"] = interpolate(tensors["encoder.position_embeddings"], new)
+        where = (
+            f"positions {old} x {old} -> {new} x {new}" if config.vision_positions == "learned" else "rotary positions"
+        )
+        said.append(f"{encoder}: {some(list(tensors))}, {where}{assumed}")
+        if config.vision_positions == "learned":
+            antialias = family is DINOV2 and config.vision_registers > 0  # as transformers does it
+            tensors["encoder.position_embeddings"] = interpolate(tensors["encoder.position_embeddings"], new, antialias)
         taken |= tensors
     if decoder is not None and is_language_model(decoder):
         config, tensors, tokenizer = pretrained_language_model(decoder, config, left)
@@ -80,25 +86,35 @@ def read_parts(config: ViTGPT2Config, encoder: str | None, decoder: str | None) 
     return Parts(config, taken, tokenizer, path=Path(words), partial=True, taken=words, left=some(left))
 
 
-def pretrained_vit(source: str, config: ViTGPT2Config, left: list[str]) -> tuple[ViTGPT2Config, dict[str, Tensor]]:
-    """A ViT's or DeiT's tensors, under whatever head, and their config; adds to left what was left out.
-
-    Of a DeiT that is the distillation token and its position, too.
-    """
+def pretrained_vision(
+    source: str, config: ViTGPT2Config, layer: int, left: list[str]
+) -> tuple[ViTGPT2Config, dict[str, Tensor], Family, str]:
+    """A vision transformer's config, tensors, under whatever head, family, and what was assumed of its pictures in words;
+    adds to left what was left out."""
     folder = find_folder(source, WANTED)
     with one_line(source):
-        fields = vit_fields(source, "", read_json(folder, "config.json"), kinds=("vit", "deit"))
-        fields |= looks(source, read_processor(folder)) | {"vision_dropout": config.vision_dropout}
-        config = dataclasses.replace(config, **(fields | {"resize_size": fields["image_size"]}))
+        about, processor = read_json(folder, "config.json"), read_processor(folder)
+        family = family_named(source, "", about)
+        fields = vision_fields(source, "", about) | looks(source, processor, family.colours)
+        fields |= {"vision_dropout": config.vision_dropout, "resize_size": fields["image_size"]}
+        config = dataclasses.replace(config, **fields)
     path, weights = read_weights(source, folder)
-    prefix = prefix_of("embeddings.cls_token", weights)
-    left += split_off(weights, prefix)
-    distillation, positions = f"{prefix}embeddings.distillation_token", f"{prefix}embeddings.position_embeddings"
-    if weights.pop(distillation, None) is not None and positions in weights:
-        left.append(distillation)
-        weights[positions] = torch.cat([weights[positions][:, :1], weights[positions][:, 2:]], dim=1)
-    names = [name for name in tensor_names(config, vit=prefix) if name.ours.startswith("encoder.")]
-    return config, take(path, weights, names)
+    prefix = prefix_of(family.patches, weights)
+    left += split_off(weights, prefix, family.unused)
+    as_ours(config, prefix, weights)
+    tensors = take(path, weights, list(vision_names(config, prefix)))
+    assumed = "" if processor else f", no preprocessor_config.json: mean {config.image_mean} assumed"
+    kept = config.vision_num_layers + 1 + layer if layer < 0 else layer
+    if not 0 < kept <= config.vision_num_layers:
+        raise UserError(
+            f"{source}: has {config.vision_num_layers} layers, and {layer} is none of them: another --encoder-layer"
+        )
+    if kept == config.vision_num_layers:
+        return config, tensors, family, assumed
+    config = dataclasses.replace(config, vision_num_layers=kept, vision_norm_last=False)
+    behind = [n for n in tensors if (layer_of(n) or 0) >= kept or n.startswith("encoder.norm.")]
+    left += behind
+    return config, {name: tensor for name, tensor in tensors.items() if name not in behind}, family, assumed
 
 
 def pretrained_gpt2(source: str, config: ViTGPT2Config, left: list[str]) -> tuple[ViTGPT2Config, dict[str, Tensor]]:
@@ -113,7 +129,7 @@ def pretrained_gpt2(source: str, config: ViTGPT2Config, left: list[str]) -> tupl
     path, weights = read_weights(source, folder)
     prefix = prefix_of("wte.weight", weights)
     untie(path, weights, "lm_head.weight", f"{prefix}wte.weight")
-    left += split_off(weights, prefix)
+    left += split_off(weights, prefix, UNUSED)
     names = [name for name in tensor_names(config, gpt2=prefix) if name.ours.startswith("decoder.")]
     return config, take(path, weights, [name for name in names if "cross" not in name.ours])
 
@@ -162,16 +178,12 @@ def is_language_model(source: str) -> bool:
     return read_json(find_folder(source, ["config.json"]), "config.json").get("model_type", "gpt2") != "gpt2"
 
 
-def prefix_of(ending: str, weights: dict[str, Tensor]) -> str:
-    """What stands before this name in a file: "vit.", "transformer." or nothing."""
-    return next((name.removesuffix(ending) for name in weights if name.endswith(ending)), "")
-
-
-def interpolate(positions: Tensor, side: int) -> Tensor:
-    """Position embeddings (1, P + 1, D) of a square grid, bicubically for side x side patches; the class token's stays."""
-    old = math.isqrt(positions.shape[1] - 1)
+def interpolate(positions: Tensor, side: int, antialias: bool = False) -> Tensor:
+    """Position embeddings (1, P or P + 1, D) of a square grid, bicubically for side x side patches; a class token's stays."""
+    old = math.isqrt(positions.shape[1])
     if old == side:
         return positions
-    grid = positions[:, 1:].float().mT.unflatten(-1, (old, old))  # (1, D, old, old)
-    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], grid.flatten(2).mT.to(positions.dtype)], dim=1)
+    first, grid = positions.tensor_split([positions.shape[1] - old * old], 1)
+    grid = grid.float().mT.unflatten(-1, (old, old))  # (1, D, old, old)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False, antialias=antialias)
+    return torch.cat([first, grid.flatten(2).mT.to(positions.dtype)], dim=1)

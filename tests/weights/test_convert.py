@@ -476,16 +476,19 @@ SPOILED = {
         lambda f: change_json(f / "config.json", "encoder", model_type="swin"),
         "encoder.model_type is 'swin'.*'vit'",
     ),
-    "deit": (lambda f: change_json(f / "config.json", "encoder", model_type="deit"), "encoder.model_type is 'deit'"),
+    "deit": (
+        lambda f: change_json(f / "config.json", "encoder", model_type="deit"),
+        "1 tensors missing: encoder.embeddings.distillation_token",
+    ),
     "relu": (lambda f: change_json(f / "config.json", "encoder", hidden_act="relu"), "encoder.hidden_act is 'relu'"),
     "eps": (
-        lambda f: change_json(f / "config.json", "encoder", layer_norm_eps=1e-6),
-        "encoder.layer_norm_eps is 1e-06",
+        lambda f: change_json(f / "config.json", "encoder", layer_norm_eps="x"),
+        "vision_norm_eps is 'x': it must be a number",
     ),
     "no bias": (lambda f: change_json(f / "config.json", "encoder", qkv_bias=False), "encoder.qkv_bias is False"),
     "narrow": (
         lambda f: change_json(f / "config.json", "encoder", intermediate_size=64),
-        "encoder.intermediate_size is 64",
+        r"intermediate.dense.weight is \(128, 32\) instead of \(64, 32\)",
     ),
     "oblong": (lambda f: change_json(f / "config.json", "encoder", image_size=[16, 24]), r"image_size is \[16, 24\]"),
     "heads": (lambda f: change_json(f / "config.json", "encoder", num_attention_heads=5), "theirs: vision_num_heads 5"),

@@ -67,8 +67,8 @@ def test_a_pretrained_vit_sees_what_it_saw(tmp_path, kind, image_size, capsys):
 
 
 @pytest.mark.parametrize("kind", [DeiTModel, DeiTForImageClassificationWithTeacher])
-def test_a_deit_leaves_its_distillation_token(tmp_path, kind, capsys):
-    """Its position stands between the class token's and the patches'; cutting off the last one shifts every patch."""
+def test_a_deit_keeps_its_distillation_token(tmp_path, kind, capsys):
+    """It was left out, though all other states look at it. Its position stands between the class token's and the patches'."""
     save_part(kind(DeiTConfig(**VIT_SIZES)), tmp_path / "deit")
     stored = load_file(tmp_path / "deit" / "model.safetensors")
     prefix = "" if kind is DeiTModel else "deit."
@@ -76,11 +76,10 @@ def test_a_deit_leaves_its_distillation_token(tmp_path, kind, capsys):
     positions = stored[f"{prefix}embeddings.position_embeddings"]
     assert positions.shape == (1, 11, 64)
     assert torch.equal(model.encoder.position_embeddings, positions[:, [0, *range(2, 11)]])
-    assert torch.equal(model.encoder.class_token, stored[f"{prefix}embeddings.cls_token"])
-    parts = [stored[f"{prefix}encoder.layer.2.attention.attention.{part}.weight"] for part in ("query", "key", "value")]
-    assert torch.equal(model.encoder.blocks[2].qkv.weight, torch.cat(parts))
+    token = stored[f"{prefix}embeddings.distillation_token"]
+    assert torch.equal(model.encoder.registers, token + positions[:, 1:2])
     left = capsys.readouterr().out.splitlines()[1]
-    assert left.startswith(f"left out    {3 if kind is DeiTModel else 5} tensors")
+    assert left.startswith(f"left out    {2 if kind is DeiTModel else 4} tensors")
 
 
 def silence_cross_attention(model: ImageCaptionModel) -> None:
@@ -149,7 +148,7 @@ def test_both_parts_start_a_captioner(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (lambda f: change_json(f / "config.json", model_type="swin"), "model_type is 'swin'.* only 'vit' or 'deit'"),
+        (lambda f: change_json(f / "config.json", model_type="swin"), "model_type is 'swin'.* only 'vit' or 'vit_mae'"),
         (lambda f: change_json(f / "config.json", hidden_act="relu"), "hidden_act is 'relu'"),
         (lambda f: change_json(f / "config.json", image_size=32), r"position_embeddings is \(1, 10, 64\) instead of"),
         (lambda f: change_json(f / "config.json", patch_size=12), r"projection.weight is \(64, 3, 8, 8\) instead of"),

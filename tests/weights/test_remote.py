@@ -38,11 +38,21 @@ json.dump({
 """
 
 
-@pytest.mark.parametrize("prefix_length", [None, 3])
-def test_a_stranger_loads_it(tmp_path, scenes_tokenizer, prefix_length):
+DINOV3 = {
+    "vision_positions": "rotary",
+    "vision_layer_scale": True,
+    "vision_registers": 2,
+    "vision_activation": "swiglu",
+}
+
+
+@pytest.mark.parametrize(("prefix_length", "vision"), [(None, {}), (3, {}), (None, DINOV3)])
+def test_a_stranger_loads_it(tmp_path, scenes_tokenizer, prefix_length, vision):
     """A module that says `from config import ...` is refused by transformers, but not inside our own folder."""
     torch.manual_seed(0)
-    fields = dict(bridge="prefix", prefix_length=prefix_length, vocab_size=len(scenes_tokenizer), max_length=40)
+    fields = dict(
+        bridge="prefix", prefix_length=prefix_length, vocab_size=len(scenes_tokenizer), max_length=40, **vision
+    )
     model = ImageCaptionModel(tiny_config(image_size=16, resize_size=20, image_mean=(0.4, 0.5, 0.6), **fields)).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
