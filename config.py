@@ -583,17 +583,23 @@ class TrainConfig(
         return self.lora or self.qlora
 
     @property
-    def fingerprint(self) -> str:
-        """Equal for two configs whose runs learn the same; where they write and what they print does not count."""
+    def learned_from(self) -> dict[str, Any]:
+        """The settings that decide what a run learns, as JSON gives them back; where it writes and what it prints does not
+        count."""
         elsewhere = (
-            "output_dir resume yes debug num_workers eval_interval keep_checkpoints checkpoint_interval checkpoint_minutes cache cache_on_gpu "
-            "max_bad_share allow_overlap no_upload base_dir merge wandb wandb_project shard"
+            "output_dir resume yes debug num_workers eval_interval keep_checkpoints checkpoint_interval checkpoint_minutes "
+            "cache cache_on_gpu max_bad_share allow_overlap no_upload base_dir merge wandb wandb_project shard"
         )
         values = {name: value for name, value in self.to_dict().items() if name not in elsewhere.split()}
         values["compile"] = bool(self.compile)  # as it was before the device decided
         if self.encoder_layer == -1:  # as in a run that version 0.1 began
             del values["encoder_layer"]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        return json.loads(json.dumps(values))  # type: ignore[no-any-return]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two configs whose runs learn the same."""
+        return hashlib.sha256(json.dumps(self.learned_from, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sizes(encoder: tuple[int, int, int], decoder: tuple[int, int, int], **others: Any) -> ViTGPT2Config:

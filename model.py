@@ -258,6 +258,8 @@ class VisionTransformer(nn.Module):
         size = self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
             raise ValueError(f"pixel_values is {tuple(pixel_values.shape)}: expected (N, 3, {size}, {size})")
+        if not (pixel_values.dtype == torch.uint8 or pixel_values.is_floating_point()):
+            raise ValueError(f"pixel_values is {pixel_values.dtype}: expected uint8, or a float of normalised numbers")
         if pixel_values.dtype == torch.uint8:
             pixel_values = (pixel_values / 255 - self.mean) / self.std
         x = self.embed(

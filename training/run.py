@@ -69,9 +69,20 @@ class Run:
             )
         if self.about.get("fingerprint") != config.fingerprint:
             raise UserError(
-                f"{self.folder} holds a run with other settings: choose another --output-dir, or --resume never to replace it"
+                f"{self.folder} holds a run with other settings{self.difference(config)}: choose another --output-dir, or "
+                "--resume never to replace it"
             )
         return self
+
+    def difference(self, config: TrainConfig) -> str:
+        """In which settings the run differs, in words and brackets; nothing where that cannot be told."""
+        with contextlib.suppress(TypeError, AttributeError, KeyError):
+            ours, theirs = config.learned_from, self.about.get("config", {})
+            ours, theirs = ours | ours["model"], theirs | theirs["model"] | {"compile": bool(theirs["compile"])}
+            names = [n for n, value in ours.items() if n != "model" and n in theirs and theirs[n] != value]
+            if names:
+                return f" ({', '.join(f'{n} {theirs[n]!r} instead of {ours[n]!r}' for n in names[:3])})"
+        return ""
 
     @classmethod
     def find(cls, config: TrainConfig) -> Run:

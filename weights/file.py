@@ -6,10 +6,12 @@ Knows no model: it goes by names, and by the config what their shapes are to be.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,12 +94,11 @@ def read_model_file(path: Path) -> Saved:
 
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+            tensors = plain_names({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # not a dict
             about = json_of((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: not a safetensors file that can be read ({first_line(error)}): name another model"
-        ) from error
+        said = is_pointer(path) or f"not a safetensors file that can be read ({first_line(error)}): name another model"
+        raise UserError(f"{path}: {said}") from error
     except ValueError as error:
         raise not_ours(path, first_line(error)) from error
     if not isinstance(about, dict):
@@ -109,6 +110,19 @@ def read_model_file(path: Path) -> Saved:
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise not_ours(path, first_line(error)) from error
     return Saved(config, tensors, tokenizer, trained_on, about.get("adapters"), path)
+
+
+def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without what torch.compile and DistributedDataParallel put before every name."""
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in tensors.items()}
+
+
+def is_pointer(path: Path) -> str:
+    """What to say where a clone without Git LFS has left a few lines of text in a file's place; else nothing."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            return "a pointer of Git LFS, not the file itself: git lfs pull fetches it"
+    return ""
 
 
 def write_model_file(saved: Saved, path: Path) -> None:

@@ -25,8 +25,10 @@ from weights.file import (
     check_shapes,
     find_model_file,
     gpt2_tokenizer,
+    is_pointer,
     keys_from_text,
     keys_to_text,
+    plain_names,
     read_model_file,
     tokenizer_from_json,
     write_tensors,
@@ -296,6 +298,8 @@ def read_weights(
     files = weight_files(folder, WEIGHTS)
     if not files and (folder / "onnx").is_dir():
         raise UserError(f"{source}: holds ONNX files and no {WEIGHTS}: name the model they were made from")
+    if not files and (instead := what_instead(folder)):
+        raise UserError(f"{source}: no {WEIGHTS}: {instead}")
     if not files and not allow_pickle:
         why = f"a {PICKLE} is a pickle, which may run a stranger's code while it is read"
         raise UserError(f"{source}: no {WEIGHTS}, and {why}: {advice}")
@@ -308,10 +312,24 @@ def read_weights(
             pickled = path.suffix == ".bin"
             weights |= torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
         except Exception as error:  # of a damaged or a hostile file: SafetensorError, UnpicklingError, EOFError, ...
-            raise UserError(f"{path}: cannot be read as tensors ({first_line(error)})") from error
+            said = is_pointer(path) or f"cannot be read as tensors ({first_line(error)})"
+            raise UserError(f"{path}: {said}") from error
     if not weights or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in weights.items()):
         raise UserError(f"{source}: no {WEIGHTS}, and no {PICKLE} that holds tensors by name")
-    return files[0] if len(files) == 1 else folder, weights
+    return files[0] if len(files) == 1 else folder, plain_names(weights)
+
+
+def what_instead(folder: Path) -> str:
+    """What a folder without weights is that people take for a model's, and what to do; nothing where that is unknown."""
+    checkpoints = [path.parent for path in folder.glob(f"checkpoint-*/{WEIGHTS}")]
+    if checkpoints:
+        newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
+        return f"a trainer's folder, whose weights are in its checkpoints: name {newest}"
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "it holds adapters alone, as peft writes them: merge them into their model first (peft's merge_and_unload)"
+        )
+    return ""
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:

@@ -189,6 +189,8 @@ def square(source: Source, name: str, size: Any) -> int:
 def family_named(source: Source, part: str, about: dict[str, Any]) -> Family:
     """The family of a config's model_type. Raises UserError for another."""
     known = {kind: family for family in FAMILIES for kind in family.kinds}
+    if "pretrained_cfg" in about:
+        raise UserError(f"{source}: a model of timm's: name one that transformers wrote")
     require(source, part, {"model_type": "vit"} | about, {"model_type": tuple(known)})
     return known[about.get("model_type", "vit")]
 

@@ -292,11 +292,12 @@ def test_runs_find_their_own_continuation(tmp_path, monkeypatch, whole_run):
     unfinished = Path("runs/demo-20200101-000000")
     (unfinished / "checkpoints/step-00000003").mkdir(parents=True)
     (unfinished / "checkpoints/step-00000003/manifest.json").write_text("{}")
-    (unfinished / "run.json").write_text(json.dumps({"fingerprint": config.fingerprint, "finished": False}))
+    about = {"fingerprint": config.fingerprint, "finished": False, "config": config.to_dict()}
+    (unfinished / "run.json").write_text(json.dumps(about))
     assert Run.find(config).folder == unfinished
     assert Run.find(other).folder != unfinished
     assert Run.find(dataclasses.replace(config, resume="never")).folder != unfinished
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match=r"other settings \(learning_rate 0.002 instead of 0.001\)"):
         Run.find(dataclasses.replace(other, output_dir=unfinished))
     with pytest.raises(UserError, match="no checkpoint"):
         Run.find(dataclasses.replace(config, resume="nowhere"))

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, random_model, tiny_config
 from safetensors import safe_open
-from test_convert import change_json, spread
+from safetensors.torch import save_file
+from test_convert import change_json, change_weights, spread
 from transformers import (
     AutoConfig,
     CLIPConfig,
@@ -47,6 +48,7 @@ from model import ImageCaptionModel
 from training.adapters import adapt
 from training.estimates import estimated_memory, step_operations
 from training.job import initialise
+from weights.file import read_model_file
 from weights.huggingface import rename, tensor_names, write_transformers
 from weights.pretrained import read_parts
 from weights.vision import vision_fields
@@ -303,6 +305,64 @@ def test_what_cannot_be_represented_is_one_line(kind, change, words, tmp_path):
     change_json(tmp_path / "config.json", **change)
     with pytest.raises(UserError, match=words):
         started(tmp_path)
+
+
+def pointer(folder) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (folder / "model.safetensors").write_text(text)
+
+
+def adapters_alone(folder) -> None:
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def trainers(folder) -> None:
+    (folder / "checkpoint-500").mkdir()
+    (folder / "model.safetensors").rename(folder / "checkpoint-500/model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (pointer, "model.safetensors: a pointer of Git LFS, not the file itself: git lfs pull fetches it"),
+        (adapters_alone, "it holds adapters alone, as peft writes them: merge them"),
+        (trainers, "a trainer's folder, whose weights are in its checkpoints: name .*checkpoint-500"),
+        (
+            lambda f: change_json(f / "config.json", pretrained_cfg={}),
+            "a model of timm's: name one that transformers wrote",
+        ),
+    ],
+)
+def test_folders_that_people_take_for_a_models(change, words, tmp_path):
+    """Each had a message about tensors, pickles or JSON that helped nobody."""
+    spread(THEIRS["vit"]()).save_pretrained(tmp_path)
+    change(tmp_path)
+    with pytest.raises(UserError, match=words):
+        started(tmp_path)
+
+
+@pytest.mark.parametrize("before", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_what_training_puts_before_names_is_no_part_of_them(before, tmp_path, scenes_tokenizer):
+    """Saved from a compiled or a distributed module, a model's names had this before them, and nothing fitted: in all three
+    loaders, of parts, of captioners, and of this project's own files."""
+
+    def renamed(folder):
+        change_weights(folder, lambda w: [w.update({f"{before}{name}": w.pop(name)}) for name in list(w)])
+
+    spread(THEIRS["vit"]()).save_pretrained(tmp_path / "part")
+    known = started(tmp_path / "part").eval()
+    renamed(tmp_path / "part")
+    assert torch.equal(started(tmp_path / "part").encoder.norm.weight, known.encoder.norm.weight)
+    model = random_model(tiny_config(vocab_size=len(scenes_tokenizer)))
+    model.tokenizer = scenes_tokenizer
+    write_transformers(model.saved(), tmp_path / "whole")
+    renamed(tmp_path / "whole")
+    (tmp_path / "own").mkdir()
+    save_file({f"{before}{n}": t for n, t in model.state_dict().items()}, tmp_path / "own/model.safetensors")
+    back = ImageCaptionModel.from_pretrained(tmp_path / "whole")
+    assert torch.equal(back.decoder.wte.weight, model.decoder.wte.weight)
+    assert set(read_model_file(tmp_path / "own/model.safetensors").tensors) == set(model.state_dict())
 
 
 def test_a_mixture_stays_in_its_own_file(tmp_path, scenes_tokenizer):
