@@ -781,8 +781,14 @@ class ImageCaptionModel(nn.Module):
         if base:
             model.merged = merge_adapters(model, base, saved, base_dir)
         else:
-            tensors = model.state_dict() | saved.tensors if saved.partial else saved.tensors
-            check_shapes(saved.path, model.state_dict(), tensors)
+            own = model.state_dict()
+            tensors = own | saved.tensors if saved.partial else saved.tensors
+            if (bias := "decoder.lm_head.bias") in own:  # once it was left out of the model, which learned without
+                tensors = {bias: torch.zeros_like(own[bias])} | tensors
+            check_shapes(saved.path, own, tensors)
             model.load_state_dict(tensors)
+        if saved.config.language_model and not saved.partial:  # of parts it is done where they are read
+            with refused(f"{saved.path}: its language model is not what this transformers makes of it"):
+                model.decoder.prove()
         model.trained_on, model._tokenizer = saved.trained_on, saved.tokenizer
         return model

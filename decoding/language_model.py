@@ -2,24 +2,31 @@
 
 It answers to the methods of model.GPT2Decoder, so that forward,
 loss, beams, sampling and adapters are the same for both; the picture's keys and values are computed once here too, and
-repeated for its rows, because transformers' cache has a row for each.
+repeated for its rows, because transformers' cache has a row for each. What a model does behind its last state (a bias, a
+scale, a cap, a transform) is done by its own code, and whether all of it comes out right is proved on a few tokens.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from config import UserError, ViTGPT2Config
 from decoding.cache import DecoderCache, Looked, Packing, next_logits
 from decoding.foreign import refused, their_config
+
+KEEPING = (DynamicLayer, DynamicSlidingWindowLayer)  # layers whose cache is all keys and values; the window is a mask's
+PROVED_PREFIX = 3  # tokens that stand for a picture when a model is proved
 
 
 @dataclass
@@ -33,24 +40,85 @@ class GrowingCache(DecoderCache):
         self.past.reorder_cache(rows)
 
 
-class LanguageModel(nn.Module):
-    """A decoder by transformers: token embeddings, layers and final norm as `body`, and a head unless that is tied."""
+@dataclass
+class GivenStates(BaseModelOutputWithPastAndCrossAttentions):
+    """What a body would have given, as far as heads ask for it."""
 
-    def __init__(self, config: ViTGPT2Config) -> None:
+    router_logits: Any = None
+
+
+class Given(nn.Module):
+    """Stands in the body's place where the head is asked alone, and hands on the states that it gets."""
+
+    @property
+    def decoder(self) -> Given:
+        """Itself: some heads ask for a part of their body by this name."""
+        return self
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> GivenStates:
+        """States (1, M, D), as they are."""
+        return GivenStates(last_hidden_state=inputs_embeds)
+
+
+class TiedLinear(nn.Module):
+    """A head's linear layer by the token embeddings, which are stored once: no more than a bias is its own."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, embedding: nn.Embedding, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.__dict__["embedding"] = embedding  # past nn.Module, which would store it as a part
+        self.register_parameter("bias", bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> logits (..., V)."""
+        embedding: Any = self.embedding
+        return F.linear(hidden, embedding.weight, self.bias)
+
+
+class LanguageModel(nn.Module):
+    """A decoder by transformers: token embeddings, layers and final norm as `body`, beside it what its head has of its own."""
+
+    lm: Any
+    """transformers' model, with something else in its body's place."""
+
+    def __init__(self, config: ViTGPT2Config, lm: Any = None) -> None:
+        """lm: transformers' model for the config, which is taken apart (default: a fresh one). Raises UserError."""
         super().__init__()
         self.config = config
         with refused("this transformers has no such language model"):  # of a newer one, or of none
-            theirs = their_config(config.language_model or "{}", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-            self.body: Any = AutoModel.from_config(theirs, dtype=torch.float32, trust_remote_code=False)
-            if self.wte.weight.shape != (config.vocab_size, config.decoder_embed_dim):
-                raise UserError(f"the language model's embeddings are {tuple(self.wte.weight.shape)}, not the config's")
+            if lm is None:
+                theirs = their_config(config.language_model or "{}", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+                lm = AutoModelForCausalLM.from_config(theirs, dtype=torch.float32, trust_remote_code=False)
+            self.body: Any = lm.base_model
+            kept = DynamicCache(config=lm.config).layers
         # Since transformers 5.24 "cache", before "past_key_values".
-        self.cache_name = next(
-            n for n in ("cache", "past_key_values") if n in inspect.signature(self.body.forward).parameters
-        )
-        if not theirs.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.decoder_embed_dim, config.vocab_size, bias=False)
+        names = inspect.signature(self.body.forward).parameters
+        self.cache_name = next((n for n in ("cache", "past_key_values") if n in names), "")
+        if not (self.cache_name and all(type(layer) in KEEPING for layer in kept)):
+            raise UserError(f"{type(lm).__name__} keeps no keys and values of all that it reads: name another model")
+        if self.wte.weight.shape != (config.vocab_size, config.decoder_embed_dim):
+            raise UserError(f"the language model's embeddings are {tuple(self.wte.weight.shape)}, not the config's")
+        self.take_head(lm)
         self.gradient_checkpointing = False  # which would compute the picture's part again for each layer's cache
+
+    def take_head(self, lm: Any) -> None:
+        """Leaves of the causal language model what stands behind its body, for `head`, and registers that by name."""
+        out = lm.get_output_embeddings()
+        setattr(lm, lm.base_model_prefix, given := Given())
+        if out.weight is self.wte.weight:
+            name = next(name for name, module in lm.named_modules() if module is out)
+            tied = TiedLinear(self.wte, getattr(out, "bias", None))
+            lm.set_submodule(name, tied)
+            for module in lm.modules():  # a bias may be there by a second name, which no file can hold
+                for other, parameter in module._parameters.items():
+                    if parameter is tied.bias and module is not tied:
+                        module._parameters[other] = None
+            out = tied
+        for name, part in lm.named_children():
+            if part is not given:
+                self.add_module("lm_head" if part is out else name, part)  # one name, as files have it
+        self.__dict__["lm"] = lm  # past nn.Module: its parts are registered
 
     @property
     def wte(self) -> nn.Embedding:
@@ -86,10 +154,49 @@ class LanguageModel(nn.Module):
         return packing.pack(x) if packing else x
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> logits (..., V)."""
-        return self.lm_head(hidden) if hasattr(self, "lm_head") else F.linear(hidden, self.wte.weight)
+        """(..., D) -> logits (..., V), by the causal language model's own forward."""
+        rows: Any = hidden.flatten(0, -2).unsqueeze(0)
+        return self.lm(inputs_embeds=rows, use_cache=False).logits.view(*hidden.shape[:-1], -1)
 
     next_logits = next_logits
+
+    @torch.no_grad()
+    def prove(self, ids: Tensor | None = None, expected: Tensor | None = None) -> None:
+        """Raises UserError unless words behind a prefix get the same logits from the cache as all at once, and transformers'
+        own where those are given.
+
+        ids: int64 (R, T), as few_tokens gives them (default: some). expected: (R, T, V), transformers' logits for them.
+        """
+        if ids is None:
+            ids = few_tokens(self.config.vocab_size, ())
+        ids = ids.to(self.wte.weight.device)
+        was_training = self.training
+        self.eval()
+        prefix, text = self.wte(ids[:1, :PROVED_PREFIX]), ids[:, PROVED_PREFIX:][:, : self.config.text_positions]
+        whole = self.head(self(text, self.look(prefix)))
+        changed = self.head(self(torch.cat([text[:, :-1], text[:, -1:] + 1], 1), self.look(prefix)))
+        cache = self.new_cache(prefix, len(ids), text.shape[1])
+        cached = torch.stack([self.next_logits(tokens, cache) for tokens in text.split(1, 1)], 1)
+        self.train(was_training)
+        if apart(whole[:, :-1], changed[:, :-1]):
+            raise UserError("its words see those behind them (is_decoder in its config.json may change that)")
+        if apart(whole, cached):
+            raise UserError("word by word it does not give what it gives all at once")
+        if expected is not None and apart(whole, expected[:, PROVED_PREFIX:][:, : text.shape[1]]):
+            raise UserError("behind a prefix its logits are not what transformers says they are")
+
+
+def few_tokens(vocabulary: int, special: Collection[int]) -> Tensor:
+    """int64 (2, PROVED_PREFIX + 4): two texts behind one beginning. Special tokens are left out: some models skip them."""
+    plain = torch.tensor([token for token in range(min(vocabulary, 1000)) if token not in special])
+    ids = plain[(torch.arange(2 * (PROVED_PREFIX + 4)) * 7 + 5).remainder(len(plain) - 1)].view(2, -1)
+    ids[1, :PROVED_PREFIX] = ids[0, :PROVED_PREFIX]
+    return ids
+
+
+def apart(logits: Tensor, others: Tensor) -> bool:
+    """Whether they differ by more than rounding, or are no numbers."""
+    return not (logits - others).abs().max() <= 1e-4 * others.abs().max()
 
 
 def repeated(cross: Looked, rows: int) -> DynamicCache:

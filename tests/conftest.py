@@ -109,13 +109,12 @@ def write_bases(folder, image_size=16, patch_size=8, vocab_size=61, positions=32
     return {"encoder": str(folder / "vit"), "decoder": str(folder / "gpt2")}
 
 
-def write_language_model(kind: str, folder, tokenizer) -> str:
-    """A tiny random Llama or Qwen with its tokenizer."""
+def write_language_model(kind: str, folder, tokenizer, **changes) -> str:
+    """A tiny random Llama, Qwen or another causal language model with its tokenizer; changes: of its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     end = tokenizer.eos_token_id
-    about = AutoConfig.for_model(
-        kind,
+    sizes = dict(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -128,11 +127,15 @@ def write_language_model(kind: str, folder, tokenizer) -> str:
         eos_token_id=end,
         pad_token_id=end,
     )
+    about = AutoConfig.for_model(kind, **(sizes | changes))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(about)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
+                parameter.normal_(std=0.25)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # or nobody would miss it
                 parameter.normal_(std=0.25)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

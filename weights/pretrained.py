@@ -37,6 +37,7 @@ from weights.huggingface import (
 )
 from weights.vision import DINOV2, Family, as_ours, family_named, prefix_of, split_off, vision_fields, vision_names
 
+POSITIONS = ("max_position_embeddings", "max_seq_len")  # what configs call them; some models have no end of them
 LANGUAGE_MODEL = ["*.json", "model*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
 
 
@@ -124,7 +125,8 @@ def pretrained_gpt2(source: str, config: ViTGPT2Config, left: list[str]) -> tupl
     with one_line(source):
         fields = gpt2_fields(source, "", about) | {"dropout": config.dropout}
         if fields["vocab_size"] != config.vocab_size:
-            fields |= special_ids(source, about)
+            ours = {"bos_token_id": config.start_token_id, "eos_token_id": config.end_token_id}
+            fields |= special_ids(source, about, ours if fields["vocab_size"] > config.vocab_size else {})
         config = dataclasses.replace(config, **fields)
     path, weights = read_weights(source, folder)
     prefix = prefix_of("wte.weight", weights)
@@ -146,6 +148,8 @@ def pretrained_language_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    from decoding.language_model import LanguageModel, few_tokens  # late: it imports much of transformers
+
     folder = find_folder(source, LANGUAGE_MODEL)
     with refused(f"{source}: no language model to be had"):
         theirs, unused = load_theirs(AutoModelForCausalLM, folder, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -153,24 +157,36 @@ def pretrained_language_model(
         for path in (*folder.glob("tokenizer.json"), *folder.glob("vocab.json")):
             check_ids(path.read_text(encoding="utf-8-sig"))
         tokenizer = AutoTokenizer.from_pretrained(folder, config=theirs.config, trust_remote_code=False)
-        about = theirs.config
+        if theirs.config.get_text_config() is not theirs.config:
+            raise UserError("it is more than a language model")
+        about, (words, width) = theirs.config, theirs.get_input_embeddings().weight.shape
+        places = [getattr(about, name, None) or config.max_length for name in POSITIONS]
         fields: dict[str, Any] = {
             "language_model": json.dumps(about.to_diff_dict() | {"model_type": about.model_type}, sort_keys=True),
-            "vocab_size": about.vocab_size,
-            "max_length": min(config.max_length, about.max_position_embeddings),
-            "decoder_embed_dim": about.hidden_size,
+            "vocab_size": words,
+            "max_length": min(config.max_length, *places),
+            "decoder_embed_dim": width,
             "decoder_num_layers": about.num_hidden_layers,
             "decoder_num_heads": 1,  # theirs are their own affair
         }
     end, start, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
     if end is None or not tokenizer.is_fast:
         raise UserError(f"{source}: its tokenizer has no end token, or no tokenizer.json")
+    if len(tokenizer) > words:
+        raise UserError(
+            f"{source}: its tokenizer has {len(tokenizer):,} tokens and its embedding {words:,} rows: give it as many "
+            "(resize_token_embeddings in transformers) and save it, or name another"
+        )
     fields |= {"end_token_id": end, "start_token_id": end if start is None else start}
     fields["pad_token_id"] = end if pad is None else pad
-    body = {f"decoder.body.{name}": tensor for name, tensor in theirs.base_model.state_dict().items()}
-    if not about.tie_word_embeddings:
-        body["decoder.lm_head.weight"] = theirs.get_output_embeddings().weight.detach()
-    return dataclasses.replace(config, **fields), body, tokenizer
+    config = dataclasses.replace(config, **fields)
+    with refused(f"{source}: this language model cannot read behind a picture"):
+        ids = few_tokens(words, tokenizer.all_special_ids)
+        with torch.no_grad():
+            expected = theirs(input_ids=ids).logits
+        decoder = LanguageModel(config, theirs)
+        decoder.prove(ids, expected)
+    return config, {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}, tokenizer
 
 
 def is_language_model(source: str) -> bool:
