@@ -8,6 +8,7 @@ decoder's few methods (cache.Decoder). Never decodes pictures, never prints.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -117,8 +118,8 @@ class Search:
             raise UserError(f"min_length {self.min_length} is larger than max_length {longest}")
         return longest
 
-    def rules(self, prefix: int, end: int, banned: list[list[int]]) -> list[Logits]:
-        """What changes logits before a token is chosen, in transformers' order."""
+    def rules(self, prefix: int, end: int, banned: list[list[int]], known: Logits | None = None) -> list[Logits]:
+        """What changes logits before a token is chosen, in transformers' order. `known`: see known_tokens."""
         rules: list[Logits] = []
         if self.repetition_penalty != 1:
             rules.append(lambda logits, written: penalise_repetition(logits, written, self.repetition_penalty))
@@ -129,6 +130,8 @@ class Search:
         if self.min_length:
             first_end = 1 + prefix + self.min_length
             rules.append(lambda logits, written: forbid_end(logits, end) if written.shape[1] < first_end else logits)
+        if known:
+            rules.append(known)
         if self.do_sample:
             keep = 2 if self.num_beams > 1 else 1  # beams need one to end and one to go on
             rules.append(lambda logits, _: sharpen(logits, self.temperature, self.top_k, self.top_p, keep))
@@ -158,7 +161,7 @@ def generate(
     max_length = search.steps(model.config.text_positions - len(prefix), len(prefix))
     if search.return_attention and model.config.bridge != "cross_attention":
         raise UserError("return_attention needs cross-attention: a model that reads a prefix has none")
-    rules = search.rules(len(prefix), end, token_lists(model, search.bad_words))
+    rules = search.rules(len(prefix), end, token_lists(model, search.bad_words), known_tokens(model))
 
     def choose_from(logits: Tensor, written: Tensor) -> Tensor:
         for rule in rules:
@@ -295,6 +298,30 @@ def forbid_end(logits: Tensor, end: int) -> Tensor:
     logits = logits.clone()
     logits[:, end] = float("-inf")
     return logits
+
+
+def known_tokens(model: Any) -> Logits | None:
+    """Leaves only what the tokenizer has words for, where the model's vocabulary is larger: cuts off the rows behind its last
+    id, which costs nothing, and forbids the gaps before it."""
+    tokenizer, size = model._tokenizer, model.config.vocab_size  # not model.tokenizer, which may fetch one
+    if tokenizer is None or len(tokenizer) >= size:
+        return None
+    *gaps, last = missing_ids(tokenizer, len(tokenizer))
+    gaps = [token for token in gaps if token < size]
+    absent = torch.tensor(gaps, dtype=torch.int64, device=model.device)
+
+    def known(logits: Tensor, _: Tensor) -> Tensor:
+        logits = logits[:, :last]
+        return logits.index_fill(1, absent, float("-inf")) if gaps else logits
+
+    return known
+
+
+@functools.lru_cache(maxsize=4)
+def missing_ids(tokenizer: Any, length: int) -> list[int]:
+    """Ids that a tokenizer of this length has no token for, up to the first behind all that it has."""
+    ids = set(tokenizer.get_vocab().values())
+    return [token for token in range(max(ids) + 2) if token not in ids]
 
 
 def token_lists(model: Any, words: Sequence[str | Sequence[int]]) -> list[list[int]]:

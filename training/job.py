@@ -29,7 +29,7 @@ from training.estimates import duration, estimated_memory, estimated_seconds
 from training.optimizers import freeze
 from training.run import Run, check_model
 from utils import available_memory, choose_device, choose_precision, dtypes, key_of, some, write_json
-from weights.adapters import find_base
+from weights.adapters import adapted_layers, find_base
 from weights.pretrained import is_language_model, read_parts
 
 COCO_PICTURES = 118_287
@@ -235,7 +235,8 @@ def start_model(
         raise UserError("shard is for a --decoder of another kind than GPT-2: leave it out")
     if config.adapts:
         bases: dict[str, str | None] = {"model": config.init_model} if config.init_model else pretrained_parts(config)
-        print(f"adapters    {adapt(model, config, bases, chosen.device)}")
+        begun = adapted_layers(chosen.checkpoint / "model.safetensors") if chosen.checkpoint else None
+        print(f"adapters    {adapt(model, config, bases, chosen.device, begun)}")
         if began.get("adapters", model.adapters) != model.adapters:
             raise UserError(
                 f"the pretrained models are not those that {run.folder} began on, or not in 4 bits as there: bring those back, or "
@@ -306,12 +307,19 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
         pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     if any(parts.values()):
-        sizes, model = initialise(sizes, **parts, layer=config.encoder_layer)
-        if sizes.vocab_size != len(tokenizer):
+        own = sizes
+        sizes, model = initialise(own, **parts, layer=config.encoder_layer)
+        if sizes.vocab_size < len(tokenizer):
+            what = "leave --tokenizer out" if config.tokenizer != "auto" else "put its own tokenizer's files beside it"
             raise UserError(
-                f"{parts['decoder']} knows {sizes.vocab_size:,} tokens and tokenizer {name} has {len(tokenizer):,}: leave "
-                "--tokenizer out"
+                f"{parts['decoder']} knows {sizes.vocab_size:,} tokens and tokenizer {name} has {len(tokenizer):,}: {what}"
             )
+        for special in (
+            "end_token_id",
+            "start_token_id",
+            "pad_token_id",
+        ):  # its embedding may be larger than the tokenizer
+            setattr(model.config, special, getattr(own, special))
     else:
         model = ImageCaptionModel(sizes)
     model.tokenizer = tokenizer

@@ -172,6 +172,45 @@ def test_a_file_whose_words_see_the_next_ones(tmp_path, scenes_tokenizer):
     assert "\n" not in str(error.value)
 
 
+# Tokens that the tokenizer lacks
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 0, "num_return_sequences": 5},
+        {"num_beams": 2, "do_sample": True},
+    ],
+    ids=str,
+)
+def test_tokens_without_words_are_never_drawn(tmp_path, scenes_tokenizer, options):
+    """Qwen and Phi have more rows than their tokenizers have tokens: captions held ids that nothing can decode, and training
+    by rewards learned from them."""
+    words = len(scenes_tokenizer)
+    _, ours = start("phi", tmp_path, scenes_tokenizer, vocab_size=words + 8)
+    assert ours.config.vocab_size == words + 8
+    with torch.no_grad():
+        ours.decoder.lm_head.bias[words:] += 100  # they would be all that is ever said
+    found = ours.generate(PICTURES, max_length=5, return_scores=True, **options)
+    assert found.sequences.max() < words and found.log_probs.isfinite().all()
+
+
+def test_gaps_in_a_tokenizer_are_never_drawn(tiny_model):
+    """Its ids need not be all that lie below its last one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    size = tiny_model.config.vocab_size
+    vocabulary = {f"w{n}": n for n in range(0, size - 4, 2)} | {"<end>": size - 5}
+    tiny_model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "w0")))
+    options = {"do_sample": True, "top_k": 0, "num_return_sequences": 50}
+    tiny_model.config.end_token_id = size - 5
+    found = tiny_model.generate(torch.randn(2, 3, 16, 16), max_length=8, **options).sequences
+    assert set(found.flatten().tolist()) <= set(vocabulary.values()) and len(found.unique()) > 10
+
+
 def test_more_words_than_rows_is_one_line(tmp_path, scenes_tokenizer):
     """An id behind the last row is an IndexError in the middle of a run, on a GPU an assertion without a name."""
     with pytest.raises(UserError, match=r"tokens and its embedding [\d,]+ rows: .*resize_token_embeddings"):

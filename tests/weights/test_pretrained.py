@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, write_bases
+from processes import small_config
 from safetensors.torch import load_file
 from test_convert import CAPTIONS, TEXT, change_json, change_weights, spread
 from transformers import (
@@ -26,7 +28,7 @@ from transformers import (
 from config import UserError
 from dataset import train_tokenizer
 from model import ImageCaptionModel
-from training.job import initialise
+from training.job import initialise, make_model
 
 VIT_SIZES = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, image_size=24)
 VIT_SIZES |= dict(patch_size=8)
@@ -116,6 +118,34 @@ def test_a_pretrained_gpt2_says_what_it_said(tmp_path, kind, max_length, kept, c
     taken, left, made = capsys.readouterr().out.splitlines()
     assert f"{tmp_path / 'gpt2'}: 40 tensors (" in taken and f"{kept} of 24 positions" in taken
     assert left == "left out    nothing" and "tensors (" in made
+
+
+@pytest.mark.parametrize(("more", "said"), [(7, True), (7, False), (-3, True)])
+def test_an_embedding_larger_than_its_tokenizer(tmp_path, scenes_dir, scenes_table, scenes_tokenizer, more, said):
+    """A GPT-2 of 50,304 rows for 50,257 tokens, as many are trained, was told to leave out a --tokenizer that nobody had
+    given. Of fewer rows than tokens it is told what helps."""
+    rows, end = len(scenes_tokenizer) + more, scenes_tokenizer.eos_token_id
+    bases = write_bases(tmp_path, 48, 8, rows, 64)
+    scenes_tokenizer.backend_tokenizer.model.save(bases["decoder"])
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), min(end, rows - 1) if said else None)
+    change_json(Path(bases["decoder"]) / "config.json", **ids)
+    config = small_config(scenes_dir, max_length=64, init_encoder=bases["encoder"], decoder=bases["decoder"])
+    config = dataclasses.replace(config, tokenizer="auto")
+    if more < 0:
+        words = rf"knows {rows} tokens and tokenizer .* has {rows - more}: put its own tokenizer's files beside it"
+        with pytest.raises(UserError, match=words):
+            make_model(config, scenes_table, None)
+        return
+    _, model = make_model(config, scenes_table, None)
+    assert model.config.vocab_size == rows == len(model.decoder.wte.weight)
+    assert model.config.end_token_id == model.config.start_token_id == model.config.pad_token_id == end
+    with torch.no_grad():
+        model.decoder.wte.weight[end + 1 :] *= 100
+    found = model.eval().generate(torch.randn(4, 3, 48, 48), max_length=6, do_sample=True, top_k=0)
+    assert found.sequences.max() <= end
+    model.save_file(tmp_path / "m.safetensors")
+    loaded = ImageCaptionModel.from_pretrained(tmp_path / "m.safetensors")
+    assert loaded.config == model.config and len(loaded.tokenizer) == end + 1
 
 
 def test_both_parts_start_a_captioner(tmp_path, capsys):
