@@ -460,8 +460,9 @@ class Adapters:
     """What an adapter adds is multiplied by this over its rank."""
     lora_dropout: float = 0.05
     """Dropout of what an adapter reads."""
-    lora_targets: str = r"encoder\.blocks\.\d+\.qkv|decoder\.blocks\.\d+\.attn\.c_attn|decoder\.body\..*\.[qkv]_proj"
-    """Which pretrained linear layers get one: a regular expression for their whole names."""
+    lora_targets: str = r"encoder\.blocks\.\d+\.qkv|decoder\.blocks\.\d+\.attn\.c_attn|decoder\.body\..*"
+    """Which pretrained linear layers get one: a regular expression for their whole names (default: queries, keys and
+    values of the encoder and of GPT-2, every layer of another language model)."""
     merge: bool = False
     """Save the finished model whole, its adapters merged into the pretrained weights, instead of them alone."""
 
@@ -599,7 +600,10 @@ class TrainConfig(
     @property
     def fingerprint(self) -> str:
         """Equal for two configs whose runs learn the same."""
-        return hashlib.sha256(json.dumps(self.learned_from, sort_keys=True).encode()).hexdigest()[:16]
+        values = self.learned_from
+        if self.lora_targets == Adapters.lora_targets:  # as it was: a run that goes on keeps the layers it began with
+            values["lora_targets"] += r"\.[qkv]_proj"
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sizes(encoder: tuple[int, int, int], decoder: tuple[int, int, int], **others: Any) -> ViTGPT2Config:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from config import UserError
@@ -35,6 +36,12 @@ def resting_layers(model: nn.Module) -> list[str]:
     inside = ("encoder.blocks.", "decoder.blocks.", "decoder.body.")
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name in linear if name.startswith(inside) and part_of(f"{name}.weight") != "new"]
+
+
+def adapted_layers(path: Path) -> set[str]:
+    """The layers that a file has adapters for."""
+    with safe_open(path, framework="pt") as file:
+        return {name.removesuffix(".lora_A") for name in file.keys() if name.endswith(".lora_A")}  # noqa: SIM118  # not a dict
 
 
 def why_not_4_bits(device: torch.device) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config, write_bases
+from conftest import tiny_config, write_bases, write_language_model
 from processes import ending, fork, forked, losses, small_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -208,6 +208,54 @@ def test_targets_and_frozen_parts(bases, kind):
     new = {name for name in model.state_dict() if "cross" in name}
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name in learned if ".lora_" not in name} == new
+
+
+FUSED = {"gpt_neox": 4, "phi3": 4, "falcon": 4, "gpt_bigcode": 4, "codegen": 4, "llama": 7}  # linear layers a layer
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_every_layer_of_a_language_model_gets_one(bases, tmp_path, scenes_tokenizer, kind):
+    """Targets were looked for by the names of queries, keys and values: where one layer makes all three no decoder learned,
+    and the run said nothing."""
+    decoder = write_language_model(kind, tmp_path, scenes_tokenizer, **({"rotary_dim": 4} if kind == "codegen" else {}))
+    parts = {"encoder": bases["encoder"], "decoder": decoder}
+    _, model = initialise(tiny_config(bridge="prefix", max_length=64), **parts)
+    old = "|".join((r"encoder\.blocks\.\d+\.qkv", r"decoder\.body\..*\.[qkv]_proj"))  # the default of before
+    if kind != "llama":
+        with pytest.raises(
+            UserError, match=r"fits no linear layer of the decoder \(it has decoder.body.*--freeze decoder"
+        ):
+            adapt(model, settings(lora=True, lora_targets=old), parts, CPU)
+    said = adapt(model, settings(lora=True), parts, CPU)
+    assert f"on 2 layers of the encoder and {2 * FUSED[kind]} layers of the decoder, " in said
+    adapted_there = {name.split(".lora_")[0] for name in model.own_state() if ".lora_" in name}
+    assert len(adapted_there) == 2 + 2 * FUSED[kind] and not any("head" in name for name in adapted_there)
+    loss = model.train()(PICTURES, IDS, labels=IDS.roll(-1, -1)).loss
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if "decoder" in name and "lora_B" in name:
+            assert parameter.grad.abs().max() > 0, name
+            with torch.no_grad():
+                parameter.normal_(std=0.1)
+    model.save_file(tmp_path / "a.safetensors")
+    loaded = ImageCaptionModel.from_pretrained(tmp_path / "a.safetensors")
+    with torch.no_grad():
+        mine, theirs = model.eval()(PICTURES, IDS).logits, loaded(PICTURES, IDS).logits
+    assert (mine - theirs).abs().max() < 1e-5 * mine.abs().max()
+
+
+def test_a_run_keeps_the_layers_that_it_began_with(bases, tmp_path, scenes_tokenizer):
+    """A run begun when queries, keys and values were the default goes on: its checkpoint has nothing for other layers."""
+    parts = {"encoder": bases["encoder"], "decoder": write_language_model("llama", tmp_path, scenes_tokenizer)}
+    old = r"encoder\.blocks\.\d+\.qkv|decoder\.blocks\.\d+\.attn\.c_attn|decoder\.body\..*\.[qkv]_proj"
+    assert settings(lora=True).fingerprint == settings(lora=True, lora_targets=old).fingerprint
+    models = [initialise(tiny_config(bridge="prefix", max_length=64), **parts)[1] for _ in range(2)]
+    adapt(models[0], settings(lora=True, lora_targets=old), parts, CPU)
+    models[0].save_file(tmp_path / "model.safetensors")
+    begun = adapters.adapted_layers(tmp_path / "model.safetensors")
+    said = adapt(models[1], settings(lora=True), parts, CPU, begun)
+    assert len(begun) == 2 + 2 * 3 and "2 layers of the encoder and 6 layers of the decoder" in said
+    models[1].load_own_state(models[0].own_state())
 
 
 def test_without_4_bits_a_cpu_learns_in_ordinary_precision(bases, monkeypatch):
