@@ -1,15 +1,13 @@
 """Another causal language model of transformers (Llama, Mistral, Qwen, ...) in GPT-2's place, behind a prefix.
 
-It answers to the methods of model.GPT2Decoder, so that forward,
-loss, beams, sampling and adapters are the same for both; the picture's keys and values are computed once here too, and
-repeated for its rows, because transformers' cache has a row for each. What a model does behind its last state (a bias, a
-scale, a cap, a transform) is done by its own code, and whether all of it comes out right is proved on a few tokens.
+It answers to the methods of model.GPT2Decoder, so that forward, loss, beams, sampling and adapters are the same for both;
+the picture's keys and values are computed once here too, and repeated for its rows, because transformers' cache has a row
+for each. What stands behind a model's last state (a bias, a scale, a cap) is its own code; that all is right is proved.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +38,6 @@ class GrowingCache(DecoderCache):
         self.past.reorder_cache(rows)
 
 
-@dataclass
-class GivenStates(BaseModelOutputWithPastAndCrossAttentions):
-    """What a body would have given, as far as heads ask for it."""
-
-    router_logits: Any = None
-
-
 class Given(nn.Module):
     """Stands in the body's place where the head is asked alone, and hands on the states that it gets."""
 
@@ -55,15 +46,15 @@ class Given(nn.Module):
         """Itself: some heads ask for a part of their body by this name."""
         return self
 
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> GivenStates:
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
         """States (1, M, D), as they are."""
-        return GivenStates(last_hidden_state=inputs_embeds)
+        states: Any = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+        states.router_logits = None  # which mixtures of experts ask for
+        return states
 
 
 class TiedLinear(nn.Module):
     """A head's linear layer by the token embeddings, which are stored once: no more than a bias is its own."""
-
-    bias: nn.Parameter | None
 
     def __init__(self, embedding: nn.Embedding, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -72,15 +63,12 @@ class TiedLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)."""
-        embedding: Any = self.embedding
-        return F.linear(hidden, embedding.weight, self.bias)
+        own: Any = self
+        return F.linear(hidden, own.embedding.weight, own.bias)
 
 
 class LanguageModel(nn.Module):
     """A decoder by transformers: token embeddings, layers and final norm as `body`, beside it what its head has of its own."""
-
-    lm: Any
-    """transformers' model, with something else in its body's place."""
 
     def __init__(self, config: ViTGPT2Config, lm: Any = None) -> None:
         """lm: transformers' model for the config, which is taken apart (default: a fresh one). Raises UserError."""
@@ -155,22 +143,16 @@ class LanguageModel(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V), by the causal language model's own forward."""
-        rows: Any = hidden.flatten(0, -2).unsqueeze(0)
-        return self.lm(inputs_embeds=rows, use_cache=False).logits.view(*hidden.shape[:-1], -1)
+        lm: Any = self.lm
+        return lm(inputs_embeds=hidden.flatten(0, -2)[None], use_cache=False).logits.view(*hidden.shape[:-1], -1)
 
     next_logits = next_logits
 
     @torch.no_grad()
-    def prove(self, ids: Tensor | None = None, expected: Tensor | None = None) -> None:
+    def prove(self, expected: Tensor | None = None) -> None:
         """Raises UserError unless words behind a prefix get the same logits from the cache as all at once, and transformers'
-        own where those are given.
-
-        ids: int64 (R, T), as few_tokens gives them (default: some). expected: (R, T, V), transformers' logits for them.
-        """
-        if ids is None:
-            ids = few_tokens(self.config.vocab_size, ())
-        ids = ids.to(self.wte.weight.device)
-        was_training = self.training
+        own for few_tokens, `expected` (2, T, V), where those are given."""
+        ids, was_training = few_tokens(self.config.vocab_size).to(self.wte.weight.device), self.training
         self.eval()
         prefix, text = self.wte(ids[:1, :PROVED_PREFIX]), ids[:, PROVED_PREFIX:][:, : self.config.text_positions]
         whole = self.head(self(text, self.look(prefix)))
@@ -178,25 +160,21 @@ class LanguageModel(nn.Module):
         cache = self.new_cache(prefix, len(ids), text.shape[1])
         cached = torch.stack([self.next_logits(tokens, cache) for tokens in text.split(1, 1)], 1)
         self.train(was_training)
-        if apart(whole[:, :-1], changed[:, :-1]):
-            raise UserError("its words see those behind them (is_decoder in its config.json may change that)")
-        if apart(whole, cached):
-            raise UserError("word by word it does not give what it gives all at once")
-        if expected is not None and apart(whole, expected[:, PROVED_PREFIX:][:, : text.shape[1]]):
-            raise UserError("behind a prefix its logits are not what transformers says they are")
+        theirs = whole if expected is None else expected[:, PROVED_PREFIX:][:, : text.shape[1]]
+        for mine, others, fault in (
+            (whole[:, :-1], changed[:, :-1], "its words see those behind them: is_decoder in its config.json may help"),
+            (whole, cached, "word by word it does not give what it gives all at once"),
+            (whole, theirs, "behind a prefix its logits are not what transformers says they are"),
+        ):
+            if not (mine - others).abs().max() <= 1e-4 * others.abs().max():  # more than rounding, or NaN
+                raise UserError(fault)
 
 
-def few_tokens(vocabulary: int, special: Collection[int]) -> Tensor:
-    """int64 (2, PROVED_PREFIX + 4): two texts behind one beginning. Special tokens are left out: some models skip them."""
-    plain = torch.tensor([token for token in range(min(vocabulary, 1000)) if token not in special])
-    ids = plain[(torch.arange(2 * (PROVED_PREFIX + 4)) * 7 + 5).remainder(len(plain) - 1)].view(2, -1)
+def few_tokens(vocabulary: int) -> Tensor:
+    """int64 (2, PROVED_PREFIX + 4): two texts behind one beginning, without the first ids, which are often special."""
+    ids = (torch.arange(2 * (PROVED_PREFIX + 4)) * 7).remainder(vocabulary - 5).view(2, -1) + 4
     ids[1, :PROVED_PREFIX] = ids[0, :PROVED_PREFIX]
     return ids
-
-
-def apart(logits: Tensor, others: Tensor) -> bool:
-    """Whether they differ by more than rounding, or are no numbers."""
-    return not (logits - others).abs().max() <= 1e-4 * others.abs().max()
 
 
 def repeated(cross: Looked, rows: int) -> DynamicCache:

@@ -306,22 +306,16 @@ def known_tokens(model: Any) -> Logits | None:
     tokenizer, size = model._tokenizer, model.config.vocab_size  # not model.tokenizer, which may fetch one
     if tokenizer is None or len(tokenizer) >= size:
         return None
-    *gaps, last = missing_ids(tokenizer, len(tokenizer))
-    gaps = [token for token in gaps if token < size]
+    gaps, last = missing_ids(tokenizer, len(tokenizer), size)
     absent = torch.tensor(gaps, dtype=torch.int64, device=model.device)
-
-    def known(logits: Tensor, _: Tensor) -> Tensor:
-        logits = logits[:, :last]
-        return logits.index_fill(1, absent, float("-inf")) if gaps else logits
-
-    return known
+    return lambda logits, _: logits[:, :last].index_fill(1, absent, float("-inf")) if gaps else logits[:, :last]
 
 
 @functools.lru_cache(maxsize=4)
-def missing_ids(tokenizer: Any, length: int) -> list[int]:
-    """Ids that a tokenizer of this length has no token for, up to the first behind all that it has."""
+def missing_ids(tokenizer: Any, length: int, size: int) -> tuple[list[int], int]:
+    """Ids below `size` that a tokenizer of this length has no token for before its last one, and the first behind that."""
     ids = set(tokenizer.get_vocab().values())
-    return [token for token in range(max(ids) + 2) if token not in ids]
+    return [token for token in range(min(size, max(ids))) if token not in ids], max(ids) + 1
 
 
 def token_lists(model: Any, words: Sequence[str | Sequence[int]]) -> list[list[int]]:

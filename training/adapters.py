@@ -32,34 +32,22 @@ def check_adapters(config: TrainConfig, device: torch.device) -> None:
         )
 
 
-def adapt(
-    model: Any,
-    config: TrainConfig,
-    bases: dict[str, str | None],
-    device: torch.device,
-    begun: set[str] | None = None,
-) -> str:
+def adapt(model: Any, config: TrainConfig, bases: dict[str, str | None], device: torch.device) -> str:
     """Puts fresh adapters on the model, in place, after which they and what is new are all that learns. Says what it did.
 
     bases: what the weights came from, by name: an encoder and a decoder, or a whole model. Parts that config freezes get
-    none. begun: the layers that a run which goes on has adapters for already. Raises UserError where the targets fit no
-    layer, or none of a part that they name.
+    none. Raises UserError where the targets fit no layer, or none of a part that they name.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = resting_layers(model)
     targets = [n for n in layers if re.fullmatch(config.lora_targets, n) and part_of(n) not in config.freeze]
-    targets = [n for n in layers if n in begun] if begun else targets
     if not targets:
         raise UserError(f"lora_targets {config.lora_targets!r} fits no pretrained linear layer that is not frozen")
     number = {part: sum(part_of(n) == part for n in targets) for part in ("encoder", "decoder")}
     for part in number:
         if not number[part] and part in config.lora_targets and part not in config.freeze:
-            named = [n for n in layers if part_of(n) == part] or ["nothing"]
-            raise UserError(
-                f"lora_targets {config.lora_targets!r} fits no linear layer of the {part} (it has {named[0]} and {len(named) - 1} "
-                f"more): name some, or add --freeze {part}"
-            )
+            raise UserError(f"lora_targets {config.lora_targets!r} fits no layer of the {part}: change or freeze that")
     key = fingerprint(model)
     whole = {name for name, parameter in model.named_parameters() if part_of(name) == "new" and parameter.requires_grad}
     reason = why_not_4_bits(device) if config.qlora else ""

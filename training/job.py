@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,8 +236,10 @@ def start_model(
         raise UserError("shard is for a --decoder of another kind than GPT-2: leave it out")
     if config.adapts:
         bases: dict[str, str | None] = {"model": config.init_model} if config.init_model else pretrained_parts(config)
-        begun = adapted_layers(chosen.checkpoint / "model.safetensors") if chosen.checkpoint else None
-        print(f"adapters    {adapt(model, config, bases, chosen.device, begun)}")
+        if chosen.checkpoint:  # perhaps begun by a version that chose other layers
+            begun = adapted_layers(chosen.checkpoint / "model.safetensors")
+            config = dataclasses.replace(config, lora_targets="|".join(map(re.escape, begun)))
+        print(f"adapters    {adapt(model, config, bases, chosen.device)}")
         if began.get("adapters", model.adapters) != model.adapters:
             raise UserError(
                 f"the pretrained models are not those that {run.folder} began on, or not in 4 bits as there: bring those back, or "
@@ -314,11 +317,7 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
             raise UserError(
                 f"{parts['decoder']} knows {sizes.vocab_size:,} tokens and tokenizer {name} has {len(tokenizer):,}: {what}"
             )
-        for special in (
-            "end_token_id",
-            "start_token_id",
-            "pad_token_id",
-        ):  # its embedding may be larger than the tokenizer
+        for special in ("end_token_id", "start_token_id", "pad_token_id"):  # the decoder may name others
             setattr(model.config, special, getattr(own, special))
     else:
         model = ImageCaptionModel(sizes)

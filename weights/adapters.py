@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from config import UserError
 from utils import first_line
-from weights.file import Saved, check_shapes, part_of, weights_hash
+from weights.file import Saved, check_shapes, part_of, read_model_file, weights_hash
 from weights.huggingface import read_captioner
 from weights.pretrained import read_parts
 
@@ -38,10 +37,9 @@ def resting_layers(model: nn.Module) -> list[str]:
     return [name for name in linear if name.startswith(inside) and part_of(f"{name}.weight") != "new"]
 
 
-def adapted_layers(path: Path) -> set[str]:
+def adapted_layers(path: Path) -> list[str]:
     """The layers that a file has adapters for."""
-    with safe_open(path, framework="pt") as file:
-        return {name.removesuffix(".lora_A") for name in file.keys() if name.endswith(".lora_A")}  # noqa: SIM118  # not a dict
+    return [name.removesuffix(".lora_A") for name in read_model_file(path).tensors if name.endswith(".lora_A")]
 
 
 def why_not_4_bits(device: torch.device) -> str:

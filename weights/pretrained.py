@@ -181,11 +181,10 @@ def pretrained_language_model(
     fields["pad_token_id"] = end if pad is None else pad
     config = dataclasses.replace(config, **fields)
     with refused(f"{source}: this language model cannot read behind a picture"):
-        ids = few_tokens(words, tokenizer.all_special_ids)
         with torch.no_grad():
-            expected = theirs(input_ids=ids).logits
+            expected = theirs(input_ids=few_tokens(words)).logits
         decoder = LanguageModel(config, theirs)
-        decoder.prove(ids, expected)
+        decoder.prove(expected)
     return config, {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}, tokenizer
 
 

@@ -65,9 +65,9 @@ RIGHT = {
     "electra": {"is_decoder": True, "embedding_size": 16} | TIED,
 }
 REFUSED = {
-    "bert": ({}, "see those behind them .is_decoder"),
-    "roberta": ({"pad_token_id": 1}, "see those behind them .is_decoder"),
-    "electra": ({}, "see those behind them .is_decoder"),
+    "bert": ({}, "see those behind them: is_decoder"),
+    "roberta": ({"pad_token_id": 1}, "see those behind them: is_decoder"),
+    "electra": ({}, "see those behind them: is_decoder"),
     "mamba": ({}, "keeps no keys and values"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "keeps no keys and values"),
     "bart": (BART, "keeps no keys and values"),
@@ -197,16 +197,17 @@ def test_tokens_without_words_are_never_drawn(tmp_path, scenes_tokenizer, option
     assert found.sequences.max() < words and found.log_probs.isfinite().all()
 
 
-def test_gaps_in_a_tokenizer_are_never_drawn(tiny_model):
+@pytest.mark.parametrize("behind", [4, 0])
+def test_gaps_in_a_tokenizer_are_never_drawn(tiny_model, behind):
     """Its ids need not be all that lie below its last one."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     size = tiny_model.config.vocab_size
-    vocabulary = {f"w{n}": n for n in range(0, size - 4, 2)} | {"<end>": size - 5}
+    vocabulary = {f"w{n}": n for n in range(0, size - 5, 2)} | {"<end>": size - 1 - behind}
     tiny_model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "w0")))
     options = {"do_sample": True, "top_k": 0, "num_return_sequences": 50}
-    tiny_model.config.end_token_id = size - 5
+    tiny_model.config.end_token_id = size - 1 - behind
     found = tiny_model.generate(torch.randn(2, 3, 16, 16), max_length=8, **options).sequences
     assert set(found.flatten().tolist()) <= set(vocabulary.values()) and len(found.unique()) > 10
 
