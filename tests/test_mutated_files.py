@@ -146,7 +146,13 @@ def each(number: int | None, look: Callable[[st.DataObject], str]) -> Counter[st
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory, scenes_table) -> Path:
     words = train_tokenizer(scenes_table.captions().to_pylist(), 270)
-    model = random_model(tiny_config(vocab_size=len(words), vision_num_layers=1, decoder_num_layers=1))
+    vision = {"vision_registers": 1, "vision_norm_eps": 1e-6, "vision_activation": "quick_gelu", "vision_mlp_dim": 64}
+    vision |= {
+        "vision_layer_scale": True,
+        "vision_positions": "rotary",
+        "vision_norm_first": True,
+    }  # to be mutated, too
+    model = random_model(tiny_config(vocab_size=len(words), vision_num_layers=1, decoder_num_layers=1, **vision))
     model.tokenizer = words
     model.save_file(path := tmp_path_factory.mktemp("model") / "m.safetensors")
     return path
