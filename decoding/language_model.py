@@ -144,7 +144,7 @@ class LanguageModel(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V), by the causal language model's own forward."""
         lm: Any = self.lm
-        return lm(inputs_embeds=hidden.flatten(0, -2)[None], use_cache=False).logits.view(*hidden.shape[:-1], -1)
+        return lm(inputs_embeds=hidden.flatten(0, -2)[None], use_cache=False).logits[0].unflatten(0, hidden.shape[:-1])
 
     next_logits = next_logits
 
