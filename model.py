@@ -190,7 +190,7 @@ class EncoderBlock(nn.Module):
         hidden = ACTIVATIONS[self.activation](self.fc1(self.norm_after(x)))
         return x + self.branch(self.fc2(hidden), "scale_after")
 
-    def branch(self, x: Tensor, scale: str) -> Tensor:
+    def branch(self, x: Tensor, scale: str = "") -> Tensor:
         """A branch's end, (N, S, D): dropout, its factors, and in training some pictures go without (Huang et al. 2016,
         arXiv:1603.09382)."""
         x = F.dropout(x, self.dropout, self.training)

@@ -80,10 +80,10 @@ def test_rows_in_8_bits_do_not_touch_each_other():
     assert torch.allclose(product(weight, x[:1])[0], beside, rtol=1e-5, atol=1e-5)
 
 
-def test_it_is_made_when_it_pays_and_forgotten_with_the_weights(monkeypatch):
+def test_it_is_made_when_it_pays_and_forgotten_with_the_weights(monkeypatch, scenes_tokenizer):
     """A second's work for the one caption that somebody wants would make it slower."""
     model, sessions = made(), []
-    model.tokenizer = "of no use"
+    model.tokenizer = scenes_tokenizer
     monkeypatch.setattr(engine, "make_session", lambda graph: sessions.append(graph) or make_session(graph))
     pixels = (PICTURES * 20 + 128).clamp(0, 255).to(torch.uint8)
     monkeypatch.setattr("captioning.pipeline.decode", lambda tokenizer, tokens: [str(row) for row in tokens.tolist()])
