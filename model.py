@@ -159,8 +159,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+    "swiglu": lambda x: swiglu(*x.chunk(2, -1)),
 }
+
+
+def swiglu(gate: Tensor, value: Tensor) -> Tensor:
+    """Two halves of a layer's outputs, multiplied behind a SiLU of the first."""
+    return F.silu(gate) * value
 
 
 class EncoderBlock(nn.Module):
@@ -250,8 +255,10 @@ class VisionTransformer(nn.Module):
         self.register_buffer("mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
         self.turns: Tensor | None
-        turns = rotary_turns(config.image_size // patch, width // config.vision_num_heads)
-        self.register_buffer("turns", turns if config.vision_positions == "rotary" else None, persistent=False)
+        turns = None
+        if config.vision_positions == "rotary":
+            turns = rotary_turns(config.image_size // patch, width // config.vision_num_heads)
+        self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values (N, 3, S, S), uint8 (normalised here) or float (taken as normalised) -> (N, states, D)."""

@@ -142,15 +142,19 @@ def available(precision: Precision) -> bool:
         return False
 
 
+def few_rows() -> int:
+    """How many captions at a time are few for 8-bit weights here."""
+    return FEW if largest_weight() == 127 else FEW_WITHOUT_VNNI
+
+
 def how_int8() -> str:
     """In which way int8 is computed here, and why: a line for people."""
-    few = FEW if largest_weight() == 127 else FEW_WITHOUT_VNNI
     many = {
         127: "8-bit products",
         63: "products of 8 and 7 bits, as this CPU adds two of them in 16 bits",
         0: "fp32, as this CPU has no 8-bit product",
     }[largest_weight()]
-    return f"8-bit weights for up to {few} captions at a time, for more, and for pictures, {many}"
+    return f"8-bit weights for up to {few_rows()} captions at a time, for more, and for pictures, {many}"
 
 
 def pack(
@@ -179,7 +183,7 @@ def packed_model(model: Any, precision: Precision, rows: int) -> Any:
     """
     if model.device.type != "cpu" or model.decoder.wte.weight.dtype != torch.float32 or not available(precision):
         return model
-    few = precision == "int8" and rows <= (FEW if largest_weight() == 127 else FEW_WITHOUT_VNNI)
+    few = precision == "int8" and rows <= few_rows()
     kind = min(rows, 2) if few else 0  # one row, a few, or many
     made = model.copies.of((precision, weights_version(model)))
     layers = made.setdefault("layers", {})  # which copies may share
@@ -214,9 +218,7 @@ def packed_layer(
     unrounded = bool(few) and tokens_only and not wide
     key = (name, unrounded, dtype)
     if key not in made:
-        behind_gelu = re.search(r"\.(fc2|\d+\.c_proj)$", name) and not (
-            name.endswith("fc2") and config.vision_activation == "swiglu"
-        )
-        least = LEAST_GELU if behind_gelu else None
+        behind_gelu = r"\.\d+\.c_proj$" if config.vision_activation == "swiglu" else r"\.(fc2|\d+\.c_proj)$"
+        least = LEAST_GELU if re.search(behind_gelu, name) else None
         made[key] = pack(layer.weight, layer.bias, precision, unrounded, dtype, least)
     return made[key]

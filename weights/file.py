@@ -97,7 +97,7 @@ def read_model_file(path: Path) -> Saved:
             tensors = plain_names({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # not a dict
             about = json_of((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, OSError) as error:
-        said = is_pointer(path) or f"not a safetensors file that can be read ({first_line(error)}): name another model"
+        said = lfs_advice(path) or f"not a safetensors file that can be read ({first_line(error)}): name another model"
         raise UserError(f"{path}: {said}") from error
     except ValueError as error:
         raise not_ours(path, first_line(error)) from error
@@ -117,7 +117,7 @@ def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in tensors.items()}
 
 
-def is_pointer(path: Path) -> str:
+def lfs_advice(path: Path) -> str:
     """What to say where a clone without Git LFS has left a few lines of text in a file's place; else nothing."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):

@@ -25,9 +25,9 @@ from weights.file import (
     check_shapes,
     find_model_file,
     gpt2_tokenizer,
-    is_pointer,
     keys_from_text,
     keys_to_text,
+    lfs_advice,
     plain_names,
     read_model_file,
     tokenizer_from_json,
@@ -312,7 +312,7 @@ def read_weights(
             pickled = path.suffix == ".bin"
             weights |= torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
         except Exception as error:  # of a damaged or a hostile file: SafetensorError, UnpicklingError, EOFError, ...
-            said = is_pointer(path) or f"cannot be read as tensors ({first_line(error)})"
+            said = lfs_advice(path) or f"cannot be read as tensors ({first_line(error)})"
             raise UserError(f"{path}: {said}") from error
     if not weights or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in weights.items()):
         raise UserError(f"{source}: no {WEIGHTS}, and no {PICKLE} that holds tensors by name")

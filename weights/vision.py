@@ -197,11 +197,8 @@ def family_named(source: Source, part: str, about: dict[str, Any]) -> Family:
 
 def family_of(config: ViTGPT2Config) -> Family:
     """The one that writes such an encoder. Raises UserError where none does."""
-    gated = config.vision_activation == "swiglu"
-    for family in FAMILIES:
+    for family in FAMILIES if config.vision_activation != "swiglu" else (DINOV2, DINOV3):
         if all(getattr(config, name) == value for name, value in family.fixed.items()):
-            if gated and family not in (DINOV2, DINOV3):
-                break
             return family
     raise UserError("transformers has no vision transformer with such settings: this model stays in its own file")
 
