@@ -110,6 +110,10 @@ class Search:
 
     def steps(self, room: int, prefix: int) -> int:
         """The most tokens to write behind `prefix` tokens, in `room` positions. Raises UserError where they do not fit."""
+        if room < 1:
+            raise UserError(
+                f"a prefix of {prefix} tokens leaves no room in the model's {room + prefix} positions: shorten it"
+            )
         longest = min(LONGEST, room) if self.max_length is None else self.max_length
         if longest < 1 or longest > room:
             behind = f" behind a prefix of {prefix} tokens" if prefix else ""
@@ -157,7 +161,9 @@ def generate(
     Raises UserError for options that do not go together.
     """
     search, end = Search(**options), model.config.end_token_id
-    prefix = model.tokenizer(search.prefix).input_ids if isinstance(search.prefix, str) else list(search.prefix)
+    if pixel_values.is_floating_point() and pixel_values.numel():
+        check_normalised(float(pixel_values.abs().max()))
+    prefix = token_ids(model, "prefix", search.prefix) if len(search.prefix) else []
     max_length = search.steps(model.config.text_positions - len(prefix), len(prefix))
     if search.return_attention and model.config.bridge != "cross_attention":
         raise UserError("return_attention needs cross-attention: a model that reads a prefix has none")
@@ -319,15 +325,33 @@ def missing_ids(tokenizer: Any, length: int, size: int) -> tuple[list[int], int]
 
 
 def token_lists(model: Any, words: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """Words as token ids: a text both as a caption's first word and behind a space."""
+    """Words as token ids: a text both as a caption's first word and behind a space. Raises UserError."""
     lists = []
     for word in words:
-        if isinstance(word, str):
-            spellings = (model.tokenizer(f"{space}{word.strip()}").input_ids for space in ("", " "))
-            lists += [ids for ids in spellings if ids and ids not in lists]
-        else:
-            lists.append(list(word))
+        text = word.strip() if isinstance(word, str) else ""
+        for spelling in (text, f" {text}") if text else (word,):
+            if (ids := token_ids(model, "bad_words", spelling)) not in lists:
+                lists.append(ids)
     return lists
+
+
+def token_ids(model: Any, option: str, words: str | Sequence[int]) -> list[int]:
+    """Ids of a text, or those given. Raises UserError where there are none, or where the model has none such."""
+    size = model.config.vocab_size
+    if isinstance(words, str) and words.strip():
+        words = model.tokenizer(words).input_ids
+    ids = [] if isinstance(words, str) else list(words)
+    if not ids:
+        raise UserError(f"{option}: {words!r} holds no token: leave it out")
+    if wrong := [token for token in ids if not 0 <= token < size]:
+        raise UserError(f"{option}: the model has no token {wrong[0]}: its ids are 0 to {size - 1}")
+    return ids
+
+
+def check_normalised(largest: float) -> None:
+    """Refuses float pixels that are still 0 to 255, by the largest: normalised ones stay within about 3."""
+    if not largest < 32:
+        raise UserError(f"pixel_values is float and reaches {largest:g}: pass uint8, or normalised numbers")
 
 
 def sharpen(logits: Tensor, temperature: float, top_k: int, top_p: float, keep: int = 1) -> Tensor:

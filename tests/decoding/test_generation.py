@@ -253,6 +253,11 @@ def test_generate_leaves_the_mode_as_it_was(tiny_model):
         ({"max_length": 0}, "max_length 0"),
         ({"min_length": 9, "max_length": 8}, "min_length 9"),
         ({"prefix": [1] * 20, "max_length": 5}, "behind a prefix of 20 tokens"),
+        ({"prefix": [1] * 30}, "prefix of 30 tokens leaves no room in the model's 24 positions: shorten it"),
+        ({"prefix": [-1]}, "prefix: the model has no token -1: its ids are 0 to"),
+        ({"bad_words": [[7], []]}, r"bad_words: \[\] holds no token: leave it out"),
+        ({"bad_words": [" "]}, "bad_words: ' ' holds no token"),
+        ({"bad_words": [[3, 99_999]]}, "bad_words: the model has no token 99999"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"num_beams": 2, "num_return_sequences": 3, "do_sample": True}, "3 captions a picture"),
         ({"do_sample": True, "temperature": 0.0}, "temperature > 0"),
@@ -260,8 +265,19 @@ def test_generate_leaves_the_mode_as_it_was(tiny_model):
     ],
 )
 def test_options_that_do_not_go_together(tiny_model, options, words):
+    """A prefix longer than the model, a word of no token and ids that the model lacks ended in a line of torch's."""
     with pytest.raises(UserError, match=words):
         tiny_model.generate(PICTURES, **({"max_length": 8} | options))
+
+
+@pytest.mark.parametrize("most", [255.0, float("nan")])
+def test_float_pixels_that_are_not_normalised_are_refused(tiny_model, most):
+    """Floats of 0 to 255 were taken for normalised numbers, and captioned as noise."""
+    pixels = torch.rand(2, 3, 16, 16)
+    tiny_model.generate(pixels, max_length=2)
+    pixels[0, 0, 0, 0] = most
+    with pytest.raises(UserError, match=r"pixel_values is float and reaches .*: pass uint8, or normalised numbers"):
+        tiny_model.generate(pixels, max_length=2)
 
 
 def test_half_precision_decodes(tiny_model):
