@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
+SAFELY = "name one with safetensors, or write it anew, with transformers (from_pretrained, then save_pretrained)"
 MARKER = f"{METADATA_KEY}.json"  # what transformers has no place for; a folder that has it was written here
 WRITTEN = [MARKER, WEIGHTS, "config.json", "generation_config.json", "preprocessor_config.json"]
 WRITTEN += ["tokenizer.json", "tokenizer_config.json"]
@@ -292,7 +293,7 @@ def read_processor(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(
-    source: Source, folder: Path, allow_pickle: bool = False, advice: str = "name one with safetensors"
+    source: Source, folder: Path, allow_pickle: bool = False, advice: str = SAFELY
 ) -> tuple[Path, dict[str, Tensor]]:
     """All tensors, from one file or from several with an index, and the path to name in messages."""
     files = weight_files(folder, WEIGHTS)
