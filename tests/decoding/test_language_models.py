@@ -72,6 +72,7 @@ REFUSED = {
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "keeps no keys and values"),
     "bart": (BART, "keeps no keys and values"),
     "openai-gpt": ({}, "keeps no keys and values"),
+    "roberta as a decoder": ({"pad_token_id": 1, "is_decoder": True}, "word by word it does not give"),
 }
 
 
@@ -126,7 +127,7 @@ def test_what_cannot_be_is_refused_in_one_line(kind, tmp_path, scenes_tokenizer)
     and values stopped in the middle of a run."""
     changes, words = REFUSED[kind]
     with pytest.raises(UserError, match=words) as error:
-        start(kind, tmp_path, scenes_tokenizer, **changes)
+        start(kind.removesuffix(" as a decoder"), tmp_path, scenes_tokenizer, **changes)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 

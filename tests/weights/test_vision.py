@@ -70,6 +70,8 @@ THEIRS = {
         DINOv3ViTConfig(**SIZES, intermediate_size=104, use_gated_mlp=True, hidden_act="silu")
     ),
 }
+EXPORTED = ("clip", "siglip", "dinov2 with registers", "dinov3 with SwiGLU")
+"""Those whose graphs together have every part; the others' are slow tests."""
 EACH = pytest.mark.parametrize("kind", THEIRS)
 
 
@@ -153,7 +155,9 @@ def test_everything_else_works_with_it(theirs):
     assert "LoRA" in said and any(re.match(r"encoder\.blocks\.1\..+\.lora_A", name) for name in learned)
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2 with registers", "dinov3 with SwiGLU"])
+@pytest.mark.parametrize(
+    "kind", [kind if kind in EXPORTED else pytest.param(kind, marks=pytest.mark.slow) for kind in THEIRS]
+)
 def test_its_graph_gives_its_states(kind, tmp_path):
     """onnxruntime on the exported encoder."""
     onnxruntime = pytest.importorskip("onnxruntime")
