@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from pathlib import Path
 
 # Typography that the Stanford tokenizer writes in ASCII (it does call a pound "#" and a euro "$").
-_PLAIN = str.maketrans(
-    {"‘": "'", "’": "'", "“": '"', "”": '"', "«": '"', "»": '"', "–": " -- ", "—": " -- ", "…": "...", "£": "#"}
-    | {"€": "$", "¢": " cents ", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "\u00ad": "", "\u200b": " ", "\ufeff": " "}
-)
+_PLAIN = {
+    **dict.fromkeys("\u2018\u0091", "`"),
+    **dict.fromkeys("\u201c\u201d\u0093\u0094\u00ab\u00bb", '"'),
+    **dict.fromkeys("\u2013\u2014\u0096\u0097", " -- "),
+    **dict.fromkeys("\u20ac\u20a0\u00a4\u0080", " $ "),
+    **{"\u2026": "...", "\u00a3": " # ", "\u00a2": " cents ", "\u00ad": ""},
+    **{"\u00bc": " 1/4 ", "\u00bd": " 1/2 ", "\u00be": " 3/4 ", "\u2153": " 1/3 ", "\u2154": " 2/3 "},
+}
+# Entities of HTML that it reads; those that it takes for letters, and those that it leaves as they are.
+_ENTITIES = {"amp": "&", "lt": " < ", "gt": " > ", "quot": '"', "apos": "'", "nbsp": " "}
+_ENTITIES |= dict.fromkeys(("mdash", "ndash", "md"), " -- ")
+_ENTITY = re.compile("&(AMP|MDASH|amp|quot|apos|nbsp|[mn]dash|(?i:lt|gt|md));")
+_HYPHENS = "\u058a\u2010\u2011"  # parts of a word inside it alone
+_JOINER = re.compile(rf"&[aeiouAEIOU](?:acute|grave|uml);|(?<=\w)[{_HYPHENS}](?=\w)")
+_UNREAD = r"\#\d+ | (?i: ht | lr | q[clr] | tl | ur | [oc]dq | quot | apos | nbsp )"
 # Brackets become words: the evaluation's list of punctuation has -LRB-, but only after everything is lower case.
 _BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"})
 _TWO_WORDS = {whole: (whole[:3], whole[3:]) for whole in ("cannot", "gonna", "gotta", "wanna", "gimme", "lemme")}
@@ -28,21 +41,26 @@ _OPENERS = """
     |Our|Their|Then|After|However|Once|Since|So"""
 
 _LETTER = r"[^\W\d_]"
+_CURLY, _ANY = "[\u2019\u0092]", "['\u2019\u0092]"
+_STRAIGHT = re.compile(rf"(?i:(?<!\S){_CURLY}(?=(?:[smd]|ll|re|ve)(?!\S))|(?<=\bn){_CURLY}(?=t(?!\S)))")
 _TOKEN = re.compile(
     rf"""
     # Most words. All that stands next to a mark meets the rules below.
       {_LETTER}++(?=\s)
     # <unk>, http://flickr.com, me@flickr.com
     | </?[A-Za-z][^<>\s]*> | (?i:https?://\S*[\w/]) | [\w.]++@[\w.]*\w
-    # rock 'n' roll, 's 'll 'em '50s '08, 't is, is n't
-    | (?i:'n' | '(?:[smd]|ll|re|ve|em|till?|cause|n|[2-9]0s|\d\d(?!"))(?!\w) | 't(?=(?:is|was)\b))
-    | (?i:n't(?!\w) | {_LETTER}+?(?=n't(?!\w)))
-    # words around an apostrophe: o'clock, d'oeuvres, y' all
-    | (?i:ma'am|s'mores|c'mon|cap'n|ol'|[en]?e'er|[dol]'{_LETTER}{{2,}} | [dljy]'(?!(?:[smd]|ll|re|ve)\b))
-    # and/or, 1/2, 12/25/2010, then t-shirt, 5-year-old, u.s.-made, then AT&T
+    # rock 'n' roll, 's 'll 'em '50s '08, 't is, is n't; a curly one needs no end of a word behind it
+    | (?i:{_ANY}n{_ANY} | {_ANY}n(?!\S) | {_ANY}em | {_ANY}(?:till?|cause|[2-9]0s|\d\d(?!["']))(?!\w) | 't(?=(?:is|was)\b))
+    | (?i:(?<!')'(?:[smd]|ll|re|ve)(?!\w) | {_CURLY}(?:[smdn]|ll|re|ve))
+    | (?i:n{_ANY}t(?!\w) | {_LETTER}+?(?=n{_ANY}t(?!\w)))
+    # words around an apostrophe: o'clock, d'oeuvres, qu'il, hawai'i, y' all
+    | (?i:ma{_ANY}am|s'mores|c'mon|cap{_ANY}n|ol{_ANY}|e'er|ne{_ANY}er|dunkin{_ANY}|li{_ANY}l|hallowe{_ANY}en
+      | [dol]{_ANY}{_LETTER}{{2,}} | (?:jus)?qu{_ANY}{_LETTER}+ | [a-z]+[aeiou]{_ANY}[aeiou][a-z]*
+      | [dljy]{_ANY}(?!(?:[smd]|ll|re|ve)\b))
+    # and/or, 1/2, 12/25/2010, then t-shirt, 5-year-old, u.s.-made, then AT&T, c++
     | (?:\d+-)?[A-Za-z\d]+(?:-[A-Za-z]+){{0,2}}(?:/[A-Za-z\d]+(?:-[A-Za-z]+){{0,2}}){{1,2}}
     | [^\W_]++(?:[.,]+[^\W_]++)*+(?:[.,]*-[^\W_]+)+(?:\.(?=[,;:]))?
-    | [A-Z]+(?:[&+][A-Z]+)+
+    | [A-Z]+(?:[&+][A-Z]+)+ | [Cc](?:\+\+|\#)
     # 1,000 3.5 5:30, then 22nd 4x4 50s, then -5
     | (?:[-+]?\d*(?:[.,:]\d+)+ | \d+{_LETTER}\w* | [-+]?\d+)(?:\.(?=[,;:]))?
     # periods that stay: u.s. p.m, then j. smith (but not the last word of "plan b."), then mr.
@@ -50,10 +68,12 @@ _TOKEN = re.compile(
     | {_LETTER}\.(?!\w|$|\s(?:{_OPENERS})\b)
     | (?:(?i:{_ABBREVIATIONS})|{_CAPITALIZED}|(?i:{_NUMBERED})(?=\.\s?\d))\.(?!{_LETTER})
     # any other word: "mat" of "mat.", all of flickr.com, wow!what and, before a comma, mat.
-    | {_LETTER}\w*(?:[.!?]{_LETTER}\w*)*(?:\.(?=[,;:]))?
-    # :) #tag @name ?! and single symbols, among which dropped punctuation is left out
+    | {_LETTER}\w*(?<!_)(?:[.!?]{_LETTER}\w*(?<!_))*(?:\.(?=[,;:]))?
+    | &(?:{_UNREAD});
+    # :) #tag @name ?! << and single symbols, among which dropped punctuation is left out
+    | << | >>
     | [:;=]-?[()DPp](?!\w) | [#@]{_LETTER}+ | \#+ | \*+ | _+ | [?!]{{2,}}
-    | [^\w\s.,:;?!'"`\u2010-\u201f\U00010000-\U0010ffff-]
+    | [^\w\s.,:;?!'"`\u2019\x00-\x1f\x7f\x92-]
     """,
     re.VERBOSE,
 )
@@ -70,6 +90,47 @@ def tokenize(caption: str) -> list[str]:
     >>> tokenize("A man's dog isn't at the U.S. Open (5:30 p.m.)...")
     ['a', 'man', "'s", 'dog', 'is', "n't", 'at', 'the', 'u.s.', 'open', '-lrb-', '5:30', 'p.m.', '-rrb-']
     """
-    found = " ".join(_TOKEN.findall(" ".join(caption.translate(_PLAIN).split())))
-    words = found.lower().translate(_BRACKETS).split()
+    caption, back = (caption, {}) if caption.isascii() and "&" not in caption else _in_letters(caption)
+    found = " ".join(_TOKEN.findall(" ".join(caption.split())))
+    words = _STRAIGHT.sub("'", found).translate(back).lower().translate(_BRACKETS).split()
     return [part for word in words for part in _TWO_WORDS.get(word, (word,))]
+
+
+class _Characters(dict[int, str]):
+    """What str.translate puts for characters: a blank for those that are not here, but ASCII as it is."""
+
+    def __missing__(self, code: int) -> str:
+        if code < 128:
+            raise LookupError
+        return " "
+
+
+def _in_letters(caption: str) -> tuple[str, dict[int, str]]:
+    """The caption with Python's letters for all that Stanford's tokenizer takes for letters, and without what it drops; and
+    what turns those that only stand in back."""
+    caption = _ENTITY.sub(lambda entity: _ENTITIES[entity[1].lower()], caption)
+    table, stand_ins, back = _characters()
+    caption = _JOINER.sub(lambda joiner: stand_ins[joiner[0]], caption)
+    return caption.translate(table), back
+
+
+@functools.cache
+def _characters() -> tuple[_Characters, dict[str, str], dict[int, str]]:
+    """The table for str.translate; the letters that stand in for what is none to Python's regular expressions, which are rare
+    Chinese ones, as Stanford's tokenizer drops all characters above U+FFFF; and the table that turns these back."""
+    lines = Path(__file__).with_suffix(".txt").read_text(encoding="ascii").splitlines()
+    kinds: dict[str, list[str]] = {"joins": [], "stands alone": []}
+    for line in lines:
+        if line in kinds:
+            kind = line
+        elif not line.startswith("#"):
+            for ends in line.split():
+                first, last = (int(end, 16) for end in (ends.split("-") * 2)[:2])
+                kinds[kind] += map(chr, range(first, last + 1))
+    accented = [f"&{letter}{accent};" for letter in "aeiouAEIOU" for accent in ("acute", "grave", "uml")]
+    joins = [character for character in kinds["joins"] if not character.isalnum()]
+    stand_ins = {text: chr(0x20000 + i) for i, text in enumerate([*joins, *accented, *_HYPHENS])}
+    table = _Characters({ord(c): c for c in [*kinds["joins"], *stand_ins.values()]})
+    table |= {ord(c): stand_ins[c] for c in joins} | {ord(c): f" {c} " for c in kinds["stands alone"]}
+    table |= {ord(c): text for c, text in _PLAIN.items()} | {ord(c): c for c in "\u2019\u0092"}
+    return table, stand_ins, {ord(letter): text for text, letter in stand_ins.items()}
