@@ -218,7 +218,7 @@ def evaluate_dataset(
     loss, shuffled = (caption_loss(model, loader, device, dtype, shuffle, world) for shuffle in (False, True))
     if not world.main:
         return captioned, {}
-    captioned.frequencies = more.frequencies
+    captioned.frequencies, captioned.tokenizer = more.frequencies, more.tokenizer
     bad.add_known(dataset.table, dataset.pixels.bad)
     if not captioned.captions:
         raise UserError(f"{table.root}: no picture of the {table.split} part can be read")
@@ -291,6 +291,9 @@ class Scored:
     """Two files of captions in COCO's results format: is the second better?"""
     document_frequencies: Path | None = None
     """A .npz of metrics.CiderD(...).save: CIDEr-D with its frequencies, not those of the pictures evaluated."""
+    tokenizer: Literal["ptb", "characters"] = "ptb"
+    """What words are: Stanford's, as in all published numbers; or, in scripts without blanks (Chinese, Japanese, Thai), each
+    character."""
     java: bool = False
     """Also METEOR and SPICE, where Java and pycocoevalcap are (requirements/full.txt)."""
     instances: Path | None = None
@@ -318,10 +321,10 @@ def main() -> None:
     config = parse_flags(EvaluateConfig, __doc__)
     frequencies = CiderD.load(config.document_frequencies) if config.document_frequencies else None
     if config.compare and config.references:
-        differences = compare(*config.compare, config.references, frequencies, config.subset)
+        differences = compare(*config.compare, config.references, frequencies, config.subset, config.tokenizer)
         write_json(writable_directory(config.output_dir) / "comparison.json", differences)
         return
-    more = MoreScores(config.java, config.instances, config.clip, frequencies)
+    more = MoreScores(config.java, config.instances, config.clip, frequencies, config.tokenizer)
     if config.results and config.references:
         metrics = score_results(config, config.results, config.references, more)
     elif config.model and (config.data_dir or "/" in config.dataset):
@@ -338,7 +341,7 @@ def score_results(config: EvaluateConfig, results: Path, references: Path, more:
     names, captions, known, facts = matched(results, references, config.subset)
     title = f"{results.name} against {references.name}"
     about = {"results": str(results), "references": str(references), **facts}
-    captioned = Captioned([], captions, known, [], frequencies=more.frequencies)
+    captioned = Captioned([], captions, known, [], frequencies=more.frequencies, tokenizer=more.tokenizer)
     directory = writable_directory(config.output_dir)
     return write_evaluation(directory, title, captioned, names, {}, about | about_results(results), more)
 

@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 
 from config import UserError
 from scoring.ngrams import MAX_N, Floats, Integers, References, Table, Vocabulary, sum_by
+from scoring.tokens import characters as characters
 from scoring.tokens import tokenize as tokenize
+from scoring.tokens import without_blanks as without_blanks
 from utils import first_line, json_of, whole
 
 Caption: TypeAlias = str | Sequence[str]
@@ -56,10 +58,10 @@ def bleu(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]])
     BLEU-n is the geometric mean of the clipped precisions of 1- ... n-grams, times exp(1 - r / c) where the candidates
     have fewer words c than the references closest to them in length, r (of two as close, the shorter). For the
     corpus, counts and lengths are summed over the pictures first. The two small numbers that keep 0 / 0 away are
-    coco-caption's, which only a picture by itself can notice.
+    coco-caption's, which only a picture by itself can notice: a corpus without a common n-gram has 0.
     """
     counts = Statistics(candidates, references).table[:, :-2]
-    corpus, each = _bleu_of_counts(counts.sum(0)), _bleu_of_counts(counts)
+    corpus, each = _bleu_of_sums(counts.sum(0)), _bleu_of_counts(counts)
     return [Scores(float(corpus[n]), each[:, n]) for n in range(MAX_N)]
 
 
@@ -89,6 +91,11 @@ def _bleu_of_counts(counts: Floats) -> Floats:
     mean = np.cumprod(precision, axis=-1) ** (1 / np.arange(1, MAX_N + 1))
     ratio = (counts[..., -2] + tiny) / (counts[..., -1] + small)
     return np.asarray(mean * np.exp(np.minimum(0, 1 - 1 / ratio))[..., None])
+
+
+def _bleu_of_sums(counts: Floats) -> Floats:
+    """The same of sums over pictures; 0, and not what keeps 0 / 0 away, where no n-gram is correct."""
+    return np.where(counts[..., :MAX_N] > 0, _bleu_of_counts(counts), 0.0)
 
 
 def rouge_l(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> Scores:
@@ -281,29 +288,32 @@ class Statistics:
         self.candidates, words = _as_words(candidates, references)
         self.frequencies = frequencies or CiderD(words)
         own = None if frequencies else self.frequencies._references  # counted already
-        table = Table(self.candidates, np.arange(len(words)), own or self.frequencies.counted(words))
+        known = own or self.frequencies.counted(words)
+        table = Table(self.candidates, np.arange(len(words)), known)
         cider = self.frequencies.of_table(table)
+        self.has_cider = any(self.frequencies.idf(n, counts.gram).any() for n, counts in enumerate(known.counts))
+        """Whether CIDEr-D can be computed: not where each n-gram stands in the references of every picture."""
         self.number = len(words)
         self.table: Floats = np.column_stack([_bleu_counts(table), _rouge_l(self.candidates, words), cider])  # (N, K)
 
     def scores(self) -> dict[str, float]:
         """Each metric of the corpus."""
-        return {name: float(score) for name, score in self._metrics(self.table.sum(0), self.number).items()}
+        return {name: float(score) for name, score in self._metrics(self.table.sum(0)).items()}
 
     def per_picture(self) -> dict[str, Floats]:
         """Each metric (N,) of each picture by itself."""
-        return self._metrics(self.table)
+        return _named(_bleu_of_counts(self.table[:, :-2]), self.table)
 
     def intervals(self, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
         """Of each metric what bootstrap says."""
-        drawn = self._metrics(resampled_sums(self.table, resamples, seed), self.number)
+        drawn = self._metrics(resampled_sums(self.table, resamples, seed))
         return {name: interval_of(values) for name, values in drawn.items()}
 
     def differences(self, other: Statistics, resamples: int = 1000, seed: int = 0) -> dict[str, Difference]:
         """How much better other captions of the same pictures are, as paired_bootstrap says."""
         # Side by side, so that both meet the same sets.
         sums = resampled_sums(np.concatenate([self.table, other.table], axis=1), resamples, seed)
-        drawn_own, drawn_other = (self._metrics(half, self.number) for half in np.split(sums, 2, axis=1))
+        drawn_own, drawn_other = (self._metrics(half) for half in np.split(sums, 2, axis=1))
         scores, other_scores = self.scores(), other.scores()
         differences = {}
         for name in scores:
@@ -313,12 +323,15 @@ class Statistics:
             differences[name] = Difference(other_scores[name] - scores[name], interval_of(drawn), p_value)
         return differences
 
-    @staticmethod
-    def _metrics(sums: Floats, number: int = 1) -> dict[str, Floats]:
-        """Each metric (...) from rows of the table (..., K), or from the sums of so many of them."""
-        scores = _bleu_of_counts(sums[..., :-2])
-        metrics = {f"bleu_{n + 1}": scores[..., n] for n in range(MAX_N)}
-        return metrics | {"rouge_l": sums[..., -2] / number, "cider_d": sums[..., -1] / number}
+    def _metrics(self, sums: Floats) -> dict[str, Floats]:
+        """Each metric (...) from sums (..., K) of N rows of the table."""
+        return _named(_bleu_of_sums(sums[..., :-2]), sums / self.number)
+
+
+def _named(bleus: Floats, table: Floats) -> dict[str, Floats]:
+    """BLEU-1 ... BLEU-4 (..., MAX_N), and the last two columns of a table, as the metrics' names say."""
+    metrics = {f"bleu_{n + 1}": bleus[..., n] for n in range(MAX_N)}
+    return metrics | {"rouge_l": table[..., -2], "cider_d": table[..., -1]}
 
 
 def bootstrap(

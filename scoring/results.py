@@ -7,6 +7,7 @@ nothing of models.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,11 +22,24 @@ from config import FEW, UserError
 from data.pictures import PictureSource
 from data.pictures import decode as decode_picture
 from data.reading import MADE_BY
-from scoring.metrics import CiderD, Scores, Statistics, diversity, novelty, self_cider, tokenize
+from scoring.metrics import (
+    CiderD,
+    Scores,
+    Statistics,
+    characters,
+    diversity,
+    novelty,
+    self_cider,
+    tokenize,
+    without_blanks,
+)
 from scoring.report import THUMBNAIL, Report, write_report
 from utils import file_hash, in_one_line, json_of, read_log, shown, write_csv, write_json
 
 ENDS = ("low", "high")  # of a 95 % interval
+FEWEST = 30  # pictures that a p is given for
+TOKENIZERS: dict[str, Callable[[str], list[str]]] = {"ptb": tokenize, "characters": characters}
+NO_CIDER = "cannot be computed, as each word is in every picture's references"
 
 
 @dataclass
@@ -40,16 +54,21 @@ class Captioned:
     """Where more than one caption a picture was asked for, all of them; the first is the one in captions."""
     frequencies: CiderD | None = None
     """Document frequencies to score with, else those of the references."""
+    tokenizer: str = "ptb"
+    """What makes words of captions: one of TOKENIZERS."""
 
     @cached_property
     def statistics(self) -> Statistics:
         """All n-grams, counted once."""
-        return Statistics(self.captions, self.references, self.frequencies)
+        words = TOKENIZERS[self.tokenizer]
+        known = [list(map(words, own)) for own in self.references]
+        return Statistics(list(map(words, self.captions)), known, self.frequencies)
 
     @cached_property
     def self_cider(self) -> Scores | None:
         """How different the captions of a picture are, where there are several."""
-        return self_cider(self.several, self.statistics.frequencies) if self.several else None
+        several = [list(map(TOKENIZERS[self.tokenizer], own)) for own in self.several]
+        return self_cider(several, self.statistics.frequencies) if several else None
 
     def metrics(self) -> dict[str, float]:
         """BLEU-1..4, ROUGE-L and CIDEr-D, how varied the captions are, and the share cut off at max_length."""
@@ -62,12 +81,13 @@ class Captioned:
 @dataclass(frozen=True)
 class MoreScores:
     """What is wanted besides: METEOR and SPICE by Java, CHAIR with COCO's instances, CLIPScore by a CLIP;
-    CIDEr-D with other document frequencies; the share of captions that are not among those trained on."""
+    CIDEr-D with other document frequencies; other words; the share of captions that are not among those trained on."""
 
     java: bool = False
     instances: Path | None = None
     clip: str | None = None
     frequencies: CiderD | None = None
+    tokenizer: str = "ptb"
     training_captions: Sequence[str] | None = None
 
     def score(
@@ -109,16 +129,22 @@ class MoreScores:
         return corpus, each, notes
 
 
-def about_scores(number: int, references: Sequence[Sequence[str]], frequencies: CiderD | None) -> dict[str, Any]:
+def about_scores(
+    number: int, references: Sequence[Sequence[str]], frequencies: CiderD | None, tokenizer: str = "ptb"
+) -> dict[str, Any]:
     """What numbers must share to be compared, whoever wrote the captions."""
-    counted = f"of the {number:,} pictures evaluated"
+    counted = f"of the {number:,} picture{'s' * (number > 1)} evaluated"
     if frequencies:
         counted = f"of {frequencies.num_pictures:,} pictures, from {frequencies.path}"
+    known, words = [text for own in references for text in own], TOKENIZERS[tokenizer]
+    length = sum(len(text.split() if words is tokenize else words(text)) for text in known)  # near enough, and quick
     return {
-        "tokenizer": "PTB, by metrics.tokenize",
+        "tokenizer": f"{'PTB' if words is tokenize else 'PTB and characters'}, by metrics.{words.__name__}",
         "document_frequencies": counted,
         "pictures": number,
-        "references_per_picture": f"{sum(map(len, references)) / number:.4g}",
+        "references_per_picture": f"{len(known) / number:.4g}",
+        "words_per_reference": f"{length / len(known):.4g}",
+        **({"without_blanks": unspaced} if words is tokenize and (unspaced := sum(map(without_blanks, known))) else {}),
     }
 
 
@@ -155,8 +181,12 @@ def write_evaluation(
     added, added_each, left_out = more.score(names, captions, references, picture)
     write_captions(directory, captioned, names)
     numbers = captioned.metrics() | known | added
+    intervals = captioned.statistics.intervals()
+    if not captioned.statistics.has_cider:
+        left_out = [f"CIDEr-D {NO_CIDER}", *left_out]
+        del numbers["cider_d"], intervals["cider_d"]
     facts = {
-        **about_scores(len(captions), references, captioned.frequencies),
+        **about_scores(len(captions), references, captioned.frequencies, captioned.tokenizer),
         **about,
         **({"java_tokenizer": "Stanford's own, for METEOR and SPICE"} if more.java else {}),
         **({"training_captions": len(more.training_captions)} if more.training_captions else {}),
@@ -164,13 +194,13 @@ def write_evaluation(
         "left_out": "; ".join(left_out) or "nothing",
     }
     scored = captioned.statistics.per_picture()
-    each: dict[str, Sequence[float]] = {"cider_d": scored["cider_d"].tolist()}  # first, as pictures are ranked by it
-    each |= {name: scores.tolist() for name, scores in scored.items()} | added_each
+    first = ("cider_d",) if captioned.statistics.has_cider else ()  # as pictures are ranked by it
+    names_of = dict.fromkeys((*first, *(name for name in scored if name != "cider_d")))
+    each: dict[str, Sequence[float]] = {name: scored[name].tolist() for name in names_of} | added_each
     if captioned.self_cider:
         each["self_cider"] = captioned.self_cider.per_picture.tolist()
     rows = zip(names, captions, *([f"{x:.6f}" for x in scores] for scores in each.values()), strict=True)
     write_csv(directory / "per_picture.csv", [("picture", "caption", *each), *rows])
-    intervals = captioned.statistics.intervals()
     report = Report(
         title=title,
         facts={name.replace("_", " "): f"{said:,}" if isinstance(said, int) else said for name, said in facts.items()},
@@ -205,13 +235,28 @@ def warnings_about(metrics: dict[str, Any]) -> list[str]:
     """What to know before the numbers are believed."""
     number, found = metrics["pictures"], []
     if number < FEW:
-        found.append(f"These numbers rest on {number:,} pictures: below {FEW} they are mostly chance.")
+        found.append(
+            f"These numbers rest on {number:,} picture{'s' * (number > 1)}: below {FEW} they are mostly chance."
+        )
     if seen := metrics.get("pictures_trained_on"):
         found.append(
             f"{seen:,} of the {number:,} pictures were trained on: these numbers say nothing about new pictures."
         )
     if part := metrics.get("subset"):
         found.append(f"Only {part} of the references are scored: these numbers do not compare with those of all.")
+    if metrics.get("references_per_picture") == "1":
+        found.append("One reference a picture: the metrics were made for five, and compare with others of one only.")
+    if metrics.get("without_blanks", 0) > 0:
+        found.append(
+            f"{metrics['without_blanks']:,} references are of a script without blanks between words, and count as one word "
+            "each, so that nearly right is wrong: --tokenizer characters scores them by characters."
+        )
+    elif float(metrics.get("words_per_reference", 2)) < 2:
+        found.append("Most references are one word: these metrics compare sentences.")
+    if NO_CIDER in metrics.get("left_out", ""):
+        found.append(f"CIDEr-D {NO_CIDER}.")
+    if not math.isfinite(metrics.get("loss", 0.0)):
+        found.append("The loss is no number: the model, or a picture, holds one that is not finite.")
     if "loss" in metrics and metrics["loss_shuffled_pictures"] - metrics["loss"] < 0.02:
         found.append(
             "The model ignores the picture: with the pictures shuffled its loss is "
@@ -327,16 +372,22 @@ def _entries(data: bytes) -> Iterator[tuple[Any, Any]]:
 
 
 def compare(
-    a: Path, b: Path, references: Path, frequencies: CiderD | None = None, subset: bool = False
+    a: Path,
+    b: Path,
+    references: Path,
+    frequencies: CiderD | None = None,
+    subset: bool = False,
+    tokenizer: str = "ptb",
 ) -> dict[str, Any]:
     """Whether results b are better than results a on the same pictures: prints a table, and returns it."""
     names, ours, known, facts = matched(a, references, subset)
     others, theirs, _, other_facts = matched(b, references, subset)
     if names != others:
         raise UserError(f"{a} and {b}: captions of other pictures: name files for the same ones")
-    known_words = [[tokenize(caption) for caption in captions] for captions in known]
-    first, second = (Statistics(captions, known_words, frequencies) for captions in (ours, theirs))
-    table: dict[str, Any] = about_scores(len(known), known, frequencies)
+    words = TOKENIZERS[tokenizer]
+    known_words = [list(map(words, captions)) for captions in known]
+    first, second = (Statistics(list(map(words, own)), known_words, frequencies) for own in (ours, theirs))
+    table: dict[str, Any] = about_scores(len(known), known, frequencies, tokenizer)
     sides = {"a": (a, facts), "b": (b, other_facts)}
     table |= {side: {"captions": str(path), **about_results(path), **more} for side, (path, more) in sides.items()}
     for name, said in table.items():
@@ -345,12 +396,19 @@ def compare(
     print("differences with 95 % intervals by paired bootstrap")
     print(f"{'':10} {'A':>8} {'B':>8} {'B - A':>9}  {'95 % interval':^19} {'p':>6}")
     before, after = first.scores(), second.scores()
+    few = len(known) < FEWEST
     for name, found in first.differences(second).items():
-        table[name] = {"a": before[name], "b": after[name], **found._asdict()}
+        if name == "cider_d" and not first.has_cider:
+            table["left_out"] = f"CIDEr-D {NO_CIDER}"
+            continue
+        table[name] = {"a": before[name], "b": after[name], **found._asdict(), **({"p_value": None} if few else {})}
         low, high = found.interval
-        print(
-            f"{name:10} {before[name]:8.4f} {after[name]:8.4f} {found.difference:+9.4f}  {low:+8.4f} to {high:+8.4f} {found.p_value:6.3f}"
-        )
+        scores = f"{before[name]:8.4f} {after[name]:8.4f} {found.difference:+9.4f}"
+        print(f"{name:10} {scores}  {low:+8.4f} to {high:+8.4f} {'-' if few else f'{found.p_value:.3f}':>6}")
+    if "left_out" in table:
+        print(f"WARNING: {table['left_out']}")
+    if few:
+        print(f"WARNING: no p for fewer than {FEWEST} pictures: what {len(known)} show is chance")
     for side in ("a", "b"):
         if seen := table[side].get("pictures_trained_on"):
             print(f"WARNING: {side.upper()}: {seen:,} of the {len(known):,} pictures were trained on")

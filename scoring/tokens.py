@@ -96,6 +96,28 @@ def tokenize(caption: str) -> list[str]:
     return [part for word in words for part in _TWO_WORDS.get(word, (word,))]
 
 
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
+    "[\u0300-\u036f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ecd\u102b-\u103e\u17b4-\u17d3\u3099\u309a\u30fc]*"
+)
+"""A character of a script that writes no blanks between words (Thai, Lao, Burmese, Khmer, Japanese, Chinese), with the marks
+that belong to it."""
+
+
+def characters(caption: str) -> list[str]:
+    """Words as tokenize has them, but each character of a script without blanks by itself.
+
+    >>> characters("两只dogs在雪地")
+    ['两', '只', 'dogs', '在', '雪', '地']
+    """
+    return tokenize(_UNSPACED.sub(r" \g<0> ", caption))
+
+
+def without_blanks(caption: str) -> bool:
+    """Whether it is of such a script, and its words stand together: more than two of its characters for each word."""
+    return not caption.isascii() and len(_UNSPACED.findall(caption)) > 2 * len(tokenize(caption))
+
+
 class _Characters(dict[int, str]):
     """What str.translate puts for characters: a blank for those that are not here, but ASCII as it is."""
 

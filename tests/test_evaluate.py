@@ -470,3 +470,70 @@ def test_a_model_of_many_pictures_keeps_a_sample_of_their_keys(tmp_path, scenes_
     assert ImageCaptionModel.from_pretrained(tmp_path / "m.safetensors").trained_on.tolist() == [
         n << 40 for n in range(10)
     ]
+
+
+def scored(folder, captions: list[str], references: list[list[str]], *flags: str) -> tuple[dict, str]:
+    """metrics.json and what is printed of captions against references, by the command line."""
+    known = [{"image_id": i, "caption": text} for i, own in enumerate(references) for text in own]
+    for name, entries in (("c.json", enumerate(captions)), ("r.json", None)):
+        own = known if entries is None else [{"image_id": i, "caption": text} for i, text in entries]
+        (folder / name).write_text(json.dumps(own))
+    output = run_evaluate(folder, "--results", "c.json", "--references", "r.json", *flags)
+    return json.loads((folder / "evaluation/metrics.json").read_text()), output
+
+
+def test_cider_d_that_cannot_be_computed_is_not_zero(tmp_path):
+    """A perfect caption of a single picture had a CIDEr-D of 0.0000 (0.0000 to 0.0000), and so had equal references."""
+    horse = ["a man rides a brown horse", "a person on a horse outside"]
+    for captions, references in ((horse[:1], [horse]), (["a dog runs"] * 2, [["a dog runs"]] * 2)):
+        metrics, output = scored(tmp_path, captions, references)
+        assert "cider_d" not in metrics and "cider_d_low" not in metrics and metrics["rouge_l"] == 1
+        assert "WARNING: CIDEr-D cannot be computed, as each word is in every picture's references." in output
+        header = (tmp_path / "evaluation/per_picture.csv").read_text().splitlines()[0]
+        assert header == "picture,caption,bleu_1,bleu_2,bleu_3,bleu_4,rouge_l"
+        assert "CIDEr-D cannot be computed" in (tmp_path / "evaluation/report.html").read_text()
+        compared = run_evaluate(tmp_path, "--compare", "c.json", "c.json", "--references", "r.json")
+        assert "WARNING: CIDEr-D cannot be computed" in compared and "\ncider_d" not in compared
+    metrics, _ = scored(tmp_path, ["a dog runs", "a cat"], [["a dog runs"], ["a cat sits"]])
+    assert metrics["cider_d"] > 0
+
+
+def test_no_significance_where_there_is_none(tmp_path):
+    """--compare on three pictures printed `bleu_3 0.0000 0.0000 p 0.002`: 1.8e-13 against 3.4e-09, what keeps 0 / 0 away."""
+    references = [["a red cube"], ["two blue balls lie here"], ["the green cone"]]
+    metrics, output = scored(tmp_path, ["cube", "balls lie", "a cone"], references)
+    assert metrics["bleu_3"] == metrics["bleu_3_high"] == metrics["bleu_4"] == 0 and 0 < metrics["bleu_2"] < 1
+    assert "WARNING: These numbers rest on 3 pictures" in output and "WARNING: One reference a picture" in output
+    (tmp_path / "better.json").write_text(
+        json.dumps([{"image_id": i, "caption": c} for i, c in enumerate(["red", "blue balls", "green"])])
+    )
+    output = run_evaluate(tmp_path, "--compare", "c.json", "better.json", "--references", "r.json")
+    table = json.loads((tmp_path / "evaluation/comparison.json").read_text())
+    assert "WARNING: no p for fewer than 30 pictures" in output
+    assert table["bleu_3"]["difference"] == 0 and table["bleu_3"]["interval"] == [0, 0]
+    assert all(table[name]["p_value"] is None for name in ("bleu_1", "rouge_l", "cider_d"))
+    many = [f"word{i} and more" for i in range(30)]
+    scored(tmp_path, many, [[text] for text in many])
+    run_evaluate(tmp_path, "--compare", "c.json", "c.json", "--references", "r.json")
+    assert json.loads((tmp_path / "evaluation/comparison.json").read_text())["bleu_1"]["p_value"] == 1
+
+
+def test_captions_without_blanks_are_scored_by_characters_on_request(tmp_path):
+    """Unsegmented Chinese was one word a caption: nearly right was 0 in all metrics, and nothing was said."""
+    captions, references = ["一个男人骑马", "两只狗在雪地玩耍"], [["一个男人骑着马"], ["两只狗在雪地里玩耍"]]
+    metrics, output = scored(tmp_path, captions, references)
+    assert metrics["bleu_1"] == 0 and "2 references are of a script without blanks" in output
+    metrics, output = scored(tmp_path, captions, references, "--tokenizer", "characters")
+    assert metrics["bleu_1"] > 0.8 and metrics["cider_d"] > 5 and "without blanks" not in output
+    assert metrics["tokenizer"] == "PTB and characters, by metrics.characters" and metrics["tokenizer"] in output
+    flags = ("--references", "r.json", "--tokenizer", "characters")
+    assert metrics["tokenizer"] in run_evaluate(tmp_path, "--compare", "c.json", "c.json", *flags)
+    _, output = scored(tmp_path, ["dog", "cat"], [["dog"], ["cat"]])
+    assert "WARNING: Most references are one word" in output
+
+
+def test_a_loss_that_is_no_number_is_a_warning():
+    known = {"pictures": 500, "references_per_picture": "5", "words_per_reference": "10", "left_out": "nothing"}
+    losses = {"loss": float("nan"), "loss_shuffled_pictures": float("nan"), "unique_captions": 1.0}
+    (warning,) = warnings_about(known | losses)
+    assert warning.startswith("The loss is no number")

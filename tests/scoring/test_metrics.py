@@ -86,9 +86,9 @@ def test_per_picture_agrees_with_the_corpus(coco_eval: tuple[list[str], list[lis
     assert all(values.shape == (1000,) and values.dtype == np.float64 for values in each.values())
     for name in ("rouge_l", "cider_d"):
         assert each[name].mean() == pytest.approx(corpus[name])
-    alone = score_captions(coco_eval[0][7:8], coco_eval[1][7:8])
+    alone = score_captions(coco_eval[0][7:8], coco_eval[1][7:8], per_picture=True)
     for name in NAMES[:5]:  # CIDEr-D's idf needs the other pictures
-        assert each[name][7] == pytest.approx(alone[name])
+        assert each[name][7] == pytest.approx(alone[name][0])
 
 
 # Each line is what Stanford's PTBTokenizer 3.4.1 made of it, less the punctuation that the evaluation drops.

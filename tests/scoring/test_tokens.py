@@ -8,7 +8,7 @@ import pytest
 from test_scorers import needs_java
 
 from scoring.java import java_tokenize
-from scoring.tokens import tokenize
+from scoring.tokens import characters, tokenize, without_blanks
 
 SCRIPTS = {
     "Hindi": ("एक आदमी घोड़े पर, सवार है।", ["एक", "आदमी", "घोड़े", "पर", "सवार", "है", "।"]),
@@ -89,3 +89,23 @@ def test_what_remains():
         ["a", "letter", "b."],
     ]
     assert tokenize("a letter b.") == ["a", "letter", "b"]
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("男人骑着2匹马。", ["男", "人", "骑", "着", "2", "匹", "马", "。"]),
+        ("两只dogs在雪地", ["两", "只", "dogs", "在", "雪", "地"]),
+        ("น้ำตก", ["น้", "ำ", "ต", "ก"]),
+        ("A man's dog", ["a", "man", "'s", "dog"]),
+        ("한 남자가", ["한", "남자가"]),
+        ("एक घोड़े", ["एक", "घोड़े"]),
+    ],
+)
+def test_characters_of_scripts_without_blanks(caption, words):
+    assert characters(caption) == words
+    assert without_blanks(caption) == (caption[0] in "男两น")
+
+
+def test_a_caption_with_blanks_is_not_without_them():
+    assert not without_blanks("男 人 骑 马") and not without_blanks("a café 男")
