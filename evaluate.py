@@ -300,6 +300,8 @@ class Scored:
     """COCO's instances_*.json of the pictures, for CHAIR: objects that are named and not there."""
     clip: str | None = None
     """A CLIP by its Hub name or folder, such as openai/clip-vit-base-patch32, for CLIPScore."""
+    pac: str | None = None
+    """The same for PAC-S: a folder with weights of PAC-S as transformers has CLIP's, in safetensors."""
     output_dir: Path = Path("evaluation")
     """Folder for metrics.json, captions.json, per_picture.csv, report.html and samples.png."""
     batch_size: int = 64
@@ -324,7 +326,7 @@ def main() -> None:
         differences = compare(*config.compare, config.references, frequencies, config.subset, config.tokenizer)
         write_json(writable_directory(config.output_dir) / "comparison.json", differences)
         return
-    more = MoreScores(config.java, config.instances, config.clip, frequencies, config.tokenizer)
+    more = MoreScores(config.java, config.instances, config.clip, config.pac, frequencies, config.tokenizer)
     if config.results and config.references:
         metrics = score_results(config, config.results, config.references, more)
     elif config.model and (config.data_dir or "/" in config.dataset):

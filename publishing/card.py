@@ -53,7 +53,19 @@ DATA_SETS = {
 # What the Hub calls the caption metrics; the others of metrics.json say how they were made.
 HUB_METRICS = {
     **{f"bleu_{n}": "bleu" for n in (1, 2, 3, 4)},
-    **{name: name for name in ("meteor", "spice", "chair_s", "chair_i", "clip_score", "ref_clip_score")},
+    **{
+        name: name
+        for name in (
+            "meteor",
+            "spice",
+            "chair_s",
+            "chair_i",
+            "clip_score",
+            "ref_clip_score",
+            "pac_score",
+            "ref_pac_score",
+        )
+    },
     "rouge_l": "rouge",
     "cider_d": "cider",
     "scene_accuracy": "accuracy",

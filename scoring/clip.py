@@ -1,4 +1,4 @@
-"""CLIPScore and RefCLIPScore, by a CLIP of transformers'."""
+"""CLIPScore and PAC-S, with references or without, and self-retrieval: by a CLIP of transformers'."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +22,13 @@ from utils import hub_folder, in_one_line
 
 
 class ClipScores(NamedTuple):
-    """CLIPScore and, with references, RefCLIPScore of N pictures."""
+    """clip_score, clip_retrieval and, with references, ref_clip_score of N pictures; or pac_score and so on."""
 
-    corpus: dict[str, float]  # clip_score and ref_clip_score, the means
+    corpus: dict[str, float]  # the means
     per_picture: dict[str, NDArray[np.float64]]  # (N,) each
 
 
-CLIP_WEIGHT = 2.5
+WEIGHTS = {"clip": 2.5, "pac": 2.0}
 CLIP_PREFIX = "A photo depicts "
 
 
@@ -40,13 +40,16 @@ def clip_scores(
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     progress: bool = True,
+    metric: Literal["clip", "pac"] = "clip",
 ) -> ClipScores:
-    """CLIPScore and RefCLIPScore (Hessel et al. 2021, arXiv:2104.08718).
+    """CLIPScore and RefCLIPScore (Hessel et al. 2021, arXiv:2104.08718); or, with a CLIP that learned from captions and
+    pictures made by models, PAC-S and RefPAC-S (Sarto et al. 2023, arXiv:2303.12112).
 
     With CLIP's embeddings c of the caption, r of a reference and v of the picture, CLIPScore is 2.5 max(cos(c, v), 0),
-    and RefCLIPScore the harmonic mean of it and max(0, the largest cos(c, r)). Captions and references begin with "A
+    PAC-S 2 max(cos(c, v), 0), and with references the harmonic mean of it and max(0, the largest cos(c, r)). The
+    retrieval is 1 where the caption's own picture is nearest to it of all N, else 0; its mean is R@1. Captions and references begin with "A
     photo depicts ", and what CLIP cannot hold is cut off. model names a CLIP on the Hub or a folder with its weights
-    (safetensors) and processor; the paper's is ViT-B/32, and numbers of another are not to be compared with it. The
+    (safetensors) and processor; the papers' are ViT-B/32, and numbers of another are not to be compared with them. The
     arithmetic is fp32.
 
     Raises UserError where the weights cannot be had, a picture cannot be read, or the lists do not fit together.
@@ -58,8 +61,10 @@ def clip_scores(
     clip = _Clip(model, torch.device(device), batch_size, progress)
     seen = clip.pictures(pictures)
     said = clip.captions(candidates)
-    clip_score = CLIP_WEIGHT * (said * seen).sum(-1).clamp(min=0)  # (N,)
-    scores = {"clip_score": clip_score}
+    score = WEIGHTS[metric] * (said * seen).sum(-1).clamp(min=0)  # (N,)
+    nearest_picture = torch.cat([(part @ seen.T).argmax(-1) for part in said.split(1024)])
+    found = (nearest_picture == torch.arange(len(said))).double()
+    scores = {f"{metric}_score": score, f"{metric}_retrieval": found}
     if references is not None:
         texts = list(dict.fromkeys(itertools.chain.from_iterable(references)))
         place = {text: i for i, text in enumerate(texts)}
@@ -67,8 +72,8 @@ def clip_scores(
         rows = [[place[text] for text in captions] for captions in references]
         best = [(known[own] @ caption).max() for caption, own in zip(said, rows, strict=True)]
         nearest = torch.stack(best).clamp(min=0)
-        total = clip_score + nearest
-        scores["ref_clip_score"] = torch.where(total > 0, 2 * clip_score * nearest / total, torch.zeros(()))
+        total = score + nearest
+        scores[f"ref_{metric}_score"] = torch.where(total > 0, 2 * score * nearest / total, torch.zeros(()))
     each = {name: values.numpy() for name, values in scores.items()}
     return ClipScores({name: float(values.mean()) for name, values in each.items()}, each)
 

@@ -389,6 +389,17 @@ def resampled_sums(table: Floats, resamples: int, seed: int) -> Floats:
     return np.concatenate(sums)
 
 
+def mean_intervals(
+    each: dict[str, Sequence[float]], resamples: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """What bootstrap says of means over pictures, of N values each."""
+    if not each:
+        return {}
+    drawn = resampled_sums(np.column_stack(list(each.values())), resamples, seed)
+    number = len(next(iter(each.values())))
+    return {name: interval_of(values / number) for name, values in zip(each, drawn.T, strict=True)}
+
+
 def interval_of(values: Floats) -> tuple[float, float]:
     """What 95 % of the values (n,) lie in."""
     low, high = np.percentile(values, [2.5, 97.5])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -28,6 +28,7 @@ from scoring.metrics import (
     Statistics,
     characters,
     diversity,
+    mean_intervals,
     novelty,
     self_cider,
     tokenize,
@@ -80,12 +81,13 @@ class Captioned:
 
 @dataclass(frozen=True)
 class MoreScores:
-    """What is wanted besides: METEOR and SPICE by Java, CHAIR with COCO's instances, CLIPScore by a CLIP;
+    """What is wanted besides: METEOR and SPICE by Java, CHAIR with COCO's instances, CLIPScore and PAC-S by a CLIP each;
     CIDEr-D with other document frequencies; other words; the share of captions that are not among those trained on."""
 
     java: bool = False
     instances: Path | None = None
     clip: str | None = None
+    pac: str | None = None
     frequencies: CiderD | None = None
     tokenizer: str = "ptb"
     training_captions: Sequence[str] | None = None
@@ -106,8 +108,8 @@ class MoreScores:
         each: dict[str, Sequence[float]] = {}
         notes = [] if self.java else ["METEOR and SPICE: not asked for (--java)"]
         if self.java:
-            found = java_scores(captions, references)
-            corpus, each, notes = dict(found.corpus), dict(found.per_picture), list(found.notes)
+            java = java_scores(captions, references)
+            corpus, each, notes = dict(java.corpus), dict(java.per_picture), list(java.notes)
         try:
             if self.instances:
                 known = dict(zip(names, references, strict=True))
@@ -115,13 +117,19 @@ class MoreScores:
                 corpus |= {"chair_s": objects.chair_s, "chair_i": objects.chair_i}
         except UserError as error:
             notes.append(f"CHAIR: {error}")
-        try:
-            if self.clip and picture:
-                clip = clip_scores(captions, [picture(i) for i in range(len(captions))], references, self.clip)
-                corpus |= clip.corpus
-                each |= {name: scores.tolist() for name, scores in clip.per_picture.items()}
-        except UserError as error:
-            notes.append(f"CLIPScore: {error}")
+        kinds: dict[str, tuple[Literal["clip", "pac"], str | None]]
+        kinds = {"CLIPScore": ("clip", self.clip), "PAC-S": ("pac", self.pac)}
+        for name, (kind, model) in kinds.items():
+            try:
+                if model and picture:
+                    pictures = [picture(i) for i in range(len(captions))]
+                    found = clip_scores(captions, pictures, references, model, metric=kind)
+                    corpus |= found.corpus
+                    each |= {name: scores.tolist() for name, scores in found.per_picture.items()}
+                elif model:
+                    notes.append(f"{name}: no pictures at hand, name a model and --data-dir")
+            except UserError as error:
+                notes.append(f"{name}: {error}")
         if self.training_captions is None:
             notes.append("share of new captions: no training captions at hand")
         else:
@@ -182,6 +190,9 @@ def write_evaluation(
     write_captions(directory, captioned, names)
     numbers = captioned.metrics() | known | added
     intervals = captioned.statistics.intervals()
+    intervals |= mean_intervals(
+        {n: own for n, own in added_each.items() if n != "meteor"}
+    )  # which is no mean of pictures
     if not captioned.statistics.has_cider:
         left_out = [f"CIDEr-D {NO_CIDER}", *left_out]
         del numbers["cider_d"], intervals["cider_d"]

@@ -26,6 +26,7 @@ from scoring.chair import chair, objects_in
 from scoring.clip import clip_scores
 from scoring.java import java_scores, java_tokenize
 from scoring.metrics import score_captions, tokenize
+from scoring.results import Captioned, MoreScores, write_evaluation
 
 PACKAGE = importlib.util.find_spec("pycocoevalcap")
 needs_java = pytest.mark.skipif(
@@ -400,12 +401,13 @@ CAPTIONS = ["a dog", "two cats on a bed", "", "a very long caption " * 9, "é!",
 REFERENCES = [["a dog", "one dog"], ["cats"], ["a wall", "a", "b"], ["text"], ["a"], ["a red bus"], ["kite", "sky"]]
 
 
-def test_clip_scores_are_the_papers(clip_folder, photos):
+@pytest.mark.parametrize(("metric", "weight"), [("clip", 2.5), ("pac", 2.0)])
+def test_clip_scores_are_the_papers(clip_folder, photos, metric, weight):
     """Against the formulas written out for one picture at a time, through CLIP's own forward."""
     from transformers import CLIPModel, CLIPProcessor
 
     model, processor = CLIPModel.from_pretrained(clip_folder).eval(), CLIPProcessor.from_pretrained(clip_folder)
-    expected, expected_ref = [], []
+    expected, expected_ref, embedded = [], [], []
     for caption, photo, references in zip(CAPTIONS, photos, REFERENCES, strict=True):
         texts = [f"A photo depicts {text}" for text in (caption, *references)]
         image = Image.open(photo).convert("RGB")
@@ -413,21 +415,43 @@ def test_clip_scores_are_the_papers(clip_folder, photos):
         with torch.no_grad():
             output = model(**inputs)
         said, *known = output.text_embeds
-        score = 2.5 * max(0.0, float(torch.cosine_similarity(said, output.image_embeds[0], 0)))
+        embedded.append((said, output.image_embeds[0]))
+        score = weight * max(0.0, float(torch.cosine_similarity(said, output.image_embeds[0], 0)))
         nearest = max(0.0, *(float(torch.cosine_similarity(said, one, 0)) for one in known))
         expected.append(score)
         expected_ref.append(2 / (1 / score + 1 / nearest) if score and nearest else 0.0)
     assert 0 < np.count_nonzero(expected) < len(expected)  # both sides of the cut at 0
 
-    scores = clip_scores(CAPTIONS, photos, REFERENCES, clip_folder, batch_size=3, progress=False)
-    assert scores.per_picture["clip_score"] == pytest.approx(expected, abs=1e-4)
-    assert scores.per_picture["ref_clip_score"] == pytest.approx(expected_ref, abs=1e-4)
-    assert scores.corpus["clip_score"] == pytest.approx(np.mean(expected), abs=1e-4)
-    assert scores.corpus["ref_clip_score"] == pytest.approx(np.mean(expected_ref), abs=1e-4)
+    texts, pictures = (torch.stack(own) for own in zip(*embedded, strict=True))
+    nearest = torch.cosine_similarity(texts.unsqueeze(1), pictures, -1).argmax(-1)
 
-    alone = clip_scores(CAPTIONS[:2], [Image.open(path) for path in photos[:2]], model=clip_folder, progress=False)
-    assert list(alone.corpus) == ["clip_score"]
-    assert alone.per_picture["clip_score"] == pytest.approx(expected[:2], abs=1e-4)
+    scores = clip_scores(CAPTIONS, photos, REFERENCES, clip_folder, batch_size=3, progress=False, metric=metric)
+    each = {f"{metric}_score": expected, f"ref_{metric}_score": expected_ref}
+    each[f"{metric}_retrieval"] = (nearest == torch.arange(len(texts))).double().tolist()
+    assert scores.per_picture.keys() == scores.corpus.keys() == each.keys()
+    for name, values in each.items():
+        assert scores.per_picture[name] == pytest.approx(values, abs=1e-4)
+        assert scores.corpus[name] == pytest.approx(np.mean(values), abs=1e-4)
+
+    some = [Image.open(path) for path in photos[:2]]
+    alone = clip_scores(CAPTIONS[:2], some, model=clip_folder, progress=False, metric=metric)
+    assert list(alone.corpus) == [f"{metric}_score", f"{metric}_retrieval"]
+    assert alone.per_picture[f"{metric}_score"] == pytest.approx(expected[:2], abs=1e-4)
+
+
+def test_an_evaluation_says_them_with_intervals(clip_folder, photos, tmp_path):
+    """--clip had no interval, and without pictures was left out without a word."""
+    captioned = Captioned([], CAPTIONS, REFERENCES, [])
+    more = MoreScores(clip=str(clip_folder), pac=str(clip_folder))
+    arguments = ("a title", captioned, range(len(CAPTIONS)), {}, {}, more)
+    found = write_evaluation(tmp_path, *arguments, lambda i: photos[i])
+    for name in ("clip_score", "clip_retrieval", "ref_clip_score", "pac_score", "pac_retrieval", "ref_pac_score"):
+        assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"], name
+    assert found["clip_score"] == pytest.approx(1.25 * found["pac_score"])
+    header = (tmp_path / "per_picture.csv").read_text().splitlines()[0]
+    assert header.endswith("clip_score,clip_retrieval,ref_clip_score,pac_score,pac_retrieval,ref_pac_score")
+    found = write_evaluation(tmp_path, *arguments)
+    assert "CLIPScore: no pictures at hand" in found["left_out"] and "PAC-S: no pictures" in found["left_out"]
 
 
 def test_clip_errors_are_one_line(clip_folder, photos, tmp_path):
