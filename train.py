@@ -35,7 +35,7 @@ from training.distributed import join_world, leave_world
 from training.job import Job, choose_where, plan, prepare, write_run
 from training.learner import Learner
 from training.optimizers import learning_rate_at
-from training.progress import Meter, Progress
+from training.progress import Meter, Progress, what_chose
 from training.run import Run
 from training.tracking import Log, SilentLog, draw_curves
 from utils import (
@@ -47,6 +47,7 @@ from utils import (
     keep_freed_memory,
     named,
     put_in_place,
+    read_log,
     shown,
     write_json,
 )
@@ -294,8 +295,8 @@ def training_batches(job: Job, first_step: int, workers: int = 0) -> DataLoader[
 
 
 def validate_captions(job: Job, model: ImageCaptionModel) -> dict[str, float]:
-    """CIDEr-D of greedy captions of some validation pictures, and the share of different ones; nothing where they are not
-    wanted, or none of those pictures can be read."""
+    """CIDEr-D of greedy captions of some validation pictures, its 95 % interval, and the share of different captions;
+    nothing where they are not wanted, or none of those pictures can be read."""
     val, config, world = job.datasets["val"], job.config, job.world
     if not config.val_pictures:
         return {}
@@ -305,8 +306,11 @@ def validate_captions(job: Job, model: ImageCaptionModel) -> dict[str, float]:
     captioned = caption_loader(model, loader, model.tokenizer, job.device, job.dtype, False, world, **greedy)
     if not captioned.captions:
         return {}
-    score = world.agree(captioned.metrics()["cider_d"] if world.main else 0.0)
-    return {"val_cider_d": score, "val_unique_captions": len(set(captioned.captions)) / len(captioned.captions)}
+    found: dict[str, float] = {}
+    if world.main:
+        low, high = captioned.statistics.intervals()["cider_d"]
+        found = {"val_cider_d": captioned.metrics()["cider_d"], "val_cider_d_low": low, "val_cider_d_high": high}
+    return world.agree(found) | {"val_unique_captions": len(set(captioned.captions)) / len(captioned.captions)}
 
 
 def sample_captions(job: Job, model: ImageCaptionModel) -> dict[str, str]:
@@ -352,6 +356,8 @@ def finish(job: Job) -> int:
     known |= {"steps": state["step"], "seconds": round(state["seconds"]), "model_sha256": file_hash(run / MODEL_FILE)}
     write_run(job, finished=not failed, **known)
     print_metrics(metrics)
+    if chosen := "" if lost or job.loss_chooses else what_chose(read_log(run / "metrics.jsonl"), checkpoint.name):
+        print(f"chosen      {chosen}")
     pictures = ", ".join(str(run / name) for name in ("samples.png", "curves.png"))
     print(
         f"model       {run / MODEL_FILE if failed else MODEL_FILE}\npictures    {pictures}\nnumbers     {run / 'metrics.json'}"

@@ -41,6 +41,19 @@ class Progress:
         return better
 
 
+def what_chose(lines: list[dict[str, Any]], best: str) -> str:
+    """What the scores in a run's log say for its best checkpoint, by name: its own with the 95 % interval, and how many others
+    lie within; nothing without others."""
+    scored = {f"step-{line['step']:08d}": line for line in lines if "val_cider_d_low" in line}
+    if best not in scored or len(scored) < 2:
+        return ""
+    own = scored.pop(best)
+    score, low, high = (own[f"val_cider_d{end}"] for end in ("", "_low", "_high"))
+    alike = sum(line["val_cider_d"] >= low for line in scored.values())
+    others = f"{alike} of the other {len(scored)} cannot be told apart from it" if alike else "no other is within"
+    return f"step {own['step']:,} by CIDEr-D {score:.3f} ({low:.3f} to {high:.3f}) of validation pictures; {others}"
+
+
 class Meter:
     """What the steps since the last line of the log were like."""
 

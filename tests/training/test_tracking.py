@@ -15,6 +15,7 @@ from PIL import Image
 from processes import flags, forked, small_config, start
 
 from config import TrainConfig
+from training.progress import what_chose
 from training.tracking import draw_curves
 from utils import read_log, write_text
 
@@ -114,11 +115,27 @@ def test_the_log_is_written_in_any_case(tmp_path, config):
     names = "epoch learning_rate gradient_norm parameter_norm update_norm pictures_per_second pairs_per_second mfu data_wait"
     assert all(first[name] > 0 for name in names.split())
     assert first["pairs_per_second"] == pytest.approx(5 * first["pictures_per_second"]) and first["data_wait"] < 1
-    assert [line["step"] for line in lines if line.get("val_loss", 0) > 0 and line["val_cider_d"] >= 0] == [6, 12]
+    scored = [line for line in lines if line.get("val_loss", 0) > 0 and line["val_cider_d"] >= 0]
+    assert [line["step"] for line in scored] == [6, 12]
+    assert all(line["val_cider_d_low"] <= line["val_cider_d"] <= line["val_cider_d_high"] for line in scored)
     assert all(len(line["samples"]) == 4 for line in lines if "samples" in line)
     assert Image.open(tmp_path / "out/curves.png").size == (800, 800)
     about = json.loads((tmp_path / "out/run.json").read_text())
     assert about["finished"] and about["steps"] == 12 and 0 <= about["seconds"] < 60
+
+
+def test_the_choice_of_the_best_says_how_sure_it_is():
+    """Validation CIDEr-D chooses the best checkpoint, and nothing said whether it can tell it from the others."""
+    scores = {6: 0.30, 12: 0.38, 18: 0.40, 24: 0.36}
+    lines = [{"step": 6, "loss": 3.0}]
+    lines += [
+        {"step": step, "val_cider_d": x, "val_cider_d_low": x - 0.03, "val_cider_d_high": x + 0.03}
+        for step, x in scores.items()
+    ]
+    said = "by CIDEr-D 0.400 (0.370 to 0.430) of validation pictures"
+    assert what_chose(lines, "step-00000018") == f"step 18 {said}; 1 of the other 3 cannot be told apart from it"
+    assert what_chose(lines[:2] + lines[3:4], "step-00000018") == f"step 18 {said}; no other is within"
+    assert what_chose(lines[:2], "step-00000006") == what_chose([], "best") == what_chose(lines, "step-00000099") == ""
 
 
 @pytest.mark.parametrize(("scores", "height"), [([0.1, 0.4], 800), ([], 600)])
