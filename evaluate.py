@@ -340,10 +340,10 @@ def main() -> None:
 
 def score_results(config: EvaluateConfig, results: Path, references: Path, more: MoreScores) -> dict[str, Any]:
     """Scores a file of captions; writes what write_evaluation does."""
-    names, captions, known, facts = matched(results, references, config.subset)
+    names, captions, known, facts, domains = matched(results, references, config.subset)
     title = f"{results.name} against {references.name}"
     about = {"results": str(results), "references": str(references), **facts}
-    captioned = Captioned([], captions, known, [], frequencies=more.frequencies, tokenizer=more.tokenizer)
+    captioned = Captioned([], captions, known, [], [], more.frequencies, more.tokenizer, domains)
     directory = writable_directory(config.output_dir)
     return write_evaluation(directory, title, captioned, names, {}, about | about_results(results), more)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
@@ -39,6 +39,8 @@ from utils import file_hash, in_one_line, json_of, read_log, shown, write_csv, w
 
 ENDS = ("low", "high")  # of a 95 % interval
 FEWEST = 30  # pictures that a p is given for
+LONG = 40  # words of a caption
+DOMAIN = r"[a-z]{1,20}-domain"  # in-domain, near-domain, out-domain
 TOKENIZERS: dict[str, Callable[[str], list[str]]] = {"ptb": tokenize, "characters": characters}
 NO_CIDER = "cannot be computed, as each word is in every picture's references"
 
@@ -57,6 +59,8 @@ class Captioned:
     """Document frequencies to score with, else those of the references."""
     tokenizer: str = "ptb"
     """What makes words of captions: one of TOKENIZERS."""
+    domains: list[str] = field(default_factory=list)
+    """Where the benchmark has several (nocaps: in-domain, near-domain, out-domain), that of each picture."""
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -64,6 +68,17 @@ class Captioned:
         words = TOKENIZERS[self.tokenizer]
         known = [list(map(words, own)) for own in self.references]
         return Statistics(list(map(words, self.captions)), known, self.frequencies)
+
+    def by_domain(self) -> Iterator[tuple[str, Statistics]]:
+        """Of each domain by itself, with its own document frequencies, as nocaps' server has it."""
+        words, known = (
+            self.statistics.candidates,
+            [list(map(TOKENIZERS[self.tokenizer], own)) for own in self.references],
+        )
+        for domain in sorted(set(self.domains)):
+            rows = [row for row, own in enumerate(self.domains) if own == domain]
+            own_words, own_known = [words[row] for row in rows], [known[row] for row in rows]
+            yield domain.replace("-", "_"), Statistics(own_words, own_known, self.frequencies)
 
     @cached_property
     def self_cider(self) -> Scores | None:
@@ -196,6 +211,10 @@ def write_evaluation(
     if not captioned.statistics.has_cider:
         left_out = [f"CIDEr-D {NO_CIDER}", *left_out]
         del numbers["cider_d"], intervals["cider_d"]
+    for domain, statistics in captioned.by_domain():
+        numbers[f"pictures_{domain}"] = statistics.number
+        numbers |= {f"{name}_{domain}": score for name, score in statistics.scores().items()}
+        intervals |= {f"{name}_{domain}": interval for name, interval in statistics.intervals().items()}
     facts = {
         **about_scores(len(captions), references, captioned.frequencies, captioned.tokenizer),
         **about,
@@ -264,6 +283,10 @@ def warnings_about(metrics: dict[str, Any]) -> list[str]:
         )
     elif float(metrics.get("words_per_reference", 2)) < 2:
         found.append("Most references are one word: these metrics compare sentences.")
+    if max(float(metrics.get("words_per_reference", 0)), metrics.get("mean_length", 0)) > LONG:
+        found.append(
+            f"Captions of more than {LONG} words: these metrics were made for one sentence, and say little of several."
+        )
     if NO_CIDER in metrics.get("left_out", ""):
         found.append(f"CIDEr-D {NO_CIDER}.")
     if not math.isfinite(metrics.get("loss", 0.0)):
@@ -283,23 +306,36 @@ def warnings_about(metrics: dict[str, Any]) -> list[str]:
 
 def read_results(results: Path, references: Path) -> tuple[list[int | str], list[str], list[list[str]]]:
     """Image ids, candidates and their references; see matched."""
-    return matched(results, references)[:3]
+    found = matched(results, references)
+    return found.names, found.captions, found.references
 
 
-def matched(
-    results: Path, references: Path, subset: bool = False
-) -> tuple[list[int | str], list[str], list[list[str]], dict[str, str]]:
-    """Image ids, candidates and their references from two files, and what tables are to say of the matching.
+class Matched(NamedTuple):
+    """Captions and their references, picture by picture."""
+
+    names: list[int | str]
+    captions: list[str]
+    references: list[list[str]]
+    facts: dict[str, str]
+    """What tables are to say of the matching."""
+    domains: list[str]
+    """Of each picture, where the references have domains."""
+
+
+def matched(results: Path, references: Path, subset: bool = False) -> Matched:
+    """Image ids, candidates and their references from two files.
 
     A candidate that is there again, as distributed samplers fill up with, is dropped and counted. Raises UserError unless
-    each picture of the references (with subset: any of them) has one candidate, and no other picture has one.
+    each picture of the references (with subset: any of them) has one candidate, and no other picture has one; but
+    candidates of pictures whose references were all rejected (VizWiz) are dropped as well.
     """
     known: dict[int | str, list[str]] = defaultdict(list)
     for image, caption in read_captions(references):
         known[image].append(caption)
+    domains, rejected, unscored = read_pictures(references, known)
     if not known:
         raise UserError(f"{references}: no captions in it: name a file of references")
-    entries = read_captions(results)
+    entries = [(image, caption) for image, caption in read_captions(results) if image not in unscored]
     times = Counter(image for image, _ in dict.fromkeys(entries))
     if len(times) < times.total():
         image, number = times.most_common(1)[0]
@@ -319,8 +355,35 @@ def matched(
     facts = {"subset": f"{len(captions):,} of the {len(known):,} pictures"} if lacking else {}
     if again := len(entries) - len(times):
         facts["equal_captions_dropped"] = f"{again:,}"
+    if rejected:
+        facts["references_rejected"] = f"{rejected:,}, and so {len(unscored):,} pictures without any"
     names = [image for image in known if image in captions]
-    return names, [captions[image] for image in names], [known[image] for image in names], facts
+    own_domains = [domains[image] for image in names if image in domains]
+    if len(own_domains) < len(names):
+        own_domains = []
+    return Matched(names, [captions[image] for image in names], [known[image] for image in names], facts, own_domains)
+
+
+def read_pictures(path: Path, known: Collection[int | str]) -> tuple[dict[int | str, str], int, set[int | str]]:
+    """Of a file of references: {picture: its domain}, how many references were rejected, and the pictures that have none
+    but such."""
+    try:
+        content = json_of(path.read_bytes())
+    except ValueError:  # JSON lines
+        return {}, 0, set()
+    lists = [content.get(name) if isinstance(content, dict) else None for name in ("images", "annotations")]
+    images, annotations = ([e for e in own if isinstance(e, dict)] if isinstance(own, list) else [] for own in lists)
+    named = ((image.get("id"), str(image.get("domain"))) for image in images)
+    domains = {
+        image: domain for image, domain in named if isinstance(image, int | str) and re.fullmatch(DOMAIN, domain)
+    }
+    rejected = [entry.get("image_id") for entry in annotations if is_rejected(entry)]
+    return domains, len(rejected), {image for image in rejected if isinstance(image, int | str)} - set(known)
+
+
+def is_rejected(entry: Any) -> bool:
+    """Whether an annotation of VizWiz is not to count: rejected, or one of the sentences for pictures that show nothing."""
+    return isinstance(entry, dict) and any(entry.get(name) is True for name in ("is_rejected", "is_precanned"))
 
 
 def _partners(ids: Collection[int | str], known: Collection[int | str]) -> dict[int | str, int | str]:
@@ -374,12 +437,13 @@ def _entries(data: bytes) -> Iterator[tuple[Any, Any]]:
         values.append(value)
     content = values[0] if len(values) == 1 else values
     if isinstance(content, dict):
-        content = content.get("annotations", [content] if "caption" in content else content.items())
+        named = content.get("annotations", content.get("data"))  # TextCaps calls them data
+        content = named if isinstance(named, list) else [content] if "caption" in content else content.items()
     for entry in content:
         if isinstance(entry, tuple):  # id and caption, or captions
             yield from ((entry[0], caption) for caption in (entry[1] if isinstance(entry[1], list) else entry[1:]))
-        elif list(entry) != [MADE_BY]:
-            yield entry.get("image_id", entry.get("file_name")), entry.get("caption")
+        elif list(entry) != [MADE_BY] and not is_rejected(entry):
+            yield entry.get("image_id", entry.get("file_name")), entry.get("caption", entry.get("caption_str"))
 
 
 def compare(
@@ -391,8 +455,8 @@ def compare(
     tokenizer: str = "ptb",
 ) -> dict[str, Any]:
     """Whether results b are better than results a on the same pictures: prints a table, and returns it."""
-    names, ours, known, facts = matched(a, references, subset)
-    others, theirs, _, other_facts = matched(b, references, subset)
+    names, ours, known, facts, _ = matched(a, references, subset)
+    others, theirs, _, other_facts, _ = matched(b, references, subset)
     if names != others:
         raise UserError(f"{a} and {b}: captions of other pictures: name files for the same ones")
     words = TOKENIZERS[tokenizer]

@@ -165,7 +165,7 @@ def test_ids_that_mean_the_same(tmp_path, known, own):
     for name, image in (("refs", known), ("r", own)):
         entries = [{"image_id": "other.jpg", "caption": "x"}, {"image_id": image, "caption": f"{name} y"}]
         (tmp_path / f"{name}.json").write_text(json.dumps(entries))
-    names, captions, references, _ = matched(tmp_path / "r.json", tmp_path / "refs.json")
+    names, captions, references, *_ = matched(tmp_path / "r.json", tmp_path / "refs.json")
     assert (names, captions, references) == (["other.jpg", known], ["x", "r y"], [["x"], ["refs y"]])
 
 
@@ -537,3 +537,61 @@ def test_a_loss_that_is_no_number_is_a_warning():
     losses = {"loss": float("nan"), "loss_shuffled_pictures": float("nan"), "unique_captions": 1.0}
     (warning,) = warnings_about(known | losses)
     assert warning.startswith("The loss is no number")
+
+
+def test_benchmarks_in_their_own_files_are_scored_as_their_servers_do(tmp_path):
+    """nocaps by domain, each with its own document frequencies; VizWiz without what was rejected; TextCaps' own names."""
+    texts = {
+        i: [f"a {colour} {thing} here", f"one {thing}"]
+        for i, (colour, thing) in enumerate(
+            zip(
+                ["red", "blue", "green", "black", "white", "grey"],
+                ["dog", "cat", "cow", "bird", "horse", "sheep"],
+                strict=True,
+            )
+        )
+    }
+    domains = ["in-domain", "near-domain", "out-domain"]
+    images = [{"id": i, "file_name": f"{i}.jpg", "domain": domains[i % 3]} for i in texts]
+    annotations = [{"image_id": i, "caption": text} for i, own in texts.items() for text in own]
+    captions = {i: own[0].replace("here", "there") for i, own in texts.items()}
+    results = json.dumps([{"image_id": i, "caption": text} for i, text in captions.items()])
+    (tmp_path / "c.json").write_text(results)
+
+    def score(content: dict) -> dict:
+        (tmp_path / "r.json").write_text(json.dumps(content))
+        run_evaluate(tmp_path, "--results", "c.json", "--references", "r.json")
+        return json.loads((tmp_path / "evaluation/metrics.json").read_text())
+
+    plain = score({"annotations": annotations})
+    nocaps = score({"images": images, "annotations": annotations})
+    assert nocaps["cider_d"] == plain["cider_d"] and "cider_d_in_domain" not in plain
+    for number, domain in enumerate(("in_domain", "near_domain", "out_domain")):
+        rows = [i for i in texts if i % 3 == number]
+        expected = score_captions([captions[i] for i in rows], [texts[i] for i in rows])
+        assert nocaps[f"pictures_{domain}"] == 2
+        for name, value in expected.items():
+            assert nocaps[f"{name}_{domain}"] == pytest.approx(value)
+            assert nocaps[f"{name}_{domain}_low"] <= value <= nocaps[f"{name}_{domain}_high"]
+    assert "cider d near domain" in (tmp_path / "evaluation/report.html").read_text().lower()
+
+    textcaps = score(
+        {"data": [{"image_id": e["image_id"], "caption_str": e["caption"], "caption_id": 1} for e in annotations]}
+    )
+    assert textcaps["cider_d"] == plain["cider_d"]
+
+    flags = {"is_rejected": False, "is_precanned": False, "text_detected": True}
+    vizwiz = [entry | flags for entry in annotations]
+    vizwiz[0] |= {"is_rejected": True}
+    vizwiz[2] |= {"is_precanned": True}
+    vizwiz[3] |= {"is_rejected": True}
+    found = score({"images": images[:0], "annotations": vizwiz})
+    assert found["pictures"] == 5 and found["references_rejected"] == "3, and so 1 pictures without any"
+    rows = [0, 2, 3, 4, 5]
+    expected = score_captions([captions[i] for i in rows], [texts[i][i == 0 :] for i in rows])
+    assert found["cider_d"] == pytest.approx(expected["cider_d"])
+
+
+def test_long_captions_are_warned_of(tmp_path):
+    _, output = scored(tmp_path, ["a dog " * 30, "a cat " * 30], [["a dog runs"], ["a cat sleeps"]])
+    assert "WARNING: Captions of more than 40 words: these metrics were made for one sentence" in output

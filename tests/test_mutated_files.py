@@ -224,7 +224,7 @@ def results_files(number: int | None, folder: Path) -> Counter[str]:
         text = json.dumps(own) if form == "json" else "\n".join(map(json.dumps, own))
         ours.write_bytes(damage(draw, text.encode()) if side == "bytes" else text.encode())
         theirs.write_text(json.dumps(known))
-        names, captions, refs, facts = matched(ours, theirs)
+        names, captions, refs, facts, _ = matched(ours, theirs)
         assert len(names) == len(captions) == len(refs) == len(set(names)) and all(refs) and "subset" not in facts
         if side != "bytes" and isinstance(own, list) and own and all(isinstance(e, dict) for e in own):
             kept = [e["caption"] for e in own if isinstance(e.get("caption"), str)]
