@@ -33,8 +33,9 @@ from data.tokenizer import decode
 from dataset import Batch, CaptionDataset, load_picture, load_table, make_dataloader
 from decoding.packed import how_int8
 from model import ImageCaptionModel
+from scoring.matching import matched
 from scoring.metrics import CiderD
-from scoring.results import Captioned, MoreScores, about_results, compare, matched, print_metrics, write_evaluation
+from scoring.results import Captioned, MoreScores, about_results, compare, print_metrics, write_evaluation
 from training.distributed import ALONE, World
 from utils import (
     autocast,

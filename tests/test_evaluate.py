@@ -29,8 +29,9 @@ from evaluate import (
 )
 from model import ImageCaptionModel
 from scoring import metrics as metrics_module
+from scoring.matching import matched, read_results
 from scoring.metrics import CiderD, novelty, score_captions, self_cider
-from scoring.results import matched, read_results, warnings_about
+from scoring.results import warnings_about
 from weights import file as model_file
 
 bleu_counts = metrics_module._bleu_counts

@@ -33,7 +33,7 @@ from config import UserError
 from data.sources import load_tables
 from dataset import train_tokenizer
 from model import ImageCaptionModel
-from scoring.results import matched
+from scoring.matching import matched
 from utils import printable
 
 FEW = 40

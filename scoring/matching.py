@@ -1,0 +1,158 @@
+"""Captions and their references out of two files, in whatever form people have them, matched picture by picture."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from config import UserError
+from data.reading import MADE_BY
+from utils import in_one_line, json_of
+
+DOMAIN = r"[a-z]{1,20}-domain"  # nocaps has in-domain, near-domain, out-domain
+
+
+def read_results(results: Path, references: Path) -> tuple[list[int | str], list[str], list[list[str]]]:
+    """Image ids, candidates and their references; see matched."""
+    found = matched(results, references)
+    return found.names, found.captions, found.references
+
+
+class Matched(NamedTuple):
+    """Captions and their references, picture by picture."""
+
+    names: list[int | str]
+    captions: list[str]
+    references: list[list[str]]
+    facts: dict[str, str]
+    """What tables are to say of the matching."""
+    domains: list[str]
+    """Of each picture, where the references have domains."""
+
+
+def matched(results: Path, references: Path, subset: bool = False) -> Matched:
+    """Image ids, candidates and their references from two files.
+
+    A candidate that is there again, as distributed samplers fill up with, is dropped and counted. Raises UserError unless
+    each picture of the references (with subset: any of them) has one candidate, and no other picture has one; but
+    candidates of pictures whose references were all rejected (VizWiz) are dropped as well.
+    """
+    known: dict[int | str, list[str]] = defaultdict(list)
+    for image, caption in read_captions(references):
+        known[image].append(caption)
+    domains, rejected, unscored = read_pictures(references, known)
+    if not known:
+        raise UserError(f"{references}: no captions in it: name a file of references")
+    entries = [(image, caption) for image, caption in read_captions(results) if image not in unscored]
+    times = Counter(image for image, _ in dict.fromkeys(entries))
+    if len(times) < times.total():
+        image, number = times.most_common(1)[0]
+        raise UserError(f"{results}: {number} captions for picture {in_one_line(str(image))}: give one for each")
+    partners = _partners(times, known)
+    captions = {partners[image]: caption for image, caption in entries if image in partners}
+    lacking = [image for image in known if image not in captions]
+    odd = [image for image in times if image not in partners]
+    advice = "both need the same pictures" + (", or say --subset" if captions and not odd else "")
+    others = lacking or list(known)
+    if odd and {*map(type, odd)} != {*map(type, others)}:
+        advice = in_one_line(f"the types of the ids differ, {odd[0]!r} here and {others[0]!r} there")
+    for images, problem in ((lacking, "no caption for {} pictures of"), (odd, "{} pictures that are not in")):
+        if images and (images is odd or not subset or not captions):
+            some = in_one_line(", ".join(map(str, images[:3])))
+            raise UserError(f"{results}: {problem.format(len(images))} {references} ({some}): {advice}")
+    facts = {"subset": f"{len(captions):,} of the {len(known):,} pictures"} if lacking else {}
+    if again := len(entries) - len(times):
+        facts["equal_captions_dropped"] = f"{again:,}"
+    if rejected:
+        facts["references_rejected"] = f"{rejected:,}, and so {len(unscored):,} pictures without any"
+    names = [image for image in known if image in captions]
+    own_domains = [domains[image] for image in names if image in domains]
+    if len(own_domains) < len(names):
+        own_domains = []
+    return Matched(names, [captions[image] for image in names], [known[image] for image in names], facts, own_domains)
+
+
+def read_pictures(path: Path, known: Collection[int | str]) -> tuple[dict[int | str, str], int, set[int | str]]:
+    """Of a file of references: {picture: its domain}, how many references were rejected, and the pictures that have none
+    but such."""
+    try:
+        content = json_of(path.read_bytes())
+    except ValueError:  # JSON lines
+        return {}, 0, set()
+    lists = [content.get(name) if isinstance(content, dict) else None for name in ("images", "annotations")]
+    images, annotations = ([e for e in own if isinstance(e, dict)] if isinstance(own, list) else [] for own in lists)
+    named = ((image.get("id"), str(image.get("domain"))) for image in images)
+    domains = {
+        image: domain for image, domain in named if isinstance(image, int | str) and re.fullmatch(DOMAIN, domain)
+    }
+    rejected = [entry.get("image_id") for entry in annotations if is_rejected(entry)]
+    return domains, len(rejected), {image for image in rejected if isinstance(image, int | str)} - set(known)
+
+
+def is_rejected(entry: Any) -> bool:
+    """Whether an annotation of VizWiz is not to count: rejected, or one of the sentences for pictures that show nothing."""
+    return isinstance(entry, dict) and any(entry.get(name) is True for name in ("is_rejected", "is_precanned"))
+
+
+def _partners(ids: Collection[int | str], known: Collection[int | str]) -> dict[int | str, int | str]:
+    """{id: the known one that it means}: the same, or, where either is the only one of its kind, the one alike."""
+    partners = {image: image for image in ids if image in known}
+    alike: dict[int | str, tuple[list[int | str], list[int | str]]] = defaultdict(lambda: ([], []))
+    for side, images in enumerate((ids, known)):
+        for image in images:
+            if image not in partners:
+                alike[_number(image)][side].append(image)
+    return partners | {own[0]: others[0] for own, others in alike.values() if len(own) == len(others) == 1}
+
+
+def _number(image: int | str) -> int | str:
+    """The number in "042", "42.0", COCO_val2014_000000000042.jpg; of other names what is between folder and suffix."""
+    name = re.sub(r".*[/\\]|\.[A-Za-z]\w*$", "", str(image))
+    number = re.fullmatch(r"(?:COCO_\w+_)?(\d{1,99})(?:\.0+)?", name)
+    return int(number[1]) if number else name
+
+
+def read_captions(path: Path) -> list[tuple[int | str, str]]:
+    """Image id (or file name) and caption of each entry of COCO's results or annotations, JSON lines, {id: caption}."""
+    try:
+        entries = []
+        for image, caption in _entries(path.read_bytes()):
+            image = int(image) if type(image) is float and image.is_integer() else image
+            if type(image) not in (int, str) or not isinstance(caption, str):
+                raise TypeError(f"picture {image!r}, caption {caption!r}")
+            f"{image}{caption}".encode()  # half a character is refused here, as no file can hold it
+            entries.append((image, caption))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = in_one_line(f"{type(error).__name__}: {error}")
+        raise UserError(f"{path}: not in COCO's format ({reason}): expected [{{image_id, caption}}, ...]") from error
+    return entries
+
+
+def _entries(data: bytes) -> Iterator[tuple[Any, Any]]:
+    """(image, caption) of each entry, whatever they are."""
+
+    def fields(pairs: list[tuple[str, Any]]) -> Any:
+        """A dictionary, or the pairs where a key is there twice: of these json keeps the last one only."""
+        return dict(pairs) if len(dict(pairs)) == len(pairs) else pairs
+
+    text, decoder = data.decode(json.detect_encoding(data)).strip(), json.JSONDecoder(object_pairs_hook=fields)
+    values: list[Any] = []
+    end = 0
+    while end < len(text) or not values:  # one value, or one a line
+        value, end = decoder.raw_decode(text, re.compile(r"\s*").match(text, end).end())  # type: ignore[union-attr]
+        values.append(value)
+    content = values[0] if len(values) == 1 else values
+    if isinstance(content, dict):
+        named = content.get("annotations", content.get("data"))  # TextCaps calls them data
+        content = named if isinstance(named, list) else [content] if "caption" in content else content.items()
+    for entry in content:
+        if isinstance(entry, tuple):  # id and caption, or captions
+            yield from ((entry[0], caption) for caption in (entry[1] if isinstance(entry[1], list) else entry[1:]))
+        elif list(entry) != [MADE_BY] and not is_rejected(entry):
+            yield entry.get("image_id", entry.get("file_name")), entry.get("caption", entry.get("caption_str"))
