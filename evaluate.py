@@ -296,7 +296,7 @@ class Scored:
     """What words are: Stanford's, as in all published numbers; or, in scripts without blanks (Chinese, Japanese, Thai), each
     character."""
     java: bool = False
-    """Also METEOR and SPICE, where Java and pycocoevalcap are (requirements/full.txt)."""
+    """Also METEOR and SPICE, where pycocoevalcap is (requirements/full.txt); only SPICE needs Java."""
     instances: Path | None = None
     """COCO's instances_*.json of the pictures, for CHAIR: objects that are named and not there."""
     clip: str | None = None

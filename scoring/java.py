@@ -1,14 +1,13 @@
-"""METEOR, SPICE and the Java tokenizer.
+"""METEOR, which needs no Java, with SPICE and the Java tokenizer, which do.
 
 Java runs the jars that lie inside an installed pycocoevalcap (requirements/full.txt), driven from here because its own
 drivers know no time limit, let the machine's language into the numbers and may block on a full pipe. What a metric needs
-and does not find is said in one line, and then the metric is left out: it is never imitated, and nothing is downloaded.
+and does not find is said in one line, and then the metric is left out; nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 import json
 import os
@@ -25,6 +24,8 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from config import UserError
+from scoring.meteor import meteor_scores, packaged
+from scoring.tokens import tokenize
 from utils import in_one_line
 
 SECONDS = (
@@ -48,12 +49,12 @@ class JavaScores(NamedTuple):
 
 
 def java_scores(candidates: Sequence[str], references: Sequence[Sequence[str]], seconds: float = SECONDS) -> JavaScores:
-    """METEOR 1.5 (Denkowski and Lavie 2014, WMT) and SPICE 1.0 (Anderson et al. 2016, arXiv:1607.08822) by their jars.
+    """METEOR 1.5 (Denkowski and Lavie 2014, WMT), without Java, and SPICE 1.0 (Anderson et al. 2016, arXiv:1607.08822).
 
-    candidates[i] is the caption under test of picture i, references[i] what people wrote for it; both go through the
-    Java tokenizer first, as in the COCO evaluation. METEOR's number for the corpus is its own aggregate, SPICE's the
-    mean over the pictures. Each scorer has `seconds` to itself, and one that fails leaves the other alone. SPICE needs
-    Stanford's models, which pycocoevalcap leaves to be fetched, and a Java below 15.
+    candidates[i] is the caption under test of picture i, references[i] what people wrote for it; both are tokenized
+    first, as in the COCO evaluation, for SPICE by Java. METEOR's number for the corpus is its own aggregate, SPICE's
+    the mean over the pictures. One that fails leaves the other alone. SPICE has `seconds` for each Java program, and
+    needs Stanford's models, which pycocoevalcap leaves to be fetched, and a Java below 15.
 
     Raises UserError only for lists that do not fit together.
     """
@@ -65,17 +66,18 @@ def java_scores(candidates: Sequence[str], references: Sequence[Sequence[str]], 
         raise UserError(f"picture {[bool(captions) for captions in references].index(False)} has no reference")
     scores = JavaScores({}, {}, [])
     try:
-        words = iter(java_tokenize([*candidates, *itertools.chain.from_iterable(references)], seconds))
+        known = [[tokenize(caption) for caption in captions] for captions in references]
+        found = meteor_scores([tokenize(caption) for caption in candidates], known)
+        scores.corpus["meteor"], scores.per_picture["meteor"] = found
     except UserError as error:
-        scores.notes.append(f"METEOR and SPICE left out: {error}")
-        return scores
-    tested = [" ".join(next(words)) for _ in candidates]
-    known = [[" ".join(next(words)) for _ in captions] for captions in references]
-    for name, scorer in (("meteor", _meteor), ("spice", _spice)):
-        try:
-            scores.corpus[name], scores.per_picture[name] = scorer(tested, known, seconds)
-        except UserError as error:
-            scores.notes.append(f"{name.upper()} left out: {error}")
+        scores.notes.append(f"METEOR left out: {error}")
+    try:
+        words = iter(java_tokenize([*candidates, *itertools.chain.from_iterable(references)], seconds))
+        tested = [" ".join(next(words)) for _ in candidates]
+        found = _spice(tested, [[" ".join(next(words)) for _ in captions] for captions in references], seconds)
+        scores.corpus["spice"], scores.per_picture["spice"] = found
+    except UserError as error:
+        scores.notes.append(f"SPICE left out: {error}")
     return scores
 
 
@@ -86,7 +88,8 @@ def java_tokenize(captions: Sequence[str], seconds: float = SECONDS) -> list[lis
     first, as a line separator inside one caption would shift all after it. Raises UserError where Java or
     pycocoevalcap is missing, fails, or takes longer than `seconds`.
     """
-    arguments = ["-cp", str(_jar("tokenizer", "stanford-corenlp-3.4.1.jar")), "edu.stanford.nlp.process.PTBTokenizer"]
+    jar = packaged("tokenizer", "stanford-corenlp-3.4.1.jar")
+    arguments = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
     lines = [" ".join(caption.split()) for caption in captions]
     with _java([*arguments, "-preserveLines", "-lowerCase", "-encoding", "UTF-8"], seconds) as program:
         answers = program.ask(lines, len(lines), last=True)
@@ -96,8 +99,8 @@ def java_tokenize(captions: Sequence[str], seconds: float = SECONDS) -> list[lis
 def _meteor(
     candidates: Sequence[str], references: Sequence[Sequence[str]], seconds: float
 ) -> tuple[float, list[float]]:
-    """METEOR of tokenized captions: the corpus, and each picture."""
-    jar = _jar("meteor", "meteor-1.5.jar")
+    """METEOR of tokenized captions by its jar, against which meteor.py is tested: the corpus, and each picture."""
+    jar = packaged("meteor", "meteor-1.5.jar")
     pictures = [" ||| ".join([*known, tested]) for tested, known in zip(candidates, references, strict=True)]
     with _java(["-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"], seconds, jar.parent) as program:
         counts = program.ask([f"SCORE ||| {captions}" for captions in pictures], len(pictures))
@@ -108,7 +111,7 @@ def _meteor(
 
 def _spice(candidates: Sequence[str], references: Sequence[Sequence[str]], seconds: float) -> tuple[float, list[float]]:
     """SPICE of tokenized captions: the corpus, and each picture."""
-    jar = _jar("spice", "spice-1.0.jar")
+    jar = packaged("spice", "spice-1.0.jar")
     missing = [name for name in _SPICE_MODELS if not (jar.parent / "lib" / name).is_file()]
     if missing:
         raise UserError(
@@ -131,17 +134,6 @@ def _spice(candidates: Sequence[str], references: Sequence[Sequence[str]], secon
             scores = {one["image_id"]: float(one["scores"]["All"]["f"]) for one in json.loads(results.read_text())}
             each = [scores[i] for i in range(len(pictures))]
     return float(np.mean(each)), each
-
-
-def _jar(*parts: str) -> Path:
-    """A jar inside the installed pycocoevalcap."""
-    package = importlib.util.find_spec("pycocoevalcap")
-    if package is None or not package.submodule_search_locations:
-        raise UserError("pycocoevalcap is not installed: pip install -r requirements/full.txt")
-    jar = Path(next(iter(package.submodule_search_locations)), *parts)
-    if not jar.is_file():
-        raise UserError(f"{jar} is missing: install pycocoevalcap 1.2")
-    return jar
 
 
 def _java_version() -> int:

@@ -92,7 +92,7 @@ class Captioned:
 
 @dataclass(frozen=True)
 class MoreScores:
-    """What is wanted besides: METEOR and SPICE by Java, CHAIR with COCO's instances, CLIPScore and PAC-S by a CLIP each;
+    """What is wanted besides: METEOR, and SPICE by Java; CHAIR with COCO's instances, CLIPScore and PAC-S by a CLIP each;
     CIDEr-D with other document frequencies; other words; the share of captions that are not among those trained on."""
 
     java: bool = False
@@ -214,7 +214,7 @@ def write_evaluation(
     facts = {
         **about_scores(len(captions), references, captioned.frequencies, captioned.tokenizer),
         **about,
-        **({"java_tokenizer": "Stanford's own, for METEOR and SPICE"} if more.java else {}),
+        **({"java_tokenizer": "Stanford's own, for SPICE"} if more.java else {}),
         **({"training_captions": len(more.training_captions)} if more.training_captions else {}),
         "captions_sha256": file_hash(directory / "captions.json"),
         "left_out": "; ".join(left_out) or "nothing",
