@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -36,6 +34,7 @@ from model import ImageCaptionModel
 from scoring.matching import matched
 from scoring.metrics import CiderD
 from scoring.results import Captioned, MoreScores, about_results, compare, print_metrics, write_evaluation
+from scoring.sheet import contact_sheet
 from training.distributed import ALONE, World
 from utils import (
     autocast,
@@ -43,8 +42,6 @@ from utils import (
     choose_precision,
     parse_flags,
     run_script,
-    shown,
-    whole,
     writable_directory,
     write_json,
 )
@@ -155,30 +152,6 @@ def caption_loss(
     model.train(was_training)
     loss, tokens_of_all = world.sum(total, count)
     return loss / max(1.0, tokens_of_all)
-
-
-def contact_sheet(
-    path: Path, pictures: Sequence[Tensor], captions: Sequence[str], references: Sequence[Sequence[str]]
-) -> None:
-    """Pictures (uint8 (3, S, S)) in a grid, each with its caption and, in grey, two references."""
-    from matplotlib.figure import Figure
-
-    columns, width = 4, 34
-    rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(columns * 3.2, rows * 4.1))
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes:
-        axis.axis("off")
-    for axis, picture, caption, known in zip(axes, pictures, captions, references, strict=False):
-        axis.imshow(picture.permute(1, 2, 0).numpy())
-        lines = textwrap.wrap(shown(caption), width) or ["(nothing)"]
-        how = {"transform": axis.transAxes, "va": "top", "parse_math": False}  # a $ in a caption is no formula
-        axis.text(0, -0.03, "\n".join(lines), weight="bold", size=9.5, **how)
-        grey = "\n".join(textwrap.shorten(shown(text), 44, placeholder="…") for text in known[:2])
-        axis.text(0, -0.05 - 0.075 * len(lines), grey, color="0.4", size=8, **how)
-    figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.1, hspace=0.45, wspace=0.1)
-    with whole(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=90)
 
 
 def sample_sheet(path: Path, captioned: Captioned, table: CaptionTable) -> None:
