@@ -51,6 +51,7 @@ with contextlib.suppress(ImportError):  # only the command line needs it, and a 
     import tyro
 
 SEED = 0  # of sampling
+COLUMNS = ("rows", "captions", "references", "cut", "several", "confidences")  # of Captioned
 
 
 def caption_loader(
@@ -65,8 +66,9 @@ def caption_loader(
 ) -> Captioned:
     """Captions every picture of the loader; `decoding` goes to model.generate, with 3 beams unless it samples.
 
-    Samples are the same every time. With num_return_sequences all captions of a picture are kept beside the first. With a
-    world the loader has this process's share, and every process gets the captions of all, in the table's order.
+    Samples are the same every time. With num_return_sequences all captions of a picture are kept beside the first, with
+    return_scores the confidence in the first. With a world the loader has this process's share, and every process gets the
+    captions of all, in the table's order.
     """
     decoding = default_decoding(decoding)
     if decoding.get("do_sample"):
@@ -77,7 +79,8 @@ def caption_loader(
     model.eval()  # for all of them: in training mode generate keeps nothing from batch to batch
     for batch in map(Batch.of, tqdm(dataloader, "captioning", unit="batch", disable=not progress)):
         with autocast(device, dtype):
-            sequences = model.generate(batch.pixel_values.to(device), **decoding).sequences.cpu()
+            found = model.generate(batch.pixel_values.to(device), **decoding)
+        sequences = found.sequences.cpu()
         bad = {row for row, _ in batch.bad}
         good = [place for place, row in enumerate(batch.rows) if row not in bad]
         texts = decode(tokenizer, sequences)
@@ -87,15 +90,19 @@ def caption_loader(
         result.several += captions if number > 1 else []
         result.references += [batch.captions[place] for place in good]
         result.cut += sequences[::number][good].ne(model.config.end_token_id or 0).all(-1).tolist()
+        if decoding.get("return_scores"):
+            result.confidences += found.mean_log_probs.exp()[::number].cpu()[good].tolist()
     model.train(was_training)
     return result if world.size == 1 else gathered(world.gather(result))
 
 
 def gathered(shares: list[Captioned]) -> Captioned:
     """Several processes' captions as one, in the table's order."""
-    columns = [[s.rows, s.captions, s.references, s.cut, *([s.several] if s.several else [])] for s in shares]
+    names = [name for name in COLUMNS if any(getattr(share, name) for share in shares)]
+    columns = [[getattr(share, name) for name in names] for share in shares]
     entries = sorted((entry for own in columns for entry in zip(*own, strict=True)), key=lambda entry: entry[0])
-    return Captioned(*map(list, zip(*entries, strict=True))) if entries else shares[0]  # type: ignore[arg-type]
+    together: Any = zip(names, map(list, zip(*entries, strict=True)), strict=True)
+    return Captioned(**dict(together)) if entries else shares[0]
 
 
 def evaluate_captions(
@@ -188,7 +195,8 @@ def evaluate_dataset(
     table, more = dataset.table, more or MoreScores()
     bad = bad or BadPictures(directory / "bad_samples.csv", [dataset.table])
     loader = make_dataloader(dataset, batch_size, **world.share)
-    captioned = caption_loader(model, loader, model.tokenizer, device, dtype, world.main, world, **decoding)
+    asked = {"return_scores": True} | decoding
+    captioned = caption_loader(model, loader, model.tokenizer, device, dtype, world.main, world, **asked)
     loss, shuffled = (caption_loss(model, loader, device, dtype, shuffle, world) for shuffle in (False, True))
     if not world.main:
         return captioned, {}

@@ -490,8 +490,8 @@ def look_again(decoder: Decoder, hidden: Tensor, found: Generated, prefix: int, 
         for hook in hooks:
             hook.remove()
     if search.return_scores:
-        each = torch.stack([decoder.head(row).float().log_softmax(-1) for row in states.unbind(1)], 1)
-        each = each.gather(-1, sequences.unsqueeze(-1)).squeeze(-1)
+        steps = zip(states.unbind(1), sequences.unsqueeze(-1).unbind(1), strict=True)  # (R, D), (R, 1) of each token
+        each = torch.cat([decoder.head(row).float().log_softmax(-1).gather(-1, token) for row, token in steps], 1)
         is_end = sequences.eq(end or 0).long()
         behind = is_end.cumsum(1) > is_end  # after the first end token
         behind[:, :prefix] = True

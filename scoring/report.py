@@ -29,6 +29,11 @@ SEED = 0  # of the random captions, and of the order among captions of one score
 THUMBNAIL = 320  # longer side of a thumbnail, in pixels
 LONGEST = 30  # captions of more words share the histogram's last bar
 MOST_POINTS = 300  # points of a curve; of a longer log every second, third, ... is drawn
+DOTS = 15  # of a curve at most
+FIRST = 4  # random captions that are not folded: a row on a screen, and not too long on a telephone
+BINS = 10  # of the captions by confidence, of BIN captions at least
+BIN = 5
+HALVES = {"What was evaluated", "Lengths", "Most common captions", "Most common words"}  # two of them in a row
 
 
 class Metric(NamedTuple):
@@ -59,6 +64,7 @@ METRICS = {
     "cut_captions": Metric("Cut captions", "share that never ended; lower is better", 1),
     "loss": Metric("Loss", "nats a reference token; lower is better"),
     "loss_shuffled_pictures": Metric("Loss, pictures swapped", "with each other's pictures; must exceed the loss"),
+    "confidence": Metric("Confidence", "geometric mean of the tokens' probabilities", 1),
     "pictures": Metric("Pictures", digits=0),
     "pictures_left_out": Metric("Pictures left out", "missing or damaged", digits=0),
     "pictures_trained_on": Metric("Pictures trained on", "should be none", digits=0),
@@ -97,9 +103,10 @@ def write_report(path: Path, report: Report) -> None:
     sections = {
         "Numbers": _numbers(report),
         "What was evaluated": _facts(report.facts),
-        "Training": _curves(report.history),
-        **_examples(report),
         "Lengths": _lengths(report),
+        "Training": _curves(report.history),
+        "Calibration": _calibration(report),
+        **_examples(report),
         "Most common captions": _common_captions(report.captions),
         "Most common words": _common_words(report),
     }
@@ -107,9 +114,8 @@ def write_report(path: Path, report: Report) -> None:
     for number, (heading, content) in enumerate(sections.items()):
         if content:
             links.append(f'<li><a href="#s{number}">{heading}</a></li>')
-            body.append(
-                f'<section aria-labelledby="s{number}"><h2 id="s{number}">{heading}</h2>\n{content}</section>\n'
-            )
+            about = f'class="{"half" if heading in HALVES else "full"}" aria-labelledby="s{number}"'
+            body.append(f'<section {about}><h2 id="s{number}">{heading}</h2>\n{content}</section>\n')
     page = {
         "STYLE": STYLE,
         "TITLE": _escape(report.title),
@@ -189,7 +195,7 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 
 def _examples(report: Report) -> dict[str, str]:
-    """The best, the worst and random captions. A picture may be in two of the groups, but is loaded once."""
+    """The best and the worst captions, folded, and random ones. A picture may be in two groups, but is loaded once."""
     number, scores = len(report.captions), report.per_picture.get("cider_d")
     generator = np.random.default_rng(SEED)
     random = generator.permutation(number)[:SHOWN].tolist()
@@ -204,9 +210,23 @@ def _examples(report: Report) -> dict[str, str]:
         } | groups
     cards = {i: _card(report, i) for i in {i for _, chosen in groups.values() for i in chosen}}
     return {
-        heading: f'<p>{about}</p>\n<ol class="cards">{"".join(cards[i] for i in chosen)}</ol>\n' if chosen else ""
+        heading: f"<p>{about}</p>\n{_cards(cards, chosen, FIRST if heading == 'Random captions' else 0)}"
         for heading, (about, chosen) in groups.items()
+        if chosen
     }
+
+
+def _cards(cards: Mapping[int, str], chosen: Sequence[int], first: int) -> str:
+    """The first of the chosen cards, and the others folded."""
+    seen, others = (
+        f'<ol class="cards">{"".join(cards[i] for i in some)}</ol>\n' if some else ""
+        for some in (chosen[:first], chosen[first:])
+    )
+    return seen + (_folded(f"Show {len(chosen) - first}{' more' * bool(first)}", others) if others else "")
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{summary}</summary>\n{content}</details>\n"
 
 
 def _card(report: Report, i: int) -> str:
@@ -243,31 +263,43 @@ def _thumbnail(report: Report, i: int) -> str:
 
 def _curves(history: Sequence[Mapping[str, Any]]) -> str:
     """Charts against the step, all on one scale; those without a value are left out."""
+    last = max((line.get("step", 0) for line in history), default=0)
     charts = []
     for title, names in (
         ("Loss (nats a token)", {"loss": "training", "val_loss": "validation"}),
-        ("CIDEr-D of validation pictures", {"cider_d": "CIDEr-D"}),
+        ("CIDEr-D", {"reward": "training, sampled", "val_cider_d": "validation, greedy"}),
         ("Learning rate", {"learning_rate": "learning rate"}),
     ):
         lines = {}
         for name, label in names.items():
-            points = [(line["step"], line[name]) for line in history if "step" in line and _finite(line.get(name))]
+            points = [(line["step"], line[name]) for line in history if "step" in line and finite(line.get(name))]
             if points:  # counted from the end, for the last one has to be seen
                 lines[name, label] = points[:: -max(1, -(-len(points) // MOST_POINTS))][::-1]
         if not lines:
             continue
-        values = [value for points in lines.values() for _, value in points]
-        chart = _Chart((0, max(line.get("step", 0) for line in history)), (min(values), max(values)), "step")
+        most = max(value for points in lines.values() for _, value in points)
+        chart = _Chart((0, last), loss_ends(history) if "loss" in names else (0, most), "step")
         spoken = []
         for (name, label), points in lines.items():
-            chart.line(name, label, points, dots=len(points) <= MOST_POINTS // 10)
-            (first, start), (last, end) = points[0], points[-1]
-            spoken.append(f"{label}: {start:.3g} at step {first:,}, {end:.3g} at step {last:,}")
+            chart.line(name, label, points, dots=name.startswith("val_"))
+            ends = dict.fromkeys((points[0], points[-1]))  # one where there is one point
+            spoken.append(f"{label}: {', '.join(f'{value:.3g} at step {step:,}' for step, value in ends)}")
         charts.append(chart.html(title, "; ".join(spoken)))
     return f'<div class="charts">{"".join(charts)}</div>\n' if charts else ""
 
 
-def _finite(value: object) -> bool:
+def loss_ends(history: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Where the axis of the losses begins and ends: the first steps of training leave it at the top, and equal losses
+    do not fill it with their noise."""
+    late = max((line.get("step", 0) for line in history), default=0) / 20
+    pairs = [(name, line) for line in history for name in ("loss", "val_loss") if finite(line.get(name))]
+    values = [line[name] for name, line in pairs if name == "val_loss" or line.get("step", 0) >= late] or [0, 1]
+    margin = 0.1 * max(map(abs, values)) or 1
+    return max(min(values) - margin, min(*values, 0)), max(values) + margin
+
+
+def finite(value: object) -> bool:
+    """Whether it is a number, and one that can be drawn."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -292,18 +324,43 @@ def _lengths(report: Report) -> str:
     spoken = "; ".join(f"{name}: {np.mean(n):.1f} words on average, {min(n)} to {max(n)}" for name, n in words.items())
     rows = [(f"{n}{' or more' * (n == LONGEST)}", *(f"{share[n]:.1f}%" for share in shares.values())) for n in lengths]
     table = _table("counts", "Share of each length", ("Words", *map(str.capitalize, words)), rows)
-    return f"{chart.html('Share of each length', spoken)}<details><summary>As a table</summary>{table}</details>\n"
+    return chart.html("Share of each length", spoken) + _folded("As a table", table)
+
+
+def _calibration(report: Report) -> str:
+    """Mean CIDEr-D of groups of captions of about one confidence, where there are confidences."""
+    pairs = zip(*(report.per_picture.get(name, ()) for name in ("confidence", "cider_d")), strict=False)
+    found = np.array(sorted(pair for pair in pairs if all(map(math.isfinite, pair))))  # (captions, 2)
+    groups = np.array_split(found, min(BINS, max(1, len(found) // BIN)))
+    if len(groups) < 2:
+        return ""
+    points = [(100 * sure, score) for sure, score in (group.mean(0).tolist() for group in groups)]
+    ends = math.floor(points[0][0]), math.ceil(points[-1][0])
+    chart = _Chart(ends, (0, max(score for _, score in points)), "confidence (%)")
+    chart.line("val_cider_d", "captions", points, dots=True)
+    said = [f"CIDEr-D {score:.2f} at a confidence of {sure:.0f}%" for sure, score in (points[0], points[-1])]
+    if min(found.std(0)) > 0:
+        said.append(f"correlation over all captions: {np.corrcoef(found.T)[0, 1]:.2f}")
+    sides = [(100 * group[0, 0], 100 * group[-1, 0]) for group in groups]
+    rows = [
+        (f"{low:.1f} to {high:.1f}%", f"{len(group):,}", f"{score:.2f}")
+        for (low, high), group, (_, score) in zip(sides, groups, points, strict=True)
+    ]
+    about = "Captions in groups by confidence. A line that rises: where the model is surer, it is better."
+    table = _table("counts", about, ("Confidence", "Captions", "CIDEr-D"), rows)
+    return f'<div class="charts">{chart.html("CIDEr-D by confidence", "; ".join(said))}{table}</div>\n'
 
 
 class _Chart:
     """A chart in SVG, which takes its colours from the page. Marks differ in shape, not in colour alone."""
 
     LEFT, RIGHT, TOP, BOTTOM = 56, 366, 10, 204
+    FIELD = 'x="54" y="8" width="314" height="198" viewBox="54 8 314 198"'
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float], x_label: str, unit: str = "") -> None:
         from matplotlib.ticker import MaxNLocator  # chooses round numbers
 
-        ticks = MaxNLocator(5, steps=[1, 2, 5, 10])
+        ticks, whole = (MaxNLocator(5, steps=[1, 2, 5, 10], integer=integer) for integer in (False, True))
         self.y_ticks = [t for t in ticks.tick_values(*y) if t >= 0 or y[0] < 0]  # equal values have ticks around them
         self.x_ends, self.y_ends = (x[0], max(x[1], x[0] + 1)), (self.y_ticks[0], self.y_ticks[-1])
         middle = (self.LEFT + self.RIGHT) / 2
@@ -311,7 +368,7 @@ class _Chart:
         for t in self.y_ticks:
             self.marks.append(f'<path class="grid" d="M{self.LEFT} {self._y(t):.1f}H{self.RIGHT}"/>')
             self.marks.append(f'<text class="end" x="{self.LEFT - 6}" y="{self._y(t) + 4:.1f}">{t:.6g}{unit}</text>')
-        for t in ticks.tick_values(*x):
+        for t in whole.tick_values(*x):
             if x[0] <= t <= x[1]:
                 self.marks.append(f'<text class="middle" x="{self._x(t):.1f}" y="{self.BOTTOM + 17}">{t:,.6g}</text>')
         self.keys: list[str] = []
@@ -325,11 +382,14 @@ class _Chart:
         return self.BOTTOM - (value - low) / (high - low) * (self.BOTTOM - self.TOP)
 
     def line(self, style: str, label: str, points: Sequence[tuple[float, float]], dots: bool = False) -> None:
-        """A line, with a dot at each point where asked for."""
+        """A line, where asked for with dots: at the last point and others, or at the only one."""
         places = [(f"{self._x(x):.1f}", f"{self._y(y):.1f}") for x, y in points]
-        self.marks.append(f'<polyline class="{style}" points="{" ".join(map(",".join, places))}"/>')
-        self.marks += [f'<circle class="{style}" cx="{x}" cy="{y}" r="3"/>' for x, y in places if dots]
-        self._key(label, f'<polyline class="{style}" points="1,8 27,8"/>')
+        drawn = f'<polyline class="{style}" points="{" ".join(map(",".join, places))}"/>'
+        self.marks.append(f"<svg {self.FIELD}>{drawn}</svg>")  # cuts off what is above the field
+        dotted = places[:: -(1 + len(places) // DOTS)] if dots or len(places) == 1 else []
+        self.marks += [f'<circle class="{style}" cx="{x}" cy="{y}" r="3.5"/>' for x, y in dotted]
+        dot = f'<circle class="{style}" cx="14" cy="8" r="3.5"/>' * bool(dotted)
+        self._key(label, f'<polyline class="{style}" points="1,8 27,8"/>{dot}')
 
     def bars(self, label: str, points: Sequence[tuple[float, float]]) -> None:
         """A bar around each x."""
@@ -347,7 +407,7 @@ class _Chart:
         key = f"<ul>{''.join(self.keys)}</ul>" if len(self.keys) > 1 else ""
         return (
             f"<figure><figcaption><strong>{title}</strong>{key}</figcaption>"
-            f'<svg class="chart" viewBox="0 0 380 240" role="img" aria-label="{title}. {spoken}">'
+            f'<svg class="chart" viewBox="0 0 392 240" role="img" aria-label="{title}. {spoken}">'
             f'{"".join(self.marks)}</svg><p class="note">{spoken[0].upper()}{spoken[1:]}.</p></figure>\n'
         )
 

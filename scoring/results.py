@@ -57,6 +57,8 @@ class Captioned:
     """What makes words of captions: one of TOKENIZERS."""
     domains: list[str] = field(default_factory=list)
     """Where the benchmark has several (nocaps: in-domain, near-domain, out-domain), that of each picture."""
+    confidences: list[float] = field(default_factory=list)
+    """Where asked for, the geometric mean of the probabilities of each caption's tokens."""
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -225,6 +227,8 @@ def write_evaluation(
     each: dict[str, Sequence[float]] = {name: scored[name].tolist() for name in names_of} | added_each
     if captioned.self_cider:
         each["self_cider"] = captioned.self_cider.per_picture.tolist()
+    if captioned.confidences:
+        each["confidence"] = captioned.confidences
     rows = zip(names, captions, *([f"{x:.6f}" for x in scores] for scores in each.values()), strict=True)
     write_csv(directory / "per_picture.csv", [("picture", "caption", *each), *rows])
     report = Report(

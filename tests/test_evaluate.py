@@ -16,7 +16,7 @@ from conftest import ROOT, needs_shared, tiny_config
 
 from config import UserError
 from data.sources import load_table
-from dataset import CaptionDataset, make_dataloader
+from dataset import Batch, CaptionDataset, make_dataloader
 from decoding.packed import available
 from evaluate import (
     BadPictures,
@@ -25,13 +25,14 @@ from evaluate import (
     evaluate,
     evaluate_captions,
     evaluate_dataset,
+    gathered,
     main,
 )
 from model import ImageCaptionModel
 from scoring import metrics as metrics_module
 from scoring.matching import matched, read_results
 from scoring.metrics import CiderD, novelty, score_captions, self_cider
-from scoring.results import warnings_about
+from scoring.results import Captioned, warnings_about
 from weights import file as model_file
 
 bleu_counts = metrics_module._bleu_counts
@@ -390,10 +391,25 @@ def test_several_captions_of_a_picture(model_and_loader, tmp_path, decoding):
         assert [float(row["self_cider"]) for row in csv.DictReader(file)] == pytest.approx(
             expected.per_picture, abs=1e-6
         )
-    assert "Self-CIDEr" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Self-CIDEr" in page and "Calibration" in page
+    if not decoding.get("do_sample"):  # of the first ones, as generate has them
+        batch = Batch.of(next(iter(make_dataloader(loader.dataset, 3))))
+        found = model.generate(batch.pixel_values, return_scores=True, num_beams=4, **decoding)
+        assert captioned.confidences[:3] == pytest.approx(found.mean_log_probs.exp()[::4].tolist(), rel=1e-4)
     assert ("seed 0" if decoding.get("do_sample") else "num_beams 4") in metrics["decoding"]
     again, _ = evaluate_dataset(model, loader.dataset, CPU, torch.float32, tmp_path, **decoding)
     assert again.several == captioned.several
+
+
+def test_shares_are_gathered_in_the_tables_order():
+    """With whatever columns they have; one share may be empty."""
+    shares = [Captioned([2, 0], ["c", "a"], [["z"], ["x"]], [False, True], confidences=[0.3, 0.1])]
+    shares += [Captioned([1], ["b"], [["y"]], [False], confidences=[0.2]), Captioned([], [], [], [])]
+    found = gathered(shares)
+    assert (found.captions, found.references) == (["a", "b", "c"], [["x"], ["y"], ["z"]])
+    assert (found.cut, found.several, found.confidences) == ([True, False, False], [], [0.1, 0.2, 0.3])
+    assert gathered(shares[2:]).captions == []
 
 
 def test_a_model_by_the_command_line(model_and_loader, scenes_dir, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from scoring.metrics import score_captions
-from scoring.report import METRICS, SHOWN, Report, write_report
+from scoring.report import BINS, DOTS, FIRST, METRICS, SHOWN, Report, loss_ends, write_report
 
 EVIL = "<script>alert('x')</script> & \"</title></style><img src=http://example.org/x.png onerror=alert(1)>"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -81,7 +81,7 @@ def report(number: int = 100, **changes) -> Report:
         names=[f"picture{i}.jpg" for i in range(number)],
         load=picture,
         history=[{"step": s, "loss": 9 / s, "learning_rate": 1e-3 / s} for s in range(1, 2000)]
-        + [{"step": 1000, "val_loss": 0.5, "cider_d": 0.25}, {"step": 2000, "samples": {"a": "b"}}],
+        + [{"step": 1000, "val_loss": 0.5, "val_cider_d": 0.25}, {"step": 2000, "samples": {"a": "b"}}],
     )
     return Report(**(fields | changes))
 
@@ -119,6 +119,58 @@ def test_the_best_and_the_worst_are_those_of_cider_d(tmp_path):
     order = np.argsort(scores).tolist()
     assert shown["Best"] == order[::-1][:SHOWN] and shown["Worst"] == order[:SHOWN]
     assert html == written(tmp_path, per_picture={"cider_d": scores})  # chance, but the same chance
+
+
+def test_the_best_and_the_worst_are_folded(tmp_path):
+    """Thirty-six cards made a page of 25,000 pixels on a telephone."""
+    html = written(tmp_path)
+    unfolded = re.sub("<details>.*?</details>", "", html, flags=re.S)
+    assert html.count('class="said"') == 3 * SHOWN and unfolded.count('class="said"') == FIRST
+    few = written(tmp_path, number=2)
+    assert few.count("<details>") == 3 and few.split(">Random captions<")[1].count('class="said"') == 2
+
+
+@pytest.mark.parametrize("number", [1, 3, 100])
+def test_few_and_many_validations(tmp_path, number):
+    """A single one was a line of one point, a hundred a chain of dots; and the log's name for CIDEr-D was not known."""
+    steps = [10 * (i + 1) for i in range(number)]
+    page = Page(written(tmp_path, history=[{"step": s, "val_loss": 2 + 1 / s, "val_cider_d": 0.5} for s in steps]))
+    for name in ("val_loss", "val_cider_d"):
+        dots = [dot for dot in page.all("circle") if dot["class"] == name and dot["cx"] != "14"]  # but the key's
+        assert min(number, DOTS // 2) <= len(dots) <= DOTS
+        lines = [line["points"].split() for line in page.all("polyline") if line["class"] == name]
+        assert len(lines[0]) == number and "{cx},{cy}".format(**dots[0]) == lines[0][-1]
+    assert page.said().count(f"at step {steps[-1]:,}") == 2
+
+
+def test_the_axis_of_losses_shows_what_matters():
+    """The first steps of training had most of it; and of equal losses it showed the noise alone."""
+    training = [{"step": s, "loss": 0.2 + 100 / s**2} for s in range(1, 1001)]
+    low, high = loss_ends([*training, {"step": 1000, "val_loss": 0.4}])
+    assert 0 < low < 0.2 and 0.4 < high < 0.5
+    low, high = loss_ends([{"step": 5, "val_loss": 0.062}, {"step": 9, "val_loss": 0.068}])
+    assert high - low > 0.2 * 0.068 and low >= 0
+    for history in ([], [{"step": 0, "loss": float("nan")}], [{"step": 0, "loss": 0.0}], [{"step": 3, "loss": -2.0}]):
+        low, high = loss_ends(history)
+        assert low < high
+
+
+def test_calibration(tmp_path):
+    """CIDEr-D by confidence, where there are both of enough captions."""
+    sure = np.linspace(0.2, 0.9, 100)[::-1]
+    scores = {"cider_d": 10 * sure, "confidence": sure}
+    html = written(tmp_path, per_picture=scores)
+    page = Page(html)
+    assert "20.0 to 26.4% 10 2.32" in page.said() and "correlation over all captions: 1.00" in page.said()
+    assert (
+        "Calibration" in page.said()
+        and html.split(">Calibration</h2>")[1].split("</figure>")[0].count("<circle") == BINS
+    )
+    constant = {"cider_d": np.array([np.nan, *[0.5] * 29]), "confidence": np.full(30, 0.5)}
+    said = Page(written(tmp_path, number=30, per_picture=constant)).said()
+    assert "Calibration" in said and "correlation" not in said and "nan to" not in said
+    for number, given in ((1, {n: s[:1] for n, s in scores.items()}), (100, {"cider_d": sure}), (100, {})):
+        assert "Calibration" not in Page(written(tmp_path, number=number, per_picture=given)).said()
 
 
 def test_text_from_outside_is_only_text(tmp_path):
