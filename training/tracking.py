@@ -12,17 +12,25 @@ import netrc
 import os
 import re
 import threading
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from config import TrainConfig, UserError
+from scoring.report import finite, loss_ends
 from utils import named, printable, read_log, whole, write_text
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SERVER = "https://api.wandb.ai"
+MARKERS = 15  # of a curve at most, so that a long one stays a line
+TRAINING = {"color": "#E69F00", "linewidth": 1.3}  # Okabe and Ito's colours
+VALIDATION = {"color": "#0072B2", "linewidth": 2, "linestyle": "--", "marker": "o"}
 SECONDS = 10  # that its server gets to answer, and at a run's end to take what is left
 
 
@@ -157,31 +165,41 @@ def run_id(run: Path) -> str:
 
 def draw_curves(run: Path) -> None:
     """curves.png: losses, CIDEr-D on validation pictures and the learning rate, against the step."""
-    from matplotlib.figure import Figure
+    with whole(run / "curves.png") as unfinished:
+        curves(read_log(run / "metrics.jsonl")).savefig(unfinished, format="png", dpi=100)
 
-    lines = read_log(run / "metrics.jsonl")
+
+def curves(lines: Sequence[dict[str, Any]]) -> Figure:
+    """The figure of a log's lines. Curves differ in lightness, dashes and markers too, for those who see no colours."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     scored = any("val_cider_d" in line or "reward" in line for line in lines)
     heights = [3, 2, 1] if scored else [3, 1]
     figure = Figure(figsize=(8, 2 + len(heights) * 2), layout="constrained")
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    losses, rates = axes[0], axes[-1]
-    dots = {"color": "black", "marker": "o", "linestyle": "--"}
     for axis, name, style, label in (
-        (losses, "loss", {"color": "0.6", "linewidth": 1}, "training"),
-        (losses, "val_loss", dots, "validation"),
-        (axes[1], "reward", {"color": "0.6", "linewidth": 1}, "training, sampled"),
-        (axes[1], "val_cider_d", dots, "validation, greedy"),
-        (rates, "learning_rate", {"color": "black"}, None),
+        (axes[0], "loss", TRAINING, "training"),
+        (axes[0], "val_loss", VALIDATION, "validation"),
+        (axes[1], "reward", TRAINING, "training, sampled"),
+        (axes[1], "val_cider_d", VALIDATION, "validation, greedy"),
+        (axes[-1], "learning_rate", {"color": "black"}, None),
     ):
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        if points:
-            axis.plot(*zip(*points, strict=True), label=label, **style)
-    losses.set_ylabel("loss (nats a token)")
-    losses.legend()
-    if scored:
-        axes[1].set_ylabel("CIDEr-D")
-        axes[1].legend()
-    rates.set_ylabel("learning rate")
-    rates.set_xlabel("step")
-    with whole(run / "curves.png") as unfinished:
-        figure.savefig(unfinished, format="png", dpi=100)
+        points = [(line["step"], line[name]) for line in lines if finite(line.get(name))]
+        every = 1 + len(points) // MARKERS
+        marks: dict[str, Any] = {"marker": "o"} if len(points) == 1 else {}  # a line of one point is none
+        if points:  # the last one has its marker, however many there are
+            marks |= {"markevery": ((len(points) - 1) % every, every), "zorder": 3, "label": label}
+            axis.plot(*zip(*points, strict=True), **style | marks)
+    for axis, name in zip(axes, ("loss (nats a token)", *["CIDEr-D"] * scored, "learning rate"), strict=True):
+        axis.set_ylabel(name)
+        axis.set_ylim(0, 1.1 * max((max(line.get_ydata()) for line in axis.lines), default=0) or 1)
+        axis.grid(color="0.9")
+        if axis is not axes[-1] and axis.lines:
+            axis.legend()
+    axes[0].set_ylim(loss_ends(lines))
+    last = max((line["step"] for line in lines), default=0) or 1
+    axes[-1].set_xlim(-0.02 * last, 1.02 * last)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].set_xlabel("step")
+    return figure

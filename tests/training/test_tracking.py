@@ -8,15 +8,18 @@ import os
 import socket
 import threading
 import time
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from processes import flags, forked, small_config, start
 
 from config import TrainConfig
 from training.progress import what_chose
-from training.tracking import draw_curves
+from training.tracking import MARKERS, curves, draw_curves
 from utils import read_log, write_text
 
 CANARY = "canary" + "0" * 34  # as long as a real key
@@ -149,3 +152,43 @@ def test_curves_show_the_score_by_which_the_best_was_chosen(tmp_path, scores, he
     picture = Image.open(tmp_path / "curves.png").convert("L")
     assert picture.size == (800, height)
     assert min(picture.get_flattened_data()) < 64
+
+
+@pytest.mark.parametrize("number", [1, 3, 100])
+def test_curves_of_few_and_of_many_validations(number):
+    """A hundred were a chain of black dots; a single one had an axis from 0.062 to 0.068."""
+    lines = [{"step": step, "loss": 0.3 + 9 / step, "learning_rate": 1e-3} for step in range(10, 2001, 10)]
+    lines += [{"step": 2000 * (i + 1) // number, "val_loss": 0.4, "val_cider_d": 0.065} for i in range(number)]
+    losses, scores, _ = curves(lines).axes
+    for axis, name in ((losses, "validation"), (scores, "validation, greedy")):
+        (line,) = (line for line in axis.lines if line.get_label() == name)
+        start, every = line.get_markevery()
+        marked = np.arange(number)[start::every]
+        assert min(number, MARKERS // 2) <= len(marked) <= MARKERS and marked[-1] == number - 1
+    assert scores.get_ylim()[0] == 0 and losses.get_ylim()[1] < 1
+    assert scores.get_xlim()[0] <= 0 and 2000 < scores.get_xlim()[1] < 2100
+
+
+def test_curves_differ_without_colours():
+    lines = [{"step": s, "loss": 1.0, "val_loss": 1.1} for s in range(1, 9)]
+    training, validation = curves(lines).axes[0].lines
+    red, green, blue = np.array([0.2126, 0.7152, 0.0722])  # how light the eye takes them for
+
+    def lightness(line):
+        r, g, b = (int(line.get_color()[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        return red * r**2.2 + green * g**2.2 + blue * b**2.2
+
+    assert lightness(training) > 2 * lightness(validation)
+    assert training.get_linestyle() != validation.get_linestyle() and training.get_marker() != validation.get_marker()
+
+
+@pytest.mark.parametrize(
+    "lines", [[], [{"step": 0, "loss": 2.0}], [{"step": 1, "loss": float("nan"), "learning_rate": 0.0}]]
+)
+def test_curves_of_hardly_anything(lines):
+    """Without a warning, and a single point is seen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = curves(lines)
+        FigureCanvasAgg(figure).draw()
+    assert all(line.get_marker() == "o" for axis in figure.axes for line in axis.lines)
