@@ -276,8 +276,10 @@ class Scored:
     tokenizer: Literal["ptb", "characters"] = "ptb"
     """What words are: Stanford's, as in all published numbers; or, in scripts without blanks (Chinese, Japanese, Thai), each
     character."""
+    meteor: bool = False
+    """Also METEOR 1.5, by pycocoevalcap's data (requirements/full.txt)."""
     java: bool = False
-    """Also METEOR and SPICE, where pycocoevalcap is (requirements/full.txt); only SPICE needs Java."""
+    """Also METEOR, and SPICE where Java is."""
     instances: Path | None = None
     """COCO's instances_*.json of the pictures, for CHAIR: objects that are named and not there."""
     clip: str | None = None
@@ -308,7 +310,9 @@ def main() -> None:
         differences = compare(*config.compare, config.references, frequencies, config.subset, config.tokenizer)
         write_json(writable_directory(config.output_dir) / "comparison.json", differences)
         return
-    more = MoreScores(config.java, config.instances, config.clip, config.pac, frequencies, config.tokenizer)
+    more = MoreScores(
+        config.meteor, config.java, config.instances, config.clip, config.pac, frequencies, config.tokenizer
+    )
     if config.results and config.references:
         metrics = score_results(config, config.results, config.references, more)
     elif config.model and (config.data_dir or "/" in config.dataset):

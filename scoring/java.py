@@ -48,12 +48,14 @@ class JavaScores(NamedTuple):
     notes: list[str]  # one line for what was left out, with the reason
 
 
-def java_scores(candidates: Sequence[str], references: Sequence[Sequence[str]], seconds: float = SECONDS) -> JavaScores:
+def java_scores(
+    candidates: Sequence[str], references: Sequence[Sequence[str]], seconds: float = SECONDS, spice: bool = True
+) -> JavaScores:
     """METEOR 1.5 (Denkowski and Lavie 2014, WMT), without Java, and SPICE 1.0 (Anderson et al. 2016, arXiv:1607.08822).
 
     candidates[i] is the caption under test of picture i, references[i] what people wrote for it; both are tokenized
     first, as in the COCO evaluation, for SPICE by Java. METEOR's number for the corpus is its own aggregate, SPICE's
-    the mean over the pictures. One that fails leaves the other alone. SPICE has `seconds` for each Java program, and
+    the mean over the pictures. One that fails leaves the other alone, and without `spice` no Java is started. SPICE has `seconds` for each Java program, and
     needs Stanford's models, which pycocoevalcap leaves to be fetched, and a Java below 15.
 
     Raises UserError only for lists that do not fit together.
@@ -71,6 +73,8 @@ def java_scores(candidates: Sequence[str], references: Sequence[Sequence[str]], 
         scores.corpus["meteor"], scores.per_picture["meteor"] = found
     except UserError as error:
         scores.notes.append(f"METEOR left out: {error}")
+    if not spice:
+        return scores
     try:
         words = iter(java_tokenize([*candidates, *itertools.chain.from_iterable(references)], seconds))
         tested = [" ".join(next(words)) for _ in candidates]

@@ -72,6 +72,10 @@ METRICS = {
     "chair_i": Metric("CHAIR-i", "share of named objects that are not there; lower is better", 1),
     "clip_score": Metric("CLIPScore", "likeness of caption and picture by CLIP", 2.5),
     "ref_clip_score": Metric("RefCLIPScore", "the same with references", 1),
+    "clip_retrieval": Metric("CLIP R@1", "share of captions whose own picture is nearest to them", 1),
+    "pac_score": Metric("PAC-S", "likeness of caption and picture, as people judge it", 2),
+    "ref_pac_score": Metric("RefPAC-S", "the same with references", 1),
+    "pac_retrieval": Metric("PAC-S R@1", "share of captions whose own picture is nearest to them", 1),
 }
 
 

@@ -97,6 +97,7 @@ class MoreScores:
     """What is wanted besides: METEOR, and SPICE by Java; CHAIR with COCO's instances, CLIPScore and PAC-S by a CLIP each;
     CIDEr-D with other document frequencies; other words; the share of captions that are not among those trained on."""
 
+    meteor: bool = False
     java: bool = False
     instances: Path | None = None
     clip: str | None = None
@@ -119,10 +120,11 @@ class MoreScores:
 
         corpus: dict[str, float] = {}
         each: dict[str, Sequence[float]] = {}
-        notes = [] if self.java else ["METEOR and SPICE: not asked for (--java)"]
-        if self.java:
-            java = java_scores(captions, references)
+        notes = ["METEOR and SPICE: not asked for (--java)"]
+        if self.meteor or self.java:
+            java = java_scores(captions, references, spice=self.java)
             corpus, each, notes = dict(java.corpus), dict(java.per_picture), list(java.notes)
+            notes += [] if self.java else ["SPICE: not asked for (--java)"]
         try:
             if self.instances:
                 known = dict(zip(names, references, strict=True))

@@ -299,7 +299,7 @@ def test_a_results_file_gets_numbers_intervals_and_a_report(tmp_path):
     found = json.loads((tmp_path / "evaluation/metrics.json").read_text())
     assert found["cider_d"] == pytest.approx(0.599791, abs=1e-3) and found["cider_d_low"] < found["cider_d"]
     assert found["cider_d"] < found["cider_d_high"] and found["tokenizer"].startswith("PTB")
-    assert "METEOR and SPICE" in found["left_out"] and "0.5998   (" in output
+    assert "METEOR and SPICE: not asked for" in found["left_out"] and "0.5998   (" in output
     assert found["document_frequencies"] == "of the 1,000 pictures evaluated" and found["pictures"] == 1000
     assert found["references_per_picture"] == "5.005" and found["decoding"] == found["weights_sha256"] == "unknown"
     assert not any(isinstance(value, dict | list) for value in found.values()), "metrics.json is flat"

@@ -21,6 +21,7 @@ from scoring import java
 from scoring.java import java_scores
 from scoring.meteor import English, meteor_scores, normalize, packaged, score
 from scoring.paraphrases import Paraphrases
+from scoring.results import MoreScores
 from scoring.tokens import tokenize
 
 needs_java = pytest.mark.skipif(
@@ -78,6 +79,17 @@ def test_by_hand(package):
     assert meteor("a dog", "x y", "a dog", "z") == 1  # the best reference counts
     assert meteor("two of them", "a pair") == pytest.approx(0.6)
     assert meteor("was sitting", "sat") == pytest.approx(0.6)  # competes with itself, but two words are worth a chunk
+
+
+def test_an_evaluation_has_it_without_java(package, monkeypatch):
+    """--meteor starts no Java; METEOR had come with SPICE alone, by --java."""
+    monkeypatch.setenv("PATH", "")
+    asked = MoreScores(meteor=True).score([1, 2], ["the dog", "a taxi"], [["the dog"], ["a cab"]], None)
+    corpus, each, notes = asked
+    assert each == {"meteor": pytest.approx([1, 0.75 * 0.8 + 0.25])} and 0.85 < corpus["meteor"] < 1
+    assert (
+        notes[0] == "SPICE: not asked for (--java)" and "meteor" not in MoreScores().score([1], ["a"], [["a"]], None)[0]
+    )
 
 
 def test_the_corpus_is_scored_by_its_sums(package):
