@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import tempfile
@@ -152,3 +153,14 @@ def needs_shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs the shared data set {name}")
     return path
+
+
+@pytest.fixture(scope="session")
+def coco_eval() -> tuple[list[str], list[list[str]]]:
+    """The COCO evaluation's own 1,000 candidates and their references."""
+    directory = needs_shared("coco_eval")
+    results = json.loads((directory / "captions_val2014_fakecap_results.json").read_text())
+    references: dict[int, list[str]] = {}
+    for annotation in json.loads((directory / "captions_val2014_fakecap_refs.json").read_text())["annotations"]:
+        references.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    return [one["caption"] for one in results], [references[one["image_id"]] for one in results]

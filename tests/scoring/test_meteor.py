@@ -145,17 +145,6 @@ def test_what_is_missing_or_damaged_is_said_in_one_line(package, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def coco_eval() -> tuple[list[str], list[list[str]]]:
-    """The COCO evaluation's own 1,000 candidates and their references."""
-    directory = needs_shared("coco_eval")
-    results = json.loads((directory / "captions_val2014_fakecap_results.json").read_text())
-    references: dict[int, list[str]] = {}
-    for annotation in json.loads((directory / "captions_val2014_fakecap_refs.json").read_text())["annotations"]:
-        references.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    return [one["caption"] for one in results], [references[one["image_id"]] for one in results]
-
-
-@pytest.fixture(scope="module")
 def captions(coco_eval) -> Captions:
     return [tokenize(one) for one in coco_eval[0]], [[tokenize(one) for one in own] for own in coco_eval[1]]
 

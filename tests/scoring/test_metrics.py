@@ -41,18 +41,6 @@ pictures = st.lists(st.tuples(words, st.lists(words, min_size=1, max_size=3)), m
 quick = settings(max_examples=50, deadline=None)
 
 
-@pytest.fixture(scope="module")
-def coco_eval() -> tuple[list[str], list[list[str]]]:
-    """The COCO evaluation's own 1,000 candidates and their references."""
-    if not COCO_EVAL.is_dir():
-        pytest.skip(f"{COCO_EVAL} is absent: the published scores are checked only beside the shared data")
-    results = json.loads((COCO_EVAL / "captions_val2014_fakecap_results.json").read_text())
-    references: dict[int, list[str]] = {}
-    for annotation in json.loads((COCO_EVAL / "captions_val2014_fakecap_refs.json").read_text())["annotations"]:
-        references.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    return [one["caption"] for one in results], [references[one["image_id"]] for one in results]
-
-
 def test_published_scores(coco_eval: tuple[list[str], list[list[str]]]) -> None:
     published = dict(zip(NAMES, [0.579400, 0.404391, 0.278536, 0.190829, 0.396253, 0.599791], strict=True))
     scores = score_captions(*coco_eval)

@@ -35,17 +35,6 @@ needs_java = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def coco_eval() -> tuple[list[str], list[list[str]]]:
-    """The COCO evaluation's own 1,000 candidates and their references."""
-    directory = needs_shared("coco_eval")
-    results = json.loads((directory / "captions_val2014_fakecap_results.json").read_text())
-    references: dict[int, list[str]] = {}
-    for annotation in json.loads((directory / "captions_val2014_fakecap_refs.json").read_text())["annotations"]:
-        references.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    return [one["caption"] for one in results], [references[one["image_id"]] for one in results]
-
-
 @needs_java
 def test_our_tokens_are_javas(coco_eval):
     captions = [*coco_eval[0], *(caption for references in coco_eval[1] for caption in references)]
