@@ -41,7 +41,7 @@ CAPTION_WORDS = [
     "conversation",
     "message",
 ]
-CAPTION_COLUMN = re.compile(rf"(image[ _-])?({'|'.join(CAPTION_WORDS)})s?[ _-]?\d*", re.IGNORECASE)
+CAPTION_COLUMN = re.compile(rf"(image[ _-])?({'|'.join(CAPTION_WORDS)})s?[ _-]?(str|\d*)", re.IGNORECASE)
 ID_COLUMN = re.compile(r"(image|img|coco)?[ _-]?id", re.IGNORECASE)
 START = 1 << 16  # bytes that a table is recognised by
 
@@ -231,6 +231,7 @@ def _is_usual(path: Path) -> bool:
 
 # Rows
 
+FOLDERS = (".", "images", "Images", "train_images", "test_images")  # the last two are TextCaps's
 IMAGEFOLDER_FILES = [f"metadata.{suffix}" for suffix in ("jsonl", "csv", "parquet")]
 
 
@@ -258,7 +259,7 @@ def read_columns(root: Path, files: list[Path], columns: Columns) -> Iterator[Ro
             if split != known[0]:
                 raise UserError(f"{where}: {name!r} is in {known[0] or 'no part'!r} above: one picture, one part")
             known[2].extend(texts)
-        folders = [(near / inside).as_posix() for near in (base, Path()) for inside in (".", "images", "Images")]
+        folders = [(near / inside).as_posix() for near in (base, Path()) for inside in FOLDERS]
         folder = known_names.first_folder(folders, found) or f"{base.as_posix()}/"
         of_file = split_of(source.stem if len(files) > 1 else "", source.parent.name if base != Path() else "")
         for name, (split, number, texts) in found.items():

@@ -70,7 +70,7 @@ def _has_cocos_lists(path: Path) -> bool:
 
 def _read_coco(root: Path, files: list[Path], columns: Columns) -> Iterator[Row | LeftOut]:
     """Pictures in the order of the file's "images", each one's captions in the order of their ids; in the file's order
-    where some have no number for an id. VizWiz marks captions that nobody could write as rejected: they are left out."""
+    where some have no number for an id. Captions that VizWiz rejects are skipped."""
     reading.one_of_each(root, files, (split_of(path.stem) for path in files))
     known_names = Names(root)
     listed = cache(lambda folder: reading.file_names(root / folder))
@@ -83,11 +83,13 @@ def _read_coco(root: Path, files: list[Path], columns: Columns) -> Iterator[Row 
         folders = list(dict.fromkeys([*said[:1], *there]))
         images, annotations = reading.lists_of(parse_json(read_text(source), source), source, "images", "annotations")
         names: dict[int | str, str] = {}
+        domains: dict[int | str, str] = {}
         for i, image in enumerate(images):
             image_id = reading.field_of(image, "id", (int, str), f"{source}: images[{i}]")
             if image_id in names:
                 raise UserError(f"{source}: image {image_id!r} is there twice: leave one of them out")
             names[image_id] = known_names.checked(image.get("file_name"), f"{source}: image {image_id!r}")
+            domains[image_id] = reading.domain_of(image)
         numbered = all(isinstance(each, dict) and type(each.get("id")) is int for each in annotations)
         captions: dict[int | str, list[tuple[int, str]]] = {image_id: [] for image_id in names}
         for i, annotation in enumerate(annotations):
@@ -99,14 +101,15 @@ def _read_coco(root: Path, files: list[Path], columns: Columns) -> Iterator[Row 
                     f"{where}: its image {image_id!r} is not among the {len(names):,} 'images': the file is cut, get it "
                     "anew or leave the annotation out"
                 )
-            if annotation.get("is_rejected"):
+            if reading.is_rejected(annotation):
                 yield LeftOut("rejected captions", where.removeprefix(f"{source}: "))
             else:
                 captions[image_id] += [(number, caption) for caption in clean_all(annotation.get("caption"), where)]
         del images, annotations
         for image_id, own in captions.items():
             picture = _coco_picture(names[image_id], folders, listed)
-            yield Row(split, picture, image_id, [caption for _, caption in sorted(own)])
+            texts = [caption for _, caption in sorted(own)]
+            yield Row(split, picture, image_id, texts, domain=domains[image_id])
 
 
 def _coco_picture(name: str, folders: list[str], listed: Callable[[str], set[str]]) -> str:

@@ -35,7 +35,7 @@ from data.shards import shards_below
 from data.table import FLOOR, SPLITS, CaptionTable, LeftOut, Row
 from utils import ask_hub, forget_older, kept_file, key_of, stamps, whole
 
-VERSION = 2  # of the tables kept on disk: one more when a reader or the columns change
+VERSION = 3  # of the tables kept on disk: one more when a reader or the columns change
 USUAL = Columns()
 BESIDE_PICTURES = ("annotations", "Flickr8k_text")  # folders of captions, with the pictures in folders beside them
 WORTH_KEEPING = 8 << 20  # bytes of captions' files from which on the packed table is kept

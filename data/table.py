@@ -12,7 +12,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +44,8 @@ class Row(NamedTuple):
     """Of the picture's bytes in its shard, or its row in a Hugging Face data set; -1: the file is the picture."""
     size: int = -1
     """Bytes of the picture in its shard."""
+    domain: str = ""
+    """What the benchmark calls its kind (nocaps: in-domain, near-domain, out-domain)."""
 
 
 class LeftOut(NamedTuple):
@@ -60,7 +62,7 @@ class CaptionTable:
     """Pictures, counted from 0, each with an id and at least one caption (white space collapsed)."""
 
     rows: pa.Table
-    """Columns picture (string), id (int64 or string), captions (list of strings), offset and size (int64)."""
+    """Columns picture (string), id (int64 or string), captions (list of strings), offset and size (int64), domain (string)."""
     root: Path
     """The folder that the pictures' names start from."""
     name: str
@@ -88,6 +90,11 @@ class CaptionTable:
     def id_of(self, row: int) -> int | str:
         """The picture's id: COCO's number, or what the source has, or its file name."""
         return self.rows["id"][row].as_py()  # type: ignore[no-any-return]
+
+    def domains_of(self, rows: Sequence[int]) -> list[str]:
+        """The domain of each row's picture; [] where one of them has none."""
+        domains: list[str] = self.rows["domain"].take(rows).to_pylist()
+        return domains if all(domains) else []
 
     def captions_of(self, row: int) -> list[str]:
         """All captions of one picture."""
@@ -191,7 +198,9 @@ def _batch(rows: list[Row]) -> pa.Table:
     numbers = all(type(i) is int and abs(i) < 1 << 63 for i in columns["id"])
     columns["id"] = columns["id"] if numbers else list(map(str, columns["id"]))
     types = (pa.string(), pa.string(), pa.int64() if numbers else pa.string(), pa.list_(pa.string()))
-    return pa.table(columns, pa.schema(list(zip(Row._fields, (*types, pa.int64(), pa.int64()), strict=True))))
+    return pa.table(
+        columns, pa.schema(list(zip(Row._fields, (*types, pa.int64(), pa.int64(), pa.string()), strict=True)))
+    )
 
 
 def split_up(packed: pa.Table, floor: int = FLOOR) -> tuple[pa.Table, str]:

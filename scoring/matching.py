@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import UserError
-from data.reading import MADE_BY
+from data.reading import MADE_BY, domain_of, is_rejected
 from utils import in_one_line, json_of
-
-DOMAIN = r"[a-z]{1,20}-domain"  # nocaps has in-domain, near-domain, out-domain
 
 
 def read_results(results: Path, references: Path) -> tuple[list[int | str], list[str], list[list[str]]]:
@@ -68,7 +66,7 @@ def matched(results: Path, references: Path, subset: bool = False) -> Matched:
     if again := len(entries) - len(times):
         facts["equal_captions_dropped"] = f"{again:,}"
     if rejected:
-        facts["references_rejected"] = f"{rejected:,}, and so {len(unscored):,} pictures without any"
+        facts["references_rejected"] = f"{rejected:,}; pictures without any other: {len(unscored):,}"
     names = [image for image in known if image in captions]
     own_domains = [domains[image] for image in names if image in domains]
     if len(own_domains) < len(names):
@@ -77,25 +75,18 @@ def matched(results: Path, references: Path, subset: bool = False) -> Matched:
 
 
 def read_pictures(path: Path, known: Collection[int | str]) -> tuple[dict[int | str, str], int, set[int | str]]:
-    """Of a file of references: {picture: its domain}, how many references were rejected, and the pictures that have none
-    but such."""
+    """Of a file of references: {picture: its domain}, how many references are rejected, and the pictures whose references
+    all are."""
     try:
         content = json_of(path.read_bytes())
     except ValueError:  # JSON lines
         return {}, 0, set()
     lists = [content.get(name) if isinstance(content, dict) else None for name in ("images", "annotations")]
-    images, annotations = ([e for e in own if isinstance(e, dict)] if isinstance(own, list) else [] for own in lists)
-    named = ((image.get("id"), str(image.get("domain"))) for image in images)
-    domains = {
-        image: domain for image, domain in named if isinstance(image, int | str) and re.fullmatch(DOMAIN, domain)
-    }
+    images, annotations = ([e for e in each if isinstance(e, dict)] if isinstance(each, list) else [] for each in lists)
+    named = {image["id"]: domain_of(image) for image in images if isinstance(image.get("id"), int | str)}
     rejected = [entry.get("image_id") for entry in annotations if is_rejected(entry)]
+    domains = {image: domain for image, domain in named.items() if domain}
     return domains, len(rejected), {image for image in rejected if isinstance(image, int | str)} - set(known)
-
-
-def is_rejected(entry: Any) -> bool:
-    """Whether an annotation of VizWiz is not to count: rejected, or one of the sentences for pictures that show nothing."""
-    return isinstance(entry, dict) and any(entry.get(name) is True for name in ("is_rejected", "is_precanned"))
 
 
 def _partners(ids: Collection[int | str], known: Collection[int | str]) -> dict[int | str, int | str]:

@@ -275,14 +275,44 @@ def test_without_numbers_the_order_of_annotations_counts(tmp_path: Path, number:
 def test_rejected_captions_are_left_out_and_counted(tmp_path: Path) -> None:
     """VizWiz: "Quality issues are too severe to recognize visual content" was learned as a caption."""
     content = json.loads(coco_of(NAMES))
-    for annotation in content["annotations"][:3]:
-        annotation["is_rejected"] = True
+    for annotation, flag in zip(content["annotations"], ("is_rejected", "is_precanned", "is_rejected"), strict=False):
+        annotation[flag] = True
     fill(tmp_path, empty(*(f"images/{name}" for name in NAMES)) | {"c.json": json.dumps(content)})
     assert everything(tmp_path)["images/1.jpg"] == ["cap 3"] and "images/0.jpg" not in everything(tmp_path)
     assert load_table("auto", tmp_path, "train").left_out == {
         "rejected captions (the first: annotation 0)": 3,
         "pictures without a caption": 1,
     }
+
+
+def test_nocaps_says_each_pictures_domain(tmp_path: Path) -> None:
+    content = json.loads(coco_of(NAMES))
+    for i, image in enumerate(content["images"]):
+        image["domain"] = ["in-domain", "near-domain"][i % 2]
+    fill(tmp_path, empty(*(f"val/{name}" for name in NAMES)) | {"nocaps_val_4500_captions.json": json.dumps(content)})
+    table = load_table("auto", tmp_path, "val")
+    assert table.domains_of([1, 0]) == ["near-domain", "in-domain"]
+    content["images"][0]["domain"] = "flowers"
+    (tmp_path / "nocaps_val_4500_captions.json").write_text(json.dumps(content))
+    assert load_table("auto", tmp_path, "val").domains_of([0, 1]) == []
+
+
+def test_textcaps_as_it_is_downloaded(tmp_path: Path) -> None:
+    """Its captions are called caption_str, its pictures lie in train_images/ and are named without that and a suffix."""
+    for part in ("train", "val"):
+        own = [f"{part}{i:012x}" for i in range(3)]
+        entries = [
+            {"question": "", "image_id": name, "image_classes": ["Sign"], "flickr_original_url": "https://x/y.jpg",
+             "image_width": 8, "set_name": part, "image_name": name, "image_path": f"train/{name}.jpg", "caption_id": 5 * i + k,
+             "caption_str": f"cap {i} {k}", "caption_tokens": ["cap"], "reference_strs": [f"cap {i} 0", f"cap {i} 1"]}
+            for i, name in enumerate(own) for k in range(2)
+        ]  # fmt: skip
+        about = {"dataset_type": part, "dataset_name": "TextCaps", "dataset_version": "0.1", "data": entries}
+        fill(tmp_path, {f"TextCaps_0.1_{part}.json": json.dumps(about)})
+        fill(tmp_path, empty(*(f"train_images/{name}.jpg" for name in own)))
+    parts = load_tables("auto", tmp_path)
+    assert names(parts["train"]) == [f"train_images/train{i:012x}.jpg" for i in range(3)]
+    assert captions(parts["val"]) == [[f"cap {i} 0", f"cap {i} 1"] for i in range(3)]
 
 
 # Flickr's authors
