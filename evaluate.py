@@ -201,6 +201,7 @@ def evaluate_dataset(
     if not world.main:
         return captioned, {}
     captioned.frequencies, captioned.tokenizer = more.frequencies, more.tokenizer
+    captioned.domains = table.domains_of(captioned.rows)
     bad.add_known(dataset.table, dataset.pixels.bad)
     if not captioned.captions:
         raise UserError(f"{table.root}: no picture of the {table.split} part can be read")
@@ -273,9 +274,9 @@ class Scored:
     """Two files of captions in COCO's results format: is the second better?"""
     document_frequencies: Path | None = None
     """A .npz of metrics.CiderD(...).save: CIDEr-D with its frequencies, not those of the pictures evaluated."""
-    tokenizer: Literal["ptb", "characters"] = "ptb"
-    """What words are: Stanford's, as in all published numbers; or, in scripts without blanks (Chinese, Japanese, Thai), each
-    character."""
+    tokenizer: Literal["ptb", "characters", "icu"] = "ptb"
+    """What a word is: ptb, as in all published numbers; in scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer,
+    Burmese) also each character, or the words of ICU's dictionaries (requirements/full.txt)."""
     meteor: bool = False
     """Also METEOR 1.5, by pycocoevalcap's data (requirements/full.txt)."""
     java: bool = False
@@ -306,6 +307,8 @@ def main() -> None:
     """The command line."""
     config = parse_flags(EvaluateConfig, __doc__)
     frequencies = CiderD.load(config.document_frequencies) if config.document_frequencies else None
+    if frequencies and config.tokenizer != "ptb":
+        raise UserError(f"document frequencies are of PTB's words, not of {config.tokenizer}: leave one of them out")
     if config.compare and config.references:
         differences = compare(*config.compare, config.references, frequencies, config.subset, config.tokenizer)
         write_json(writable_directory(config.output_dir) / "comparison.json", differences)

@@ -306,6 +306,7 @@ def validate_captions(job: Job, model: ImageCaptionModel) -> dict[str, float]:
     captioned = caption_loader(model, loader, model.tokenizer, job.device, job.dtype, False, world, **greedy)
     if not captioned.captions:
         return {}
+    captioned.tokenizer = job.words
     found: dict[str, float] = {}
     if world.main:
         low, high = captioned.statistics.intervals()["cider_d"]
@@ -342,7 +343,7 @@ def finish(job: Job) -> int:
         job.dtype,
         run,
         bad=job.bad,
-        more=MoreScores(training_captions=job.datasets["train"].table.captions().to_pylist()),
+        more=MoreScores(tokenizer=job.words, training_captions=job.datasets["train"].table.captions().to_pylist()),
         world=job.world,
         max_length=job.caption_length,
     )

@@ -27,7 +27,6 @@ from config import UserError
 from scoring.ngrams import MAX_N, Floats, Integers, References, Table, Vocabulary, sum_by
 from scoring.tokens import characters as characters
 from scoring.tokens import tokenize as tokenize
-from scoring.tokens import without_blanks as without_blanks
 from utils import first_line, json_of, whole
 
 Caption: TypeAlias = str | Sequence[str]

@@ -23,21 +23,24 @@ from scoring.metrics import (
     CiderD,
     Scores,
     Statistics,
-    characters,
     diversity,
     mean_intervals,
     novelty,
     self_cider,
     tokenize,
-    without_blanks,
 )
 from scoring.report import THUMBNAIL, Report, write_report
+from scoring.tokens import TOKENIZERS, without_spaces
 from utils import file_hash, json_of, read_log, shown, write_csv, write_json
 
 ENDS = ("low", "high")  # of a 95 % interval
 FEWEST = 30  # pictures that a p is given for
 LONG = 40  # words of a caption
-TOKENIZERS: dict[str, Callable[[str], list[str]]] = {"ptb": tokenize, "characters": characters}
+ABOUT_WORDS = {
+    "ptb": "PTB, by metrics.tokenize",
+    "characters": "PTB and characters, by metrics.characters",
+    "icu": "PTB and ICU's words, by tokens.icu",
+}
 NO_CIDER = "cannot be computed, as each word is in every picture's references"
 
 
@@ -162,12 +165,12 @@ def about_scores(
     known, words = [text for own in references for text in own], TOKENIZERS[tokenizer]
     length = sum(len(text.split() if words is tokenize else words(text)) for text in known)  # near enough, and quick
     return {
-        "tokenizer": f"{'PTB' if words is tokenize else 'PTB and characters'}, by metrics.{words.__name__}",
+        "tokenizer": ABOUT_WORDS[tokenizer],
         "document_frequencies": counted,
         "pictures": number,
         "references_per_picture": f"{len(known) / number:.4g}",
         "words_per_reference": f"{length / len(known):.4g}",
-        **({"without_blanks": unspaced} if words is tokenize and (unspaced := sum(map(without_blanks, known))) else {}),
+        **({"without_blanks": unspaced} if words is tokenize and (unspaced := sum(map(without_spaces, known))) else {}),
     }
 
 
@@ -280,8 +283,8 @@ def warnings_about(metrics: dict[str, Any]) -> list[str]:
         found.append("One reference a picture: the metrics were made for five, and compare with others of one only.")
     if metrics.get("without_blanks", 0) > 0:
         found.append(
-            f"{metrics['without_blanks']:,} references are of a script without blanks between words, and count as one word "
-            "each, so that nearly right is wrong: --tokenizer characters scores them by characters."
+            f"{metrics['without_blanks']:,} references are of a script without spaces between words and count as one word "
+            "each, so that nearly right is wrong: add --tokenizer icu, or --tokenizer characters."
         )
     elif float(metrics.get("words_per_reference", 2)) < 2:
         found.append("Most references are one word: these metrics compare sentences.")

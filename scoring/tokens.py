@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+from config import UserError
 
 # Typography that the Stanford tokenizer writes in ASCII (it does call a pound "#" and a euro "$").
 _PLAIN = {
@@ -100,22 +105,49 @@ _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
     "[\u0300-\u036f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ecd\u102b-\u103e\u17b4-\u17d3\u3099\u309a\u30fc]*"
 )
-"""A character of a script that writes no blanks between words (Thai, Lao, Burmese, Khmer, Japanese, Chinese), with the marks
-that belong to it."""
+"""A character of a script without spaces between words (Thai, Lao, Burmese, Khmer, Japanese, Chinese), with its marks."""
+_UNSPACED_RUN = re.compile(f"((?:{_UNSPACED.pattern})+)")
 
 
 def characters(caption: str) -> list[str]:
-    """Words as tokenize has them, but each character of a script without blanks by itself.
+    """Words as tokenize has them, but each character of a script without spaces by itself, and no punctuation.
 
-    >>> characters("两只dogs在雪地")
+    >>> characters("两只dogs在雪地。")
     ['两', '只', 'dogs', '在', '雪', '地']
     """
-    return tokenize(_UNSPACED.sub(r" \g<0> ", caption))
+    return _segmented(caption, _UNSPACED.findall)
 
 
-def without_blanks(caption: str) -> bool:
-    """Whether it is of such a script, and its words stand together: more than two of its characters for each word."""
+def icu(caption: str) -> list[str]:
+    """Words as tokenize has them, but those of scripts without spaces as the dictionaries of ICU, the Unicode Consortium's
+    library (package icu4py), have them, and no punctuation.
+
+    >>> icu("两只dogs在雪地里奔跑。")
+    ['两', '只', 'dogs', '在', '雪地', '里', '奔跑']
+    """
+    try:
+        from icu4py.breakers import WordBreaker
+    except ImportError as error:
+        raise UserError("--tokenizer icu needs icu4py: pip install -r requirements/full.txt") from error
+    return _segmented(caption, lambda run: WordBreaker(run, "root"))
+
+
+def _segmented(caption: str, words_of: Callable[[str], Iterable[str]]) -> list[str]:
+    """Words of a caption, by words_of where its script has no spaces."""
+    runs = enumerate(_UNSPACED_RUN.split(caption))  # every second one is of such a script
+    words = itertools.chain.from_iterable(words_of(run) if i % 2 else tokenize(run) for i, run in runs)
+    return [word for word in words if word.isascii() or unicodedata.category(word[0])[0] != "P"]
+
+
+def without_spaces(caption: str) -> bool:
+    """Whether a caption's script has no spaces between words: more than two of its characters for each word."""
     return not caption.isascii() and len(_UNSPACED.findall(caption)) > 2 * len(tokenize(caption))
+
+
+def tokenizer_for(captions: Sequence[str]) -> str:
+    """Name of the tokenizer that scores such captions where nobody chooses one: ptb, or characters where most have no
+    spaces between words."""
+    return "characters" if 2 * sum(map(without_spaces, captions)) > len(captions) else "ptb"
 
 
 class _Characters(dict[int, str]):
@@ -156,3 +188,6 @@ def _characters() -> tuple[_Characters, dict[str, str], dict[int, str]]:
     table |= {ord(c): stand_ins[c] for c in joins} | {ord(c): f" {c} " for c in kinds["stands alone"]}
     table |= {ord(c): text for c, text in _PLAIN.items()} | {ord(c): c for c in "\u2019\u0092"}
     return table, stand_ins, {ord(letter): text for text, letter in stand_ins.items()}
+
+
+TOKENIZERS: dict[str, Callable[[str], list[str]]] = {"ptb": tokenize, "characters": characters, "icu": icu}

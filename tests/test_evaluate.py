@@ -535,16 +535,20 @@ def test_no_significance_where_there_is_none(tmp_path):
     assert json.loads((tmp_path / "evaluation/comparison.json").read_text())["bleu_1"]["p_value"] == 1
 
 
-def test_captions_without_blanks_are_scored_by_characters_on_request(tmp_path):
+def test_captions_without_spaces_are_scored_by_characters_or_words_on_request(tmp_path):
     """Unsegmented Chinese was one word a caption: nearly right was 0 in all metrics, and nothing was said."""
     captions, references = ["一个男人骑马", "两只狗在雪地玩耍"], [["一个男人骑着马"], ["两只狗在雪地里玩耍"]]
     metrics, output = scored(tmp_path, captions, references)
-    assert metrics["bleu_1"] == 0 and "2 references are of a script without blanks" in output
-    metrics, output = scored(tmp_path, captions, references, "--tokenizer", "characters")
-    assert metrics["bleu_1"] > 0.8 and metrics["cider_d"] > 5 and "without blanks" not in output
-    assert metrics["tokenizer"] == "PTB and characters, by metrics.characters" and metrics["tokenizer"] in output
-    flags = ("--references", "r.json", "--tokenizer", "characters")
-    assert metrics["tokenizer"] in run_evaluate(tmp_path, "--compare", "c.json", "c.json", *flags)
+    assert metrics["bleu_1"] == 0 and "2 references are of a script without spaces" in output
+    for name, about in (
+        ("characters", "PTB and characters, by metrics.characters"),
+        ("icu", "PTB and ICU's words, by"),
+    ):
+        metrics, output = scored(tmp_path, captions, references, "--tokenizer", name)
+        assert metrics["bleu_1"] > 0.6 and metrics["cider_d"] > 3 and "without spaces" not in output
+        assert metrics["tokenizer"].startswith(about) and metrics["tokenizer"] in output
+        flags = ("--references", "r.json", "--tokenizer", name)
+        assert metrics["tokenizer"] in run_evaluate(tmp_path, "--compare", "c.json", "c.json", *flags)
     _, output = scored(tmp_path, ["dog", "cat"], [["dog"], ["cat"]])
     assert "WARNING: Most references are one word" in output
 
@@ -603,10 +607,43 @@ def test_benchmarks_in_their_own_files_are_scored_as_their_servers_do(tmp_path):
     vizwiz[2] |= {"is_precanned": True}
     vizwiz[3] |= {"is_rejected": True}
     found = score({"images": images[:0], "annotations": vizwiz})
-    assert found["pictures"] == 5 and found["references_rejected"] == "3, and so 1 pictures without any"
+    assert found["pictures"] == 5 and found["references_rejected"] == "3; pictures without any other: 1"
     rows = [0, 2, 3, 4, 5]
     expected = score_captions([captions[i] for i in rows], [texts[i][i == 0 :] for i in rows])
     assert found["cider_d"] == pytest.approx(expected["cider_d"])
+
+
+def test_a_model_on_nocaps_is_scored_by_domain(model_and_loader, scenes_dir, tmp_path):
+    """Its folder as --data-dir was scored as one set: domains were read from --references alone."""
+    model, _ = model_and_loader
+    (source,) = scenes_dir.glob("annotations/captions_val*.json")
+    content = json.loads(source.read_text())
+    kinds = ["in-domain", "near-domain", "out-domain"]
+    for i, image in enumerate(content["images"]):
+        image["domain"] = kinds[i % 3]
+    (tmp_path / "val").symlink_to(scenes_dir / source.stem.removeprefix("captions_"))
+    (tmp_path / "nocaps_val_4500_captions.json").write_text(json.dumps(content))
+    table = load_table("auto", tmp_path, "val")
+    dataset = CaptionDataset(table, model.tokenizer, model.config)
+    options = {"max_length": 8, "num_beams": 1}
+    cpu, out = torch.device("cpu"), tmp_path / "out"
+    out.mkdir()
+    captioned, metrics = evaluate_dataset(model, dataset, cpu, torch.float32, out, **options)
+    rows = [i for i, kind in enumerate(captioned.domains) if kind == "near-domain"]
+    assert len(rows) == metrics["pictures_near_domain"] == len(content["images"]) // 3
+    own = score_captions([captioned.captions[i] for i in rows], [captioned.references[i] for i in rows])
+    assert metrics["cider_d_near_domain"] == pytest.approx(own["cider_d"])
+    references = tmp_path / "nocaps_val_4500_captions.json"
+    run_evaluate(tmp_path, "--results", out / "captions.json", "--references", references)
+    again = json.loads((tmp_path / "evaluation/metrics.json").read_text())
+    assert again["cider_d_out_domain"] == pytest.approx(metrics["cider_d_out_domain"])
+
+
+def test_other_words_have_other_frequencies(tmp_path):
+    """Frequencies of Stanford's words beside --tokenizer characters gave a CIDEr-D of neither."""
+    CiderD([["a dog"], ["a cat"]]).save(tmp_path / "df.npz")
+    with pytest.raises(UserError, match="leave one of them out"):
+        scored(tmp_path, ["a dog"], [["a dog"]], "--tokenizer", "characters", "--document-frequencies", "df.npz")
 
 
 def test_long_captions_are_warned_of(tmp_path):

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from data.skipped import BadPictures, check_overlap
 from data.table import FLOOR, CaptionTable
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
 from model import ImageCaptionModel, choose_attention
+from scoring.tokens import tokenizer_for
 from training.adapters import adapt, check_adapters
 from training.checkpoint import newest_whole
 from training.distributed import World
@@ -141,6 +143,11 @@ class Job:
         """Whether the best model is the one with the lowest validation loss, as CIDEr-D of so few pictures, or of none, is
         chance. Not in self-critical training, which raises the loss."""
         return min(len(self.datasets["val"]), self.config.val_pictures) < FEW and self.config.objective != "scst"
+
+    @cached_property
+    def words(self) -> str:
+        """Name of the tokenizer of CIDEr-D, by the first thousand captions."""
+        return tokenizer_for(self.datasets["train"].table.captions()[:1000].to_pylist())
 
     @property
     def caption_length(self) -> int:
