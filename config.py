@@ -418,6 +418,11 @@ class Learning:
     baseline: Literal["others", "greedy"] = "others"
     """What a sampled caption must beat in self-critical training: the mean of the picture's other samples, or its
     greedy caption."""
+    reward: Literal["cider_d", "pac_s", "mix"] = "cider_d"
+    """What self-critical training raises: CIDEr-D; PAC-S, with pac; or mix, their sum. PAC-S alone reads no references and
+    drifts from how people write."""
+    pac: str | None = None
+    """Weights of PAC-S for the reward: a folder or Hub name of a CLIP in safetensors, as transformers has them."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon for the matrices inside the layers with AdamW for the rest."""
     encoder_learning_rate: float | None = None
@@ -540,6 +545,10 @@ class TrainConfig(
                 raise UserError("objective scst needs a trained model to improve: name it with --init-model")
             if self.captions_per_image < 2 and self.baseline == "others":
                 raise UserError("baseline others compares a picture's captions: use --captions-per-image 2 or more")
+        elif self.reward != "cider_d":
+            raise UserError(f"reward {self.reward} is for self-critical training: add --objective scst")
+        if (self.reward != "cider_d") != (self.pac is not None):
+            raise UserError("reward pac_s and mix, and nothing else, need PAC-S's weights: name them with --pac")
         started = {"encoder": self.init_encoder, "decoder": self.init_decoder or self.decoder, "new": None}
         for part in self.freeze:
             if not (self.init_model or started[part] or (self.init == "pretrained" and part != "new")):
@@ -595,6 +604,8 @@ class TrainConfig(
         values["compile"] = bool(self.compile)  # as it was before the device decided
         if self.encoder_layer == -1:  # as in a run that version 0.1 began
             del values["encoder_layer"]
+        if self.reward == "cider_d":
+            del values["reward"], values["pac"]
         return json.loads(json.dumps(values))  # type: ignore[no-any-return]
 
     @property

@@ -72,8 +72,8 @@ HUB_METRICS = {
 }
 PROTOCOL = "pictures subset references_per_picture decoding precision tokenizer document_frequencies left_out"
 SETTINGS = (
-    "epochs max_steps batch_size accumulation_steps captions_per_image optimizer learning_rate objective prompt warmup_steps "
-    "weight_decay gradient_clip word_dropout label_smoothing caption_length seed"
+    "epochs max_steps batch_size accumulation_steps captions_per_image optimizer learning_rate objective reward prompt "
+    "warmup_steps weight_decay gradient_clip word_dropout label_smoothing caption_length seed"
 )
 OF_ADAPTERS = "lora_rank lora_alpha lora_dropout lora_targets"
 ON_THE_HUB = {"gpt2": "openai-community/gpt2"}
@@ -482,6 +482,8 @@ def training(run: Facts, model: ImageCaptionModel) -> str:
     settings = {name: run.config.get(name) for name in names}
     if settings["max_steps"]:
         del settings["epochs"]
+    if settings["objective"] != "scst":
+        del settings["reward"]
     rows += [(name.replace("_", " "), str(value)) for name, value in settings.items() if value not in (None, "")]
     return table(("", ""), rows)
 

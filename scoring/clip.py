@@ -28,7 +28,7 @@ class ClipScores(NamedTuple):
     per_picture: dict[str, NDArray[np.float64]]  # (N,) each
 
 
-WEIGHTS = {"clip": 2.5, "pac": 2.0}
+FACTORS = {"clip": 2.5, "pac": 2.0}
 CLIP_PREFIX = "A photo depicts "
 
 
@@ -47,10 +47,10 @@ def clip_scores(
 
     With CLIP's embeddings c of the caption, r of a reference and v of the picture, CLIPScore is 2.5 max(cos(c, v), 0),
     PAC-S 2 max(cos(c, v), 0), and with references the harmonic mean of it and max(0, the largest cos(c, r)). The
-    retrieval is 1 where the caption's own picture is nearest to it of all N, else 0; its mean is R@1. Captions and references begin with "A
-    photo depicts ", and what CLIP cannot hold is cut off. model names a CLIP on the Hub or a folder with its weights
-    (safetensors) and processor; the papers' are ViT-B/32, and numbers of another are not to be compared with them. The
-    arithmetic is fp32.
+    retrieval is 1 where, of all N pictures, the caption's is nearest to it, else 0; its mean is R@1. Captions and
+    references start with "A photo depicts ", and what is longer than CLIP's text is cut. model names a CLIP on the Hub or a
+    folder with its weights (safetensors) and processor; the papers' are ViT-B/32, and numbers of another one do not
+    compare with theirs. The arithmetic is fp32.
 
     Raises UserError where the weights cannot be had, a picture cannot be read, or the lists do not fit together.
     """
@@ -58,19 +58,19 @@ def clip_scores(
         raise UserError("CLIPScore needs a caption, and where there are references some of them, for every picture")
     if references is not None and not all(references):
         raise UserError(f"picture {[bool(captions) for captions in references].index(False)} has no reference")
-    clip = _Clip(model, torch.device(device), batch_size, progress)
-    seen = clip.pictures(pictures)
-    said = clip.captions(candidates)
-    score = WEIGHTS[metric] * (said * seen).sum(-1).clamp(min=0)  # (N,)
-    nearest_picture = torch.cat([(part @ seen.T).argmax(-1) for part in said.split(1024)])
-    found = (nearest_picture == torch.arange(len(said))).double()
+    clip = Clip(model, torch.device(device), batch_size, progress)
+    image = clip.pictures(pictures)  # (N, D)
+    text = clip.captions(candidates)  # (N, D)
+    score = similarity(text, image, metric)  # (N,)
+    nearest_picture = torch.cat([(part @ image.T).argmax(-1) for part in text.split(1024)])
+    found = (nearest_picture == torch.arange(len(text))).double()
     scores = {f"{metric}_score": score, f"{metric}_retrieval": found}
     if references is not None:
-        texts = list(dict.fromkeys(itertools.chain.from_iterable(references)))
-        place = {text: i for i, text in enumerate(texts)}
-        known = clip.captions(texts)
-        rows = [[place[text] for text in captions] for captions in references]
-        best = [(known[own] @ caption).max() for caption, own in zip(said, rows, strict=True)]
+        different = list(dict.fromkeys(itertools.chain.from_iterable(references)))
+        index = {caption: i for i, caption in enumerate(different)}
+        known = clip.captions(different)
+        rows = [[index[caption] for caption in captions] for captions in references]
+        best = [(known[row] @ caption).max() for caption, row in zip(text, rows, strict=True)]
         nearest = torch.stack(best).clamp(min=0)
         total = score + nearest
         scores[f"ref_{metric}_score"] = torch.where(total > 0, 2 * score * nearest / total, torch.zeros(()))
@@ -78,10 +78,15 @@ def clip_scores(
     return ClipScores({name: float(values.mean()) for name, values in each.items()}, each)
 
 
-class _Clip:
+def similarity(text: Tensor, image: Tensor, metric: Literal["clip", "pac"]) -> Tensor:
+    """CLIPScore or PAC-S (N,) of captions' and pictures' embeddings, (N, D) each, of length 1."""
+    return FACTORS[metric] * (text * image).sum(-1).clamp(min=0)
+
+
+class Clip:
     """A CLIP of transformers' that gives embeddings of length 1, float64 (N, D), on the CPU."""
 
-    def __init__(self, name: str | Path, device: torch.device, batch_size: int, progress: bool) -> None:
+    def __init__(self, name: str | Path, device: torch.device, batch_size: int = 64, progress: bool = False) -> None:
         from transformers import AutoModel, CLIPProcessor
 
         with refused(f"CLIP {str(name)!r} cannot be loaded: name a folder with its weights"):

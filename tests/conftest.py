@@ -164,3 +164,34 @@ def coco_eval() -> tuple[list[str], list[list[str]]]:
     for annotation in json.loads((directory / "captions_val2014_fakecap_refs.json").read_text())["annotations"]:
         references.setdefault(annotation["image_id"], []).append(annotation["caption"])
     return [one["caption"] for one in results], [references[one["image_id"]] for one in results]
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> Path:
+    """A tiny random CLIP, as transformers saves one."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    directory = tmp_path_factory.mktemp("clip")
+    letters = sorted(ByteLevel.alphabet())
+    entries = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (directory / "vocab.json").write_text(json.dumps({entry: i for i, entry in enumerate(entries)}))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(directory)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": len(entries) - 2, "eos_token_id": len(entries) - 1, "pad_token_id": len(entries) - 1}
+    torch.manual_seed(3)
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=small | ends | {"vocab_size": len(entries), "max_position_embeddings": 40},
+            vision_config=small | {"image_size": 32, "patch_size": 8},
+            projection_dim=8,
+        )
+    )
+    for parameter in model.parameters():  # spread wide enough that captions differ
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(directory)
+    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(pictures, tokenizer).save_pretrained(directory)
+    return directory

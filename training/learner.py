@@ -53,7 +53,7 @@ class Learner:
         self.best: str | None = None  # name of the best checkpoint
         self.critic = None
         if config.objective == "scst":
-            self.critic = SelfCritic(job.datasets["train"].table, config, job.caption_length)
+            self.critic = SelfCritic(job.datasets["train"].table, config, job.caption_length, job.device, job.words)
         self.module: Any = self.model
         if job.world.size > 1 and not self.sharded:
             ids = [job.device.index or torch.cuda.current_device()] if job.device.type == "cuda" else None

@@ -1,8 +1,9 @@
-"""Self-critical training (Rennie et al. 2017, arXiv:1612.00563): raise the CIDEr-D of captions that the model samples.
+"""Self-critical training (Rennie et al. 2017, arXiv:1612.00563): raise the score of captions that the model samples.
 
-A picture's K samples are one batch of the cached decoder, scored by metrics.CiderD over the training references, and
-learned in one folded pass like any K captions, each weighted by how much better it was than its baseline. The end of a
-caption is a word, for the metric as for the loss: else nothing speaks against captions that break off.
+A picture's K samples are one batch of the cached decoder, scored by CIDEr-D over the training references, by PAC-S or by
+both, and learned in one folded pass like any K captions, each weighted by how much its score is above the baseline. A
+caption without an end token scores less (CIDEr-D counts the end as a word) or nothing (PAC-S), or else the model learns to
+break captions off.
 """
 
 from __future__ import annotations
@@ -14,54 +15,80 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import TrainConfig
+from config import TrainConfig, UserError
 from data.table import CaptionTable
 from data.tokenizer import decode
 from dataset import IGNORE, Batch, rounded_up
 from model import ImageCaptionModel
-from scoring.metrics import CiderD, tokenize
+from scoring.clip import Clip, similarity
+from scoring.metrics import CiderD
+from scoring.tokens import TOKENIZERS
 from utils import autocast
 
 END = "\n"  # no word holds one
 
 
 class SelfCritic:
-    """Samples captions for a batch's pictures and says what each was worth."""
+    """Samples captions for a batch's pictures and scores them."""
 
-    def __init__(self, table: CaptionTable, config: TrainConfig, max_length: int) -> None:
-        """Counts the references of all training pictures once."""
-        self.config, self.max_length = config, max_length
-        references = [[[*tokenize(text), END] for text in table.captions_of(row)] for row in range(len(table))]
-        self.cider = CiderD(references)
+    def __init__(
+        self, table: CaptionTable, config: TrainConfig, max_length: int, device: torch.device, tokenizer: str = "ptb"
+    ) -> None:
+        """Counts the references of all training pictures once. tokenizer: one of scoring.tokens.TOKENIZERS."""
+        self.table, self.config, self.max_length = table, config, max_length
+        self.tokenize = TOKENIZERS[tokenizer]
+        references = [[[*self.tokenize(text), END] for text in table.captions_of(row)] for row in range(len(table))]
+        self.cider = CiderD(references) if config.reward != "pac_s" else None
+        self.clip = Clip(config.pac, device) if config.pac else None
+        self.embeddings: dict[int, Tensor] = {}  # (D,) of each picture that was in a batch: it is decoded once a run
 
-    def words(self, model: ImageCaptionModel, sequences: Tensor) -> list[list[str]]:
-        """The words of token ids (R, L), with END where the model ended."""
+    def score(self, model: ImageCaptionModel, rows: np.ndarray, sequences: Tensor) -> np.ndarray:
+        """Rewards (R,) of the captions with token ids (R, L), each for the picture in its row (R,) of the table.
+
+        mix adds CIDEr-D (0 to 10) and PAC-S (0 to 2) as they are.
+        """
         ended = sequences.eq(model.config.end_token_id or 0).any(-1).tolist()
         texts = decode(model.tokenizer, sequences)
-        return [tokenize(text) + [END] * end for text, end in zip(texts, ended, strict=True)]
+        rewards = np.zeros(len(rows))
+        if self.cider:
+            words = [self.tokenize(text) + [END] * end for text, end in zip(texts, ended, strict=True)]
+            rewards += self.cider.reward(rows, words)
+        if self.clip:
+            rewards += similarity(self.clip.captions(texts), self.pictures(self.clip, rows), "pac").numpy() * ended
+        return rewards
+
+    def pictures(self, clip: Clip, rows: np.ndarray) -> Tensor:
+        """CLIP's embeddings (R, D) of the pictures at full size; zeros for one that cannot be read. One picture at a time, so
+        that a resumed run gets the same bits."""
+        for row in set(rows.tolist()) - self.embeddings.keys():
+            try:
+                self.embeddings[row] = clip.pictures([self.table.picture(row)])[0]
+            except UserError:  # damaged: the loader has counted it, and its captions get no weight
+                self.embeddings[row] = torch.zeros(clip.model.config.projection_dim, dtype=torch.float64)
+        return torch.stack([self.embeddings[row] for row in rows.tolist()])
 
     def sample(self, model: ImageCaptionModel, batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-        """A batch (on the device) whose captions are K samples of each of its pictures, with `weights` (N, K): what each
-        scored above its baseline; and `rewards` (N, K), the scores themselves."""
+        """A batch (on the device) whose captions are K samples of each of its pictures, with `rewards` (N, K), their scores,
+        and `weights` (N, K), their scores above the baseline."""
         pixels, rows = batch.pixel_values, np.array(batch.rows)
         number, captions = len(rows), self.config.captions_per_image
-        if not number:  # a process's share may be nothing: the collate's black picture
+        if not number:  # this process's share is empty: the collate's black picture
             nothing = torch.zeros(1, captions, device=device)
             return replace(batch, weights=nothing, rewards=nothing[:0])
         options: dict[str, Any] = {"max_length": self.max_length}
-        model.eval()  # by itself generate keeps nothing for a model in training; here the next step comes at once
+        model.eval()  # in training mode generate would not keep its packed weights
         with autocast(device, dtype):
             drawn = model.generate(pixels, do_sample=True, top_k=0, num_return_sequences=captions, **options).sequences
             if self.config.baseline == "greedy":
                 greedy = model.generate(pixels, **options).sequences
         model.train()
-        rewards = self.cider.reward(np.repeat(rows, captions), self.words(model, drawn)).reshape(number, captions)
+        rewards = self.score(model, np.repeat(rows, captions), drawn.cpu()).reshape(number, captions)
         if self.config.baseline == "greedy":
-            baseline = self.cider.reward(rows, self.words(model, greedy))[:, None]
+            baseline = self.score(model, rows, greedy.cpu())[:, None]
         else:
             baseline = (rewards.sum(1, keepdims=True) - rewards) / (captions - 1)
         weights = torch.from_numpy(rewards - baseline).float()
-        weights[np.isin(rows, [row for row, _ in batch.bad])] = 0  # pictures that were not seen
+        weights[np.isin(rows, [row for row, _ in batch.bad])] = 0  # pictures that could not be read
         learned: dict[str, Any] = as_captions(drawn.cpu().reshape(number, captions, -1), model)
         learned |= {"weights": weights, "rewards": torch.from_numpy(rewards).float()}
         return replace(batch, **learned).to(device)

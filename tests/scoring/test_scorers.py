@@ -17,7 +17,6 @@ import torch
 from conftest import needs_shared
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers.pre_tokenizers import ByteLevel
 
 from config import UserError
 from scoring import chair as chair_module
@@ -327,36 +326,6 @@ def test_people_invent_little():
     path = annotations / "instances_val2017.json"
     assert {c["name"] for c in json.loads(path.read_text())["categories"]} == set(chair_module.synonyms()) - {"nothing"}
     assert chair(own, path).chair_i < 0.2 < 0.5 < chair(others, path).chair_i
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory) -> Path:
-    """A tiny random CLIP, as transformers saves one."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-
-    directory = tmp_path_factory.mktemp("clip")
-    letters = sorted(ByteLevel.alphabet())
-    entries = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (directory / "vocab.json").write_text(json.dumps({entry: i for i, entry in enumerate(entries)}))
-    (directory / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer.from_pretrained(directory)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ends = {"bos_token_id": len(entries) - 2, "eos_token_id": len(entries) - 1, "pad_token_id": len(entries) - 1}
-    torch.manual_seed(3)
-    model = CLIPModel(
-        CLIPConfig(
-            text_config=small | ends | {"vocab_size": len(entries), "max_position_embeddings": 40},
-            vision_config=small | {"image_size": 32, "patch_size": 8},
-            projection_dim=8,
-        )
-    )
-    for parameter in model.parameters():  # spread wide enough that captions differ
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(directory)
-    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(pictures, tokenizer).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,11 @@ import torch
 from conftest import tiny_config
 
 from config import PRESETS, UserError
+from data.tokenizer import decode
 from dataset import CaptionDataset, collate
 from model import ImageCaptionModel
-from scoring.metrics import tokenize
+from scoring.clip import clip_scores
+from scoring.tokens import tokenize
 from training.scst import END, SelfCritic, as_captions
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -30,7 +32,7 @@ def small(scenes_table, scenes_tokenizer):
     data = CaptionDataset(scenes_table, scenes_tokenizer, sizes)
     batch = collate([data[0, row] for row in range(8)], sizes, 5)
     config = dataclasses.replace(PRESETS["demo"], objective="scst", init_model="itself")
-    return model, batch, config, SelfCritic(scenes_table, config, 16)
+    return model, batch, config, SelfCritic(scenes_table, config, 16, CPU)
 
 
 def test_samples_are_laid_out_as_the_collate_lays_out_captions(small):
@@ -54,7 +56,7 @@ def test_a_sample_is_worth_what_it_has_above_its_baseline(small, baseline):
     drawn = critic.sample(model, batch, CPU, FP32)
     assert drawn.input_ids.shape[:2] == drawn.weights.shape == drawn.rewards.shape == (8, 5)
     ids = drawn.labels.masked_fill(drawn.labels < 0, model.config.end_token_id)
-    rewards = critic.cider.reward(np.repeat(batch.rows, 5), critic.words(model, ids.flatten(0, 1)))
+    rewards = critic.score(model, np.repeat(batch.rows, 5), ids.flatten(0, 1))
     assert torch.allclose(drawn.rewards.flatten(), torch.from_numpy(rewards).float())
     if baseline == "others":
         assert drawn.weights.sum(1).abs().max() < 1e-4
@@ -73,6 +75,32 @@ def test_a_caption_that_breaks_off_is_worth_less(small, scenes_table):
     for cut in (words[:-1], words[:-2]):
         unpunished = critic.cider.reward([0], [cut])
         assert critic.cider.reward([0], [[*cut, END]]) < unpunished < critic.cider.reward([0], [words])
+
+
+def test_pac_s_and_the_mix_are_rewards(small, scenes_table, clip_folder):
+    """PAC-S of each sample as evaluate.py --pac has it, nothing for a caption that breaks off; mix adds CIDEr-D. A damaged
+    picture does not end the run."""
+    model, _, config, critic = small
+    end, rows = model.config.end_token_id, np.array([3, 0, 3, 5])
+    texts = [scenes_table.captions_of(row)[0] for row in (3, 0, 1, 2)]
+    tokens = torch.full((4, 40), end)
+    for i, text in enumerate(texts):
+        ids = model.tokenizer.encode(text)
+        tokens[i, : len(ids)] = torch.tensor(ids)
+    tokens[3, ids.index(ids[-1]) :] = ids[-1]  # the last one never ends
+    texts[3] = decode(model.tokenizer, tokens[3:])[0]
+    pictures = [scenes_table.picture(row) for row in rows.tolist()]
+    pac = clip_scores(texts, pictures, model=clip_folder, metric="pac", progress=False).per_picture["pac_score"]
+    assert pac.min() > 0, "or nothing is compared"
+    expected = {"pac_s": pac * [1, 1, 1, 0]}
+    expected["mix"] = expected["pac_s"] + critic.score(model, rows, tokens)
+    for reward, scores in expected.items():
+        critic = SelfCritic(scenes_table, dataclasses.replace(config, reward=reward, pac=str(clip_folder)), 16, CPU)
+        np.testing.assert_allclose(critic.score(model, rows, tokens), scores, rtol=1e-5)
+        again = critic.score(model, rows, tokens)  # from the embeddings that were kept
+        np.testing.assert_array_equal(again, critic.score(model, rows, tokens))
+    lost = dataclasses.replace(scenes_table, root=scenes_table.root / "gone")
+    assert not SelfCritic(lost, critic.config, 16, CPU).pictures(critic.clip, rows).any()
 
 
 def test_weights_multiply_each_captions_loss(small):
@@ -121,3 +149,13 @@ def test_what_cannot_be_improved_is_refused():
         dataclasses.replace(PRESETS["demo"], objective="scst")
     with pytest.raises(UserError, match="captions-per-image"):
         dataclasses.replace(PRESETS["demo"], objective="scst", init_model="x", captions_per_image=1)
+    with pytest.raises(UserError, match="--objective scst"):
+        dataclasses.replace(PRESETS["demo"], reward="mix", pac="x")
+    for changes in ({"reward": "mix"}, {"pac": "x"}):
+        with pytest.raises(UserError, match="--pac"):
+            dataclasses.replace(PRESETS["demo"], objective="scst", init_model="x", **changes)
+
+
+def test_a_run_of_before_rewards_could_be_chosen_is_the_same_run():
+    """New fields would change every fingerprint, and no run would resume."""
+    assert not {"reward", "pac"} & PRESETS["flickr8k"].learned_from.keys()
