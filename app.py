@@ -1,9 +1,9 @@
-"""The web page: python app.py [--model X] [--port N]. Drop pictures on it, paste them or give an address, and read captions.
+"""Web page that captions pictures: python app.py [--model X] [--port N]. Drop or paste pictures, or give their URL.
 
-Every caption comes with how sure the model was and, for each word, where in the picture it looked; a folder of pictures
-becomes a CSV. Programs reach the same model at the endpoint /caption, by gradio's client. What many clients ask for at the
-same time is captioned together. Nothing is loaded from elsewhere, and nothing is sent elsewhere. captioning/service.py has what
-answers, captioning/page.py what the page looks like, captioning/door.py what keeps strangers out.
+Every caption is shown with the model's confidence and, for each word, the model's attention to the picture; a folder of
+pictures becomes a CSV. Programs use the same model at the endpoint /caption, with gradio's client. Requests of many
+clients are captioned in batches. The page loads nothing from other servers and sends nothing to them. See also:
+captioning/service.py (answers), captioning/page.py (HTML), captioning/door.py (limits and access).
 """
 
 from __future__ import annotations
@@ -31,58 +31,58 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class AppConfig:
-    """A web page that captions pictures, at http://127.0.0.1:7860 unless told otherwise."""
+    """A web page that captions pictures, by default at http://127.0.0.1:7860."""
 
     model: str | None = None
-    """A .safetensors file, a folder or user/name (default: the newest model here; with none, the page offers a demo)."""
+    """A .safetensors file, a folder or user/name (default: the newest model here; if none, the page offers a demo)."""
     host: str = "127.0.0.1"
-    """Where to listen: 127.0.0.1 is for this machine alone, 0.0.0.0 for whoever can reach it."""
+    """Address to listen at: 127.0.0.1 for this machine only, 0.0.0.0 for all who can reach it."""
     port: int = 7860
-    """Where to listen."""
+    """Port to listen at."""
     allowed_hosts: tuple[str, ...] = ()
-    """More names by which the page may be called, as behind a proxy: page.example.org, or with a port."""
+    """More host names of the page, for example behind a proxy: page.example.org, with or without a port."""
     max_megabytes: int = 20
-    """Largest file of a picture that is taken, in MiB."""
+    """Largest allowed picture file, in MiB."""
     max_upload_gigabytes: float = 4
-    """Of all pictures that are held, in GiB; each is deleted after an hour."""
+    """Largest size of all stored pictures together, in GiB; each is deleted after an hour."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """Where to run."""
+    """Where the model runs."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Of matrix products; auto: fp32 on a GPU, where half precision would let pictures that are captioned together touch
-    each other's captions, and elsewhere bf16 where it is measured to be faster."""
+    """Of matrix products; auto: fp32 on a GPU, where in half precision the pictures of a batch would change each
+    other's captions; elsewhere bf16 where it is measured to be faster."""
     debug: bool = False
     """Show tracebacks of errors."""
 
 
 def gradio() -> Any:
-    """The library, told not to call home, and to count no events. Raises UserError where it is missing."""
+    """Import gradio, with its analytics turned off. Raises UserError where it is missing."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"  # or it works out percentiles of the last 10,000 at every request
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"  # otherwise every request computes percentiles of 10,000 events
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(sys.maxsize)
     try:
         import gradio
     except ImportError:
-        raise UserError("the web page is made with gradio: pip install -r requirements/app.txt") from None
+        raise UserError("the web page needs gradio: pip install -r requirements/app.txt") from None
     return gradio
 
 
-# What the page's own events have: no place in the API's description, and no limit to how many run at a time.
+# Options of events that only the page uses: not in the API's description, and any number may run at a time.
 PAGE_ONLY: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None}
-MOST_EVENTS = 400  # that wait for their turn; the next are told that the queue is full
-MOST_SESSIONS = 1000  # browsers whose pictures and settings are remembered
+MOST_EVENTS = 400  # events that may wait; more are refused, as the queue is full
+MOST_SESSIONS = 1000  # browsers whose pictures and settings are stored
 
 
 def build(captioner: Captioner, most_bytes: int, training: Training) -> gr.Blocks:
-    """The page and its endpoint /caption."""
+    """Build the page and its endpoint /caption."""
     gr = gradio()
     with gr.Blocks(title="Captions for pictures", analytics_enabled=False) as page:
         gr.HTML(HEADER)
         main = gr.Column(visible=captioner.model is not None)
-        if captioner.model is None:  # else the page has no such event
+        if captioner.model is None:  # otherwise the page has no such event
             with gr.Column(elem_id="untrained") as untrained:
                 demo(captioner, training, page, [untrained, main])
         with main:
-            settings, answers = choices(), places()
+            settings, answers = choices(), answer_fields()
             with gr.Tabs():
                 with gr.Tab("Pictures"):
                     pictures_tab(captioner, most_bytes, settings, answers)
@@ -91,16 +91,16 @@ def build(captioner: Captioner, most_bytes: int, training: Training) -> gr.Block
             with gr.Row(elem_id="settings"):
                 for choice in settings:
                     choice.render()
-            for place in answers:
-                place.render()
+            for field in answers:
+                field.render()
         endpoint(captioner, most_bytes, *settings[:2])
     guard(page)
     return page.queue(max_size=MOST_EVENTS)
 
 
 def guard(page: gr.Blocks) -> None:
-    """Has every event, by whatever route it is asked for, look at what is sent before gradio does, which fetches addresses;
-    and fail in one line, where gradio writes a traceback."""
+    """Check the data of every event, whatever its route, before gradio reads it, which fetches URLs. Errors become one
+    line, where gradio would write a traceback."""
     gr = gradio()
     process = page.process_api
 
@@ -112,7 +112,7 @@ def guard(page: gr.Blocks) -> None:
             return await process(block_fn, inputs, *others, **options)
         except (asyncio.CancelledError, GeneratorExit):
             raise
-        except BaseException as error:  # even what ends a process: a client has asked for it
+        except BaseException as error:  # even SystemExit: a client must not end the server
             known = isinstance(error, UserError | gr.Error)
             why = getattr(error, "message", str(error)) if known else f"cannot be done ({named(error)})"
             raise gr.Error(in_one_line(why)[:500], print_exception=False) from None
@@ -121,37 +121,37 @@ def guard(page: gr.Blocks) -> None:
 
 
 def check_sent(field: Any, sent: Any) -> None:
-    """Raises UserError for what this field of the page does not take: files that were not uploaded, and anything but files,
-    texts and numbers."""
+    """Raise UserError for data that this field of the page does not accept: files that were not uploaded, and anything
+    but files, texts and numbers."""
     if not isinstance(field, gradio().File):
         if not (field.stateful or sent is None or isinstance(sent, str | int | float)):
-            raise UserError(f"{field.label}: has to be a text or a number")
+            raise UserError(f"{field.label}: must be a text or a number")
         return
     for file in sent if isinstance(sent, list) else [] if sent is None else [sent]:
         path = file.get("path") if isinstance(file, dict) else None
         if not isinstance(path, str):
-            raise UserError(f"{field.label}: has to be a file")
+            raise UserError(f"{field.label}: must be a file")
         if "://" in path:
-            raise UserError("an address goes into url, a file into picture")
+            raise UserError("picture must be a file: give a URL as url")
         if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(field.GRADIO_CACHE)):
-            raise UserError(f"{field.label}: a file is uploaded first")
+            raise UserError(f"{field.label}: upload the file first")
 
 
 def demo(captioner: Captioner, training: Training, page: gr.Blocks, columns: list[Any]) -> None:
-    """A button that trains the demo, for while there is no model; then the first column makes way for the second."""
+    """A button that trains the demo while there is no model; then the second column replaces the first."""
     gr = gradio()
 
     def train(request: Any) -> Iterator[tuple[str, Any, Any]]:
         if captioner.model is not None:
             raise UserError("there is a model here already")
         if not is_local(request.client.host, request.headers):
-            raise UserError("only who sits at this machine can train the demo")
+            raise UserError("the demo can only be trained from this machine itself")
         training.start()
         while training.running:
             yield working(training.line), gr.skip(), gr.skip()
             time.sleep(0.5)
         if training.process is not None and training.process.returncode == 0:
-            with training.lock:  # many may have waited
+            with training.lock:  # several clients may have waited
                 if captioner.model is None:
                     captioner.load(newest_model())
             yield "", gr.update(visible=False), gr.update(visible=True)
@@ -161,29 +161,29 @@ def demo(captioner: Captioner, training: Training, page: gr.Blocks, columns: lis
     def trained() -> list[Any]:
         return [gr.update(visible=(captioner.model is None) == shown) for shown in (True, False)]
 
-    train.__annotations__["request"] = gr.Request  # gradio gives what is annotated so
+    train.__annotations__["request"] = gr.Request  # gradio passes the request to this annotation
     gr.HTML(NO_MODEL)
     start = gr.Button("Train the demo", variant="primary")
-    said = gr.HTML()
-    start.click(train, None, [said, *columns], show_progress="hidden", **PAGE_ONLY)
-    page.load(trained, None, columns, show_progress="hidden", **PAGE_ONLY)  # whoever comes later is to find it done
+    status = gr.HTML()
+    start.click(train, None, [status, *columns], show_progress="hidden", **PAGE_ONLY)
+    page.load(trained, None, columns, show_progress="hidden", **PAGE_ONLY)  # clients that come later find it done
 
 
 def pictures_tab(captioner: Captioner, most_bytes: int, settings: list[Any], answers: list[Any]) -> None:
-    """Single pictures, dropped or by their address, and the button that captions them again."""
+    """Single pictures, dropped or by URL, and the button that captions them again."""
     gr = gradio()
 
     def show_sources(sources: list[Source], length: Length, style: Style, number: int) -> tuple[Any, ...]:
-        """The buttons, captions again but no table; the results, and what they are of."""
+        """Updates of the answers: the button "again", the results, no table, and the pictures."""
         html = show(captioner, sources, decoding_options(length, style, number, attention=True), most_bytes)
         return gr.update(visible=bool(sources)), html, gr.update(visible=False), sources
 
     def show_files(files: list[Source], *settings: Any) -> tuple[Any, ...]:
-        """Dropped pictures; the place for them is empty again afterwards."""
+        """Caption dropped pictures; their field is empty again afterwards."""
         return None, *show_sources(files, *settings)
 
     def show_url(url: str, *settings: Any) -> tuple[Any, ...]:
-        """A picture's address."""
+        """Caption the picture at a URL."""
         return show_sources([Source(url.strip(), url=url.strip())] if url.strip() else [], *settings)
 
     files = upload(label="Drop or paste pictures", file_count="multiple", elem_id="pictures", height=150)
@@ -197,13 +197,13 @@ def pictures_tab(captioner: Captioner, most_bytes: int, settings: list[Any], ans
 
 
 def folder_tab(captioner: Captioner, settings: list[Any], answers: list[Any]) -> None:
-    """A folder of pictures, which becomes a table."""
+    """A folder of pictures, which becomes a CSV."""
     gr = gradio()
     folder = upload(label="Choose or drop a folder", file_count="directory", elem_id="folder", height=150)
 
     def show_folder(files: list[Source], length: Length, style: Style) -> Iterator[tuple[Any, ...]]:
-        """Progress, and at the end the table."""
-        path = Path(tempfile.mkdtemp(dir=folder.GRADIO_CACHE)) / "captions.csv"  # gradio deletes it in time
+        """Yield progress, and at the end the CSV."""
+        path = Path(tempfile.mkdtemp(dir=folder.GRADIO_CACHE)) / "captions.csv"  # deleted with the other uploads
         for html in caption_folder(captioner, files, decoding_options(length, style, 1), path):
             yield None, gr.update(visible=False), html, gr.update(visible=False), []
         yield None, gr.update(visible=False), html, gr.update(value=str(path), visible=True), []
@@ -213,19 +213,19 @@ def folder_tab(captioner: Captioner, settings: list[Any], answers: list[Any]) ->
 
 
 def choices() -> list[Any]:
-    """Length, style and number of captions, to be placed with .render()."""
+    """Fields for length, style and number of captions; .render() puts them on the page."""
     gr = gradio()
     lengths = [("Short", "short"), ("Normal", "normal"), ("Long", "long")]
     styles = [("Safe", "safe"), ("Varied", "varied"), ("Creative", "creative")]
     return [
-        gr.Radio(lengths, value="normal", label="Length", info="how much a caption tells", render=False),
-        gr.Radio(styles, value="safe", label="Style", info="creative surprises more, and errs more", render=False),
-        gr.Radio([1, 3, 5], value=3, label="Captions", info="of each picture", render=False),
+        gr.Radio(lengths, value="normal", label="Length", info="how long the captions are", render=False),
+        gr.Radio(styles, value="safe", label="Style", info="creative: more surprises, more errors", render=False),
+        gr.Radio([1, 3, 5], value=3, label="Captions", info="for each picture", render=False),
     ]
 
 
-def places() -> list[Any]:
-    """Where answers go, to be placed with .render(): "again", the captions, the table, and what pictures they are of."""
+def answer_fields() -> list[Any]:
+    """Fields for answers: the button "again", the captions, the CSV, the pictures; .render() puts them on the page."""
     gr = gradio()
     return [
         gr.Button("Caption again with these settings", visible=False, render=False),
@@ -236,7 +236,7 @@ def places() -> list[Any]:
 
 
 def upload(**options: Any) -> Any:
-    """A place for files. gradio's own would leave an empty file for each that is sent. (A subclass would have gradio
+    """A field for files. gradio's preprocess would leave an empty file for each upload. (For a subclass gradio would
     write an app.pyi beside this file.)"""
     gr = gradio()
     field = gr.File(**options)
@@ -250,13 +250,13 @@ def upload(**options: Any) -> Any:
 
 
 def endpoint(captioner: Captioner, most_bytes: int, length: Any, style: Any) -> None:
-    """/caption, for programs: its parameters are named by fields that nobody sees."""
+    """Endpoint /caption, for programs; invisible fields give its parameters their names."""
     gr = gradio()
 
     def caption(
         picture: list[Source], url: str, length: Length, style: Style, captions: float, beams: float
     ) -> list[dict[str, Any]]:
-        """Captions of one picture, a file or an address, the best first: [{"caption": ..., "confidence": 0 to 1}, ...]."""
+        """Captions of one picture, a file or a URL, the best first: [{"caption": ..., "confidence": 0 to 1}, ...]."""
         if bool(picture) == bool(url):
             raise UserError("give either a picture or a url")
         source = Source(url, url=url) if url else picture[0]
@@ -278,7 +278,7 @@ def endpoint(captioner: Captioner, most_bytes: int, length: Any, style: Any) -> 
 
 
 def keep(uploads: Uploads) -> None:
-    """Has gradio write what is uploaded within bounds, and delete it where the upload does not come to its end."""
+    """Make gradio keep uploads within their limits, and delete the files of an upload that does not finish."""
     gradio()
     from gradio import route_utils
     from starlette.formparsers import MultiPartException
@@ -288,7 +288,7 @@ def keep(uploads: Uploads) -> None:
             super().on_headers_finished()
             self.take(LEAST)
             if self._current_part.file is None or self._current_part.field_name != "files":
-                raise MultiPartException("an upload has files, in the field files, and nothing else")
+                raise MultiPartException("an upload must have files, in the field files, and nothing else")
 
         def on_part_data(self, data: bytes, start: int, end: int) -> None:
             self.take(end - start)
@@ -313,7 +313,7 @@ def keep(uploads: Uploads) -> None:
 
 
 def tidy(page: gr.Blocks, uploads: Uploads) -> None:
-    """Deletes old files, and has gradio forget what it would remember for ever."""
+    """Delete old files, and entries that gradio would store for ever."""
     from gradio.routes import file_upload_statuses
 
     uploads.clean()
@@ -328,7 +328,7 @@ def tidy(page: gr.Blocks, uploads: Uploads) -> None:
 
 
 def launch(page: gr.Blocks, host: str, port: int, most_bytes: int, allowed_hosts: tuple[str, ...] = ()) -> str:
-    """Serves the page until page.close() and returns its address. Raises UserError where it cannot listen there."""
+    """Serve the page until page.close(), and return its address. Raises UserError where it cannot listen there."""
     gr = gradio()
     from starlette.middleware import Middleware
 
@@ -362,15 +362,15 @@ def launch(page: gr.Blocks, host: str, port: int, most_bytes: int, allowed_hosts
 
 
 def main() -> int:
-    """The command line: serves until it is stopped."""
+    """Run the command line: serve until stopped."""
     config = parse_flags(AppConfig, __doc__)
     with upload_folder() as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(folder)  # where gradio looks when it is imported
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)  # gradio reads it when it is imported
         return serve(config, Uploads(folder, int(config.max_upload_gigabytes * 2**30)))
 
 
 def serve(config: AppConfig, uploads: Uploads) -> int:
-    """Serves the page, and keeps what is uploaded in bounds."""
+    """Serve the page, and keep uploads within their limits."""
     keep(uploads)
     captioner, training = Captioner(config.device, config.precision), Training()
     source = config.model
@@ -380,7 +380,7 @@ def serve(config: AppConfig, uploads: Uploads) -> int:
         except UserError:
             print("no model here: the page offers to train the demo")
     if source is not None:
-        from captioning.engine import in_words  # late: --help is not to wait for torch
+        from captioning.engine import in_words  # imported late, so that --help does not wait for torch
 
         captioner.load(source)
         precision = str(choose_precision(captioner.precision, captioner.device)[0])[6:]

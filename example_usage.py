@@ -1,18 +1,19 @@
-"""Captions for pictures, from the command line or from Python.
+"""Caption pictures, from the command line or from Python.
 
     python example_usage.py photo.jpg vit-gpt2-captioning.safetensors
     python example_usage.py photos/ "more/*.png" https://example.org/cat.jpg user/model
-    python example_usage.py photos/ --output captions.csv     run again, it does what is missing
+    python example_usage.py photos/ --output captions.csv     if run again, it resumes
     find . -name "*.jpg" | python example_usage.py - --output sidecar
     python example_usage.py                                   a drawn scene with the newest local model
 
     from example_usage import caption_image
     caption_image(image_path="photo.jpg", model_source="vit-gpt2-captioning.safetensors")
 
-Where no --model is named, the last argument is the model when it ends in .safetensors, is a folder with config.json, or
-is user/name and no path here; otherwise the newest local model is used. Decodes with 3 beams unless told otherwise;
-caption_image samples, and does the same with do_sample=False, num_beams=3. The exit code is 0 when all pictures have been
-captioned, 1 when some could not be (they are named on standard error), 2 for what cannot be begun, 130 after Ctrl-C.
+Without --model, the last argument is the model if it ends in .safetensors, is a folder with config.json, or is
+user/name and no local path; otherwise the newest local model is used. By default the command decodes with 3 beams.
+caption_image samples, and does the same as the command with do_sample=False, num_beams=3. The exit code is 0 if all
+pictures were captioned, 1 if some could not be (they are named on standard error), 2 if nothing could be started, 130
+after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import signal
 import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Imports take seconds, and some of them swallow KeyboardInterrupt: until there is a model Ctrl-C ends all at once.
+    # Imports take seconds, and some of them swallow KeyboardInterrupt: until a model is loaded, Ctrl-C exits at once.
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped\n") and 130))
 
 import time
@@ -41,7 +42,7 @@ from data.scenes import draw, make_scene
 from utils import choose_device, parse_flags, printable, run_script, shown
 from weights.file import MODEL_FILE
 
-if TYPE_CHECKING:  # what brings torch along is imported late: --help is not to wait for it
+if TYPE_CHECKING:  # modules that import torch are imported late, so that --help does not wait for it
     from captioning.outputs import CaptionFile, Sidecars
     from captioning.pipeline import Result
     from data.pictures import PictureSource
@@ -61,10 +62,10 @@ def caption_image(
     allow_private_urls: bool = False,
     **options: Any,
 ) -> str:
-    """One caption for a picture (a path or a URL), by a model (a file, a folder or a Hub name user/repo).
+    """Return one caption of a picture (a path or a URL), by a model (a file, a folder or a Hub name user/repo).
 
-    Samples by default; do_sample=False is greedy, or a beam search with num_beams=3. Where there is no GPU the device
-    "cuda" means the best there is. URLs of private addresses are refused unless allowed. Raises UserError for a picture
+    Samples by default; do_sample=False is greedy, or beam search with num_beams=3. Without a GPU the device "cuda"
+    means the best one available. URLs of private addresses are refused unless allowed. Raises UserError for a picture
     or a model that cannot be read.
     """
     import torch
@@ -84,31 +85,31 @@ def caption_image(
 
 
 @dataclass(kw_only=True)
-class Wanted:
-    """Which pictures are captioned, and where the captions go."""
+class PictureOptions:
+    """Options for the pictures to caption, and where the captions are written."""
 
     inputs: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
-    """Pictures, folders (with all below them), patterns such as "*.jpg", URLs, or - for a list of them on standard input;
-    then the model, unless --model names it."""
+    """Pictures, folders (with their subfolders), patterns such as "*.jpg", URLs, or - for a list of them on standard
+    input; then the model, unless --model names it."""
     model: str | None = None
-    """The model: a .safetensors file, a folder or user/name (default: the last argument, else the newest here)."""
+    """The model: a .safetensors file, a folder or user/name (default: the last argument, or else the newest here)."""
     output: str | None = None
-    """captions.csv or captions.jsonl, a line for each picture, or sidecar, name.txt beside each name.jpg (default: print
-    them). What is there already is not done again."""
+    """captions.csv or captions.jsonl, a line for each picture, or sidecar, name.txt beside each name.jpg (default:
+    print the captions). Pictures that already have captions there are skipped."""
     overwrite: bool = False
-    """Do again what --output has already, and say how much that is."""
+    """Replace all captions in --output, and print how many there were."""
     scores: bool = False
-    """Also each caption's confidence: the geometric mean of its words' probabilities, 0 to 1."""
+    """Add each caption's confidence: the geometric mean of its words' probabilities, 0 to 1."""
     heatmap: Path | None = None
-    """Of a single picture, draw where the model looked while it wrote each word."""
+    """Draw a figure of the model's attention for each word of the caption; for a single picture only."""
     allow_private_urls: bool = False
-    """Also fetch from addresses that are not public, such as http://localhost, and through the environment's proxies."""
+    """Also fetch URLs of addresses that are not public, such as http://localhost, and use the environment's proxies."""
     batch_size: int | Literal["auto"] = "auto"
-    """Pictures captioned at a time; halved where memory does not suffice."""
+    """Pictures captioned at a time; halved where memory runs out."""
 
 
 @dataclass(kw_only=True)
-class CaptionConfig(Captioning, Wanted):  # dataclass takes the last one's fields first
+class CaptionConfig(Captioning, PictureOptions):  # dataclass takes the last one's fields first
     """Caption pictures: paths, folders, patterns or URLs, and the model last."""
 
     num_beams: Annotated[int | None, tyro.conf.arg(aliases=["--beams"])] = None
@@ -120,11 +121,11 @@ class CaptionConfig(Captioning, Wanted):  # dataclass takes the last one's field
             if isinstance(value, int) and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
         if self.overwrite and not self.output:
-            raise UserError("overwrite has no effect without --output: name one, or leave it out")
+            raise UserError("overwrite has no effect without --output: add --output, or leave out --overwrite")
 
 
-def say(result: Result, several: bool) -> None:
-    """Prints a picture's captions, with its name where there are several pictures."""
+def print_captions(result: Result, several: bool) -> None:
+    """Print a picture's captions, with its name where there are several pictures."""
     for caption in result.captions:
         about = [shown(result.name)] if several else []
         score = [f"{caption.score:.4f}"] if caption.score is not None else []
@@ -138,7 +139,7 @@ def caption_all(
     output: CaptionFile | Sidecars | None,
     source: Callable[[str], PictureSource],
 ) -> int:
-    """Captions these pictures, but for those that the output has, into the output or to be read. Returns an exit code."""
+    """Caption the pictures that the output does not have yet; write or print the captions. Returns an exit code."""
     from captioning.engine import in_words
     from captioning.outputs import draw_words
     from captioning.pipeline import caption_pictures
@@ -152,7 +153,7 @@ def caption_all(
     results = caption_pictures(model, wanted, batch_size=size, source=source, **options)
     captioned = failed = 0
     start, already, few = time.monotonic(), len(names) - len(wanted), len(wanted) <= 16
-    pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two looks of the bar; it is not to fill a log
+    pause = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar, so that it does not fill a log
     try:
         with tqdm(total=len(names), initial=already, unit=" pictures", disable=few, mininterval=pause) as bar:
             for result in results:
@@ -165,14 +166,14 @@ def caption_all(
                 if output:
                     output.add(result.name, result.captions)
                 else:
-                    say(result, len(names) > 1)
+                    print_captions(result, len(names) > 1)
                 if config.heatmap:
                     draw_words(config.heatmap, source(result.name), result.captions[0], model.config)
     except KeyboardInterrupt:
         if output is None:
             raise
-        said = "" if config.overwrite else "; the same command goes on from there"
-        print(f"stopped: {captioned:,} more captioned in {output}{said}", file=sys.stderr)
+        advice = "" if config.overwrite else "; run the same command to resume"
+        print(f"stopped: {captioned:,} more captioned in {output}{advice}", file=sys.stderr)
         return 130
     if output:
         before = f", {already:,} were there" if already else ""
@@ -182,11 +183,11 @@ def caption_all(
 
 
 def main() -> int:
-    """The command line. Returns 1 when some of the pictures could not be captioned, 130 when it was stopped."""
+    """Run the command line. Returns 1 if some of the pictures could not be captioned, 130 if it was stopped."""
     parsed: Any = parse_flags(CaptionConfig, __doc__, return_unknown_args=True)
     config, behind = parsed  # inputs behind options are unknown to the parser
     if any(argument.startswith("-") and argument != "-" for argument in behind):
-        parse_flags(CaptionConfig, __doc__)  # says which flag is unknown
+        parse_flags(CaptionConfig, __doc__)  # exits with an error that names the unknown flag
     from captioning.outputs import check_figure, open_output
     from captioning.pipeline import picture_names, picture_source
 
@@ -214,7 +215,7 @@ def main() -> int:
         made_by = {"model": model_source, "weights": weights_sha256(model)[:16], "precision": config.precision}
         made_by |= {"max_length": min(LONGEST, model.config.text_positions)} | config.options()
         if replaced := output.begin(made_by, config.overwrite):
-            print(f"{output}: the captions of {replaced:,} pictures that are there are overwritten")
+            print(f"{output}: replacing the captions of {replaced:,} pictures")
     if not inputs:
         print(f"{names[0]}, captioned by {model_source}:")
     return caption_all(config, model, names, output, source)

@@ -1,1 +1,1 @@
-"""Captioning: names of pictures become captions, in files, on a web page and for programs."""
+"""Caption pictures: into files, on a web page and for programs."""

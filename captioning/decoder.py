@@ -1,12 +1,12 @@
-"""Strangers' pictures, decoded in processes of their own, where they can be stopped.
+"""Decode untrusted pictures in separate processes, which can be killed.
 
     pictures = PictureDecoder()
     pixels = pictures.prepare(content, model.config, "cat.jpg")
     shown = pictures.preview(content, "cat.jpg")
 
-However a picture was made, it takes at most so many seconds and so much memory: then its process is killed, and another one
-takes its place. Few pictures need more than a moment; those that do go to one process that gives way to all others, one
-after another, so that nobody else waits for them.
+Every picture has a limit of time and of memory; a process that exceeds it is killed and replaced. Most pictures need
+only a moment. The others are decoded one after another by a single low-priority process, so that nobody else waits for
+them.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-SECONDS = 10.0  # that a picture may take
-MOMENT = 0.3  # of these, computed: 20 megapixels of a camera's JPEG take a third of it
-MOST_SLOW = 8  # pictures that need more and wait for it; the next are told to come again
+SECONDS = 10.0  # a picture's limit of time
+MOMENT = 0.3  # seconds of CPU time in a fast process: a camera's JPEG of 20 megapixels takes a third of it
+MOST_SLOW = 8  # slow pictures that may wait; more are refused with "try again"
 MEMORY = 3 << 29  # bytes: 80 million pixels with transparency take 1.2 GiB
 PREVIEW = 720  # pixels of the longer side of a picture in the page
 
 
 class BusyError(UserError):
-    """More wait than can be held."""
+    """Too many pictures are waiting: try again later."""
 
 
 class PictureDecoder:
-    """Processes that decode pictures, for as many threads as like to ask."""
+    """Processes that decode pictures. Any number of threads may use them."""
 
     def __init__(self, workers: int | None = None, seconds: float = SECONDS, memory: int = MEMORY) -> None:
-        """Starts them (by default one for every two cores, 2 to 4), and does not wait until they are ready."""
+        """Start the processes (by default one for every two cores, 2 to 4) without waiting until they are ready."""
         self.seconds, self.memory = seconds, min(memory, available_memory() // 2)
         self.replaced = 0
-        """Processes that were killed, or ended by themselves."""
-        self.idle: LifoQueue[_Worker] = LifoQueue()  # one that is warm goes first
+        """Number of processes that were killed or ended by themselves."""
+        self.idle: LifoQueue[_Worker] = LifoQueue()  # last in, first out: a warm process comes first
         for _ in range(workers or min(4, max(2, (os.cpu_count() or 1) // 2))):
             self.idle.put(_Worker(self.memory, MOMENT))
         self.patient: LifoQueue[_Worker] = LifoQueue()
@@ -58,18 +58,18 @@ class PictureDecoder:
         self.room = threading.BoundedSemaphore(MOST_SLOW)
 
     def prepare(self, source: str | bytes, config: ViTGPT2Config, name: str) -> Tensor:
-        """As prepare_picture does: uint8 (3, S, S). Raises UserError."""
+        """The picture as prepare_picture returns it: uint8 (3, S, S). Raises UserError."""
         import torch
 
         content = self.run(name, prepare, source, config, name)
         return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(3, config.image_size, config.image_size)
 
     def preview(self, content: bytes, name: str = "picture") -> bytes:
-        """A JPEG of the picture, small enough to stand in the page. Raises UserError."""
+        """A JPEG of the picture, small enough for the page. Raises UserError."""
         return self.run(name, preview, content)
 
     def run(self, name: str, work: Callable[..., T], *arguments: Any) -> T:
-        """What work, a function of a module's, gives in one of the processes. Raises UserError, which names the picture."""
+        """Call work, a module-level function, in one of the processes. Raises UserError, which names the picture."""
         try:
             return self._ask(self.idle, name, work, arguments)
         except _SlowError:
@@ -93,7 +93,7 @@ class PictureDecoder:
                     in_one_line(f"{name}: took longer than {self.seconds:g} s to decode: send a smaller one")
                 )
             answer = worker.connection.recv()
-        except BaseException as error:  # it is busy still, or has ended
+        except BaseException as error:  # the process is still busy, or has ended
             worker.process.kill()
             worker.process.join()
             slow = worker.moment and worker.process.exitcode == -signal.SIGPROF
@@ -101,7 +101,7 @@ class PictureDecoder:
             if slow:
                 raise _SlowError from None
             if isinstance(error, EOFError | OSError):
-                raise UserError(in_one_line(f"{name}: its decoder ended: damaged, or too large")) from None
+                raise UserError(in_one_line(f"{name}: its decoder ended: the file is damaged or too large")) from None
             raise
         finally:
             idle.put(worker)
@@ -110,21 +110,21 @@ class PictureDecoder:
         return answer  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Ends the processes that are idle; the others end with this one."""
+        """Kill the idle processes; busy ones end together with this process."""
         for idle in (self.idle, self.patient):
             while not idle.empty():
                 idle.get().process.kill()
 
 
 class _SlowError(Exception):
-    """A picture that needs more than a moment."""
+    """The picture needs more CPU time than MOMENT."""
 
 
 class _Worker:
-    """A process, and the way to it. One that is given a moment ends where a picture takes longer."""
+    """A process and the connection to it. Where a moment is given (seconds of CPU time), a slower picture ends it."""
 
     def __init__(self, memory: int, moment: float = 0.0) -> None:
-        context, self.moment = _context(), moment if hasattr(signal, "setitimer") else 0.0  # which Windows has not
+        context, self.moment = _context(), moment if hasattr(signal, "setitimer") else 0.0  # not on Windows
         self.connection, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other, memory, self.moment), daemon=True)
         self.process.start()
@@ -132,15 +132,15 @@ class _Worker:
         self.started = False
 
     def ready(self) -> None:
-        """Returns when it has imported everything, which no picture is to blame for. Raises EOFError where it has ended."""
+        """Wait for the imports, which are not to count as a picture's time. Raises EOFError if the process ended."""
         if not self.started:
             self.started = bool(self.connection.recv())
 
 
 @functools.cache
 def _context() -> Any:
-    """A fork of this process would have a copy of whatever its threads were doing. One of a process that has imported torch
-    and does nothing takes 60 ms and 14 MiB; starting anew, as Windows must, takes 2 s and 300 MiB."""
+    """How processes are started. A fork of this process would copy the state of its threads. A fork of an idle process
+    that has imported torch takes 60 ms and 14 MiB; a fresh start, as on Windows, takes 2 s and 300 MiB."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -150,19 +150,19 @@ def _context() -> Any:
 
 @functools.cache
 def shared() -> PictureDecoder:
-    """The one of this process."""
+    """The PictureDecoder of this process, made at the first call."""
     return PictureDecoder()
 
 
-# In the processes
+# Run in the decoding processes
 
 
 def _serve(connection: Connection, memory: int, moment: float) -> None:
-    """Answers until nobody asks any more, or an answer takes more than a moment of the processor's time."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the page, which ends this one
+    """Answer requests until the connection closes, or a picture takes more CPU time than `moment` (0: no limit)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C, and then ends this one
     import torch
 
-    import data.pictures  # noqa: F401  now, and not on a picture's time
+    import data.pictures  # noqa: F401  imported now, not in the time of the first picture
 
     torch.set_num_threads(1)
     if sys.platform == "linux":
@@ -180,10 +180,10 @@ def _serve(connection: Connection, memory: int, moment: float) -> None:
             return
         try:
             if moment:
-                signal.setitimer(signal.ITIMER_PROF, moment)  # at its end the system ends the process, whatever it does
+                signal.setitimer(signal.ITIMER_PROF, moment)  # then the system ends the process, whatever it does
             answer = work(*arguments)
         except UserError as error:
-            answer = UserError(str(error))  # without the errors that it came from
+            answer = UserError(str(error))  # without the errors that caused it
         except Exception as error:
             answer = UserError(in_one_line(f"picture: cannot be decoded ({type(error).__name__})"))
         if moment:
@@ -192,14 +192,14 @@ def _serve(connection: Connection, memory: int, moment: float) -> None:
 
 
 def prepare(source: str | bytes, config: ViTGPT2Config, name: str) -> bytes:
-    """The bytes of prepare_picture's pixels."""
+    """The pixels of prepare_picture, as bytes."""
     from data.pictures import prepare_picture
 
     return prepare_picture(source, config, name).numpy().tobytes()
 
 
 def preview(content: bytes) -> bytes:
-    """A JPEG of a picture that prepare has read."""
+    """A JPEG of a picture that `prepare` could read."""
     from PIL import Image
 
     from data.pictures import decode

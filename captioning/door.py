@@ -1,7 +1,7 @@
-"""What stands before the web page: who may ask it, for what, and how much of what is sent is held, and for how long.
+"""Protect the web page: limit who may send requests, to which routes, how much data is stored, and for how long.
 
-gradio answers many more routes than the page and its endpoint need, fetches addresses, and reads bodies of any size.
-app.py puts Door before it and has Uploads keep its files. Knows neither models nor what the page shows.
+gradio answers many more routes than the page and its endpoint need, fetches URLs, and reads bodies of any size. app.py
+puts Door in front of it and limits its files by Uploads. Knows neither models nor the page's content.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from utils import in_one_line, locked, named
 READ = re.compile(
     r"/|/config/?|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/(assets|static|svelte)/.*|/gradio_api/("
     r"theme\.css|info/?|openapi\.json|app_id/?|user/?|login_check/?|startup-events|queue/(status|data)|upload_progress"
-    r"|heartbeat/[^/]+|call/.+|file=(?!.*://).*)",  # gradio would fetch a file that is an address
+    r"|heartbeat/[^/]+|call/.+|file=(?!.*://).*)",  # gradio would fetch a file whose name is a URL
     re.DOTALL,
 )
 WRITE = re.compile(r"/gradio_api/(upload|queue/join|cancel|reset/?|(run|api|call)/.+)")
 
-PATIENCE = 30.0  # seconds that a body may pause
-MOST_JSON = 4 << 20  # bytes of a request that is no upload: a folder of 9,000 files
-MOST_HELD = 128 << 20  # bytes of all of them together
-MOST_VALUES = 200_000  # of one
-MOST_TEXT = 4096  # characters of each
+PATIENCE = 30.0  # seconds without data after which a request is refused
+MOST_JSON = 4 << 20  # bytes of a request that is not an upload: enough for a folder of 9,000 files
+MOST_HELD = 128 << 20  # bytes of all these requests together
+MOST_VALUES = 200_000  # JSON values in one request
+MOST_TEXT = 4096  # characters of each text in it
 
-LEAST = 1 << 16  # bytes that a file counts for at least, so that their number is bounded too
-KEPT, FRESH = 3600.0, 120.0  # seconds that files stay, and where they are too many
+LEAST = 1 << 16  # bytes that every file counts for at least, so that the number of files is limited too
+KEPT, FRESH = 3600.0, 120.0  # seconds until a file is deleted: normally, and where space is short
 OURS = "captions-page-"
 
 Message = MutableMapping[str, Any]
@@ -47,7 +47,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class RefusedError(Exception):
-    """What is not answered: the status, and why."""
+    """A request that is refused: the HTTP status and the reason."""
 
     def __init__(self, status: int, why: str) -> None:
         super().__init__(in_one_line(why)[:300])
@@ -55,17 +55,17 @@ class RefusedError(Exception):
 
 
 def host_names(host: str, allowed: Iterable[str]) -> set[str]:
-    """What this machine is called by those who reach a page that listens at this host, and the names that were given."""
+    """The names by which clients reach a page that listens at this host, and the allowed names."""
     names = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host.strip("[]") else host, *allowed}
     if host.strip("[]") in ("0.0.0.0", "::", ""):
-        own = socket.gethostname()
-        names |= {own, own.split(".")[0], f"{own.split('.')[0]}.local"}
+        machine = socket.gethostname()
+        names |= {machine, machine.split(".")[0], f"{machine.split('.')[0]}.local"}
     return {name.strip().lower().rstrip(".") for name in names} - {""}
 
 
 class Door:
-    """The page's application (ASGI) behind all checks. A page elsewhere may neither read nor ask: a name that leads here
-    is not enough (DNS rebinding), nor is a browser that can reach this machine (cross-site requests)."""
+    """The page's ASGI application, behind all checks. Pages of other sites may neither read nor send: neither by a host
+    name that resolves to this machine (DNS rebinding), nor by a browser that can reach it (cross-site requests)."""
 
     def __init__(self, app: Any, names: set[str]) -> None:
         self.app, self.names = app, names
@@ -73,59 +73,59 @@ class Door:
         self.held = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":  # gradio has no websockets
             return await send({"type": "websocket.close"})
-        begun = False
+        started = False
 
         async def sent(message: Message) -> None:
-            nonlocal begun
-            begun = True
+            nonlocal started
+            started = True
             await send(message)
 
         try:
             self.check(scope)
             await self.pass_on(scope, receive, sent)
-        except Exception as error:  # one line, where gradio and uvicorn would write a traceback
+        except Exception as error:  # answered in one line: gradio and uvicorn would write a traceback
             status, why = _answer(error)
             if status >= 500 and not isinstance(error, RefusedError):
                 print(f"page        {why}", file=sys.stderr, flush=True)
             with contextlib.suppress(Exception):  # the client may have left
-                if not begun:
+                if not started:
                     head = [(b"content-type", b"text/plain; charset=utf-8"), (b"x-content-type-options", b"nosniff")]
                     await send({"type": "http.response.start", "status": status, "headers": head})
-                await send({"type": "http.response.body", "body": b"" if begun else why.encode()})
+                await send({"type": "http.response.body", "body": b"" if started else why.encode()})
 
     def check(self, scope: Message) -> None:
-        """Raises RefusedError for foreign names, pages of elsewhere, and what the page has not."""
+        """Raise RefusedError for unknown host names, pages of other sites, and routes that the page does not use."""
         headers: dict[bytes, list[str]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name.lower(), []).append(value.decode("latin-1").strip())
         hosts = headers.get(b"host", [])
         forwarded = [value.split(",")[0].strip() for value in headers.get(b"x-forwarded-host", [])]
         server = [re.sub("^https?://", "", value.split(",")[0]) for value in headers.get(b"x-gradio-server", [])]
-        for host in [*hosts, *forwarded, *server]:  # gradio believes them all
+        for host in [*hosts, *forwarded, *server]:  # gradio trusts all of them
             if not self.is_own(host, scope):
-                raise RefusedError(403, f"{host[:100]}: not a name of this page; --allowed-hosts gives it one")
+                raise RefusedError(403, f"{host[:100]}: not a host name of this page: add it with --allowed-hosts")
         if len(hosts) != 1:
-            raise RefusedError(400, "a request has one Host")
+            raise RefusedError(400, "a request must have exactly one Host header")
         for origin in headers.get(b"origin", []):
-            place = re.sub("^https?://", "", origin.lower())
-            same_port = _port(place) in {_port(host) for host in [*hosts, *forwarded]}
-            if place not in self.names and not (place != origin.lower() and same_port and self.is_own(place, scope)):
-                raise RefusedError(403, f"{origin[:100]}: pages of other sites may not ask here")
+            site = re.sub("^https?://", "", origin.lower())
+            same_port = _port(site) in {_port(host) for host in [*hosts, *forwarded]}
+            if site not in self.names and not (site != origin.lower() and same_port and self.is_own(site, scope)):
+                raise RefusedError(403, f"{origin[:100]}: requests from pages of other sites are refused")
         safe = scope["method"] in ("GET", "HEAD")
         if not safe and "cross-site" in headers.get(b"sec-fetch-site", []):
-            raise RefusedError(403, "pages of other sites may not ask here")
+            raise RefusedError(403, "requests from pages of other sites are refused")
         if scope["method"] not in ("GET", "HEAD", "POST"):
-            raise RefusedError(405, "only GET and POST are answered")
+            raise RefusedError(405, "only GET and POST are allowed")
         if not (READ if safe else WRITE).fullmatch(scope["path"]):
-            raise RefusedError(404, "not of this page")
+            raise RefusedError(404, "this page has no such route")
 
     def is_own(self, host: str, scope: Message) -> bool:
-        """Whether "name" or "name:port" is this machine: by one of its names, or the address that the client reached."""
+        """Whether "name" or "name:port" is this machine: one of its names, or the address that the client reached."""
         match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d{1,5})?", host.lower(), re.ASCII)
         if match is None:
             return False
@@ -134,24 +134,24 @@ class Door:
         return name in self.hosts or (bool(reached) and name.strip("[]") == reached)
 
     async def pass_on(self, scope: Message, receive: Receive, send: Send) -> None:
-        """To gradio, with what it may read."""
+        """Pass the request on to gradio, after reading and checking its JSON."""
         taken = bytearray()
 
         async def read() -> Message:
-            return rest.pop() if rest else await receive()
+            return messages.pop() if messages else await receive()
 
         try:
             if scope["path"] == "/gradio_api/upload":
                 return await self.app(scope, _patient(receive), send)
             if scope["method"] == "POST":
                 await self.take(_patient(receive), taken)
-            rest: list[Message] = [{"type": "http.request", "body": bytes(taken)}]
+            messages: list[Message] = [{"type": "http.request", "body": bytes(taken)}]
             await self.app(scope, read, send)
         finally:
             self.held -= len(taken)
 
     async def take(self, receive: Receive, taken: bytearray) -> None:
-        """A whole body of JSON. Raises RefusedError where it is none, or too large."""
+        """Read the complete body into `taken`. Raises RefusedError where it is not a JSON object, or too large."""
         more = True
         while more:
             message = await receive()
@@ -159,7 +159,7 @@ class Door:
             taken += message.get("body", b"")
             more = message.get("more_body", False)
             if len(taken) > MOST_JSON:
-                raise RefusedError(413, f"larger than {MOST_JSON >> 20} MiB")
+                raise RefusedError(413, f"the request is larger than {MOST_JSON >> 20} MiB")
             if self.held > MOST_HELD:
                 raise RefusedError(503, "busy: try again in a moment")
         try:
@@ -167,12 +167,12 @@ class Door:
         except (ValueError, RecursionError) as error:
             raise RefusedError(400, f"not JSON ({named(error)})") from None
         if not isinstance(sent, dict):
-            raise RefusedError(400, "not an object of JSON")
+            raise RefusedError(400, "not a JSON object")
         _check_values(sent)
 
 
 def _check_values(sent: Any) -> None:
-    """Raises RefusedError for what would take much memory: gradio remembers what a session sends."""
+    """Raise RefusedError for what would take much memory: gradio stores what a session sends."""
     level, values = [sent], 0
     for _ in range(8):
         values += len(level)
@@ -187,11 +187,11 @@ def _check_values(sent: Any) -> None:
             for each in ([*group, *group.values()] if isinstance(group, dict) else group)
         ]
     if level:
-        raise RefusedError(400, "lists within lists, too deep")
+        raise RefusedError(400, "lists or objects are nested too deeply")
 
 
-def _port(place: str) -> str:
-    match = re.search(r":(\d{1,5})$", place)
+def _port(host: str) -> str:
+    match = re.search(r":(\d{1,5})$", host)
     return match[1] if match else ""
 
 
@@ -203,25 +203,25 @@ def _answer(error: Exception) -> tuple[int, str]:
 
 
 def _patient(receive: Receive) -> Receive:
-    """The client's messages, as long as they keep coming."""
+    """The same function, which raises RefusedError where the client pauses too long or disconnects."""
 
     async def patient() -> Message:
         try:
             message = await asyncio.wait_for(receive(), PATIENCE)
         except TimeoutError:
-            raise RefusedError(408, f"nothing came for {PATIENCE:g} s") from None
+            raise RefusedError(408, f"no data was received for {PATIENCE:g} s") from None
         if message["type"] == "http.disconnect":
-            raise RefusedError(400, "the connection was cut")
+            raise RefusedError(400, "the connection was closed")
         return message
 
     return patient
 
 
-# What was uploaded
+# Uploaded files
 
 
 def is_local(address: str, headers: Any) -> bool:
-    """Whether a request came from this machine; one that a proxy here passed on did not, whatever it says of its origin."""
+    """Whether a request came from this machine. One that a proxy forwarded did not, whatever address it claims."""
     passed_on = any(
         name in headers for name in ("x-forwarded-for", "x-forwarded-host", "x-real-ip", "forwarded", "via")
     )
@@ -230,8 +230,8 @@ def is_local(address: str, headers: Any) -> bool:
 
 @contextlib.contextmanager
 def upload_folder() -> Iterator[Path]:
-    """A folder for this process, in GRADIO_TEMP_DIR or where temporary files go, gone at its end; those that killed
-    processes have left are deleted."""
+    """A temporary folder of this process, in GRADIO_TEMP_DIR or the system's folder; it is deleted at the end. Folders
+    left behind by killed processes are deleted too."""
     home = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
     home.mkdir(parents=True, exist_ok=True)
     for left in [] if os.name == "nt" else home.glob(f"{OURS}*"):
@@ -247,33 +247,33 @@ def upload_folder() -> Iterator[Path]:
 
 
 class Uploads:
-    """The files that clients have sent: so many bytes together, and none for more than an hour. Where there are too many
-    the oldest go first, and nobody's who sent them just now."""
+    """Limits of the files that clients upload: their total size, and one hour for each. Where space is short the oldest
+    are deleted first, but none of the last two minutes."""
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
         self.folder, self.most_bytes = folder, most_bytes
         self.held, self.cleaned = 0, 0.0
 
     def take(self, size: int) -> None:
-        """Makes room for more bytes. Raises UserError where there is none."""
+        """Count more bytes, and delete files if they exceed the limit. Raises UserError where that is not enough."""
         self.held += size
         if self.held > self.most_bytes and time.monotonic() - self.cleaned > 1:
             self.clean()
         if self.held > self.most_bytes:
             raise UserError(
                 f"the maximum allowed size of all files here is {self.most_bytes / 2**30:g} GiB "
-                "(--max-upload-gigabytes): send it again in a few minutes"
+                "(--max-upload-gigabytes): upload it again in a few minutes"
             )
 
     def clean(self) -> None:
-        """Deletes what is too old or too much."""
+        """Delete files that are too old, and where space is short newer ones."""
         files, now = [], time.time()
         for path in self.folder.rglob("*"):
             with contextlib.suppress(OSError):  # deleted meanwhile
                 stat = path.lstat()
                 if path.is_dir():
                     if now - stat.st_mtime > FRESH:
-                        path.rmdir()  # where it is empty
+                        path.rmdir()  # fails unless it is empty
                 elif path.name != ".lock":
                     files.append((stat.st_mtime, max(stat.st_size, LEAST), path))
         self.held = sum(size for _, size, _ in files)

@@ -1,11 +1,11 @@
-"""Tokens by onnxruntime, whose kernels for a few rows read weights at the memory's rate: a CPU's second engine.
+"""Compute tokens with onnxruntime on a CPU: for a few rows its kernels read weights as fast as memory allows.
 
     engine = find_engine("int8")
     model.generate(pixel_values, int8=True, engine=engine)
 
-A token's step is a graph that is built here, in a second; nothing is exported, and nothing kept on disk. Pictures are encoded,
-and finished captions judged, by torch. Weights in 8 bits have a scale for each block, and what they are multiplied with is
-rounded block by block, so that no row depends on another. Needs onnx and onnxruntime (requirements/onnx.txt).
+A decoding step is a graph that is built here, in a second; nothing is exported or saved. torch encodes the pictures and
+scores the finished captions. 8-bit weights have a scale for each block, and activations are rounded block by block, so
+that no row depends on another. Needs onnx and onnxruntime (requirements/onnx.txt).
 """
 
 from __future__ import annotations
@@ -24,45 +24,45 @@ from decoding.cache import DecoderCache
 from utils import first_line
 
 MOST_ROWS = 16
-"""Captions at a time, up to which these kernels are the faster ones."""
+"""Captions at a time up to which these kernels are faster than torch's."""
 CALLS = 8
-"""For so few captions at a time, after which the graph is made: by then it has paid."""
+"""Calls with so few captions after which the graph is built: from then on building it saves time."""
 BLOCK = 128
-"""Weights side by side in a row that share a scale."""
+"""Neighbouring weights of a row that share a scale."""
 MOST_BYTES = 2_000_000_000
-"""Of a graph's weights: protobuf stops at 2 GiB."""
+"""Limit of a graph's weights: protobuf allows 2 GiB."""
 
 Engine = Callable[[Any, Any, int], Any]
 
 
 @functools.cache
 def find_engine(precision: str, after: int = CALLS) -> Engine | None:
-    """What model.generate takes for its engine, for models in fp32 and in int8; None for others, and where a package is missing."""
+    """The `engine` of model.generate, for fp32 and int8; None for other precisions, or where a package is missing."""
     if precision not in ("fp32", "int8") or any(importlib.util.find_spec(n) is None for n in ("onnx", "onnxruntime")):
         return None
     return functools.partial(_decoder, int8=precision == "int8", after=after)
 
 
 def _decoder(model: Any, fast: Any, rows: int, *, int8: bool, after: int) -> Any:
-    """A decoder for so many captions of the model at a time; its fast copy's own where this one would be no faster."""
+    """A decoder of the model for `rows` captions; the fast copy's decoder where onnxruntime would be no faster."""
     size = model.decoder.config.decoder_num_layers * 14 * model.decoder.config.decoder_embed_dim**2
     size = (size + model.decoder.wte.weight.numel()) * (1 if int8 else 4)
     if fast is model or rows > MOST_ROWS or model.config.bridge != "cross_attention" or size > MOST_BYTES:
         return fast.decoder
-    made = model.copies.made  # where the fast copy is kept too, until the weights change
+    made = model.copies.made  # the fast copy is cached here too, until the weights change
     made["calls"] = made.get("calls", 0) + 1
     if made["calls"] > after and "onnxruntime" not in made:
         try:
             made["onnxruntime"] = make_session(step_graph(model.decoder, int8))
-        except Exception as error:  # a version without these operators, or no memory
-            print(f"onnxruntime cannot be used, torch goes on ({first_line(error)})", file=sys.stderr)
+        except Exception as error:  # a version without these operators, or out of memory
+            print(f"onnxruntime cannot be used, continuing with torch ({first_line(error)})", file=sys.stderr)
             made["onnxruntime"] = None
     session = made.get("onnxruntime")
     return RuntimeDecoder(fast.decoder, session) if session else fast.decoder
 
 
 def in_words(precision: str) -> str:
-    """By what tokens are computed, and why: a line for people."""
+    """Which library computes tokens, and why: a line for the user."""
     if precision not in ("fp32", "int8"):
         return "torch"
     if find_engine(precision) is None:
@@ -71,7 +71,7 @@ def in_words(precision: str) -> str:
 
 
 class RuntimeCache:
-    """What a step of the graph reads: the pictures' keys and values, and the text's, of all layers in one tensor."""
+    """KV cache of the graph: the pictures' keys and values by layer, the text's of all layers in one tensor."""
 
     def __init__(self, cache: DecoderCache, rows: int, heads: int, size: int) -> None:
         from onnxruntime import OrtValue
@@ -83,26 +83,26 @@ class RuntimeCache:
         self.length = 0
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i continues what row rows[i] had written, from the next step on."""
+        """From the next step on, row i continues what row rows[i] has written."""
         self.rows = self.rows[rows]
 
 
 class RuntimeDecoder:
-    """What a search asks of a decoder, its steps computed by onnxruntime."""
+    """A decoder with the methods that a search calls; onnxruntime computes its steps."""
 
     def __init__(self, decoder: Any, session: Any) -> None:
         self.decoder, self.session, self.config = decoder, session, decoder.config
 
     def new_cache(self, encoder_hidden_states: Tensor, rows: int, max_length: int) -> RuntimeCache:
-        """An empty one for `rows` captions; it grows as they do."""
+        """An empty cache for `rows` captions; it grows with them."""
         heads = self.config.decoder_num_heads
-        kept = self.decoder.new_cache(encoder_hidden_states, rows, 0)
-        # From here on torch chooses tokens and no more: its threads would wait by spinning, on onnxruntime's cores.
+        cache = self.decoder.new_cache(encoder_hidden_states, rows, 0)
+        # From here on torch only chooses tokens: its other threads would spin on the cores that onnxruntime needs.
         torch.set_num_threads(1)
-        return RuntimeCache(kept, rows, heads, self.config.decoder_embed_dim // heads)
+        return RuntimeCache(cache, rows, heads, self.config.decoder_embed_dim // heads)
 
     def next_logits(self, tokens: Tensor, cache: RuntimeCache) -> Tensor:
-        """float32 logits (rows, V) of what follows the cache and these tokens (rows, T)."""
+        """float32 logits (rows, V) of the token that follows the cache and these tokens (rows, T)."""
         from onnxruntime import OrtValue
 
         positions = torch.arange(cache.length, cache.length + tokens.shape[1])
@@ -116,22 +116,22 @@ class RuntimeDecoder:
 
 
 def make_session(graph: Graph) -> Any:
-    """An onnxruntime session on as many threads as torch has."""
+    """An onnxruntime session with as many threads as torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # behind a token its threads sleep
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # between tokens its threads sleep
     return onnxruntime.InferenceSession(graph.serialized(), options, providers=["CPUExecutionProvider"])
 
 
 def step_graph(decoder: Any, int8: bool) -> Graph:
-    """A step of GPT-2 with cross-attention.
+    """Build a decoding step of GPT-2 with cross-attention.
 
-    x (R, T, D), the tokens' embeddings; rows (R,), which row each goes on from; past (2 * layers, R, H, P, D/H);
+    x (R, T, D), the tokens' embeddings; rows (R,), the row that each row continues; past (2 * layers, R, H, P, D/H);
     cross_0, cross_1 and so on, each layer's keys and values of the pictures, (N, H, S, D/H), where R is a multiple of N
-    -> logits (R, V) of what follows, and the past with these tokens.
+    -> logits (R, V) of the next token, and the past with these tokens.
     """
     layers, width, heads = len(decoder.blocks), decoder.config.decoder_embed_dim, decoder.config.decoder_num_heads
     graph = Graph(int8)
@@ -143,16 +143,16 @@ def step_graph(decoder: Any, int8: bool) -> Graph:
     befores = graph.split("before", 2 * layers, axis=0)
     x, present = "x", []
     for index, block in enumerate(decoder.blocks):
-        own, cross, pair = block.attn, block.crossattention, slice(2 * index, 2 * index + 2)
-        parts = graph.split(graph.linear(graph.norm(x, block.ln_1), own.c_attn), 3, axis=2)
+        attention, cross, pair = block.attn, block.crossattention, slice(2 * index, 2 * index + 2)
+        parts = graph.split(graph.linear(graph.norm(x, block.ln_1), attention.c_attn), 3, axis=2)
         past = [graph.add("Squeeze", [name, first]) for name in befores[pair]]
         mixed, *new = graph.attend([*parts, "", "", "", *past], 3, heads, unidirectional=1)
         present += [graph.add("Unsqueeze", [name, first]) for name in new]
-        x = graph.add("Add", [x, graph.linear(mixed, own.c_proj)])
+        x = graph.add("Add", [x, graph.linear(mixed, attention.c_proj)])
         query = graph.linear(graph.norm(x, block.ln_cross_attn), cross.q_attn)
         query = graph.add("Reshape", [query, "folded"])  # a picture's rows side by side: (N, K * T, D)
-        (seen,) = graph.attend([query, f"cross_{2 * index}", f"cross_{2 * index + 1}"], 1, heads)
-        x = graph.add("Add", [x, graph.linear(graph.add("Reshape", [seen, "shape"]), cross.c_proj)])
+        (attended,) = graph.attend([query, f"cross_{2 * index}", f"cross_{2 * index + 1}"], 1, heads)
+        x = graph.add("Add", [x, graph.linear(graph.add("Reshape", [attended, "shape"]), cross.c_proj)])
         hidden = graph.add("Gelu", [graph.linear(graph.norm(x, block.ln_2), block.c_fc)], approximate="tanh")
         x = graph.add("Add", [x, graph.linear(hidden, block.c_proj)])
     graph.add("Concat", present, "present", axis=0)
@@ -165,7 +165,7 @@ def step_graph(decoder: Any, int8: bool) -> Graph:
 
 
 class Graph:
-    """A graph of ONNX's operators and onnxruntime's own, as it is put together. Tensors are known by their names."""
+    """A graph under construction, of ONNX's operators and onnxruntime's. Tensors are identified by their names."""
 
     def __init__(self, int8: bool) -> None:
         self.int8 = int8
@@ -175,7 +175,7 @@ class Graph:
         self.outputs: list[str] = []
 
     def serialized(self) -> bytes:
-        """The model, as onnxruntime reads it."""
+        """The model as bytes that onnxruntime reads."""
         from onnx import TensorProto, helper
 
         kinds = {"rows": TensorProto.INT64}
@@ -187,29 +187,29 @@ class Graph:
         return bytes(helper.make_model(graph, opset_imports=domains, ir_version=10).SerializeToString())
 
     def constant(self, name: str, value: np.ndarray) -> str:
-        """A tensor of the graph's own."""
+        """Add a constant tensor and return its name."""
         from onnx import numpy_helper
 
         self.weights.append(numpy_helper.from_array(value, name))
         return name
 
     def node(self, kind: str, inputs: list[str], outputs: list[str], **attributes: Any) -> list[str]:
-        """Adds one, and returns the names of its outputs."""
+        """Add a node and return the names of its outputs."""
         from onnx import helper
 
         self.nodes.append(helper.make_node(kind, inputs, outputs, **attributes))
         return outputs
 
     def add(self, kind: str, inputs: list[str], name: str | None = None, **attributes: Any) -> str:
-        """Adds a node with one output, and returns its name."""
+        """Add a node with one output and return the output's name."""
         return self.node(kind, inputs, [name or f"{kind}_{len(self.nodes)}"], **attributes)[0]
 
     def split(self, x: str, number: int, axis: int) -> list[str]:
-        """Equal parts."""
+        """Split a tensor into equal parts."""
         return self.node("Split", [x], [f"{x}_{part}" for part in range(number)], axis=axis, num_outputs=number)
 
     def attend(self, inputs: list[str], outputs: int, heads: int, **attributes: Any) -> list[str]:
-        """Attention of all heads: query, key and value, and the past ones of both -> what they give, and both with the past."""
+        """Multi-head attention: query, key, value, past keys and values -> result, keys and values with the past."""
         names = [f"attention_{len(self.nodes)}_{number}" for number in range(outputs)]
         return self.node("MultiHeadAttention", inputs, names, domain="com.microsoft", num_heads=heads, **attributes)
 
@@ -242,12 +242,12 @@ class Graph:
 
 
 def numbers(tensor: Tensor) -> np.ndarray:
-    """As NumPy has them."""
+    """The tensor as a float32 NumPy array."""
     return tensor.detach().float().contiguous().numpy()
 
 
 def eight_bits(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """weight (out, in) -> uint8 (out, blocks, BLOCK), of which 128 stands for 0, and a scale for each block."""
+    """weight (out, in) -> uint8 (out, blocks, BLOCK), where 128 stands for 0, and a scale for each block."""
     outputs, inputs = weight.shape
     blocks = torch.nn.functional.pad(weight.float(), (0, -inputs % BLOCK)).view(outputs, -1, BLOCK)
     scales = blocks.abs().amax(-1).clamp(min=1e-12) / 127

@@ -1,4 +1,4 @@
-"""Which model is meant, and loading it once."""
+"""Find the model to load, and load it once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def load_model(source: str, device: str, base_dir: Path | None = None) -> ImageCaptionModel:
-    """The model on its device; the last one is kept, so that captioning many pictures loads it once. Adapters are merged
-    into the models they name, which are looked for in base_dir first."""
+    """Load a model onto a device; the last one is cached, so that captioning many pictures loads it once. Adapters are
+    merged into the models that they name, which are searched for in base_dir first."""
     path = Path(source)
     return _load_model(source, device, base_dir, path.stat().st_mtime_ns if path.exists() else 0)
 
@@ -30,7 +30,7 @@ def _load_model(source: str, device: str, base_dir: Path | None, written: int) -
 
 
 def is_url(name: str) -> bool:
-    """Whether a name is an address and not a path."""
+    """Whether a name is a URL and not a path."""
     return "://" in name
 
 
@@ -44,8 +44,8 @@ def is_model(name: str) -> bool:
 
 
 def newest_model() -> str:
-    """The model file here or in runs/ that was written last. Raises UserError where there is none."""
+    """The newest model file in the current folder or in runs/. Raises UserError where there is none."""
     found = [*Path.cwd().glob("*.safetensors"), *Path("runs").glob(f"*/{MODEL_FILE}")]
     if not found:
-        raise UserError("no model here: train one (python main.py --preset demo) or name one with --model")
+        raise UserError("no model here: train one (python main.py --preset demo), or name one with --model")
     return str(max(found, key=lambda path: path.stat().st_mtime))

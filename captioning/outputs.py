@@ -1,12 +1,12 @@
-"""Where captions are written: a CSV or JSON-lines file, a text beside each picture; and a figure of where words looked.
+"""Write captions: to a CSV or JSON-lines file, or to a text beside each picture; and draw figures of attention.
 
     output = open_output("captions.csv", names)
     output.begin({"model": "user/model", "num_beams": 3})
     for name in output.missing(names): output.add(name, captions)
 
-Captions are written picture by picture, so that a run that was stopped, or killed, goes on where it was: what is there
-already is known, and half a line at the end is cut off. A file remembers which model wrote it, and how, so that no other
-goes on with it. The files are layouts that training and evaluation read.
+Captions are written picture by picture, so that a run that was stopped or killed can be resumed: pictures that have
+captions are skipped, and an incomplete last line is cut off. A file records the model and settings that wrote it, so no
+other model can resume it. Training and evaluation can read these files.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ from data.reading import MADE_BY, file_names
 from data.sidecars import has_caption, texts_beside
 from utils import first_line, in_one_line, json_of, shown, whole, write_json, write_text
 
-PANEL = 360  # pixels of a picture's longer side in a figure
+PANEL = 360  # pixels of the longer side of a picture in a figure
 
 
 def open_output(name: str, names: Sequence[str], num_captions: int = 1, scores: bool = False) -> CaptionFile | Sidecars:
-    """The output of this name, for pictures of these names: a .csv or .jsonl file, or the word sidecar."""
+    """Open the output of this name for these pictures: a .csv or .jsonl file, or the word sidecar."""
     if Path(name).suffix.lower() in (".csv", ".jsonl"):
         return CaptionFile(Path(name), num_captions, scores)
     if name != "sidecar":
-        raise UserError(f"output {name}: name a .csv or a .jsonl file, or say sidecar")
+        raise UserError(f"output {name}: must be a .csv file, a .jsonl file or the word sidecar")
     if scores:
-        raise UserError("output sidecar has no place for scores: use a .csv or a .jsonl file")
+        raise UserError("output sidecar cannot hold scores: use a .csv or a .jsonl file")
     return Sidecars(names)
 
 
 class CaptionFile:
-    """A line for each picture: file_name, then caption (and score), or captions (and scores) where there are several.
+    """A file with a line for each picture: file_name, then caption (and score), or captions (and scores) if several.
 
-    A CSV has columns of their own for several: caption_1, caption_2, ... Names are as they were given, with line breaks
-    and what is no Unicode as escapes. What wrote the captions is a line of its own before them, of a CSV a file beside it.
+    In a CSV several captions have a column each: caption_1, caption_2, ... Names are written as given, with line breaks
+    and invalid Unicode escaped. The model and settings are the first line, or for a CSV in a file beside it.
     """
 
     def __init__(self, path: Path, num_captions: int = 1, scores: bool = False) -> None:
-        """Goes on with the file if it is there. Raises UserError where it has other columns, or cannot be written."""
+        """Open the file, and resume it if it exists. Raises UserError if it has other columns or cannot be written."""
         self.path, self.scores = path, scores
         self.is_csv = path.suffix.lower() == ".csv"
         kinds = ("caption", "score") if scores else ("caption",)
@@ -71,20 +71,20 @@ class CaptionFile:
             if path.is_symlink():
                 raise UserError(f"{path}: is a link: name the file itself as --output")
             self._file = path.open("a+b")
-            self._go_on()
+            self._resume()
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}): choose another --output") from error
 
-    def _go_on(self) -> None:
-        """Reads what is there, and cuts off half a line at the end."""
+    def _resume(self) -> None:
+        """Read the existing lines, and cut off an incomplete last one."""
         self._file.seek(0)
         content = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]
+        complete = content[: content.rfind(b"\n") + 1]
         starts = [self._line(self.columns)] if self.is_csv else [b'{"file_name": ', f'{{"{MADE_BY}": '.encode()]
-        if not whole and not any(start.startswith(content[: len(start)]) for start in starts):
+        if not complete and not any(start.startswith(content[: len(start)]) for start in starts):
             raise self._not_ours()
         try:
-            lines = whole.decode("utf-8-sig").split("\n")[:-1]
+            lines = complete.decode("utf-8-sig").split("\n")[:-1]
             if self.is_csv:
                 first, *rows = csv.reader(lines) if lines else [self.columns]
                 if first != self.columns or any(len(row) != len(self.columns) for row in rows):
@@ -99,22 +99,22 @@ class CaptionFile:
                 self.done = {record["file_name"] for record in records}
         except (ValueError, TypeError, csv.Error) as error:  # not UTF-8, not JSON, not objects
             raise self._not_ours() from error
-        self._file.truncate(len(whole))
+        self._file.truncate(len(complete))
         if self.is_csv:
-            with contextlib.suppress(OSError, ValueError, TypeError):  # a file from before it was remembered
+            with contextlib.suppress(OSError, ValueError, TypeError):  # files of older versions have no such record
                 self.made_by = dict(json_of(self.about.read_text(encoding="utf-8-sig")))
 
     def begin(self, made_by: dict[str, Any], overwrite: bool = False) -> int:
-        """Remembers the model and the settings that are to write. With overwrite all that is there goes, and how much it
-        was comes back. Raises UserError where the captions that are there were made in another way."""
+        """Record the model and the settings. overwrite deletes all existing captions and returns the number of their
+        pictures. Raises UserError where the existing captions were made by another model or with other settings."""
         there, before = len(self.done), self.made_by or made_by
         if there and not overwrite:
             other = [name for name in before | made_by if before.get(name) != made_by.get(name)]
             if other not in ([], ["model"]):
-                said = in_one_line(", ".join(f"{name} {before.get(name, 'unset')}" for name in other))
+                differences = in_one_line(", ".join(f"{name} {before.get(name, 'unset')}" for name in other))
                 raise UserError(
-                    f"{self}: {there:,} pictures are there, captioned with {said}: choose another --output, or say "
-                    "--overwrite to replace them"
+                    f"{self}: has captions of {there:,} pictures, made with {differences}: choose another --output, or "
+                    "add --overwrite to replace them"
                 )
             return 0
         self._file.truncate(0)
@@ -128,7 +128,7 @@ class CaptionFile:
     def _not_ours(self) -> UserError:
         columns = ", ".join(self.columns)
         return UserError(
-            f"{self.path}: already there, and not with the columns {columns} only: move it away, or say the same "
+            f"{self.path}: exists, but its columns are not {columns}: move it away, or give the same "
             "--num-captions and --scores as before"
         )
 
@@ -143,18 +143,18 @@ class CaptionFile:
             self._file.flush()
 
     def missing(self, names: Sequence[str]) -> list[str]:
-        """Those that have no line yet."""
+        """Names that have no line yet."""
         return [name for name in names if in_one_line(name) not in self.done]
 
     def add(self, name: str, captions: Sequence[Caption]) -> None:
-        """Writes a picture's line."""
+        """Write a picture's line."""
         name = in_one_line(name)
         texts: list[Any] = [caption.text for caption in captions]
         scores: list[Any] = [round(caption.score or 0.0, 4) for caption in captions] if self.scores else []
         if self.is_csv:
             self._write(self._line([name, *texts, *scores]))
         else:
-            values = [name, *(own[0] if len(captions) == 1 else own for own in (texts, scores) if own)]
+            values = [name, *(column[0] if len(captions) == 1 else column for column in (texts, scores) if column)]
             record = dict(zip(self.columns, values, strict=True))
             self._write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self.done.add(name)
@@ -164,11 +164,11 @@ class CaptionFile:
 
 
 class Sidecars:
-    """name.txt beside each name.jpg, a caption a line; name.png.txt beside a name.png that a name.jpg stands before. What a
-    reader would take for a picture's text (name.caption, name.jpg.txt, name.TXT) counts as there, unless it is empty."""
+    """name.txt beside each name.jpg, a caption per line; name.png.txt for a name.png where name.txt is name.jpg's. Any
+    file that a reader takes for a picture's text (name.caption, name.TXT) counts as one, unless it is empty."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        """Raises UserError for names that have no place for a text."""
+        """Find the existing texts. Raises UserError for URLs, which have no folder for a text."""
         for name in filter(is_url, names):
             raise UserError(f"{name}: has no folder for a text beside it: use --output with a .csv or a .jsonl file")
         self._there: set[Path] = set()
@@ -185,17 +185,18 @@ class Sidecars:
                 self._texts[picture] = next(text for text in free if owners.setdefault(text, picture) == picture)
 
     def begin(self, made_by: dict[str, Any], overwrite: bool = False) -> int:
-        """With overwrite no text counts as there any more, and how many there are comes back."""
+        """With overwrite, treat all existing texts as missing and return their number."""
         replaced, self._there = (len(self._there), set()) if overwrite else (0, self._there)
         return replaced
 
     def missing(self, names: Sequence[str]) -> list[str]:
-        """Those without a text; first, and the longest first, those of name.png.txt: until then a reader gives them name's."""
+        """Names without a text. Those of a name.png.txt come first, the longest first: until that file exists, a reader
+        takes name.txt for it."""
         missing = [name for name in names if Path(name) not in self._there]
         return sorted(missing, key=lambda name: -len(name) if self._text(name).stem == Path(name).name else 0)
 
     def add(self, name: str, captions: Sequence[Caption]) -> None:
-        """Writes a picture's text, all of it or nothing."""
+        """Write a picture's text atomically."""
         with _writing(text := self._text(name)):
             write_text(text, "".join(f"{caption.text}\n" for caption in captions))
 
@@ -211,18 +212,18 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        said = f"{path}: cannot be written ({error.strerror}): mend that, and the same command goes on"
-        raise UserError(in_one_line(said)) from error
+        message = f"{path}: cannot be written ({error.strerror}): fix that, and run the same command to resume"
+        raise UserError(in_one_line(message)) from error
 
 
 def draw_words(path: Path, source: PictureSource, caption: Caption, config: ViTGPT2Config) -> None:
-    """A figure of a caption, word by word: the brighter a place, the more the model looked there, and a line around what
-    it looked at more than half as much as where it looked most."""
+    """Draw a figure of a caption, word by word: the brighter a region, the more attention it has. A line surrounds the
+    regions with more than half of the highest attention."""
     from matplotlib.figure import Figure
 
     picture = Image.fromarray(decode(source, PANEL))
     assert config.resize_size is not None
-    margin = (1 - config.image_size / config.resize_size) / 2  # of what the model sees, the middle
+    margin = (1 - config.image_size / config.resize_size) / 2  # the model sees only the middle
     left, top = (round(side * margin) for side in picture.size)
     picture = picture.crop((left, top, picture.width - left, picture.height - top))
     picture.thumbnail((PANEL, PANEL))
@@ -235,18 +236,18 @@ def draw_words(path: Path, source: PictureSource, caption: Caption, config: ViTG
         axes.axis("off")
     next(panels).imshow(pixels)
     figure.suptitle("\n".join(textwrap.wrap(shown(caption.text), 22 * columns)), parse_math=False)
-    for axes, (word, looks) in zip(panels, caption.words, strict=False):
-        share = Image.fromarray(looks / max(looks.max(), 1e-9)).resize(picture.size, Image.Resampling.BICUBIC)
-        seen = np.asarray(share).clip(0, 1)
-        axes.imshow(pixels * (0.15 + 0.85 * seen[..., None]))
-        axes.contour(seen, levels=[0.5], colors="white", linewidths=1)
+    for axes, (word, attention) in zip(panels, caption.words, strict=False):
+        share = Image.fromarray(attention / max(attention.max(), 1e-9)).resize(picture.size, Image.Resampling.BICUBIC)
+        heat = np.asarray(share).clip(0, 1)
+        axes.imshow(pixels * (0.15 + 0.85 * heat[..., None]))
+        axes.contour(heat, levels=[0.5], colors="white", linewidths=1)
         axes.set_title(shown(word), size=12, parse_math=False)
     with whole(path if path.suffix else path.with_suffix(".png")) as unfinished:
         figure.savefig(unfinished, format=path.suffix[1:] or "png", dpi=110)
 
 
 def check_figure(path: Path) -> None:
-    """Raises UserError where no figure can be written to this path."""
+    """Raise UserError where no figure can be written to this path."""
     from matplotlib.figure import Figure
 
     try:

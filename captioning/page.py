@@ -1,8 +1,8 @@
-"""What the web page looks like: captions as HTML, and the style, the scripts and the texts in the files beside this one.
+"""Content of the web page: captions as HTML, and the style, scripts and texts in the files beside this one.
 
-app.py serves it. Knows neither gradio nor models. Everything is in the page itself: no font, script or picture comes
-from elsewhere. A word's heat map is a small square of bytes beside the word, which the script paints over the picture:
-dark where the model did not look, light where it did, so that it reads without colour too.
+app.py serves it. Knows neither gradio nor models. The page is self-contained: no font, script or picture comes from
+another server. A word's heat map is a small square of bytes in the word's button, which the script paints over the
+picture: dark where attention is low, light where it is high, so that it can be read without colour too.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from captioning.pipeline import Caption
 
 HEAT_SIDE = 24
-"""Numbers along each side of a heat map that is sent to the page; the browser smooths between them."""
+"""Values along each side of a heat map that is sent to the page; the browser interpolates between them."""
 
 
 def card(name: str, picture: bytes, seen: float, captions: Sequence[Caption]) -> str:
-    """A picture (a JPEG's bytes) with its captions; `seen` is the share of each side that the model gets to see."""
+    """HTML of a picture (a JPEG's bytes) with its captions; `seen` is the share of each side that the model sees."""
     source = f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
-    rows = "".join(_row(caption, place) for place, caption in enumerate(captions, 1))
+    rows = "".join(_row(caption, rank) for rank, caption in enumerate(captions, 1))
     return (
         f'<article class="card" aria-label="{_text(name)}"><figure><div class="picture">'
         f'<img src="{source}" alt="{_text(captions[0].text)}">'
@@ -37,51 +37,50 @@ def card(name: str, picture: bytes, seen: float, captions: Sequence[Caption]) ->
     )
 
 
-def _row(caption: Caption, place: int) -> str:
+def _row(caption: Caption, rank: int) -> str:
     words = " ".join(
-        _word(text, heat_map(seen), first=number == 0) for number, (text, seen) in enumerate(caption.words)
+        _word(text, heat_map(attention), first=number == 0) for number, (text, attention) in enumerate(caption.words)
     )
     return (
-        f'<li><p class="words" role="group" aria-label="Caption {place}: {_text(caption.text)}">{words}</p>'
+        f'<li><p class="words" role="group" aria-label="Caption {rank}: {_text(caption.text)}">{words}</p>'
         f'<p class="sure"><span class="bar" aria-hidden="true"><span style="width:{percent(caption)}%"></span></span>'
         f"{percent(caption)} % sure</p></li>"
     )
 
 
 def _word(text: str, heat: NDArray[np.uint8], first: bool) -> str:
-    said = f"{_text(text)}: looked most at the {place_of(heat)}"
+    label = f"{_text(text)}: looked most at the {place_of(heat)}"
     return (
-        f'<button type="button" aria-pressed="false" tabindex="{0 if first else -1}" aria-label="{said}" '
+        f'<button type="button" aria-pressed="false" tabindex="{0 if first else -1}" aria-label="{label}" '
         f'data-heat="{base64.b64encode(heat.tobytes()).decode()}">{_text(text)}</button>'
     )
 
 
 def percent(caption: Caption) -> int:
-    """A caption's confidence."""
+    """A caption's confidence, 0 to 100."""
     assert caption.score is not None
     return round(100 * caption.score)
 
 
-def heat_map(seen: NDArray) -> NDArray[np.uint8]:
-    """How much the model looked at each patch (rows, columns) -> (HEAT_SIDE, HEAT_SIDE), 255 where most, and 0 where it
-    looked no more than at the half of the patches that it looked at least."""
+def heat_map(attention: NDArray) -> NDArray[np.uint8]:
+    """Attention by patch (rows, columns) -> uint8 (HEAT_SIDE, HEAT_SIDE): 255 at the maximum, 0 up to the median."""
     import torch
     from torch.nn.functional import interpolate
 
-    least, most = np.median(seen), seen.max()
-    heat = torch.from_numpy((seen - least) / max(most - least, 1e-12)).float().clamp(0, 1)
+    least, most = np.median(attention), attention.max()
+    heat = torch.from_numpy((attention - least) / max(most - least, 1e-12)).float().clamp(0, 1)
     heat = interpolate(heat[None, None], (HEAT_SIDE, HEAT_SIDE), mode="bicubic")[0, 0].clamp(0, 1)
     return (255 * heat).round().to(torch.uint8).numpy()
 
 
 def place_of(heat: NDArray[np.uint8]) -> str:
-    """In which ninth of the picture its lightest place is, in words."""
-    row, column = (int(place) * 3 // HEAT_SIDE for place in np.unravel_index(heat.argmax(), heat.shape))
+    """The ninth of the picture with the highest value, in words such as "top left"."""
+    row, column = (int(index) * 3 // HEAT_SIDE for index in np.unravel_index(heat.argmax(), heat.shape))
     return f"{('top', '', 'bottom')[row]} {('left', '', 'right')[column]}".strip() or "middle"
 
 
 def results(cards: Iterable[str], errors: Iterable[str] = ()) -> str:
-    """Cards, below what went wrong, one line each; and what the numbers mean."""
+    """HTML of errors, one line each, then cards, and a note on what the percentages mean."""
     shown = "".join(cards)
     note = (
         '<p class="note"><b>% sure</b> is the probability that the model gave to each of its words, on average over the '
@@ -91,12 +90,12 @@ def results(cards: Iterable[str], errors: Iterable[str] = ()) -> str:
 
 
 def error_lines(errors: Iterable[str]) -> str:
-    """One line each."""
+    """HTML of errors, one line each."""
     return "".join(f'<p class="problem" role="alert">{_text(error)}</p>' for error in errors)
 
 
-def progress(done: int, total: int, said: str, rows: Iterable[tuple[str, Caption]], errors: Sequence[str]) -> str:
-    """How far a folder is, its newest captions, and the pictures that could not be captioned."""
+def progress(done: int, total: int, status: str, rows: Iterable[tuple[str, Caption]], errors: Sequence[str]) -> str:
+    """HTML of a folder's progress: its newest captions, and errors of pictures that could not be captioned."""
     cells = "".join(
         f"<tr><td>{_text(name)}</td><td>{_text(caption.text)}</td><td>{percent(caption)} %</td></tr>"
         for name, caption in rows
@@ -107,28 +106,28 @@ def progress(done: int, total: int, said: str, rows: Iterable[tuple[str, Caption
     return (
         f'<section class="folder"><div class="bar" role="progressbar" aria-label="Pictures done" aria-valuemax="{total}" '
         f'aria-valuenow="{done}"><span style="width:{done / max(1, total):.1%}"></span></div>'
-        f"<p>{_text(said)}</p>{table if cells else ''}{error_lines(errors)}</section>"
+        f"<p>{_text(status)}</p>{table if cells else ''}{error_lines(errors)}</section>"
     )
 
 
-def working(said: str) -> str:
-    """A line while there is nothing else to see."""
-    return f'<p class="working">{_text(said)}</p>'
+def working(status: str) -> str:
+    """HTML of a status line, while there is nothing else to show."""
+    return f'<p class="working">{_text(status)}</p>'
 
 
 def _text(text: str) -> str:
-    """Escaped, and with nothing that gradio's templates would take for theirs."""
+    """Escape a text for HTML and for gradio's templates."""
     return escape(text).replace("{", "&#123;").replace("$", "&#36;")
 
 
 def _beside(ending: str) -> str:
-    """The text of the file beside this one that has its name and this ending."""
+    """Read the file beside this one that has the same name and this ending."""
     return Path(__file__).with_suffix(ending).read_text(encoding="utf-8")
 
 
 HEADER, NO_MODEL = _beside(".header.html"), _beside(".untrained.html")
 
-# By gradio's names, light and dark: both have enough contrast to read.
+# Colours by gradio's names, for light and dark themes: both have enough contrast to read.
 LIGHT_AND_DARK = {
     "body_text_color_subdued": ("*neutral_600", "*neutral_300"),
     "block_info_text_color": ("*neutral_600", "*neutral_300"),
@@ -143,12 +142,13 @@ LIGHT_AND_DARK = {
 COLOURS = {name: light for name, (light, _) in LIGHT_AND_DARK.items()} | {"button_primary_text_color": "white"}
 COLOURS |= {f"{name}_dark": dark for name, (_, dark) in LIGHT_AND_DARK.items()}
 
-# Only gradio's own variables for colours, so that dark and light are its theme's.
+# Uses only gradio's variables for colours, so that it follows gradio's light and dark themes.
 STYLE = _beside(".css")
 
-# Of the results: the words of a caption are one stop of the Tab key; arrow keys go from word to word. What was clicked
-# stays. New captions are brought into view, and told to screen readers.
+# Script of the results: the words of a caption are one stop of the Tab key; arrow keys go from word to word. A clicked
+# word stays selected. New captions are scrolled into view, and announced to screen readers.
 WORDS = _beside(".words.js")
 
-# Of the page: what is pasted goes where dropped pictures go, and groups of choices have names, whenever they appear.
+# Script of the page: pasted pictures are uploaded as dropped ones are; groups of choices get a name for screen readers
+# whenever they appear.
 PAGE = _beside(".js")

@@ -1,10 +1,10 @@
-const LOW = [8, 10, 30, 204], HIGH = [255, 236, 150, 64];  // colour and opacity where the model did not look, and did
+const LOW = [8, 10, 30, 204], HIGH = [255, 236, 150, 64];  // colour and opacity where attention is low and high
 const idle = new WeakMap();
 function show(word) {
   const card = word.closest('.card'), canvas = card.querySelector('canvas'), look = card.querySelector('.look');
   const heat = Uint8Array.from(atob(word.dataset.heat), (c) => c.charCodeAt(0)), side = Math.sqrt(heat.length);
   const picture = new ImageData(side, side);
-  heat.forEach((h, i) => {  // a blend of the two as they would be seen: over any picture, more heat is more light
+  heat.forEach((h, i) => {  // blend the two so that, over any picture, more heat looks lighter
     const high = h / 255 * HIGH[3], low = (1 - h / 255) * LOW[3], opacity = low + high;
     picture.data.set([0, 1, 2].map((k) => (low * LOW[k] + high * HIGH[k]) / opacity).concat(opacity), 4 * i);
   });
@@ -16,9 +16,9 @@ function show(word) {
   if (!idle.has(card)) idle.set(card, look.textContent);
   look.textContent = `“${word.textContent}”${word.ariaLabel.slice(word.textContent.length)}.`;
 }
-function rest(card) {  // back to the word that was clicked, or to the bare picture
-  const kept = card.querySelector('[aria-pressed=true]');
-  if (kept) return show(kept);
+function reset(card) {  // show the word that was clicked, or the bare picture
+  const pressed = card.querySelector('[aria-pressed=true]');
+  if (pressed) return show(pressed);
   card.querySelectorAll('.lit').forEach((lit) => lit.classList.remove('lit'));
   if (idle.has(card)) card.querySelector('.look').textContent = idle.get(card);
 }
@@ -26,14 +26,14 @@ const wordOf = (event) => event.target.closest?.('.words button');
 for (const kind of ['mouseover', 'focusin'])
   element.addEventListener(kind, (event) => wordOf(event) && show(wordOf(event)));
 for (const kind of ['mouseout', 'focusout'])
-  element.addEventListener(kind, (event) => wordOf(event) && rest(wordOf(event).closest('.card')));
+  element.addEventListener(kind, (event) => wordOf(event) && reset(wordOf(event).closest('.card')));
 element.addEventListener('click', (event) => {
   const word = wordOf(event);
   if (!word) return;
-  const kept = word.getAttribute('aria-pressed') === 'true';
+  const pressed = word.getAttribute('aria-pressed') === 'true';
   word.closest('.card').querySelectorAll('[aria-pressed=true]').forEach((w) => w.setAttribute('aria-pressed', false));
-  word.setAttribute('aria-pressed', !kept);
-  kept ? rest(word.closest('.card')) : show(word);
+  word.setAttribute('aria-pressed', !pressed);
+  pressed ? reset(word.closest('.card')) : show(word);
 });
 element.addEventListener('keydown', (event) => {
   const word = wordOf(event);
@@ -50,11 +50,11 @@ element.addEventListener('keydown', (event) => {
   words[to].tabIndex = 0;
   words[to].focus();
 });
-const told = document.body.appendChild(document.createElement('p'));
-told.className = 'unseen';
-told.setAttribute('role', 'status');
+const announced = document.body.appendChild(document.createElement('p'));
+announced.className = 'unseen';
+announced.setAttribute('role', 'status');
 watch('value', () => {
   const cards = [...element.querySelectorAll('.card')];
-  told.textContent = cards.map((card) => `${card.ariaLabel}: ${card.querySelector('img').alt}`).join('. ');
+  announced.textContent = cards.map((card) => `${card.ariaLabel}: ${card.querySelector('img').alt}`).join('. ');
   cards[0]?.scrollIntoView({ block: 'nearest' });
 });

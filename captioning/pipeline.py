@@ -1,9 +1,9 @@
-"""Names of pictures -> captions: pictures are decoded in threads while the model captions the ones before them.
+"""Caption pictures by name: threads decode pictures while the model captions earlier ones.
 
     for result in caption_pictures(model, picture_names(["photos/"])):
         print(result.name, result.captions or result.error)
 
-For example_usage.py and app.py. Writes nothing but a line of what folders hold besides, and one when memory runs out.
+Used by example_usage.py and app.py. Prints only what other files folders hold, and when memory runs out.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from data.tokenizer import decode
 from model import ImageCaptionModel
 from utils import autocast, choose_precision, first_line
 
-# Pictures at a time where nothing is said: as many as make the device fast; memory is found out by trying.
+# Default batch sizes, in pictures: large enough for the device's full speed, and halved where memory runs out.
 BATCH_SIZES = {"cuda": 256, "mps": 64, "cpu": 32}
 
 
 @dataclass
 class Caption:
-    """A caption, and what was asked for besides."""
+    """A caption, with its score and words where they were asked for."""
 
     text: str
     score: float | None = None
     """The model's confidence: the geometric mean of its tokens' probabilities, 0 to 1, so that captions of different
     lengths compare."""
     words: list[tuple[str, np.ndarray]] = field(default_factory=list)
-    """Each word, and how much the model looked at each patch while it wrote it: float (rows, columns), below 1 in all."""
+    """Each word, and its attention to each patch: float (rows, columns), whose sum is below 1."""
 
 
 @dataclass
 class Result:
-    """What became of a picture: its captions, the best first; or the one-line reason why there is none."""
+    """A picture's captions, the best first; or the one-line reason why there is none."""
 
     name: str
     captions: list[Caption] = field(default_factory=list)
@@ -65,9 +65,9 @@ class Result:
 
 
 def picture_names(inputs: Iterable[str]) -> list[str]:
-    """The names with folders replaced by the pictures below them and patterns by what they match, in order; for - the
-    names on standard input, one a line, or as find -print0 writes them. What else they hold is said by kind and number.
-    Raises UserError for a folder or a pattern without a picture."""
+    """Replace folders by the pictures below them, patterns by their matches, and - by the names on standard input (one
+    per line, or as find -print0 writes them), in order. Prints kinds and numbers of other files. Raises UserError for
+    a folder or a pattern without a picture."""
     names: list[str] = []
     for name in inputs:
         if name == "-":
@@ -86,7 +86,7 @@ def picture_names(inputs: Iterable[str]) -> list[str]:
 
 
 def _listed(content: bytes) -> list[str]:
-    """The names in a list: also in one of Windows, with a byte order mark and quotes, where no file has these in its name."""
+    """Split a list into names. Lists from Windows may have a byte order mark, and quotes that are in no file's name."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         content = content.decode("utf-16", "replace").encode()
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\0" if b"\0" in content else b"\n")
@@ -95,7 +95,7 @@ def _listed(content: bytes) -> list[str]:
 
 
 def _matches(pattern: str) -> list[str]:
-    """The files that a pattern matches, in order. Its ** is not left to glob, which follows links round in circles."""
+    """The files that a pattern matches, sorted. ** is expanded here, because glob follows circular links."""
     before, deep, after = f"{pattern}{'/*' * pattern.endswith('**')}".partition("**/")
     found = [] if deep else glob.glob(pattern)
     for start in (glob.glob(before) if before else ["."]) if deep else []:
@@ -106,7 +106,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _pictures(files: Iterable[str], none: str) -> list[str]:
-    """Those of the files that are pictures. Says what the others are; raises UserError, with `none`, where all are such."""
+    """The pictures among the files. Prints what the others are; raises UserError, with `none`, if none is a picture."""
     inside = list(filter(is_picture, files := list(files)))
     others = in_words(left_out(files))
     if not inside:
@@ -116,7 +116,7 @@ def _pictures(files: Iterable[str], none: str) -> list[str]:
 
 
 def picture_source(name: str, allow_private: bool = False) -> PictureSource:
-    """A URL's content; a path as it is. Raises UserError where the URL gives no picture."""
+    """The content of a URL; a path unchanged. Raises UserError where the URL gives no picture."""
     return fetch_picture(name, allow_private=allow_private) if is_url(name) else name
 
 
@@ -132,8 +132,8 @@ def caption_batch(
     attention: bool = False,
     **decoding: Any,
 ) -> list[list[Caption]]:
-    """Captions of pixels (N, 3, S, S) as prepare_picture gives them: N lists of num_return_sequences each, with their
-    scores and where their words looked, if asked for. decoding goes to model.generate."""
+    """Caption pixels (N, 3, S, S) from prepare_picture -> N lists of num_return_sequences captions, with scores and the
+    words' attention if asked for. `decoding` is passed to model.generate."""
     dtype, _ = choose_precision(precision, model.device)
     kind = "int8" if precision == "int8" else "fp32" if dtype == torch.float32 else "half"
     engine = find_engine(kind) if model.device.type == "cpu" else None
@@ -145,29 +145,29 @@ def caption_batch(
         for caption, score in zip(captions, found.mean_log_probs.exp().tolist(), strict=True):
             caption.score = score
     if found.attention is not None:
-        for caption, tokens, looks in zip(captions, found.sequences.cpu(), found.attention.cpu(), strict=True):
-            caption.words = words_seen(model.tokenizer, tokens.tolist(), looks)
+        for caption, tokens, weights in zip(captions, found.sequences.cpu(), found.attention.cpu(), strict=True):
+            caption.words = words_seen(model.tokenizer, tokens.tolist(), weights)
     number = len(captions) // len(pixels)
     return [captions[start : start + number] for start in range(0, len(captions), number)]
 
 
 def words_seen(
-    tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], looks: Tensor
+    tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], attention: Tensor
 ) -> list[tuple[str, np.ndarray]]:
-    """Tokens (L) and where each looked (L, P) -> words, each with the mean over its tokens as a square (rows, columns)."""
+    """Tokens (L), their attention (L, P) -> words, each with the mean over its tokens as a square (rows, columns)."""
     special = set(tokenizer.all_special_ids)
     words: list[list[int]] = []
-    for place, token in enumerate(tokens):
+    for index, token in enumerate(tokens):
         if token in special:
             break
-        begins = str(tokenizer.convert_ids_to_tokens(token)).startswith("Ġ")  # a space, in byte-level BPE
-        if begins or not words:
+        starts = str(tokenizer.convert_ids_to_tokens(token)).startswith("Ġ")  # a space, in byte-level BPE
+        if starts or not words:
             words.append([])
-        words[-1].append(place)
-    side = round(looks.shape[-1] ** 0.5)
-    texts = [str(tokenizer.decode([tokens[place] for place in word])).strip() for word in words]
-    seen = [looks[word].mean(0).reshape(side, side).numpy() for word in words]
-    return [(text, where) for text, where in zip(texts, seen, strict=True) if text]
+        words[-1].append(index)
+    side = round(attention.shape[-1] ** 0.5)
+    texts = [str(tokenizer.decode([tokens[index] for index in word])).strip() for word in words]
+    means = [attention[word].mean(0).reshape(side, side).numpy() for word in words]
+    return [(text, mean) for text, mean in zip(texts, means, strict=True) if text]
 
 
 def caption_pictures(
@@ -179,11 +179,11 @@ def caption_pictures(
     workers: int | None = None,
     **options: Any,
 ) -> Iterator[Result]:
-    """Captions of pictures as they come, in order but for those that cannot be read, which come as soon as that is known.
+    """Yield the captions of pictures, in order; errors of pictures that cannot be read come as soon as they are known.
 
-    source makes of a name what prepare_picture takes, in a thread. batch_size None takes as many at a time as suit the
-    device; where memory does not suffice for a batch it is halved, and so are all later ones. options go to
-    caption_batch. Raises UserError where not even one picture fits.
+    `source` turns a name into an input of prepare_picture, in a thread. batch_size None is the device's default; where
+    memory runs out, this batch and all later ones are halved. `options` are passed to caption_batch. Raises UserError
+    where not even one picture fits into memory.
     """
     size = batch_size or BATCH_SIZES[model.device.type]
     ready: list[tuple[str, Tensor]] = []
@@ -205,8 +205,8 @@ def prepared(
     ahead: int = 64,
     workers: int | None = None,
 ) -> Iterator[tuple[str, Tensor | str]]:
-    """What the model sees of each picture, in order, or why it cannot be read; up to `ahead` of them are made in advance,
-    in threads (by default one a core, 16 at most)."""
+    """Yield each picture's pixels, in order, or why it cannot be read. Up to `ahead` are prepared in advance, in
+    threads (by default one per core, 16 at most)."""
 
     def prepare(name: str) -> tuple[str, Tensor | str]:
         try:
@@ -214,7 +214,7 @@ def prepared(
         except UserError as error:
             return name, str(error)
 
-    pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))  # decoders give up Python's lock
+    pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))  # decoders release Python's global lock
     waiting: deque[Any] = deque()
     try:
         for name in names:
@@ -230,7 +230,7 @@ def prepared(
 def _captioned(
     model: ImageCaptionModel, ready: list[tuple[str, Tensor]], size: int, options: dict[str, Any]
 ) -> Generator[Result, None, int]:
-    """Captions of all that are ready, `size` at a time; returns the size that memory sufficed for."""
+    """Caption all ready pictures, `size` at a time; return the size that fits into memory."""
     while ready:
         names, pixels = zip(*ready[:size], strict=True)
         captions: list[list[Caption]] = []
@@ -240,13 +240,13 @@ def _captioned(
             if not is_out_of_memory(error):
                 raise
             if len(names) == 1:
-                said = f"not enough memory for a single picture ({first_line(error)}): use fewer --num-beams"
-                raise UserError(said) from error
-        if not captions:  # here the error, and what it held, is gone
+                message = f"not enough memory for a single picture ({first_line(error)}): use fewer --num-beams"
+                raise UserError(message) from error
+        if not captions:  # outside of except, where the error no longer holds memory
             size = len(names) // 2
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
-            tqdm.write(f"out of memory: going on with {size} pictures at a time", file=sys.stderr)
+            tqdm.write(f"out of memory: continuing with {size} pictures at a time", file=sys.stderr)
             continue
         yield from map(Result, names, captions)
         ready = ready[len(names) :]
@@ -254,7 +254,7 @@ def _captioned(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device's memory, or the machine's, did not suffice: for a CPU only in words, the
-    last of them oneDNN's."""
+    """Whether an error means that the device or the machine is out of memory. On a CPU only its text says so; the last
+    of these texts is oneDNN's."""
     words = ("out of memory", "DefaultCPUAllocator", "could not create a primitive")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)

@@ -1,10 +1,10 @@
-"""What answers the web page and its endpoint: a model that many ask at the same time, and the demo's training.
+"""Answer the web page and its endpoint: caption the pictures of many clients in batches, and train the demo.
 
     captioner = Captioner("auto", "auto")
     captioner.load("vit-gpt2-captioning.safetensors")
     captioner.submit("cat.jpg", "cat.jpg", decoding_options("normal", "safe", captions=3)).result()
 
-app.py makes the page. Nothing here knows gradio. What needs torch is imported late, for app.py --help.
+app.py makes the page. Nothing here knows gradio. torch is imported late, so that app.py --help is fast.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from captioning.pipeline import Caption
     from model import ImageCaptionModel
 
-MOST_AT_ONCE = 16  # pictures that are captioned together
-MOST_WAITING = 400  # pictures that wait for their captions; the next are told so
+MOST_AT_ONCE = 16  # pictures in a batch
+MOST_WAITING = 400  # pictures that wait for their captions; more are refused
 MOST_SHOWN = 24  # pictures at a time in the page, each with its heat maps; folders have no limit
-MOST_ERRORS = 100  # lines of what could not be captioned in a folder; the others are counted
+MOST_ERRORS = 100  # errors that are listed for a folder; the others are counted
 DEMO = [sys.executable, str(ROOT / "main.py"), "--preset", "demo", "--no-upload"]
 
 Length = Literal["short", "normal", "long"]
@@ -57,12 +57,12 @@ class Request:
     options: dict[str, Any]
     captions: Future[list[Caption]]
     group: str = ""
-    """Equal for requests that are captioned together."""
+    """Equal for requests that may share a batch."""
 
 
 class Captioner:
-    """A model that many may ask at the same time: whatever waits when it is free, and has the same options, it captions
-    together. No caption depends on what else is captioned: every picture has rows of its own, and none is padded."""
+    """A model that many clients use at the same time: waiting pictures with equal options are captioned in one batch.
+    No caption depends on the other pictures of its batch: they share no rows, and none is padded."""
 
     def __init__(self, device: str, precision: str) -> None:
         self.device = choose_device(device)[0]
@@ -70,29 +70,29 @@ class Captioner:
         self.model: ImageCaptionModel | None = None
         self.waiting: deque[Request] = deque()
         self.changed = threading.Condition()
-        decoder.shared()  # its processes start, and will be ready when pictures come
+        decoder.shared()  # starts its processes, so that they are ready for the first picture
         threading.Thread(target=self._work, daemon=True).start()
 
     def load(self, source: str) -> None:
-        """Takes this model from now on."""
+        """Use this model from now on."""
         self.model = load_model(source, str(self.device))
 
     def submit(self, picture: str | bytes, name: str, options: dict[str, Any]) -> Future[list[Caption]]:
-        """The captions, the best first, that a picture will have. Raises UserError where it cannot be read."""
+        """Queue a picture; the result will be its captions, the best first. Raises UserError if it cannot be read."""
         group = repr(sorted(options.items()))
         if self.model is None:
-            raise UserError("there is no model here yet: python main.py --preset demo trains one")
-        self._room()
+            raise UserError("there is no model here yet: train one (python main.py --preset demo)")
+        self._check_room()
         request = Request(decoder.shared().prepare(picture, self.model.config, name), options, Future(), group)
         with self.changed:
-            self._room()
+            self._check_room()
             self.waiting.append(request)
             self.changed.notify()
         return request.captions
 
-    def _room(self) -> None:
+    def _check_room(self) -> None:
         if len(self.waiting) >= MOST_WAITING:
-            raise BusyError(f"busy: {MOST_WAITING} pictures are waiting already: try again in a moment")
+            raise BusyError(f"busy: {MOST_WAITING} pictures are already waiting: try again in a moment")
 
     def _work(self) -> None:
         while True:
@@ -102,9 +102,7 @@ class Captioner:
             try:
                 for request, captions in zip(together, self._caption(together), strict=True):
                     request.captions.set_result(captions)
-            except (
-                BaseException
-            ) as error:  # a tokenizer's panic too: who asked is to hear of it, the next are to be served
+            except BaseException as error:  # also a tokenizer's panic: its clients get an error, later ones are served
                 if not isinstance(error, UserError):
                     error = UserError(in_one_line(f"captioning failed ({named(error)})"))
                 for request in together:
@@ -112,7 +110,7 @@ class Captioner:
                         request.captions.set_exception(error)
 
     def _next(self) -> list[Request]:
-        """What is captioned together next; whoever has left is passed over."""
+        """The next batch, without the requests of clients that have left."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting)
             group = self.waiting[0].group
@@ -135,7 +133,7 @@ class Captioner:
             if longest_first is not None:
                 captions.sort(key=lambda caption: len(caption.text), reverse=longest_first)
             del captions[keep:]
-            if "do_sample" in options:  # beams come in order
+            if "do_sample" in options:  # beams are already sorted by score
                 captions.sort(key=lambda caption: caption.score or 0, reverse=True)
         return answers
 
@@ -143,9 +141,9 @@ class Captioner:
 def decoding_options(
     length: Length, style: Style, captions: int, beams: int = NUM_BEAMS, attention: bool = False
 ) -> dict[str, Any]:
-    """What Captioner.submit is to be told. Safe captions are searched with beams (1: the likeliest word every time);
-    longer or shorter ones are the best of more beams by another length_penalty. Others are drawn, and longer or shorter
-    ones are the longest or shortest of three times as many."""
+    """Options for Captioner.submit. Safe captions are the best of a beam search (1 beam: greedy), with more beams and
+    another length_penalty for longer or shorter ones. The other styles sample; longer or shorter captions are then the
+    longest or shortest of three times as many."""
     options: dict[str, Any] = {"attention": attention, "keep": captions, "longest_first": None}
     if style == "safe":
         penalty = {"short": 0.0, "normal": 1.0, "long": 2.0}[length]
@@ -164,19 +162,19 @@ def decoding_options(
     }
 
 
-# What the page asks for
+# Requests of the page
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a picture is: a file that was sent here, or an address. Which of them is never guessed."""
+    """A picture to read: an uploaded file (path) or a URL. Which of them is never guessed from the name."""
 
     name: str
     path: str | None = None
     url: str | None = None
 
     def read(self, most_bytes: int) -> bytes:
-        """The file's content. Raises UserError."""
+        """Read the file's content. Raises UserError."""
         from data.fetch import fetch_picture
 
         if self.url is not None:
@@ -184,11 +182,11 @@ class Source:
         try:
             return Path(self.path or "").read_bytes()
         except OSError:
-            raise UserError(f"{self.name}: no longer here: send it again") from None
+            raise UserError(f"{self.name}: the file was deleted: upload it again") from None
 
 
 def show(captioner: Captioner, sources: Sequence[Source], options: dict[str, Any], most_bytes: int) -> str:
-    """Cards of pictures with their captions, in order; what could not be captioned has a line."""
+    """HTML of pictures with their captions, in order, and a line for each that could not be captioned."""
     waiting, cards, errors = [], [], []
     for source in sources[:MOST_SHOWN]:
         try:
@@ -211,14 +209,14 @@ def show(captioner: Captioner, sources: Sequence[Source], options: dict[str, Any
 def caption_folder(
     captioner: Captioner, sources: Sequence[Source], options: dict[str, Any], table: Path
 ) -> Iterator[str]:
-    """Writes a CSV of file, caption and confidence, and yields how far it is, as HTML. Holds the newest lines alone."""
+    """Write a CSV of file, caption and confidence, and yield progress as HTML. Only the newest lines stay in memory."""
     shown = [source for source in sources if not Path(source.name).name.startswith(".")]
     wanted = [source for source in shown if is_picture(source.name)]
     done, failed = 0, 0
     newest: deque[tuple[str, Caption]] = deque(maxlen=8)
     errors: list[str] = []
     waiting: deque[tuple[str, Future[list[Caption]]]] = deque()
-    started = said = time.monotonic()
+    started = reported = time.monotonic()
     try:
         with table.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -237,13 +235,13 @@ def caption_folder(
                     done += 1
                     newest.appendleft((name, best))
                     writer.writerow([name, best.text, f"{best.score:.4f}"])
-                    if time.monotonic() - said > 0.3:
-                        said = time.monotonic()
-                        rate, ended = done / (said - started), done + failed
+                    if time.monotonic() - reported > 0.3:
+                        reported = time.monotonic()
+                        rate, ended = done / (reported - started), done + failed
                         left = (len(wanted) - ended) / rate
                         text = f"{ended:,} of {len(wanted):,} · {rate:.1f} pictures/s · {left:.0f} s left"
                         yield progress(ended, len(wanted), text, newest, errors)
-    finally:  # whoever has left is not captioned for
+    finally:  # a client that has left needs no more captions
         for _, captions in waiting:
             captions.cancel()
     errors += [f"and {failed - MOST_ERRORS:,} more"] if failed > MOST_ERRORS else []
@@ -254,7 +252,7 @@ def caption_folder(
 
 
 def _patiently(captioner: Captioner, source: Source, options: dict[str, Any]) -> Future[list[Caption]]:
-    """Submits once there is room; a picture that cannot be read fails in its turn."""
+    """Submit as soon as the queue has room; the error of a picture that cannot be read comes as its result."""
     while True:
         try:
             return captioner.submit(str(source.path), source.name, options)
@@ -267,7 +265,7 @@ def _patiently(captioner: Captioner, source: Source, options: dict[str, Any]) ->
 
 
 class Training:
-    """The demo, trained by a process of its own."""
+    """Training of the demo, in a separate process."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
@@ -275,7 +273,7 @@ class Training:
         self.lock = threading.Lock()
 
     def start(self) -> None:
-        """Starts it, unless it runs already."""
+        """Start training, unless it is running already."""
         with self.lock:
             if self.running:
                 return
@@ -294,11 +292,11 @@ class Training:
 
     @property
     def running(self) -> bool:
-        """Whether it has been started and has not ended."""
+        """Whether training has started and not ended."""
         return self.process is not None and self.process.poll() is None
 
     def stop(self) -> None:
-        """Has it save what it has, and end."""
+        """Stop training; it saves a checkpoint first."""
         if self.running and self.process is not None:
             self.process.terminate()
             self.process.wait()

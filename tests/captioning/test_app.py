@@ -514,7 +514,7 @@ def test_what_the_endpoint_refuses_is_one_line(client, server, web, pictures, tm
     for options in ({"captions": 0}, {"captions": 6}, {"beams": 11}, {"style": "wild"}, {"length": "endless"}):
         assert "\n" not in refused(handle_file(pictures[0]), **options)
     # gradio itself would fetch an address that comes as a file, however large, and a path has to be of a file sent here.
-    assert refused(handle_file(f"{web}/picture%200.png")) == "an address goes into url, a file into picture"
+    assert refused(handle_file(f"{web}/picture%200.png")) == "picture must be a file: give a URL as url"
     for path in (model_path := str(ROOT / "README.md"), "/etc/passwd"):
         payload = {"path": path, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
         answer = httpx.post(

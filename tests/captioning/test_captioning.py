@@ -223,7 +223,7 @@ def test_overwriting_says_how_much(model, tmp_path, monkeypatch, capsys):
     Path("photos/1.caption").write_text("my own words\n")
     for flags, said in (
         ((), "2 pictures captioned"),
-        (("--overwrite",), "captions of 3 pictures that are there are overwritten"),
+        (("--overwrite",), "replacing the captions of 3 pictures"),
     ):
         monkeypatch.setattr(sys, "argv", ["example_usage.py", "photos", str(model.path), "--output", "sidecar", *flags])
         assert example_usage.main() == 0 and said in capsys.readouterr().out
@@ -259,9 +259,9 @@ def test_a_heat_map(model, tmp_path):
 
 REFUSED = [
     ("a.png --output file/captions.csv", "file/captions.csv: cannot be written"),
-    ("a.png --output notes.csv", "already there, and not with the columns file_name, caption only"),
-    ("a.png --output captions.xlsx", "name a .csv or a .jsonl file, or say sidecar"),
-    ("a.png --output sidecar --scores", "no place for scores"),
+    ("a.png --output notes.csv", "exists, but its columns are not file_name, caption"),
+    ("a.png --output captions.xlsx", "must be a .csv file, a .jsonl file or the word sidecar"),
+    ("a.png --output sidecar --scores", "cannot hold scores"),
     ("a.png --overwrite", "overwrite has no effect without --output"),
     ("http://x/a.png --output sidecar", "no folder for a text beside it"),
     ("a.png --num-captions 0", "num_captions is 0"),
@@ -299,7 +299,7 @@ def test_what_cannot_be_done_is_said_in_one_line(line, said, model, tmp_path, mo
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ("--output captions.xlsx", r"name a \.csv or a \.jsonl file"),
+        ("--output captions.xlsx", r"must be a \.csv file, a \.jsonl file"),
         ("--heatmap map.xyz", r"map\.xyz: the heat map cannot be written \(Format 'xyz' is not supported"),
         ("--heatmap absent/map.png", "No such file or directory"),
     ],
@@ -412,7 +412,7 @@ def test_what_was_stopped_goes_on(kind, number, model, tmp_path, server):
     output, error = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else -9)
     if number == signal.SIGINT:
-        assert error == f"stopped: 8 more captioned in captions.{kind}; the same command goes on from there\n"
+        assert error == f"stopped: 8 more captioned in captions.{kind}; run the same command to resume\n"
     before = path.read_bytes()
     assert before.count(b"\n") == lines and before.endswith(b"\n")
     server.handler.asked.clear()
@@ -451,20 +451,18 @@ def test_a_file_remembers_what_wrote_it(kind, model, tmp_path, monkeypatch, caps
     assert first["model"] == str(model.path) and (first["num_beams"], first["precision"]) == (3, "fp32")
     with pytest.raises(UserError) as caught:
         run_with("other.safetensors")
-    assert f"3 pictures are there, captioned with model {model.path}, weights {first['weights']}: choose" in str(
+    assert f"has captions of 3 pictures, made with model {model.path}, weights {first['weights']}: choose" in str(
         caught.value
     )
     for flags, said in (("--num-beams", "1"), "num_beams 3"), (("--do-sample",), "num_beams 3, do_sample unset"):
-        with pytest.raises(UserError, match=f"captioned with {said}"):
+        with pytest.raises(UserError, match=f"made with {said}"):
             run_with(model.path, *flags)
     Path("3.png").write_bytes(picture(3))
     model.save_file("renamed.safetensors")  # the same weights, in another place
     assert "1 pictures captioned" in run_with("renamed.safetensors") and path.read_bytes().startswith(ours)
     table = load_table("csv", path, "train")
     assert sum(len(load_table("csv", path, split)) for split in ("train", "val", "test")) == 4 and not table.missing
-    assert f"{path}: the captions of 4 pictures that are there are overwritten" in run_with(
-        "other.safetensors", "--overwrite"
-    )
+    assert f"{path}: replacing the captions of 4 pictures" in run_with("other.safetensors", "--overwrite")
     assert "4 were there" in run_with("other.safetensors") and ours.splitlines()[2] not in path.read_bytes()
 
 
@@ -544,7 +542,7 @@ def test_a_file_of_somebody_else_is_not_touched(content, tmp_path):
     for kind in ("csv", "jsonl"):
         path = tmp_path / f"captions.{kind}"
         path.write_bytes(content.encode("latin-1"))
-        with pytest.raises(UserError, match="already there, and not with the columns file_name, caption only"):
+        with pytest.raises(UserError, match="exists, but its columns are not file_name, caption"):
             open_output(str(path), [])
         assert path.read_bytes() == content.encode("latin-1")
 
@@ -558,7 +556,8 @@ def test_a_full_disk_stops_in_one_line(model, tmp_path):
     process = start(model, tmp_path, *arguments, preexec_fn=limit)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert error == "error: captions.csv: cannot be written (File too large): mend that, and the same command goes on\n"
+    resume = "fix that, and run the same command to resume"
+    assert error == f"error: captions.csv: cannot be written (File too large): {resume}\n"
     there = max(0, (tmp_path / "captions.csv").read_bytes().count(b"\n") - 1)
     assert 0 < there < 16 and f"{16 - there} pictures captioned" in run(model, tmp_path, *arguments)[0]
     assert (tmp_path / "captions.csv").read_bytes().count(b"\n") == 17
@@ -651,7 +650,7 @@ def test_a_batch_is_halved_until_memory_suffices(error, model, monkeypatch, caps
     assert [result.name for result in results] == names
     assert limited.sizes == [10, 5, 2, 2, 2, 2, 2, *[2] * 6, 1]
     assert capsys.readouterr().err.splitlines() == [
-        f"out of memory: going on with {n} pictures at a time" for n in (5, 2)
+        f"out of memory: continuing with {n} pictures at a time" for n in (5, 2)
     ]
     for seed in (0, 9, 22):
         assert results[seed].captions[0].text == caption_of(model, picture(seed))[0].text
@@ -690,7 +689,7 @@ def test_a_cpus_memory_that_does_not_suffice(tmp_path):
     """torch's real error, in a process that may not have more memory."""
     done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], cwd=ROOT, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "out of memory: going on with 80 pictures at a time" in done.stderr
+    assert "out of memory: continuing with 80 pictures at a time" in done.stderr
 
 
 def test_words_and_where_they_looked(model):

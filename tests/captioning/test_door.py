@@ -248,7 +248,7 @@ def test_no_field_of_any_event_fetches(page, route):
                             text = page.ask("GET", f"/gradio_api/call/caption/{json.loads(text)['event_id']}")[1]
                         assert "root:" not in text and "Traceback" not in text
                         if route == "queue/join" and not function.inputs[place].stateful:
-                            assert '"success":false' in text or "has to be" in text, text
+                            assert '"success":false' in text or "must be" in text, text
         assert page.ask("GET", f"/gradio_api/file={address}")[0] == 404
         assert server.asked == 0 and not [path for path in files_in(page.folder) if path.suffix == ".png"]
     finally:

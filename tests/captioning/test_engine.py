@@ -113,7 +113,7 @@ def test_without_it_torch_goes_on(monkeypatch, capsys):
     for _ in range(2):
         found = model.generate(PICTURES, max_length=6, engine=find_engine("fp32", after=0)).sequences
         assert torch.equal(found, expected)
-    assert capsys.readouterr().err == "onnxruntime cannot be used, torch goes on (division by zero)\n"
+    assert capsys.readouterr().err == "onnxruntime cannot be used, continuing with torch (division by zero)\n"
     assert torch.get_num_threads() == threads
     find_engine.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
