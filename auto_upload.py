@@ -1,10 +1,10 @@
-"""Publishes a model without ever asking, once or after every checkpoint of a run.
+"""Publish a model without asking, once or after every checkpoint of a run.
 
     HF_TOKEN=... python auto_upload.py user/name
     HF_TOKEN=... python auto_upload.py user/name --watch runs/demo-20260101-120000
 
-With --watch each new checkpoint goes to a branch of its own, step-00000500 (or all of them to --revision), and the
-finished model to main. It only reads the run, and what cannot be sent now is kept and sent later.
+With --watch each new checkpoint goes to a separate branch, such as step-00000500 (or all of them to --revision), and
+the finished model to main. The run itself is only read. What cannot be sent now is saved and sent later.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from publishing.config import UploadConfig
 from utils import StopSignal, parse_flags, printable, run_script
 from weights.file import MODEL_FILE
 
-LOOK_EVERY = 1.0  # seconds; a run keeps a checkpoint until two newer ones are there
-LONGEST_WAIT = 60.0  # seconds between attempts while the Hub is away
+POLL_EVERY = 1.0  # seconds; a run deletes a checkpoint only when there are two newer ones
+LONGEST_WAIT = 60.0  # seconds between attempts while the Hub cannot be reached
 
 
 @dataclass(kw_only=True)
@@ -29,34 +29,34 @@ class AutoConfig(UploadConfig):
     """Publish a model without asking."""
 
     watch: Path | None = None
-    """Folder of a run, which may still be training: publish each checkpoint, and the model once it is finished."""
+    """Folder of a run, which may still be training: publish each checkpoint, and the model when it is finished."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.watch and (self.pr or self.dry_run or self.model_path):
-            raise UserError("watch publishes a run as it goes: leave out --pr, --dry-run and --model-path")
+            raise UserError("watch publishes a run while it trains: leave out --pr, --dry-run and --model-path")
 
 
 def watch(config: AutoConfig, run: Path) -> int:
-    """Publishes checkpoints until the run is finished and all is uploaded. Returns 0, or 130/143 when stopped."""
-    from publishing.hub import HubAwayError, Stage, logged_in, publish  # late: --help is not to wait for torch
+    """Publish checkpoints until the run is finished and all is uploaded. Returns 0, or 130/143 if stopped."""
+    from publishing.hub import HubAwayError, Stage, logged_in, publish  # late, so that --help does not wait for torch
     from training.run import Run
 
-    logged_in()  # or all of the waiting would be for nothing
+    logged_in()  # fail now and not after the first checkpoint
     if not run.is_dir():
         raise UserError(f"{run}: no such folder: name the folder of a run")
     stage, stop, over = Stage(run), StopSignal(), threading.Event()
 
-    def gather() -> None:  # goes on while an upload takes its time
-        while not over.wait(LOOK_EVERY):
+    def gather() -> None:  # also runs during uploads, which take long
+        while not over.wait(POLL_EVERY):
             stage.gather()
 
     stage.gather()
     threading.Thread(target=gather, daemon=True).start()
-    wait, plain = LOOK_EVERY, dataclasses.replace(config, watch=None)
+    wait, plain = POLL_EVERY, dataclasses.replace(config, watch=None)
     try:
         while stop.received is None:
-            end = Run(run).finished  # before looking for the last checkpoint
+            end = Run(run).finished  # read before the last checkpoint is gathered
             stage.gather()
             try:
                 for path in stage.waiting():
@@ -64,7 +64,7 @@ def watch(config: AutoConfig, run: Path) -> int:
                     job = dataclasses.replace(plain, model_path=str(path), run=run, revision=revision, space=False)
                     publish(job, f"Checkpoint at {path.stem}")
                     stage.done(path, number)
-                    wait = LOOK_EVERY
+                    wait = POLL_EVERY
                     if stop.received is not None:
                         break
                 else:
@@ -82,12 +82,12 @@ def watch(config: AutoConfig, run: Path) -> int:
     finally:
         over.set()
         stop.restore()
-    print(f"stopped; {len(stage.waiting())} checkpoints wait in {stage.folder}: the same command sends them")
+    print(f"stopped; {len(stage.waiting())} checkpoints wait in {stage.folder}: run the same command to send them")
     return stop.exit_code
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     config = parse_flags(AutoConfig, __doc__)
     from publishing.hub import publish
 

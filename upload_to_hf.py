@@ -1,10 +1,10 @@
-"""Publishes a model on the Hugging Face Hub, with its card, for anybody to load: most with transformers alone.
+"""Publish a model and its card on the Hugging Face Hub. Anybody can load it, in most cases with transformers alone.
 
     hf auth login
     python upload_to_hf.py user/name --model-path vit-gpt2-captioning.safetensors
     python upload_to_hf.py user/name --dry-run      writes the folder and sends nothing
 
-The token comes from `hf auth login` or from HF_TOKEN. Run again, it sends only what has changed.
+The token comes from `hf auth login` or from HF_TOKEN. If run again, it sends only what has changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from utils import parse_flags, run_script
 
 
 def main() -> None:
-    """The command line; without arguments it says how it is used."""
+    """Run the command line; without arguments print its usage."""
     if not sys.argv[1:]:
         try:
             model = newest_model()
@@ -27,7 +27,7 @@ def main() -> None:
         print(f"usage: python upload_to_hf.py user/name --model-path {model}\n       (--help shows every flag)")
         return
     config = parse_flags(UploadConfig, __doc__)
-    from publishing.hub import publish  # late: --help is not to wait for torch
+    from publishing.hub import publish  # imported late, so that --help does not wait for torch
 
     publish(config)
 

@@ -1,1 +1,1 @@
-"""Publishing: a model becomes a folder, and the folder a repository of the Hugging Face Hub."""
+"""Publish a model: write it as a folder, and upload the folder to the Hugging Face Hub."""

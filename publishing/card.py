@@ -1,6 +1,6 @@
-"""The model card of a published model, written from what is known: its config, its run, what was measured.
+"""Write the model card of a published model, from its config, its run and its metrics.
 
-Never guesses: what no file says is not in the card.
+Nothing is guessed: the card has only what a file says.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
 HUB = "https://huggingface.co"
-SHOWN = 5  # sample captions
+SHOWN = 5  # sample captions in the card
 
 
 class DataSet(NamedTuple):
-    """What is known of a usual data set."""
+    """Facts about a common data set."""
 
     name: str
     about: str
@@ -37,7 +37,7 @@ class DataSet(NamedTuple):
 
 
 PEOPLE = (
-    "Its captions were written by crowd workers about photographs of mostly Western everyday life. They guess at gender, "
+    "Its captions were written by crowd workers about photographs of mostly Western everyday life. They guess gender, "
     "age, origin and occupation from looks, and models learn and amplify such guesses "
     "([Hendricks et al. 2018](https://arxiv.org/abs/1803.09797), [Zhao et al. 2021](https://arxiv.org/abs/2106.08503), "
     "[van Miltenburg 2016](https://arxiv.org/abs/1605.06083))."
@@ -45,12 +45,12 @@ PEOPLE = (
 RESEARCH = " Its pictures belong to their photographers and are for non-commercial research and education only."
 COCO = DataSet("COCO 2017", PEOPLE + " The pictures belong to their photographers, under the licences that COCO lists.")
 DATA_SETS = {
-    "scenes": DataSet("drawn scenes", "The model has seen coloured shapes on plain grounds, and nothing else."),
+    "scenes": DataSet("drawn scenes", "The model was trained on coloured shapes on plain backgrounds only."),
     "karpathy": DataSet("Karpathy's split", PEOPLE),
     "flickr8k": DataSet("Flickr8k", PEOPLE + RESEARCH),
     "flickr30k": DataSet("Flickr30k", PEOPLE + RESEARCH),
 }
-# What the Hub calls the caption metrics; the others of metrics.json say how they were made.
+# The Hub's names of the caption metrics; the other entries of metrics.json say how the metrics were made.
 HUB_METRICS = {
     **{f"bleu_{n}": "bleu" for n in (1, 2, 3, 4)},
     **{
@@ -81,7 +81,7 @@ ON_THE_HUB = {"gpt2": "openai-community/gpt2"}
 
 @dataclass(kw_only=True)
 class Facts:
-    """What a run's folder says of a model; metrics, captions and samples only where they are of these very weights."""
+    """What a run's folder says about a model; metrics, captions and samples only if they are of the same weights."""
 
     about: dict[str, Any]
     history: list[dict[str, Any]]
@@ -96,12 +96,12 @@ class Facts:
 
     @property
     def drawn(self) -> bool:
-        """Whether its pictures were drawn by scenes.py, so that anybody may show them."""
+        """Whether its pictures were drawn by data/scenes.py, so that anybody may show them."""
         return self.config.get("dataset") == "scenes"
 
     @property
     def data(self) -> DataSet:
-        """The data set, by the best name there is for it."""
+        """The training data set, with the best name that is known."""
         layout, folder = self.config.get("dataset", ""), self.config.get("data_dir")
         if layout in DATA_SETS:
             return DATA_SETS[layout]
@@ -111,16 +111,16 @@ class Facts:
 
     @property
     def tested_on(self) -> str:
-        """The data set that the metrics are of, where that is another one by its own name."""
+        """Name of the data set that the metrics are of, which may differ from the training data set."""
         layout, folder = self.config.get("dataset", ""), self.config.get("data_dir")
         usual = {"scenes": "scenes", "auto": "coco_data", "coco": "coco_data"}
-        own = Path(folder).name if folder else usual.get(layout)
-        name = str(self.metrics.get("data", own))
-        return self.data.name if own in (None, name) else name
+        trained_on = Path(folder).name if folder else usual.get(layout)
+        name = str(self.metrics.get("data", trained_on))
+        return self.data.name if trained_on in (None, name) else name
 
     @property
     def base_models(self) -> list[str]:
-        """The pretrained parts, or the whole model, that it started from."""
+        """The pretrained encoder and decoder, or the full model, that training started from."""
         config, pretrained = self.config, PRETRAINED if self.config.get("init") == "pretrained" else {}
         parts = [config.get("init_model"), config.get("init_encoder") or pretrained.get("encoder")]
         parts += [config.get("decoder") or config.get("init_decoder") or pretrained.get("decoder")]
@@ -128,7 +128,7 @@ class Facts:
 
     @property
     def seconds(self) -> float:
-        """Time spent in training steps, from the speeds that the log has."""
+        """Time spent in training steps, computed from the speeds in the log."""
         size, total, before = self.config.get("batch_size", 0) * self.config.get("accumulation_steps", 1), 0.0, 0
         for line in self.history:
             if speed := line.get("pictures_per_second"):
@@ -137,8 +137,8 @@ class Facts:
 
 
 def read_facts(folder: Path, weights_sha256: str, step: int | None = None) -> Facts:
-    """A run's folder, its log up to this step, for a file with these weights. Raises UserError where its files cannot be
-    read."""
+    """Read a run's folder, with its log up to this step, for a model with these weights. Raises UserError where its
+    files cannot be read."""
 
     def read(name: str) -> Any:
         return json_of((folder / name).read_text(encoding="utf-8"))
@@ -156,26 +156,26 @@ def read_facts(folder: Path, weights_sha256: str, step: int | None = None) -> Fa
 
 
 def local(name: str) -> bool:
-    """Whether a name of weights is a path, here or where they were trained, and nothing that the Hub knows."""
+    """Whether a name of weights is a path, here or on the machine that trained them, and not a name on the Hub."""
     path = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith(".safetensors")
     unowned = "/" not in name and not re.match(r"(distil)?gpt2", name)  # the Hub has few names without an owner
     return path or unowned or Path(name).exists()
 
 
 def base_models(model: ImageCaptionModel, run: Facts | None) -> list[str]:
-    """The models that its adapters are for, or those that its run started from."""
+    """The base models of its adapters, or the models that its run started from."""
     if model.merged:
         return hub_names(model.merged["bases"].get(part) for part in ("model", *PRETRAINED))
     return run.base_models if run else []
 
 
 def hub_names(names: Iterable[str | None]) -> list[str]:
-    """Names of weights, as the Hub has them; of a folder here the last part."""
+    """Names of weights on the Hub; for a local folder only its last component."""
     return [ON_THE_HUB.get(name, Path(name).name if local(name) else name) for name in names if name]
 
 
 def scrubbed(values: Any) -> Any:
-    """JSON values without what is only this machine's: of a path its last part, where a run writes nothing at all."""
+    """JSON values without this machine's data: paths become their last component; output_dir and resume are removed."""
     if isinstance(values, dict):
         return {name: scrubbed(value) for name, value in values.items() if name not in ("output_dir", "resume")}
     if isinstance(values, list):
@@ -191,8 +191,8 @@ Layout = Literal["transformers", "remote code", "adapters", "project"]
 
 
 def layout_of(model: ImageCaptionModel) -> Layout:
-    """How a model is published: so that transformers loads it, alone or by code that comes with it, or this project only;
-    one that adapters were merged into, as those."""
+    """The form in which a model is published: for transformers alone, for transformers with code in the repository, or
+    for this project only; a model with merged adapters is published as adapters."""
     if model.merged:
         return "adapters"
     if model.config.bridge == "cross_attention":
@@ -210,11 +210,11 @@ def write_card(
     benchmark: str | None = None,
     space: bool = False,
 ) -> None:
-    """Writes README.md into a folder that is otherwise finished, and .eval_results for a benchmark.
+    """Write README.md into an otherwise finished folder, and .eval_results for a benchmark.
 
     space: whether a Space of the same name shows the model.
-    The metadata has the evaluation results as a model-index, which holds for any data set. The newer form,
-    .eval_results, is for benchmarks that are registered on the Hub, so somebody has to name one.
+    The metadata has the evaluation results as a model-index, which works for any data set. The newer form,
+    .eval_results, is only for benchmarks that are registered on the Hub, so the user has to name one.
     """
     pixels = prepare_picture(folder / "example.png", model.config)[None]
     caption = plain(decode(model.tokenizer, model.generate(pixels, num_beams=NUM_BEAMS).sequences)[0])
@@ -248,7 +248,7 @@ def metadata(
     browser: bool,
     caption: str,
 ) -> ModelCardData:
-    """The card's head, as the Hub reads it; `caption` is what the model says of the example."""
+    """The card's metadata for the Hub; `caption` is the model's caption of the example."""
     from huggingface_hub import ModelCardData
 
     results = measured(run) if run else []
@@ -273,12 +273,12 @@ def metadata(
 
 
 def label(metric: str) -> str:
-    """A metric's name for people."""
+    """A metric's readable name."""
     return METRICS[metric].label if metric in METRICS else metric.replace("_", " ")
 
 
 def measured(run: Facts) -> list[EvalResult]:
-    """The run's metrics, as the Hub lists them."""
+    """The run's metrics in the Hub's format."""
     from huggingface_hub import EvalResult
 
     data_set = run.config.get("dataset", "")
@@ -299,13 +299,13 @@ def measured(run: Facts) -> list[EvalResult]:
 
 
 def write_eval_results(folder: Path, metrics: dict[str, Any], benchmark: str) -> None:
-    """.eval_results for a benchmark of the Hub, user/dataset:task:metric. Raises UserError for one not measured."""
+    """Write .eval_results for a benchmark of the Hub, user/dataset:task:metric. Raises UserError if not measured."""
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     from huggingface_hub.utils import yaml_dump
 
     data_set, task, metric = benchmark.split(":")
     if metric not in metrics:
-        raise UserError(f"benchmark {benchmark}: {metric} was not measured of these weights")
+        raise UserError(f"benchmark {benchmark}: {metric} was not measured with these weights")
     entry = EvalResultEntry(data_set, task, round(metrics[metric], 4), notes=protocol(metrics))
     (folder / ".eval_results").mkdir()
     path = folder / ".eval_results" / f"{data_set.replace('/', '-')}.yaml"
@@ -313,12 +313,12 @@ def write_eval_results(folder: Path, metrics: dict[str, Any], benchmark: str) ->
 
 
 def plain(text: str) -> str:
-    """A text on one line."""
+    """The text on one line."""
     return " ".join(text.split())
 
 
 def escape(text: str) -> str:
-    """Anybody's text as Markdown that shows it."""
+    """Escape untrusted text for Markdown."""
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(plain(text), quote=False))
 
 
@@ -329,12 +329,12 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def opening(config: ViTGPT2Config, run: Facts | None, caption: str, space: str | None) -> str:
-    """What it is, and an example."""
+    """Description of the model, and an example."""
     data = f", trained on {escape(run.data.name)}" if run else ""
     writer = f"a {decoder_name(config)}"
     writer += " with cross-attention writes" if config.bridge == "cross_attention" else " reads its patches and writes"
     return (
-        f"Writes captions for pictures: a vision transformer looks at {config.image_size} x {config.image_size} pixels, "
+        f"Writes captions for pictures: a vision transformer reads {config.image_size} x {config.image_size} pixels, "
         f"{writer}{data}.\n\n"
         f"![drawn shapes](example.png)\n\nIts caption of this drawing: {escape(caption) or '(nothing)'}"
         + (f"\n\nTry it on your own pictures: [the Space]({HUB}/spaces/{space})." if space else "")
@@ -342,31 +342,31 @@ def opening(config: ViTGPT2Config, run: Facts | None, caption: str, space: str |
 
 
 def decoder_name(config: ViTGPT2Config) -> str:
-    """What kind of language model it is."""
+    """Name of the decoder's kind of language model."""
     return json.loads(config.language_model)["model_type"] if config.language_model else "GPT-2"
 
 
 def usage(repository: str, model: ImageCaptionModel, browser: bool) -> str:
-    """How to load it: up to three ways."""
+    """Instructions for loading the model, up to three ways."""
     ways, layout = [], layout_of(model)
     if layout == "transformers":
         how = by_transformers(repository, "AutoModelForImageTextToText", "", "")
-        ways.append(f"With transformers, and no code from here:\n\n{how}")
+        ways.append(f"With transformers, without code from this repository:\n\n{how}")
     if layout == "remote code":
         longest = min(LONGEST, model.config.text_positions)
         trust = ", trust_remote_code=True"
         how = by_transformers(repository, "AutoModel", trust, f", max_new_tokens={longest}, num_beams={NUM_BEAMS}")
-        ways.append(f"With transformers, by the code that is here:\n\n{how}")
+        ways.append(f"With transformers and the code in this repository:\n\n{how}")
     if model.merged:
         bases = " and ".join(map(escape, base_models(model, None)))
         rounded = ", rounded to 4 bits as in training (`pip install bitsandbytes`)"
         ways.append(
-            f"These are adapters (LoRA), and what joins picture and text; the rest is {bases}, which the project loads and "
-            f"merges them into{rounded if model.merged['quantized'] else ''}."
+            f"These are adapters (LoRA), and the layers that join picture and text. The other weights are {bases}: the "
+            f"project loads them and merges the adapters into them{rounded if model.merged['quantized'] else ''}."
         )
     ways.append(
-        f"""With the project that it was trained by, or with the Python files of this repository (`hf download {repository}`), to go
-on training (`run.json`, where there is one, has the settings):
+        f"""With the project that trained it, or with the Python files of this repository (`hf download {repository}`),
+also for further training (`run.json`, if present, has the settings):
 
 ```python
 from model import ImageCaptionModel
@@ -381,7 +381,7 @@ sequences = model.generate(pixel_values, num_beams={NUM_BEAMS}).sequences  # mod
 
 
 def by_transformers(repository: str, loader: str, loading: str, options: str) -> str:
-    """Python that captions a picture: by which class, and what its loading and its generate are told besides."""
+    """Python code that captions a picture, with a class and further arguments for its loading and for generate."""
     return f"""```python
 from PIL import Image
 from transformers import AutoImageProcessor, {loader}, AutoTokenizer
@@ -397,10 +397,10 @@ print(tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip())
 
 
 def in_browser(repository: str, model: ImageCaptionModel, browser: bool) -> str:
-    """JavaScript that captions a picture, or how to get the files for it."""
+    """JavaScript code that captions a picture, or how to make the files for it."""
     if not browser:
         command = f"python convert.py onnx {repository} captioner-onnx --int8"
-        return f"There are no ONNX files here; the project makes them for transformers.js:\n\n```\n{command}\n```"
+        return f"This repository has no ONNX files; the project makes them for transformers.js:\n\n```\n{command}\n```"
     return f"""```js
 import {{ pipeline }} from '@huggingface/transformers';
 
@@ -410,7 +410,7 @@ const [{{ generated_text }}] = await captioner('photo.jpg', {{ max_new_tokens: {
 
 
 def numbers(run: Facts) -> str:
-    """The caption metrics with their intervals, and how they were made."""
+    """The caption metrics with their intervals, and how they were computed."""
     metrics, rows = run.metrics, []
     for name in HUB_METRICS:
         if name in metrics:
@@ -421,37 +421,37 @@ def numbers(run: Facts) -> str:
     where = f"{metrics.get('split', '')} pictures of {run.tested_on}"
     return (
         f"On the {escape(where)}. BLEU and ROUGE-L are fractions, CIDEr-D goes to 10.\n\n{found}\n\n"
-        f"How they were made: {protocol(metrics)}. All of them are in `metrics.json`."
+        f"How they were computed: {protocol(metrics)}. All of them are in `metrics.json`."
     )
 
 
 def protocol(metrics: dict[str, Any]) -> str:
-    """How metrics were made, in one line."""
-    said = [(name.replace("_", " "), metrics[name]) for name in PROTOCOL.split() if name in metrics]
-    return "; ".join(f"{name}: {escape(str(value))}" for name, value in said)
+    """How the metrics were computed, in one line."""
+    settings = [(name.replace("_", " "), metrics[name]) for name in PROTOCOL.split() if name in metrics]
+    return "; ".join(f"{name}: {escape(str(value))}" for name, value in settings)
 
 
 def samples(run: Facts, folder: Path) -> str:
-    """Captions of pictures that were not trained on: with the pictures where they may be shown, otherwise alone."""
+    """Captions of test pictures, with the pictures if they may be shown."""
     if (folder / "samples.png").is_file():
-        how = "Chosen by their place in the test set, not by how good they are; references in grey."
+        how = "Chosen by their position in the test set, not by their quality; references in grey."
         return f"{how}\n\n![](samples.png)"
     captions = run.captions[:: max(1, len(run.captions) // SHOWN)][:SHOWN]
     listed = "\n".join(f"- {escape(caption)}" for caption in captions)
-    how = "Captions of test pictures, chosen by their place; the pictures are not ours to show."
+    how = "Captions of test pictures, chosen by their position; the pictures may not be shown here."
     return listed and f"{how}\n\n{listed}"
 
 
 def architecture(model: ImageCaptionModel, run: Facts | None) -> str:
-    """Sizes."""
+    """A table of the model's sizes."""
     c = model.config
     how = "with cross-attention in every layer" if c.bridge == "cross_attention" else "after a prefix of the picture"
-    heads = "" if c.language_model else f"{c.decoder_num_heads} heads, "  # theirs are their own affair
+    heads = "" if c.language_model else f"{c.decoder_num_heads} heads, "  # only known for GPT-2
     layouts = {
         "transformers": "transformers' `VisionEncoderDecoderModel`",
-        "remote code": "one safetensors file, and the code by which transformers loads it",
-        "adapters": "adapters, in one safetensors file of the project's own",
-        "project": "one safetensors file of the project's own",
+        "remote code": "one safetensors file, and the code with which transformers loads it",
+        "adapters": "adapters, in one safetensors file in the project's format",
+        "project": "one safetensors file in the project's format",
     }
     vision = f"{c.vision_num_layers} layers, width {c.vision_embed_dim}"
     text = f"{c.decoder_num_layers} layers, width {c.decoder_embed_dim}"
@@ -467,10 +467,10 @@ def architecture(model: ImageCaptionModel, run: Facts | None) -> str:
 
 
 def training(run: Facts, model: ImageCaptionModel) -> str:
-    """Data, settings, hardware and time, as far as the run has written them down."""
+    """Data, settings, hardware and time, as far as the run has recorded them."""
     steps = max((line["step"] for line in run.history), default=0)
-    seen = len(model.trained_on)
-    rows = [("data", escape(run.data.name) + (f", {seen:,} pictures" if seen else ""))]
+    pictures = len(model.trained_on)
+    rows = [("data", escape(run.data.name) + (f", {pictures:,} pictures" if pictures else ""))]
     if steps:
         rows.append(("steps", f"{steps:,}" + ("" if run.metrics else " so far")))
     for name in ("hardware", "device", "precision"):
@@ -489,29 +489,29 @@ def training(run: Facts, model: ImageCaptionModel) -> str:
 
 
 def limitations(model: ImageCaptionModel, run: Facts | None) -> str:
-    """What to know before relying on captions."""
-    said = [
-        "It names what it has learned to name, and may state with the same ease what is not there. Do not rely on its "
+    """Warnings about the captions."""
+    warnings = [
+        "It names only what it has learned to name, and may also name things that are not there. Do not rely on its "
         "captions where a mistake harms somebody.",
-        f"It sees every picture squeezed to {model.config.image_size} x {model.config.image_size} pixels: small things and "
+        f"It sees every picture resized to {model.config.image_size} x {model.config.image_size} pixels: small things and "
         "text are lost.",
         (run.data.about if run else "") or "Its captions can be no better or fairer than those that it was trained on.",
     ]
     if run and run.metrics:
-        said += warnings_about(run.metrics)
-    return "\n".join(f"- {text}" for text in said if text)
+        warnings += warnings_about(run.metrics)
+    return "\n".join(f"- {text}" for text in warnings if text)
 
 
 def rights(license: str, model: ImageCaptionModel, run: Facts | None) -> str:
-    """Whose terms hold."""
+    """The licences that apply."""
     others = [name for name in base_models(model, run) if "/" in name]
     others += [run.data.name] if run and not run.drawn else []
-    also = f" The terms of {', '.join(map(escape, others))} hold besides." if others else ""
+    also = f" The terms of {', '.join(map(escape, others))} also apply." if others else ""
     return f"{license} for the weights, [Apache 2.0](https://www.apache.org/licenses/LICENSE-2.0) for the Python files.{also}"
 
 
 def citation(repository: str, model: ImageCaptionModel) -> str:
-    """How to cite it, and what it is made of."""
+    """How to cite the model, and the papers it is based on."""
     owner, name = repository.split("/")
     key = re.sub(r"\W", "", name) or "model"
     made_of = ["the encoder is that of [Dosovitskiy et al. 2020](https://arxiv.org/abs/2010.11929)"]
@@ -521,9 +521,9 @@ def citation(repository: str, model: ImageCaptionModel) -> str:
         made_of.append("the adapters are those of [Hu et al. 2021](https://arxiv.org/abs/2106.09685)")
         if model.merged["quantized"]:
             made_of.append("over weights in 4 bits, [Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)")
-    said = ", ".join(made_of)
+    papers = ", ".join(made_of)
     return f"""```bibtex
 @misc{{{key}, author = {{{owner}}}, title = {{{name}}}, howpublished = {{\\url{{{HUB}/{repository}}}}}}}
 ```
 
-{said[0].upper()}{said[1:]}."""
+{papers[0].upper()}{papers[1:]}."""

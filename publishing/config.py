@@ -1,4 +1,4 @@
-"""What upload_to_hf.py and auto_upload.py are told: their flags, apart from the code that needs torch."""
+"""Command-line options of upload_to_hf.py and auto_upload.py, apart from the code that needs torch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class UploadConfig:
     """Publish a model on the Hugging Face Hub. The token comes from HF_TOKEN or from `hf auth login`."""
 
     repository: Annotated[str, tyro.conf.Positional]
-    """user/name; it is made where there is none."""
+    """user/name; created if it does not exist."""
     model_path: str | None = None
     """The model: a file, a folder or a Hub name (default: the newest file here)."""
     base_dir: Path | None = None
-    """Folder in which the pretrained models that a file of adapters names are looked for before the Hub is asked."""
+    """Folder to search for the pretrained models that a file of adapters names, before the Hub."""
     run: Path | None = None
-    """Folder of the run that made it, for the model card (default: the one in runs/ that has the same file)."""
+    """Folder of the run that trained it, for the model card (default: the one in runs/ that has the same file)."""
     private: bool = False
-    """Make a repository that only its owner sees."""
+    """Create a private repository, which only its owner sees."""
     revision: str | None = None
     """Upload to this branch instead of main."""
     pr: bool = False
@@ -34,19 +34,19 @@ class UploadConfig:
     onnx: bool = False
     """Add ONNX files for browsers (requirements/onnx.txt)."""
     space: bool = False
-    """Also make a Gradio Space of the same name: the web page, with this model, for anybody to try."""
+    """Also create a Gradio Space of the same name: the web page with this model, for anybody to try."""
     dry_run: bool = False
     """Write the folder upload/user/name (and upload/spaces/user/name) and stop: nothing is sent."""
     force: bool = False
-    """Upload into a repository with files that were not written here; the same names are replaced."""
+    """Upload into a repository with files that this project did not write; files with the same names are replaced."""
     license: str = "apache-2.0"
     """Licence of the weights, as the Hub names it."""
     language: str | None = None
     """Language of the captions, such as en (default: known for the usual data sets)."""
     sample_pictures: bool = False
-    """Show the run's photographs in the card: only where they may be redistributed. Drawn scenes always are."""
+    """Show the run's photographs in the card; only if they may be redistributed. Drawn scenes are always shown."""
     benchmark: str | None = None
-    """A benchmark of the Hub that the run was tested on, user/dataset:task:metric, for its leaderboard."""
+    """A benchmark of the Hub on which the run was tested, user/dataset:task:metric, for its leaderboard."""
     debug: bool = False
     """Show tracebacks of errors."""
 
@@ -56,13 +56,13 @@ class UploadConfig:
         try:
             validate_repo_id(self.repository)
         except HFValidationError as error:
-            raise UserError(f"repository {self.repository!r} is no name of the Hub: {first_line(error)}") from error
+            raise UserError(f"repository {self.repository!r} is no valid Hub name: {first_line(error)}") from error
         if self.repository.count("/") != 1:
-            raise UserError(f"repository {self.repository!r} needs two parts: user/name")
+            raise UserError(f"repository {self.repository!r} must have two parts: user/name")
         if self.pr and self.revision:
-            raise UserError("pr and revision exclude each other: a pull request is opened against main")
+            raise UserError("pr and revision exclude each other: pull requests are opened against main")
         if self.space and (self.pr or self.revision):
-            raise UserError("space shows the model at the repository's main branch: leave out revision and pr")
+            raise UserError("space shows the model of the repository's main branch: leave out revision and pr")
         if self.space:
             gradio_version()  # before anything is sent
         if self.benchmark and (self.benchmark.count(":") != 2 or self.benchmark.split(":")[0].count("/") != 1):

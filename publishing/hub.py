@@ -1,7 +1,7 @@
-"""Publishing: a model becomes a folder that others load, and the folder a repository of the Hub; also a Space, to try it in.
+"""Publish a model: write it as a folder that others can load, and upload it to the Hub; optionally with a Space.
 
-The Hub's client does all of the talking. Two scripts call this, upload_to_hf.py and auto_upload.py; offer_upload is for
-the end of a training run. A token is found by the client (HF_TOKEN, or what `hf auth login` saved) and never seen here.
+The Hub's client sends all requests. upload_to_hf.py and auto_upload.py call this module; offer_upload is for the end of
+a training run. The client finds the token (HF_TOKEN, or what `hf auth login` saved); this code never reads it.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Kind = Literal["model", "space"]
-CODE = ("config", "model")  # with what they import: to load the model and to train it further
+CODE = ("config", "model")  # and all that they import: to load the model and to train it further
 SPACE_CODE = ("app",)
 PICTURE, SAMPLES = "example.png", "samples.png"
 BESIDE = ["README.md", "run.json", "metrics.json", PICTURE, SAMPLES, "onnx", ".eval_results"]
 MANIFEST = "published_files.json"  # names of all files of an upload, which the next one may delete
-OURS = [*WRITTEN, MODEL_FILE, f"{MODULE}.py", *BESIDE]  # of models of any kind
-# Uploads from before there was a manifest held some of these modules.
+OURS = [*WRITTEN, MODEL_FILE, f"{MODULE}.py", *BESIDE]  # files of models of any kind
+# Uploads of versions without a manifest held some of these modules.
 OLDER_MODULES = (
     "adapters app attention auto_upload benchmark benchmark_training cache captioning card check checkpoint config "
     "convert dataset distributed download estimates evaluate example_usage fetch files generation graphs job "
@@ -54,16 +54,16 @@ OLDER_MODULES = (
     "upload_to_hf utils"
 )
 OLDER_FILES = [f"{name}.py" for name in OLDER_MODULES.split()]
-PASSING = {408, 429, 500, 502, 503, 504}  # statuses of a Hub that may be well again in a moment
-PATIENCE = 10.0  # seconds in which a request is tried again; the client's own retries of some requests go on for longer
+PASSING = {408, 429, 500, 502, 503, 504}  # HTTP statuses of errors that may be temporary
+PATIENCE = 10.0  # seconds during which a request is retried; the client itself retries some requests for longer
 
 
 class HubAwayError(UserError):
-    """The Hub cannot be reached, or not now: the same command may succeed later."""
+    """The Hub cannot be reached now: the same command may succeed later."""
 
 
 def publish(config: UploadConfig, message: str = "Upload the model") -> str:
-    """Writes the folder and uploads it; prints and returns where it is. Raises UserError, HubAwayError if it may pass."""
+    """Write the folder and upload it; print and return its address. Raises UserError (HubAwayError if temporary)."""
     kinds: list[Kind] = ["model", "space"] if config.space else ["model"]
     if config.dry_run:
         model, run = find_model(config)
@@ -77,25 +77,25 @@ def publish(config: UploadConfig, message: str = "Upload the model") -> str:
     before = {kind: patiently(config.repository, partial(make_ready, api, config, kind)) for kind in kinds}
     # A request for a pull request whose answer is lost must not open a second one.
     again = once if config.pr else patiently
-    places = []
+    addresses = []
     with tempfile.TemporaryDirectory(prefix="upload-") as temporary:
         for kind in kinds:
             WRITERS[kind](Path(temporary) / kind, config, model, run)
-            # Before gigabytes go out.
+            # Before gigabytes are sent.
             patiently(config.repository, partial(check_card, api, Path(temporary) / kind, kind))
         for kind in kinds:
             folder = Path(temporary) / kind
             after, where = again(config.repository, partial(send, api, config, folder, message, kind))
             print(f"{where}: nothing had changed" if after == before[kind] else f"uploaded to {where}")
-            places.append(where)
-    return places[0]
+            addresses.append(where)
+    return addresses[0]
 
 
-# What there is to publish
+# The model and its folder
 
 
 def find_model(config: UploadConfig) -> tuple[ImageCaptionModel, Facts | None]:
-    """The model, and the run that made it where that is known. Raises UserError, also for what is of no use to others."""
+    """The model, and the run that trained it if known. Raises UserError, also for a model that others could not use."""
     from captioning.models import newest_model
 
     source = config.model_path or newest_model()
@@ -106,17 +106,17 @@ def find_model(config: UploadConfig) -> tuple[ImageCaptionModel, Facts | None]:
     for base in bases:
         if local(base):
             where = f" --base-dir {config.base_dir}" if config.base_dir else ""
-            whole = f"make one whole model (python convert.py merge {source} whole.safetensors{where}) and publish that"
-            raise UserError(f"{source}: adapters for {base}, which nobody else has: {whole}")
+            merge = f"make a merged model (python convert.py merge {source} merged.safetensors{where}) and publish that"
+            raise UserError(f"{source}: adapters for {base}, which nobody else has: {merge}")
     if config.onnx and layout_of(model) != "transformers":
-        raise UserError(f"{source}: only whole models with cross-attention have ONNX files: leave out --onnx")
+        raise UserError(f"{source}: only full models with cross-attention have ONNX files: leave out --onnx")
     found = Run(config.run) if config.run else Run.of_model(Path(source))
-    step = re.search(r"step-(\d+)", source)  # of a checkpoint
+    step = re.search(r"step-(\d+)", source)  # the name of a checkpoint
     return model, read_facts(found.folder, weights_sha256(model), int(step[1]) if step else None) if found else None
 
 
 def code_files(names: Sequence[str]) -> list[str]:
-    """The files of these modules and of those that they import, with the texts beside them and folders' own files."""
+    """The files of these modules and of all that they import, with the text files beside them and each __init__.py."""
     found: set[str] = set()
     todo = list(names)
     while todo:
@@ -127,7 +127,7 @@ def code_files(names: Sequence[str]) -> list[str]:
         if path in found or not file.is_file():
             continue
         found.add(path)
-        if "." in name:  # in a folder: at the top, such names are of models and logs
+        if "." in name:  # in a folder: at the top level, files of such names are models and logs
             todo.append(name.rpartition(".")[0])
             texts = [text for end in ("css", "html", "js", "txt") for text in file.parent.glob(f"{file.stem}.*{end}")]
             found |= {text.relative_to(ROOT).as_posix() for text in texts}
@@ -141,7 +141,7 @@ def code_files(names: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def repository_folder(directory: Path, names: Sequence[str], modules: Sequence[str]) -> Iterator[Path]:
-    """A folder to fill with these names; the modules and what they import, and the manifest, come into it as well."""
+    """A folder to fill with these names; adds the modules, all that they import, and the manifest."""
     code = code_files(modules)
     earlier = files_of(directory) or OLDER_FILES
     written = [*names, MANIFEST, *(Path(name).parts[0] for name in (*code, *earlier))]
@@ -155,7 +155,7 @@ def repository_folder(directory: Path, names: Sequence[str], modules: Sequence[s
 
 
 def files_of(folder: Path) -> list[str]:
-    """What an earlier upload wrote into a folder, by its manifest; nothing where there is none that can be read."""
+    """Files that an earlier upload wrote into a folder, from its manifest; none if no manifest can be read."""
     try:
         names = json_of((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -164,16 +164,16 @@ def files_of(folder: Path) -> list[str]:
 
 
 def write_space_folder(directory: Path, config: UploadConfig, model: ImageCaptionModel, run: Facts | None) -> None:
-    """Everything that is uploaded to a Space."""
+    """Write everything that is uploaded to a Space."""
     with repository_folder(directory, [MARKER, "README.md", *SPACE_FILES], SPACE_CODE) as folder:
         write_space(folder, config.repository, model.merged)
         write_json(folder / MARKER, {})
 
 
 def write_model_folder(directory: Path, config: UploadConfig, model: ImageCaptionModel, run: Facts | None) -> None:
-    """Everything that is uploaded of a model. Equal models give equal folders: no dates, no paths of this machine."""
+    """Write all that is uploaded of a model. Equal models give equal folders: no dates, no paths of this machine."""
     layout = layout_of(model)
-    model.tokenizer = model.tokenizer  # GPT-2's, where none came with the weights
+    model.tokenizer = model.tokenizer  # GPT-2's tokenizer, if the weights came without one
     with repository_folder(directory, OURS, CODE) as folder:
         if layout == "transformers":
             write_transformers(model.saved(), folder)
@@ -185,7 +185,7 @@ def write_model_folder(directory: Path, config: UploadConfig, model: ImageCaptio
         if layout != "transformers":
             write_json(folder / MARKER, {})
         scene, _, rng = make_scene(0, "example", 0)
-        draw(scene, rng).save(folder / PICTURE)  # ours, so that anybody may redistribute it
+        draw(scene, rng).save(folder / PICTURE)  # drawn by this project, so that anybody may redistribute it
         if config.onnx:
             from captioning.onnx import save_onnx
 
@@ -209,7 +209,7 @@ WRITERS = {"model": write_model_folder, "space": write_space_folder}
 
 
 def logged_in() -> HfApi:
-    """The Hub's client. Raises UserError, before anything is asked of the Hub, where there is no token."""
+    """The Hub's client. Raises UserError where there is no token, before any request is sent."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars
 
@@ -222,22 +222,22 @@ def logged_in() -> HfApi:
 
 
 def make_ready(api: HfApi, config: UploadConfig, kind: Kind) -> str | None:
-    """Makes the repository, a model's or a Space's, and the branch where they are missing; returns the commit that the
-    upload will follow.
+    """Create the repository (of a model or a Space) and the branch if they are missing; return the parent commit of the
+    upload.
 
-    Raises UserError for a repository that the upload would spoil.
+    Raises UserError for a repository that the upload would damage.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     name = config.repository
     what = f"the Space {name}" if kind == "space" else name
-    look = partial(api.space_info if kind == "space" else api.model_info, name)
+    info_of = partial(api.space_info if kind == "space" else api.model_info, name)
     try:
-        info = look()
+        info = info_of()
     except RepositoryNotFoundError:
         sdk = "gradio" if kind == "space" else None
         api.create_repo(name, repo_type=kind, space_sdk=sdk, private=config.private or None, exist_ok=True)
-        info = look()
+        info = info_of()
     if config.private and not info.private:
         raise UserError(f"{what} exists and everybody can see it: make it private in its settings, or name another")
     made_by_the_hub = {".gitattributes", *(["README.md"] if kind == "space" else [])}
@@ -248,12 +248,12 @@ def make_ready(api: HfApi, config: UploadConfig, kind: Kind) -> str | None:
         raise UserError(f"{what} holds files that were not written here ({some}): {advice}")
     if config.revision and not config.revision.startswith("refs/"):
         api.create_branch(name, branch=config.revision, exist_ok=True)
-    return look(revision=config.revision).sha if config.revision else info.sha
+    return info_of(revision=config.revision).sha if config.revision else info.sha
 
 
 def check_card(api: HfApi, folder: Path, kind: Kind) -> None:
-    """Has the Hub look at the card. Raises ValueError for one that it refuses. (The client's own check asks
-    huggingface.co before version 2, whatever HF_ENDPOINT says.)"""
+    """Let the Hub validate the card. Raises ValueError for a card that it refuses. (Before version 2 the client's own
+    check asks huggingface.co, even if HF_ENDPOINT is set.)"""
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     card = {"repoType": kind, "content": (folder / "README.md").read_text(encoding="utf-8")}
@@ -264,7 +264,7 @@ def check_card(api: HfApi, folder: Path, kind: Kind) -> None:
 
 
 def send(api: HfApi, config: UploadConfig, folder: Path, message: str, kind: Kind) -> tuple[str, str]:
-    """Uploads the folder in one commit; what an earlier upload wrote and this one lacks is deleted with it.
+    """Upload the folder in one commit, which also deletes files of an earlier upload that this one lacks.
 
     Returns the commit and its address. The client sends only what the Hub does not have.
     """
@@ -283,8 +283,8 @@ def send(api: HfApi, config: UploadConfig, folder: Path, message: str, kind: Kin
 
 
 def written_before(api: HfApi, config: UploadConfig, kind: Kind) -> list[str]:
-    """Patterns of what earlier uploads wrote into the repository: all that its manifest names, and what a model has
-    beside its code. None of a repository that was not written here."""
+    """Patterns of the files that earlier uploads wrote into the repository: all that its manifest names, and a model's
+    files beside its code. Empty for a repository that this project did not write."""
     name, revision = config.repository, config.revision
     files = set(api.list_repo_files(name, repo_type=kind, revision=revision))
     if MARKER not in files:
@@ -297,20 +297,20 @@ def written_before(api: HfApi, config: UploadConfig, kind: Kind) -> list[str]:
 
 
 def patiently(name: str, action: Callable[[], T]) -> T:
-    """What the action returns; it is tried again for a while where the Hub is away. Raises UserError."""
-    began, wait = time.monotonic(), 1.0
+    """Return the action's result; retry for PATIENCE seconds while the Hub cannot be reached. Raises UserError."""
+    started, wait = time.monotonic(), 1.0
     while True:
         try:
             return once(name, action)
         except HubAwayError:
-            if time.monotonic() - began + wait > PATIENCE:
+            if time.monotonic() - started + wait > PATIENCE:
                 raise
         time.sleep(wait)
         wait *= 2
 
 
 def once(name: str, action: Callable[[], T]) -> T:
-    """What the action returns. Turns the client's errors into one line, those that may pass into HubAwayError."""
+    """Return the action's result. The client's errors become a UserError of one line, temporary ones a HubAwayError."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
@@ -319,17 +319,17 @@ def once(name: str, action: Callable[[], T]) -> T:
         raise
     except OfflineModeIsEnabled as error:
         raise UserError(f"{name}: HF_HUB_OFFLINE is set: unset it to upload") from error
-    except Exception as error:  # the client's own dozen, those of its HTTP library and of its storage's
+    except Exception as error:  # a dozen classes of the client, its HTTP library and its storage library
         cause: Any = error
-        while type(cause) is RuntimeError and cause.__cause__:  # it says which file, not why
+        while type(cause) is RuntimeError and cause.__cause__:  # it names the file, not the reason
             cause = cause.__cause__
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        ours = type(cause).__name__ in ("LocalProtocolError", "UnsupportedProtocol", "InvalidURL")  # will not pass
+        ours = type(cause).__name__ in ("LocalProtocolError", "UnsupportedProtocol", "InvalidURL")  # not temporary
         lost = type(cause).__module__.startswith(("httpx", "hf_xet")) and not ours
         lost |= isinstance(cause, json.JSONDecodeError)
         if status in PASSING or (status is None and lost):
             again = "run again, only what is missing will be sent"
-            raise HubAwayError(f"{name}: the Hub is away ({first_line(cause)}): {again}") from error
+            raise HubAwayError(f"{name}: the Hub cannot be reached now ({first_line(cause)}): {again}") from error
         if status in (401, 403):
             why = "does not know this token" if status == 401 else "does not allow this token to write there"
             advice = "run `hf auth login` or set another HF_TOKEN"
@@ -342,9 +342,9 @@ def once(name: str, action: Callable[[], T]) -> T:
 
 
 def offer_upload(model_path: Path | str = MODEL_FILE) -> None:
-    """Asks once, at the end of training, whether to publish the model; never where nobody can answer.
+    """Ask once, at the end of training, whether to publish the model; never where nobody can answer.
 
-    An upload that fails is one line: the run has succeeded.
+    A failed upload prints one line and raises nothing: the run has succeeded.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return
@@ -369,47 +369,47 @@ def offer_upload(model_path: Path | str = MODEL_FILE) -> None:
 
 
 class Stage:
-    """Keeps a run's new checkpoints until they are uploaded, as the run itself deletes its older ones.
+    """Save a run's new checkpoints until they are uploaded, as the run deletes its older ones.
 
-    Only reads the run: a checkpoint's folder appears by a rename, so one that is there is whole. Its model gets a second
-    name (a hard link, a copy where that cannot be) in a folder beside the run, and stays there until it is uploaded, if
-    need be by the next process.
+    Only reads the run: a checkpoint's folder is renamed into place, so an existing one is complete. Its model is
+    hard-linked (or copied, where links are not possible) into a folder beside the run, and stays there until it is
+    uploaded, possibly by a later process.
     """
 
     def __init__(self, run: Path) -> None:
         self.run = run.absolute()
         self.folder = self.run.with_name(f".{self.run.name}.upload")
-        self._seen: set[tuple[str, int, int]] = set()
+        self._saved: set[tuple[str, int, int]] = set()
 
     def gather(self) -> None:
-        """Takes what is new."""
+        """Save the checkpoints that are new."""
         for path in sorted(self.run.glob("checkpoints/step-*/model.safetensors")):
             try:
                 about = path.stat()
                 key = (path.parent.name, about.st_ino, about.st_mtime_ns)
-                if key not in self._seen:
+                if key not in self._saved:
                     self.folder.mkdir(exist_ok=True)
                     if self.folder.is_symlink():
-                        raise UserError(f"{self.folder}: is a link, which could lead anywhere: delete it")
-                    take(path, self.folder / f"{path.parent.name}.safetensors")
-                    self._seen.add(key)
-            except FileNotFoundError:  # deleted by the run while we looked: it was there, and taken, before
+                        raise UserError(f"{self.folder}: is a link, which could point anywhere: delete it")
+                    link_or_copy(path, self.folder / f"{path.parent.name}.safetensors")
+                    self._saved.add(key)
+            except FileNotFoundError:  # deleted by the run meanwhile: it was saved before
                 continue
 
     def waiting(self) -> list[Path]:
-        """What is still to be uploaded, oldest first."""
+        """Files that are still to be uploaded, oldest first."""
         return sorted(self.folder.glob("step-*.safetensors"))
 
     def done(self, path: Path, number: int) -> None:
-        """The file that had this inode is uploaded; a run that began anew may have put another in its place."""
+        """Delete an uploaded file, unless its inode is another one: a restarted run may have replaced it."""
         if path.stat().st_ino == number:
             path.unlink()
         if not self.waiting():
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def take(source: Path, target: Path) -> None:
-    """Gives a file a second name, or copies it; the target appears whole."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it; the target is written atomically."""
     with whole(target) as unfinished:
         unfinished.unlink()
         try:

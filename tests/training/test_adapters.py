@@ -383,7 +383,7 @@ def test_adapters_for_a_captioner(scenes_dir, tmp_path, monkeypatch):
     Path(MODEL_FILE).rename("base.safetensors")
     assert train(dataclasses.replace(config, init_model="base.safetensors")) == 0
     assert ImageCaptionModel.from_pretrained(MODEL_FILE).config.bridge == "cross_attention"
-    with pytest.raises(UserError, match=r"adapters for base.safetensors, which nobody else has: make one whole model"):
+    with pytest.raises(UserError, match=r"adapters for base.safetensors, which nobody else has: make a merged model"):
         publish(UploadConfig(repository="user/name", model_path=MODEL_FILE, dry_run=True))
     Path(MODEL_FILE).replace("base.safetensors")
     with pytest.raises(UserError, match="learned on other weights than those of base"):
