@@ -180,9 +180,9 @@ def test_what_cannot_be_is_refused_in_one_line(bases, tmp_path, monkeypatch):
         TrainConfig(lora=True)
     with pytest.raises(UserError, match="merge has no effect"):
         TrainConfig(merge=True)
-    with pytest.raises(UserError, match="is no regular expression"):
+    with pytest.raises(UserError, match="is not a regular expression"):
         TrainConfig(lora_targets="(")
-    with pytest.raises(UserError, match="brings its own prompt"):
+    with pytest.raises(UserError, match="the prompt comes with init_model"):
         TrainConfig(init_model="x", prompt="a photo of")
     for changes in ({"lora_targets": "nothing"}, {"lora_targets": "encoder.*", "freeze": ("encoder",)}):
         with pytest.raises(UserError, match="fits no pretrained linear layer"):

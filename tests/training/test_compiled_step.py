@@ -83,7 +83,7 @@ def test_compiled_kernels_give_the_same_losses(scenes_dir, tmp_path, monkeypatch
 
 def test_four_bits_are_not_compiled():
     """bitsandbytes changes the type of a bias while it computes, which ended a run in a compiler's traceback."""
-    with pytest.raises(UserError, match="compile is not for qlora"):
+    with pytest.raises(UserError, match="compile does not support qlora"):
         TrainConfig(init="pretrained", qlora=True, compile=True)
 
 

@@ -108,7 +108,7 @@ UNFIT = [{"qlora": True}, {"compile": True}, {"optimizer": "muon"}, {"objective"
 @pytest.mark.parametrize("unfit", UNFIT, ids=lambda changes: next(iter(changes)))
 def test_what_does_not_go_together(config, unfit):
     started = {} if "init_model" in unfit else {"init_encoder": "a", "decoder": "b"}
-    with pytest.raises(UserError, match="shard is for adamw and cross_entropy without qlora and compile: leave it out"):
+    with pytest.raises(UserError, match="shard needs adamw and cross_entropy, without qlora and compile: leave it out"):
         TrainConfig(shard=True, **started, **unfit)
 
 

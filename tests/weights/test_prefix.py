@@ -213,7 +213,7 @@ def test_a_cross_attention_model_has_not_changed():
 def test_what_does_not_fit_is_refused_in_one_line(pair, tmp_path):
     _, ours = pair
     for changes, words in (
-        ({"bridge": "prefix", "max_length": 6}, "no room for a caption behind a picture's 5 positions"),
+        ({"bridge": "prefix", "max_length": 6}, "no room for a caption after the picture's 5 positions"),
         ({"prefix_length": 4}, "needs bridge prefix"),
         ({"bridge": "adapter"}, "use cross_attention or prefix"),
     ):
