@@ -1,7 +1,6 @@
-"""What every script stands on: flags, one-line errors, signals, files written whole, the cache on disk, device and
-precision chosen with a reason.
+"""Helpers for every script: flags, one-line errors, signals, atomic writes, the disk cache, device and precision.
 
-Knows nothing of models or data.
+Nothing here depends on models or data.
 """
 
 from __future__ import annotations
@@ -30,23 +29,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from config import UserError
 
-if TYPE_CHECKING:  # torch takes a second to import, which --help is not to wait for
+if TYPE_CHECKING:  # importing torch takes a second, and --help should not wait for it
     import torch
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent  # of this repository
-# A terminal that is closed sends SIGHUP, Slurm SIGUSR1 before a job's time ends if it is told to; Windows has neither.
+# Closing a terminal sends SIGHUP. Slurm can be set to send SIGUSR1 before a job's time ends. Windows has neither.
 STOP_SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-LEFT_AFTER = 24 * 60 * 60  # seconds after which what is unfinished is taken for a killed process's
-HUB_SECONDS = 10.0  # that the Hub has to answer in
-# Where the clients look for what they prove themselves with; the files hold a token alone.
+LEFT_AFTER = 24 * 60 * 60  # seconds; an older unfinished file belongs to a process that was killed
+HUB_SECONDS = 10.0  # timeout of a request to the Hub
+# Environment variables with access tokens, by service.
 TOKENS = {"hub": ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"], "kaggle": ["KAGGLE_API_TOKEN", "KAGGLE_KEY"]}
 TOKENS |= {"wandb": ["WANDB_API_KEY"]}
-JOINED = re.compile(r"(?<=[^\x00-\x7f\s])([\u200c\u200d])(?=[^\x00-\x7f\s])")  # in Persian, in Hindi, in emoji
+JOINED = re.compile(r"(?<=[^\x00-\x7f\s])([\u200c\u200d])(?=[^\x00-\x7f\s])")  # joiners in Persian, Hindi and emoji
 
 
 def module_file(name: str) -> Path:
-    """The file of a module of this project, such as "data.table"; it is not there for anybody else's."""
+    """The file of a module of this project, such as "data.table". For any other module, no such file exists."""
     return ROOT.joinpath(*name.split(".")).with_suffix(".py")
 
 
@@ -54,20 +53,20 @@ def module_file(name: str) -> Path:
 
 
 class Printed(io.FileIO):
-    """Where a script prints. What cannot be written any more (a pipe's reader left, the disk is full, the terminal is gone)
-    is dropped; the first time it is an error, unless the script is to go on without a reader."""
+    """A script's output stream. Output that cannot be written (the pipe's reader exited, the disk is full, the terminal
+    was closed) is dropped. The first failure raises an error, unless `goes_on`: then the script continues."""
 
     goes_on = failed = False
     lost: ClassVar[str] = ""
-    """Why standard output is dropped."""
+    """Why standard output is dropped; empty if it is not."""
 
     def write(self, content: Any) -> int:
-        """Writes all of it, or drops it."""
+        """Write all of the content, or drop it."""
         done = 0
         try:
             while done < len(content) and not self.failed:
                 written = super().write(memoryview(content)[done:])
-                if written is None:  # somebody has made it non-blocking, and its reader is slow
+                if written is None:  # the stream was made non-blocking, and its reader is slow
                     select.select([], [self], [])
                 done += written or 0
         except OSError as error:
@@ -76,14 +75,14 @@ class Printed(io.FileIO):
                 Printed.lost = str(error.strerror)
                 if not self.goes_on:
                     raise
-                print(f"nothing more can be printed ({error.strerror}): going on without", file=sys.stderr)
+                print(f"nothing more can be printed ({error.strerror}): continuing without output", file=sys.stderr)
         return len(content)
 
 
 def open_streams(goes_on: bool) -> None:
-    """Sees to it that no print ends a script: a stream that was closed before leads nowhere, a character that the console's
-    encoding lacks is replaced; for what cannot be written see Printed."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # or a file opened later would get it, and what is printed
+    """Make sure that printing never ends a script. A closed stream is opened on os.devnull, a character that the
+    console's encoding lacks is replaced, and Printed handles failing writes."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # else printed text would go into a file opened later
         pass
     os.close(number)
     sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8")
@@ -97,9 +96,9 @@ def open_streams(goes_on: bool) -> None:
 
 
 def run_script(main: Callable[[], int | None], goes_on: bool = False) -> None:
-    """Runs a script's main: a UserError becomes one line and exit code 2, Ctrl-C exit code 130. --debug shows tracebacks.
+    """Run a script's main: a UserError becomes one line and exit code 2, Ctrl-C exit code 130. --debug: show tracebacks.
 
-    goes_on: whether it has more to do than to print, so that it goes on when nobody reads that any more."""
+    goes_on: the script does more than print, so it continues when its output can no longer be written."""
     debug = "--debug" in sys.argv
     open_streams(goes_on)
     try:
@@ -110,7 +109,7 @@ def run_script(main: Callable[[], int | None], goes_on: bool = False) -> None:
     except UserError as error:
         if debug:
             print(trace(), file=sys.stderr)
-        # From a loader's worker the message comes with a traceback before it.
+        # An error in a loader's worker has a traceback before its message.
         print(f"error: {printable(str(error).rpartition('config.UserError: ')[2].strip())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
@@ -118,7 +117,7 @@ def run_script(main: Callable[[], int | None], goes_on: bool = False) -> None:
         code = 130
     except Exception as error:
         code = 1
-        if not (isinstance(error, BrokenPipeError) and Printed.lost):  # the reader of a pipe left: `... | head`
+        if not (isinstance(error, BrokenPipeError) and Printed.lost):  # the pipe's reader exited: `... | head`
             if debug:
                 print(trace(), file=sys.stderr)
             print(f"error: {named(error)} (--debug shows where)", file=sys.stderr)
@@ -126,7 +125,7 @@ def run_script(main: Callable[[], int | None], goes_on: bool = False) -> None:
 
 
 def parse_flags(kind: type[T], description: str | None, arguments: list[str] | None = None, **options: Any) -> T:
-    """The config that a command line describes, by tyro. A UserError from the config's own checks comes out as such."""
+    """Parse a command line into a config with tyro. A UserError from the config's checks is raised unchanged."""
     import tyro  # late: only scripts need it
 
     complaint = io.StringIO()
@@ -145,16 +144,16 @@ def parse_flags(kind: type[T], description: str | None, arguments: list[str] | N
 
 
 class StopSignal:
-    """Turns the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 into a wish to stop at the next step; a second one stops at once,
-    but for SIGHUP, which a shell and the system send both when a terminal is closed."""
+    """Turn the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 into a request to stop at the next step. A second signal stops
+    at once, except SIGHUP: when a terminal closes, both the shell and the system send it."""
 
     def __init__(self, grace: float = 0.0) -> None:
-        """Within `grace` seconds a second one is taken for the first: torchrun passes on what a terminal, or Slurm, has
-        sent to its processes already."""
+        """A second signal within `grace` seconds is ignored: torchrun forwards a signal that the terminal or Slurm has
+        already sent to its processes."""
         self.received: int | None = None
         self._grace, self._since = grace, 0.0
         numbers = [getattr(signal, name) for name in STOP_SIGNALS]
-        # What nohup has set to be ignored stays so; shells ignore SIGINT for all that runs in the background.
+        # Signals that nohup ignores stay ignored. SIGINT is always handled: shells ignore it for background processes.
         heard = [n for n in numbers if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._handle) for number in heard}
 
@@ -166,17 +165,17 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int:
-        """What the process is to end with."""
+        """The exit code that the process should end with."""
         return exit_code_of(self.received or signal.SIGTERM)
 
     def restore(self) -> None:
-        """Gives the signals back to whoever had them."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
 
 def exit_code_of(number: int) -> int:
-    """130 for Ctrl-C, as shells report it, and 143 for whatever else asks a process to end."""
+    """The exit code for a signal: 130 for Ctrl-C, as in shells, and 143 for all others."""
     return 130 if number == signal.SIGINT else 143
 
 
@@ -184,35 +183,35 @@ def exit_code_of(number: int) -> int:
 
 
 def some(names: list[str]) -> str:
-    """How many tensors, and the first three by name, to be printed."""
+    """A printable count of tensors, with the names of the first three."""
     first = shown(", ".join(names[:3]))
     return f"{len(names)} tensors ({first}{', ...' if len(names) > 3 else ''})" if names else "nothing"
 
 
 def first_line(error: BaseException) -> str:
-    """An error's text without what follows on further lines, to be printed; its kind where it has no text."""
+    """The first line of an error's text, printable; its type if it has no text."""
     return printable(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
 def named(error: BaseException) -> str:
-    """An error's kind and the first line of its text."""
+    """An error's type and the first line of its text."""
     kind, line = type(error).__name__, first_line(error)
     return kind if line == kind else f"{kind}: {line}"
 
 
 def in_one_line(message: str) -> str:
-    """With line breaks, lone surrogates and the like, which a file's name may hold, written as escapes."""
+    """The message with line breaks, lone surrogates and the like (a file name may contain them) written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in message)
 
 
 def shown(text: object) -> str:
-    """A caption, a name, a stranger's words as a terminal may get them: in one line, nothing in it moves the cursor or
-    turns letters round. What joins letters or emoji stays."""
+    """Untrusted text (a caption, a name) made safe for a terminal: one line, without characters that move the cursor or
+    reverse the text. Characters that join letters or emoji stay."""
     return "".join(part if part in "\u200c\u200d" else in_one_line(part) for part in JOINED.split(str(text)))
 
 
 def tokens(service: str) -> dict[str, str]:
-    """What this process may prove itself with there, by where it stands."""
+    """The access tokens for a service, by the environment variable or file that holds them."""
     found = {name: os.environ[name] for name in TOKENS[service] if os.environ.get(name)}
     hub, home = sys.modules.get("huggingface_hub.constants"), os.path.expanduser("~/.kaggle/access_token")
     files = {"hub": getattr(hub, "HF_TOKEN_PATH", ""), "kaggle": home}
@@ -222,14 +221,14 @@ def tokens(service: str) -> dict[str, str]:
 
 
 def check_tokens(service: str) -> None:
-    """Raises UserError for a token that cannot be one. A client would put it into a message, and ask several times."""
+    """Raise UserError for a token with invalid characters. A client would retry, and show the token in its message."""
     for name, token in tokens(service).items():
         if not re.fullmatch("[!-~]*", token):
-            raise UserError(f"{in_one_line(name)}: a character that no token has is in it: set it anew")
+            raise UserError(f"{in_one_line(name)}: the token has an invalid character: set it again")
 
 
 def printable(message: str) -> str:
-    """A message in one line, with dots for whatever token is in it, also as the text of a Python value."""
+    """The message in one line, with "..." in place of every token, also of one that is written as a Python value."""
     message = in_one_line(message)
     for token in (token for service in TOKENS for token in tokens(service).values() if len(token) > 7):
         coded = token.encode("utf-8", "surrogateescape")
@@ -239,21 +238,21 @@ def printable(message: str) -> str:
 
 
 def trace() -> str:
-    """The traceback of the error that is being handled, to be printed."""
+    """The printable traceback of the current error."""
     return "\n".join(map(printable, traceback.format_exc().splitlines()))
 
 
 def json_of(text: str | bytes) -> Any:
-    """What JSON holds. Raises ValueError, also where it is nested deeper than Python can follow."""
+    """Parse JSON. Raises ValueError, also for JSON that is nested too deeply for Python."""
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise ValueError("nested too deeply") from error
 
 
 @contextlib.contextmanager
 def one_line(source: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns whatever goes wrong with a config that is none into a UserError that names where it came from."""
+    """Turn any error from an invalid config into a UserError that names its source."""
     try:
         yield
     except UserError as error:
@@ -266,58 +265,59 @@ def one_line(source: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def unfinished_name(path: Path) -> Path:
-    """A name beside the path that nobody can guess; unfinished_of finds what killed processes have left under such names."""
+    """A temporary name beside the path that nobody can guess. unfinished_of finds what killed processes left there."""
     return path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.unfinished")
 
 
 def unfinished_of(path: Path) -> list[Path]:
-    """Unfinished files or folders of this path, also those of other processes that are at work."""
+    """The unfinished files and folders of this path, also those of other running processes."""
     return [*path.parent.glob(f".{glob.escape(path.name[:50])}.*unfinished")]
 
 
 def clear_left(path: Path) -> None:
-    """Deletes unfinished files and folders of the path that are so old that their processes must have been killed."""
+    """Delete unfinished files and folders of the path that are so old that their processes must have been killed."""
     for left in unfinished_of(path):
-        with contextlib.suppress(OSError):  # one has just been finished, or is somebody else's
+        with contextlib.suppress(OSError):  # it was just finished, or belongs to another user
             if time.time() - left.stat().st_mtime > LEFT_AFTER:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A new, empty file to write to, which takes the path's place when the block ends well, and is gone when it does not.
+    """Write a file atomically: yield a new, empty file, which replaces the path when the block succeeds and is deleted
+    when it fails.
 
-    Several may write to one path at a time: the last one's content stands there, never a mixture.
+    Several processes may write to one path: it has the content of the last one, never a mixture.
     """
     unfinished = unfinished_name(path)
-    unfinished.touch(exist_ok=False)  # follows no link, and has the permissions that open() gives
+    unfinished.touch(exist_ok=False)  # does not follow a link, and sets the same permissions as open()
     try:
         yield unfinished
-        sync(unfinished)  # after a power cut a name without its content would be there
+        sync(unfinished)  # else a power cut could leave the name without its content
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes all of a file or nothing of it."""
+    """Write a text file atomically."""
     with whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, all of it or nothing."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]], line_end: str = "\r\n") -> None:
-    """Writes all of the rows or nothing."""
+    """Write a CSV file atomically."""
     with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator=line_end).writerows(rows)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """The lines of a metrics.jsonl, without a last line that a crash cut short."""
     lines = []
     if path.is_file():
         for text in path.read_text(encoding="utf-8").splitlines():
@@ -329,7 +329,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def writable_directory(path: Path, advice: str = "choose another --output-dir") -> Path:
-    """Makes the folder; raises UserError where it cannot be made or written into."""
+    """Create the folder. Raises UserError if it cannot be created or written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
@@ -339,17 +339,17 @@ def writable_directory(path: Path, advice: str = "choose another --output-dir") 
 
 
 def put_in_place(source: Path, target: Path) -> Path | None:
-    """Copies source to target; a different file standing there is kept as *.previous.*, whose path is returned."""
+    """Copy source to target. A different target is renamed to *.previous.* first, and that path is returned."""
     if target.exists() and file_hash(target) == file_hash(source):
         return None
     previous = target.with_name(f"{target.stem}.previous{target.suffix}")
     clear_left(target)
     with whole(target) as unfinished:
         shutil.copyfile(source, unfinished)
-        sync(unfinished)  # which takes a while, in which there is to be a target
+        sync(unfinished)  # slow, so it comes before the target is renamed
         try:
             target.replace(previous)
-        except FileNotFoundError:  # there was none; or another run, which ends at the same time, has just done that
+        except FileNotFoundError:  # no target; or another run, which ends at the same time, has just renamed it
             return None
     return previous
 
@@ -361,7 +361,7 @@ def file_hash(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Returns when a file's content, or a folder's list of names, is on the disk."""
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -371,15 +371,16 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(directory: str | os.PathLike[str], written: list[str], marker: str) -> Iterator[Path]:
-    """A folder to fill, which takes the directory's place at the end: it appears whole or not at all.
+    """Write a folder atomically: yield a temporary folder, which replaces the directory when the block succeeds.
 
-    The directory must be new, empty, or hold these names alone, the marker among them. Raises UserError otherwise.
+    The directory must be new, empty, or contain only files named in `written`, with the marker among them. Raises
+    UserError otherwise.
     """
     from safetensors import SafetensorError
 
     directory = Path(directory).absolute()
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory}: a file stands there: name another folder")
+        raise UserError(f"{directory}: is a file: name another folder")
     inside = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
     others = [name for name in inside if name not in written or marker not in inside]
     if others:
@@ -400,9 +401,9 @@ def new_folder(directory: str | os.PathLike[str], written: list[str], marker: st
 
 @contextlib.contextmanager
 def locked(path: Path, taken: str | None = None) -> Iterator[None]:
-    """Holds a lock that one process at a time can have. Waits for it; or where another has it raises UserError(taken).
+    """Hold a lock that only one process can hold. If another holds it: wait, or raise UserError(taken) if given.
 
-    It goes with the process, however that ends. (Windows has no such guard.)
+    The system frees the lock when the process ends, also when it is killed. (On Windows nothing is locked.)
     """
     try:
         import fcntl
@@ -410,9 +411,9 @@ def locked(path: Path, taken: str | None = None) -> Iterator[None]:
         yield
         return
     if path.is_symlink():
-        raise UserError(f"{path}: is a link, which could lead anywhere: delete it")
+        raise UserError(f"{path}: is a link, which could point anywhere: delete it")
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w") as lock:
-        os.register_at_fork(after_in_child=lock.close)  # or a loader's worker would hold it on for a while
+        os.register_at_fork(after_in_child=lock.close)  # else a loader's worker would still hold the lock for a while
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB if taken else fcntl.LOCK_EX)
         except BlockingIOError:
@@ -420,12 +421,12 @@ def locked(path: Path, taken: str | None = None) -> Iterator[None]:
         yield
 
 
-# The cache on disk: a folder of files, each named after what went into it, which may be deleted at any time
+# The disk cache: a folder of files whose names contain a hash of their inputs; it may be deleted at any time
 
 
 def cache_dir() -> Path:
-    """VIT_GPT2_CACHE from the environment, else vit-gpt2-captioning in the user's cache folder (XDG_CACHE_HOME, ~/.cache,
-    or where the user has no home the folder for temporary files); it may not exist yet."""
+    """The cache folder, which may not exist yet: VIT_GPT2_CACHE from the environment, else vit-gpt2-captioning in the
+    user's cache folder (XDG_CACHE_HOME, ~/.cache, or without a home the folder for temporary files)."""
     if chosen := os.environ.get("VIT_GPT2_CACHE"):
         return Path(chosen).expanduser()
     try:
@@ -436,22 +437,22 @@ def cache_dir() -> Path:
 
 
 def key_of(*parts: Any) -> str:
-    """16 hexadecimal digits that are equal for equal parts (anything JSON can hold, and paths)."""
+    """A hash of the parts (JSON values and paths): 16 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(parts, default=str, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def stamps(paths: list[Path]) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of files: what a key needs to notice that one was edited."""
+    """Absolute name, size and modification time of each file: a key made of them changes when a file is edited."""
     return [(str(path.absolute()), (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]
 
 
 def kept_file(kind: str, owner: Any, key: str) -> Path:
-    """The file for this key; files of the same kind and owner with other keys are older versions of it."""
+    """The cache file for this key. Files with the same kind and owner but other keys are older versions of it."""
     return cache_dir() / f"{kind}-{key_of(owner)}-{key}"
 
 
 def forget_older(path: Path) -> None:
-    """Deletes the older versions of a kept file."""
+    """Delete the older versions of a cache file."""
     for other in path.parent.glob(f"{path.name.rpartition('-')[0]}-*"):
         if not other.name.startswith(path.name) and not other.name.endswith((".part", ".lock")):
             other.unlink(missing_ok=True)
@@ -461,7 +462,7 @@ def forget_older(path: Path) -> None:
 
 
 def dtypes() -> dict[str, torch.dtype]:
-    """The flags' names of dtypes."""
+    """The dtypes by their names on the command line."""
     import torch
 
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -469,21 +470,21 @@ def dtypes() -> dict[str, torch.dtype]:
 
 @functools.cache
 def matmul_rate(device_type: str, dtype: torch.dtype, size: int = 512) -> float:
-    """Floating-point operations a second of a matrix product; 0 where it fails.
+    """Floating-point operations per second of a matrix product; 0 if the device cannot compute it.
 
-    A product of 128 x 128 comes first: where that alone takes milliseconds (bf16 on a CPU that emulates it), its rate is
-    the answer, and nothing larger is tried.
+    A 128 x 128 product comes first. If it takes over 2 ms (bf16 on a CPU that emulates it), its rate is returned, and
+    nothing larger is tried.
     """
     try:
         if (small := timed_product(device_type, dtype, 128)) > 2e-3:
             return 2 * 128**3 / small
         return 2 * size**3 / timed_product(device_type, dtype, size)
-    except (RuntimeError, TypeError):  # a device that does not have the dtype
+    except (RuntimeError, TypeError):  # the device does not support the dtype
         return 0.0
 
 
 def timed_product(device_type: str, dtype: torch.dtype, size: int) -> float:
-    """Seconds of a matrix product: the best of many, as others use the machine too, or of what 50 ms allow."""
+    """Seconds of a matrix product: the best of up to 20 timings within 50 ms, as the machine may be busy."""
     import torch
 
     def multiply() -> float:
@@ -500,14 +501,14 @@ def timed_product(device_type: str, dtype: torch.dtype, size: int) -> float:
 
 
 def choose_device(wanted: str) -> tuple[torch.device, str]:
-    """The device and the reason for it. `auto` takes CUDA, else mps where it multiplies faster than the CPU, else the CPU."""
+    """The device and the reason. `auto` takes CUDA, else mps if it multiplies faster than the CPU, else the CPU."""
     import torch
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted != "auto":
         if not available.get(wanted, False):
             raise UserError(f"device {wanted} is not available here: use --device auto")
-        return torch.device(wanted), "asked for"
+        return torch.device(wanted), "requested"
     if available["cuda"]:
         return torch.device("cuda"), f"found {torch.cuda.get_device_name()}"
     if available["mps"]:
@@ -518,9 +519,10 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of matrix products and the reason: fp16 on CUDA, elsewhere bf16 only where it is measured to be faster.
+    """The dtype of matrix products and the reason. `auto` takes fp16 on CUDA, elsewhere bf16 if it is measured to be
+    faster, else fp32.
 
-    int8 is for captions on a CPU (generate's int8); whatever else there is to compute gets what auto would."""
+    int8 is for captions on a CPU (generate's int8); everything else then computes as with auto."""
     import torch
 
     if wanted == "fp16" and device.type == "cpu":
@@ -528,11 +530,11 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, st
     if wanted == "int8" and device.type != "cpu":
         raise UserError("precision int8 is for a CPU: use --precision auto, or --device cpu")
     if wanted not in ("auto", "int8"):
-        return dtypes()[wanted], "asked for"
+        return dtypes()[wanted], "requested"
     if device.type == "cuda":
-        return torch.float16, "the default on CUDA (bf16 by --precision bf16)"
+        return torch.float16, "the default on CUDA; --precision bf16 uses bf16"
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        return torch.float32, "this CPU has no fast bf16: it stops at AVX2"
+        return torch.float32, "this CPU has no fast bf16, only AVX2"
     single, half = (matmul_rate(device.type, dtype) for dtype in (torch.float32, torch.bfloat16))
     reason = f"measured: bf16 {half / 1e9:.0f}, fp32 {single / 1e9:.0f} GFLOP/s"
     return (torch.bfloat16 if half > 1.2 * single else torch.float32), reason
@@ -550,22 +552,22 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def ask_hub(name: str, kind: str = "model") -> Exception | None:
-    """None where the Hub has this repository and lets it be read; otherwise what it or the network says.
+    """None if the Hub has this repository and lets us read it; otherwise the error of the Hub or the network.
 
-    One request, without the client's retries: those take minutes on a machine that has no network."""
+    One request, without the client's retries: those take minutes on a machine without network."""
     from huggingface_hub import HfApi
 
     try:
         check_tokens("hub")
         HfApi().repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
-    except Exception as error:  # the client raises a dozen kinds, for absent, private and unreachable repositories
+    except Exception as error:  # the client has a dozen error types for missing, private and unreachable repositories
         return error
     return None
 
 
 def hub_folder(name: str, wanted: list[str]) -> Path:
-    """The folder in the client's cache with the wanted files (patterns) of a repository user/name, fetched where the Hub
-    can be reached. Raises UserError, in one line, where they are neither here nor to be had."""
+    """The folder in the Hub client's cache with the wanted files (patterns) of a repository user/name. They are
+    downloaded if the Hub can be reached. Raises UserError, in one line, if they are neither cached nor available."""
     from huggingface_hub import snapshot_download
 
     refusal = ask_hub(name)
@@ -573,15 +575,15 @@ def hub_folder(name: str, wanted: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=refusal is not None))
     except Exception as error:
         why = first_line(refusal or error)
-        raise UserError(f"{name}: no such path here, and not to be had from the Hugging Face Hub: {why}") from error
+        raise UserError(f"{name}: no such path here, and not available from the Hugging Face Hub: {why}") from error
 
 
 # Memory
 
 
 def keep_freed_memory() -> None:
-    """Lets the process keep the memory that tensors give back, where its allocator is glibc's, which by itself returns
-    large pieces to the system and has them filled with zeros again at every training step."""
+    """Make glibc's allocator keep the memory that tensors free. By default it returns large blocks to the system, which
+    fills them with zeros again at every training step. Other allocators are left unchanged."""
     with contextlib.suppress(OSError, AttributeError):
         import ctypes
 
@@ -591,7 +593,7 @@ def keep_freed_memory() -> None:
 
 
 def available_memory() -> int:
-    """Bytes that this process may use in all: the machine's, or its container's where that is less."""
+    """Bytes of memory that this process may use: the machine's, or its container's limit if that is less."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30]
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"

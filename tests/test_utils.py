@@ -69,7 +69,7 @@ def test_a_slow_precision_is_found_out_by_a_small_product(monkeypatch):
     monkeypatch.setattr(utils, "timed_product", product)
     assert utils.matmul_rate.__wrapped__("cpu", torch.bfloat16) == pytest.approx(1e9) and products == [128]
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert choose_precision("auto", CPU) == (torch.float32, "this CPU has no fast bf16: it stops at AVX2")
+    assert choose_precision("auto", CPU) == (torch.float32, "this CPU has no fast bf16, only AVX2")
     assert products == [128]
 
 

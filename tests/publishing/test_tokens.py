@@ -59,13 +59,13 @@ def test_a_malformed_token_is_neither_sent_nor_shown(token, where, command, mode
             assert SECRET.encode() not in file.read_bytes(), file
     assert SECRET.encode() not in done.stdout + done.stderr
     last = done.stderr.decode().strip().splitlines()[-1]
-    assert last.startswith("error: ") and "set it anew" in last
+    assert last.startswith("error: ") and "set it again" in last
 
 
 @pytest.mark.parametrize("token", BAD)
 def test_each_kind_of_bad_token(token, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(UserError, match=r"HF_TOKEN: .* set it anew") as error:
+    with pytest.raises(UserError, match=r"HF_TOKEN: .* set it again") as error:
         check_tokens("hub")
     assert SECRET not in str(error.value)
     monkeypatch.setenv("HF_TOKEN", f"  {SECRET}\n")  # which clients strip

@@ -252,7 +252,7 @@ def test_no_folder_of_others_is_written_into(tmp_path, tokenizer, folder):
     with pytest.raises(UserError, match=r"holds other files \(README.md\)"):
         save_transformers(ours, tmp_path / "empty")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="a file stands there"):
+    with pytest.raises(UserError, match="is a file: name another folder"):
         save_transformers(ours, tmp_path / "file")
 
 
@@ -608,8 +608,8 @@ def test_hub_names(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"user/captioner: no model.safetensors"):
         load_transformers("user/captioner")
     for name, words in {
-        "user/absent": "not to be had from the Hugging Face Hub",
-        "no folder": "not to be had from the Hugging Face Hub",
+        "user/absent": "not available from the Hugging Face Hub",
+        "no folder": "not available from the Hugging Face Hub",
         "./absent": "no such folder",
         "a/b/c": "no such folder",
     }.items():
