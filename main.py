@@ -1,6 +1,6 @@
-"""Trains a captioner: python main.py [--preset coco|demo|flickr8k|img2gpt] [any field of TrainConfig as a flag].
+"""Train a captioner: python main.py [--preset coco|demo|flickr8k|img2gpt] [any field of TrainConfig as a flag].
 
-The command line is the config; --help shows every field with its sentence.
+The command line is the config; --help explains every field.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any, Literal
 from config import PRESETS, TrainConfig, UserError
 from utils import parse_flags, run_script, writable_directory
 
-# The defaults that people edit. A preset's own values, and flags, go before them.
+# Defaults for you to edit. A preset's values and flags override them.
 BATCH_SIZE = 128
 EPOCHS = 10
 DEVICE: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-# A switch that the device decides unless told has three values, of which these are the short names.
+# Short names for a switch with three values: by default the device decides.
 SWITCHES = {"--compile": "--compile=True", "--no-compile": "--compile=False"}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
-    """The preset's config with the flags' values. Raises UserError for an unknown preset or values that do not fit."""
+    """The preset's config with the flags' values. Raises UserError for an unknown preset or invalid values."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="coco")
     preset = first.parse_known_args(arguments)[0].preset
@@ -34,7 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
     defaults = PRESETS[preset]
     if preset == "coco":
         defaults = dataclasses.replace(defaults, batch_size=BATCH_SIZE, epochs=EPOCHS)
-    model = copy.copy(defaults.model)  # what follows from other fields must follow from the flags' values
+    model = copy.copy(defaults.model)  # fields that follow from others must follow from the flags' values
     if model.resize_size == model.image_size:
         model.resize_size = None
     model.end_token_id = model.start_token_id = model.pad_token_id = None
@@ -44,26 +44,26 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
 
 
 def parse_in_groups(defaults: TrainConfig, arguments: list[str] | None) -> TrainConfig:
-    """The defaults with the flags' values; --help shows the flags in the groups that config.py has them in."""
+    """The defaults with the flags' values; --help shows the flags in config.py's groups."""
     from tyro.conf import OmitArgPrefixes
 
     groups: dict[str, Any] = {}
     for kind in reversed(TrainConfig.__bases__):
         groups[kind.__name__.lower()] = kind(**{f.name: getattr(defaults, f.name) for f in dataclasses.fields(kind)})
     groups |= {"augmentation": defaults.augmentation, "model": defaults.model}
-    described = [(name, type(own), dataclasses.field()) for name, own in groups.items()]
+    described = [(name, type(group), dataclasses.field()) for name, group in groups.items()]
     kinds: type[Any] = dataclasses.make_dataclass("Flags", described, kw_only=True)
     flags = parse_flags(kinds, __doc__, arguments, default=kinds(**groups), config=(OmitArgPrefixes,))
     values: dict[str, Any] = {}
-    for name, own in vars(flags).items():
-        values |= {name: own} if name in ("augmentation", "model") else vars(own)
+    for name, group in vars(flags).items():
+        values |= {name: group} if name in ("augmentation", "model") else vars(group)
     return TrainConfig(**values)
 
 
 def main() -> int:
-    """Parses the command line, trains, and on a terminal asks whether to publish; heavy imports come after --help."""
+    """Parse the command line, train, and on a terminal ask whether to publish. Heavy imports come after --help."""
     config = parse_arguments()
-    writable_directory(Path(), "the finished model is put there, so start the command in another folder")
+    writable_directory(Path(), "the finished model is saved there, so start the command in another folder")
     from train import train
 
     code = train(config)

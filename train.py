@@ -1,7 +1,7 @@
-"""The training loop: a step, a look at validation pictures, a checkpoint; at the end the finished model.
+"""The training loop: steps, validation, checkpoints, and at the end the finished model.
 
-`train(config)` is all that main.py calls. Batches, dropout and samples are pure functions of (seed, step), so a run that
-was stopped anywhere goes on as if it had not been, with any number of processes.
+main.py calls `train(config)`. Batches, dropout and samples are pure functions of (seed, step), so a run can stop at any
+step and resume as if it had not stopped, with any number of processes.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ clock = time.monotonic  # of --checkpoint-minutes
 
 
 def train(config: TrainConfig) -> int:
-    """A whole run, from data to the finished model and its evaluation. Returns an exit code: 0, 1 when the finished model is
-    not the best one or is not here, or 130/143 when stopped."""
+    """Train a model, from the data to the finished model and its evaluation. Returns an exit code: 0; 1 if the best
+    model was lost, or the finished one could not be copied here; 130 or 143 when stopped."""
     world = join_world(config.device)
     with contextlib.ExitStack() as stack:
         chosen: Any = None
         if world.main:
             if Path(MODEL_FILE).is_dir():
-                raise UserError(f"{MODEL_FILE}: a folder has the finished model's name: move it away")
+                raise UserError(f"{MODEL_FILE}: a folder has the finished model's name: rename or move it")
             run = Run.find(config)
             stack.enter_context(training_in(run.folder))
             chosen = choose_where(config, run)
-        else:  # what is said is said once
+        else:  # only the first process prints
             stack.enter_context(
                 contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w", errors="replace")))
             )
@@ -87,7 +87,7 @@ def train(config: TrainConfig) -> int:
             clean(run.folder)
             job = prepare(config, world, chosen)
             chosen = dataclasses.replace(chosen, tokenizer=job.tokenizer)
-        chosen = world.agree(chosen)  # the others find what the first one has made
+        chosen = world.agree(chosen)  # the other processes read the files that the first one has made
         if not world.main:
             job = prepare(config, world, chosen)
         try:
@@ -100,7 +100,7 @@ def train(config: TrainConfig) -> int:
             if config.debug:
                 traceback.print_exc()
             print(f"error: process {world.rank}: {named(error)}", file=sys.stderr, flush=True)
-            os._exit(1)  # kernels that wait for a process that is gone would keep this one from ending
+            os._exit(1)  # GPU kernels that wait for an ended process would keep this one from ending
         leave_world(world)
     return code
 
@@ -109,7 +109,7 @@ def train(config: TrainConfig) -> int:
 
 
 class Training:
-    """A run from its newest checkpoint, or from the start, on."""
+    """A training run, from its newest checkpoint or from the start."""
 
     def __init__(self, job: Job) -> None:
         config, world = job.config, job.world
@@ -120,13 +120,13 @@ class Training:
         step = self.first_step = self.progress.step
         if len(set(world.gather((step, job.run.folder.is_dir())))) > 1:
             raise UserError(
-                f"{job.run.folder}: not all processes see the same there: the folder must be on a disk that they share"
+                f"{job.run.folder}: the processes find different files there: put the folder on a disk that they share"
             )
         print(plan(job, step), flush=True)
         if world.main:
             write_run(job, finished=False)
         self.log = Log(job.run.folder, step, config) if world.main else SilentLog()
-        self.look_first = bool(config.init_model) and not state  # where a trained model starts from is of interest
+        self.validate_first = bool(config.init_model) and not state  # for the scores that a trained model starts with
         self.workers = workers_of(job)
         self.batches = self.batches_from(step)
         self.saved = clock()
@@ -144,15 +144,15 @@ class Training:
         )
 
     def run(self) -> int | None:
-        """Trains to the last step. Returns an exit code when it was stopped."""
+        """Train to the last step. Returns an exit code when stopped, else None."""
         world, progress, stop = self.job.world, self.progress, self.stop
         self.learner.model.train()
-        with self.bar:  # an error's line begins below it
-            while True:  # one time more than there are steps, so that the last look, save and stop are no special case
+        with self.bar:  # so that an error is printed below it
+            while True:  # once more than there are steps, so that the last validation, save and stop need no extra code
                 late = 0 < self.job.config.checkpoint_minutes * 60 <= clock() - self.saved
                 stopping, due = (n > 0 for n in world.sum(stop.received is not None, world.main and late))
-                if progress.step > self.first_step or self.look_first:
-                    self.look(stopping, due)
+                if progress.step > self.first_step or self.validate_first:
+                    self.between_steps(stopping, due)
                 if progress.last or stopping:
                     break
                 self.advance()
@@ -161,11 +161,11 @@ class Training:
         if progress.last:
             return None
         if progress.step > self.first_step:
-            print(f"stopped at step {progress.step:,} and saved: the same command goes on from there")
+            print(f"stopped at step {progress.step:,} and saved: the same command resumes from there")
         return stop.exit_code
 
     def advance(self) -> None:
-        """One step, and every LOG_INTERVAL steps a line of the log."""
+        """Train one step, and write a log line every LOG_INTERVAL steps."""
         job, learner, meter, step = self.job, self.learner, self.meter, self.progress.step
         asked = time.perf_counter()
         batch = self.next_batch()
@@ -181,39 +181,40 @@ class Training:
         meter.add(step + 1, learner.step(batch, step, rate))
         self.progress.step += 1
         self.bar.update()
-        if logging or job.device.type == "cpu":  # a GPU would have to be waited for
+        if logging or job.device.type == "cpu":  # checking a GPU means waiting for it
             learner.check(meter.steps)
         if logging:
             line = meter.line(rate) | ({"not_printed": Printed.lost} if Printed.lost else {})
             self.log.write(step + 1, **line)
-            said = "loss {loss:.3f}, lr {learning_rate:.1e}, {pictures_per_second:.0f} pictures/s, {pairs_per_second:.0f} pairs/s"
-            self.bar.set_postfix_str(said.format(**line), refresh=False)
+            text = "loss {loss:.3f}, lr {learning_rate:.1e}, {pictures_per_second:.0f} pictures/s, {pairs_per_second:.0f} pairs/s"
+            self.bar.set_postfix_str(text.format(**line), refresh=False)
 
     def batches_from(self, step: int) -> Any:
-        """The batches of all steps from this one on."""
+        """An iterator over the batches of this step and all later ones."""
         batches = iter(training_batches(self.job, step, self.workers))
-        if hasattr(signal, "SIGCHLD"):  # torch raises there and then when a worker dies, in the middle of an update too
+        if hasattr(signal, "SIGCHLD"):  # torch's handler raises when a worker dies, even in the middle of an update
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return batches
 
     def next_batch(self) -> Any:
-        """The next step's batch. Where a worker was killed, as the system does when memory runs out, half as many go on."""
+        """The next step's batch. If a worker was killed (the system does that when memory runs out), continue with half
+        as many workers."""
         while True:
             try:
                 return next(self.batches)
             except (RuntimeError, OSError, EOFError) as error:
-                if not self.workers or not connection.wait([own.sentinel for own in self.batches._workers], 1):
-                    raise  # none of them has ended
+                if not self.workers or not connection.wait([worker.sentinel for worker in self.batches._workers], 1):
+                    raise  # no worker has ended
                 self.workers //= 2
-                said = (
-                    f"a process that prepares pictures was killed ({first_line(error)}): going on with {self.workers}"
+                message = (
+                    f"a process that prepares pictures was killed ({first_line(error)}): continuing with {self.workers}"
                 )
-                tqdm.write(f"{said}; where memory is short, --num-workers {self.workers} saves this")
+                tqdm.write(f"{message}; if memory is short, --num-workers {self.workers} avoids this")
                 self.batches = self.batches_from(self.progress.step)
 
-    def look(self, stopping: bool, due: bool = False) -> None:
-        """What is due between two steps: validation, sample captions, a checkpoint; not counted in the speed."""
-        job, config, step, looking = self.job, self.job.config, self.progress.step, time.perf_counter()
+    def between_steps(self, stopping: bool, due: bool = False) -> None:
+        """Do what is due between two steps: validation, sample captions, a checkpoint. Not counted in the speed."""
+        job, config, step, started = self.job, self.job.config, self.progress.step, time.perf_counter()
         better, ended = False, self.progress.last or step % job.steps_per_epoch == 0
         sampling = step == job.steps or step % config.eval_interval == 0
         saving = ended or stopping or due or step % (config.checkpoint_interval or sys.maxsize) == 0
@@ -228,16 +229,16 @@ class Training:
             lines = [f"  {shown(name)}: {shown(caption)}" for name, caption in samples.items()]
             tqdm.write("\n".join(lines))  # above the bar
         if config.objective != "scst" or self.learner.judged is not self.learner.model:
-            self.learner.judged.copies.drop()  # they are stale after the next step
+            self.learner.judged.copies.drop()  # the fast copies are stale after the next step
         if saving:
             self.save(better)
-        if not self.progress.last:  # the end needs them
+        if not self.progress.last:  # at the end the weights are still needed
             self.learner.release()
-        self.meter.since += time.perf_counter() - looking
+        self.meter.since += time.perf_counter() - started
 
     def validate(self) -> float:
-        """Measures an epoch that has ended, writes it down, and returns what the best checkpoint has most of: CIDEr-D, or
-        less loss (see Job.loss_chooses). A run that has begun with CIDEr-D, which is never negative, goes on with it."""
+        """Validate after an epoch, log the scores, and return the one that chooses the best checkpoint: CIDEr-D, or
+        minus the loss (see Job.loss_chooses). A resumed run keeps its kind of score: CIDEr-D is never negative."""
         job, step, model, train_loss = self.job, self.progress.step, self.learner.judged, self.meter.end_epoch()
         loader = make_dataloader(job.datasets["val"], job.config.batch_size, **job.world.share)
         values = {"val_loss": caption_loss(model, loader, job.device, job.dtype, world=job.world)}
@@ -245,16 +246,16 @@ class Training:
         values |= validate_captions(job, model)
         self.log.write(step, epoch=step / job.steps_per_epoch, **values)
         epoch, rest = divmod(step, job.steps_per_epoch)
-        if model.adapters is not None and epoch and not rest and job.world.main:  # a few MB: each is kept
+        if model.adapters is not None and epoch and not rest and job.world.main:  # only a few MB, so save every epoch's
             model.save_file(job.run.folder / f"{job.config.preset}_epoch_{epoch}.safetensors")
-        said = f"step {step:,}: validation loss {values['val_loss']:.3f}"
-        said += f", CIDEr-D {values['val_cider_d']:.3f}" if "val_cider_d" in values else ""
-        tqdm.write(said + ("" if train_loss is None else f", training loss {train_loss:.3f}"))
+        line = f"step {step:,}: validation loss {values['val_loss']:.3f}"
+        line += f", CIDEr-D {values['val_cider_d']:.3f}" if "val_cider_d" in values else ""
+        tqdm.write(line + ("" if train_loss is None else f", training loss {train_loss:.3f}"))
         by_loss = job.loss_chooses and (self.progress.best is None or self.progress.best < 0)
         return -values["val_loss"] if by_loss else values.get("val_cider_d", -values["val_loss"])
 
     def save(self, better: bool) -> None:
-        """A checkpoint, unless one of the latest steps was not finite."""
+        """Save a checkpoint. Raises UserError when one of the latest steps was not finite."""
         self.saved = clock()
         self.learner.check(self.meter.steps)
         progress = self.progress
@@ -263,17 +264,17 @@ class Training:
 
 
 def learn(job: Job) -> int | None:
-    """Trains from the newest checkpoint, or from the start, to the last step. Returns an exit code when it was stopped."""
+    """Train from the newest checkpoint, or from the start, to the last step. Returns an exit code when stopped."""
     if job.config.resume == "never" and job.world.main:
         if aside := put_aside(job.run.folder):
-            print(f"put aside   {aside}: the checkpoints of the run that was here, until the next --resume never")
+            print(f"moved       {aside}: the earlier run's checkpoints, until the next --resume never")
         (job.run.folder / "wandb.id").unlink(missing_ok=True)
     job.world.wait()
     return Training(job).run()
 
 
 def workers_of(job: Job) -> int:
-    """How many processes prepare this process's training pictures."""
+    """The number of worker processes that prepare this process's training pictures; 0 if no preparation is needed."""
     config, pixels = job.config, job.datasets["train"].pixels
     at_hand = pixels.kept is not None and config.augmentation.moves_pixels_only
     cores = max(1, (os.cpu_count() or 1) // job.world.local_size)
@@ -281,7 +282,7 @@ def workers_of(job: Job) -> int:
 
 
 def training_batches(job: Job, first_step: int, workers: int = 0) -> DataLoader[Any]:
-    """This process's share of the batches of all steps from this one on."""
+    """This process's share of the batches of `first_step` and all later steps."""
     return make_dataloader(
         job.datasets["train"],
         job.pictures_a_step,
@@ -295,8 +296,8 @@ def training_batches(job: Job, first_step: int, workers: int = 0) -> DataLoader[
 
 
 def validate_captions(job: Job, model: ImageCaptionModel) -> dict[str, float]:
-    """CIDEr-D of greedy captions of some validation pictures, its 95 % interval, and the share of different captions;
-    nothing where they are not wanted, or none of those pictures can be read."""
+    """CIDEr-D of greedy captions of some validation pictures, its 95 % interval, and the share of different captions.
+    Empty if val_pictures is 0, or if none of the pictures can be read."""
     val, config, world = job.datasets["val"], job.config, job.world
     if not config.val_pictures:
         return {}
@@ -315,7 +316,7 @@ def validate_captions(job: Job, model: ImageCaptionModel) -> dict[str, float]:
 
 
 def sample_captions(job: Job, model: ImageCaptionModel) -> dict[str, str]:
-    """Greedy captions of the same four validation pictures every time, by file name."""
+    """Greedy captions of four validation pictures, always the same ones, by file name."""
     dataset = job.datasets["val"]
     rows = list(range(0, len(dataset), max(1, len(dataset) // 4)))[:4]
     samples = [dataset[0, row] for row in rows]
@@ -330,8 +331,8 @@ def sample_captions(job: Job, model: ImageCaptionModel) -> dict[str, str]:
 
 
 def finish(job: Job) -> int:
-    """Puts the best model in place, evaluates it on the test pictures, draws the curves and says where everything is.
-    Returns 1 where it had to do with another model, or could not put it here."""
+    """Save the best model, evaluate it on the test pictures, draw the curves, and print where all the files are.
+    Returns 1 if the best model was lost, or the model could not be copied here; else 0."""
     run, config, test = job.run.folder, job.config, job.datasets["test"]
     checkpoint, lost, state = job.world.agree(final_checkpoint(run) if job.world.main else (run, "", {}))
     model = finished_model(job, checkpoint / "model.safetensors")
@@ -371,33 +372,34 @@ def finish(job: Job) -> int:
 
 
 def put_here(model: Path) -> str:
-    """Copies the finished model to where the command was started; returns what went wrong, if anything did."""
+    """Copy the finished model to the folder where the command was started. Returns an error message, or ""."""
     try:
         if previous := put_in_place(model, Path(MODEL_FILE)):
-            print(f"another run's model was kept as {previous}")
+            print(f"a different model in this folder was renamed to {previous}")
         return ""
     except OSError as error:
-        return f"{MODEL_FILE} cannot be written here ({error.strerror}): the model is {model}; the same command puts it here"
+        return f"{MODEL_FILE} cannot be written here ({error.strerror}): the model is {model}; run the command again"
 
 
 def finished_model(job: Job, file: Path) -> ImageCaptionModel:
-    """The model of a checkpoint's file, which also comes into the run's folder."""
-    model, place = job.model, job.run.folder / MODEL_FILE
+    """Load the model of a checkpoint's file, and save it in the run's folder too."""
+    model, path = job.model, job.run.folder / MODEL_FILE
     if job.config.merge:
         model = ImageCaptionModel.from_pretrained(file, job.config.base_dir).to(job.device)
-        model.merged = None  # from here on it is one model
+        model.merged = None  # so that it is saved as one full model
     else:
         model.load_own_state(load_file(file))
     model.eval()
     if job.world.main and job.config.merge:
-        model.save_file(place)
-    elif job.world.main and (previous := put_in_place(file, place)):
-        print(f"another model that stood there was kept as {previous}")
+        model.save_file(path)
+    elif job.world.main and (previous := put_in_place(file, path)):
+        print(f"a different model in the run's folder was renamed to {previous}")
     return model
 
 
 def score_drawn_scenes(directory: Path, run: Path, captions: list[str]) -> dict[str, float]:
-    """Marks the test scenes' captions, writes scenes_test.json (file, truth, caption, marks), returns the shares."""
+    """Check the test scenes' captions, write scenes_test.json (file, truth, caption, right), and return the shares of
+    right ones."""
     annotations = json.loads((directory / "annotations" / "captions_test2017.json").read_text(encoding="utf-8"))
     truths = [scene_from_dict(image["scene"]) for image in annotations["images"]]
     write_json(

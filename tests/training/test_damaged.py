@@ -189,7 +189,7 @@ def test_a_damaged_end_is_made_anew(again, config, whole_run):
     """Of a finished run that is started again, the model's files are compared with the best checkpoint's."""
     flip(again / "out" / MODEL_FILE)
     flip(again / MODEL_FILE)
-    assert forked(config, again).count("was kept as") == 2
+    assert forked(config, again).count("was renamed to") == 2
     assert ending(again / "out") == ending(whole_run / "out")
     assert file_hash(again / MODEL_FILE) == file_hash(again / "out" / MODEL_FILE)
 
@@ -285,7 +285,7 @@ def test_a_killed_worker_changes_nothing(tmp_path, scenes_dir):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
     said = end(process, 0, tmp_path / "killed")
-    assert "a process that prepares pictures was killed" in said and "going on with 1" in said
+    assert "a process that prepares pictures was killed" in said and "continuing with 1" in said
     assert ending(tmp_path / "killed/out") == ending(tmp_path / "quiet/out")
 
 
@@ -325,7 +325,7 @@ def test_resume_never_puts_the_old_ones_aside(tmp_path, again, config):
     before = [path.name for path in checkpoints(again / "out")]
     said = forked(dataclasses.replace(config, resume="never", max_steps=6), again)
     aside = again / "out/checkpoints.previous"
-    assert "put aside" in said and sorted(path.name for path in aside.glob("step-*")) == before
+    assert "the earlier run's checkpoints" in said and sorted(path.name for path in aside.glob("step-*")) == before
     assert json.loads((aside / "run.json").read_text())["fingerprint"] == config.fingerprint
     assert newest(again / "out")[3]["step"] == 6
     assert put_aside(again / "out") == aside  # one generation

@@ -127,7 +127,7 @@ def test_both_stop_at_the_same_step(tmp_path, config, never_stopped):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode and "lost the others" not in said
-    assert said.count("and saved: the same command goes on") == 1
+    assert said.count("and saved: the same command resumes") == 1
     assert 10 <= newest(tmp_path / "out")[3]["step"] < 40
     assert "going on at step" in forked(config, tmp_path, 2)
     assert ending(tmp_path / "out") == ending(never_stopped)
