@@ -378,7 +378,7 @@ def put_here(model: Path) -> str:
             print(f"a different model in this folder was renamed to {previous}")
         return ""
     except OSError as error:
-        return f"{MODEL_FILE} cannot be written here ({error.strerror}): the model is {model}; run the command again"
+        return f"{MODEL_FILE} cannot be written here ({error.strerror}): the model is {model}; the same command copies it"
 
 
 def finished_model(job: Job, file: Path) -> ImageCaptionModel:

@@ -257,7 +257,7 @@ def test_a_run_starts_from_pretrained_parts(tmp_path, scenes_dir, scenes_tokeniz
     arguments = ["--data-dir", scenes_dir, "--max-steps", "1", "--learning-rate", "1e-30", "--image-size", "16"]
     parts = ["--init-encoder", "vit", "--init-decoder", "gpt2"]
     output = script(tmp_path, "main.py", *arguments, *parts)
-    assert "positions 3 x 3 -> 2 x 2" in output and "made new" in output
+    assert "positions 3 x 3 -> 2 x 2" in output and "new         " in output
     model = ImageCaptionModel.from_pretrained(tmp_path / MODEL)
     assert (model.config.vision_embed_dim, model.config.decoder_num_layers, model.config.image_size) == (48, 3, 16)
     assert torch.equal(model.decoder.wte.weight, theirs.transformer.wte.weight)

@@ -1,1 +1,1 @@
-"""Training: what a run is made of, its optimizers, checkpoints, processes and log."""
+"""Training: a run's setup, optimizers, checkpoints, processes and logs."""

@@ -1,12 +1,12 @@
-"""Checkpoints that cannot be lost: written whole or not at all, with a manifest of hashes, and read only if they match.
+"""Checkpoints: written atomically with a manifest of hashes, and loaded only if the hashes match.
 
     runs/X/checkpoints/step-00000100/
-        model.safetensors        the model as one file, ready to use; its averages where the run keeps any
-        optimizer.safetensors    the optimizers' moments; with averages also the weights that are being trained
+        model.safetensors        the model, ready to use; with an average (--ema) the averaged weights
+        optimizer.safetensors    the optimizers' moments; with an average also the weights in training
         state.json               step, schedule, scaler, best score: all else that the next step depends on
         manifest.json            size and SHA-256 of the files above, written last
 
-`checkpoints/latest` and `checkpoints/best` are links to such folders, for people: state.json knows the best one's name.
+`checkpoints/latest` and `checkpoints/best` are links for the user; the code reads the best one's name from state.json.
 Nothing is ever pickled.
 """
 
@@ -31,9 +31,9 @@ from training.sharding import collected, like
 from utils import file_hash, first_line, locked, sync, unfinished_name, whole, write_json
 from weights.file import write_tensors
 
-ROOM_FOR_JSON = 1 << 20  # bytes, beside the tensors
+ROOM_FOR_JSON = 1 << 20  # bytes for the JSON files, besides the tensors
 FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
-KINDS: dict[str, Any] = {  # of what state.json holds
+KINDS: dict[str, Any] = {  # the types of state.json's values
     "best": float | int | None,
     "waited": int,
     "losses": list,
@@ -46,7 +46,7 @@ KINDS: dict[str, Any] = {  # of what state.json holds
 
 
 def training_in(run: Path) -> AbstractContextManager[None]:
-    """Keeps a second process from training in the same folder. Raises UserError where one does already."""
+    """Lock the folder against a second training process. Raises UserError if another process is training there."""
     return locked(run / ".lock", f"{run}: another process is training there: stop it, or choose another --output-dir")
 
 
@@ -60,7 +60,7 @@ def in_use(run: Path) -> bool:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, damaged ones too."""
+    """The checkpoint folders of a run, oldest first, with damaged ones."""
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
@@ -75,10 +75,10 @@ def save_checkpoint(
     best: str | None,
     keep: int,
 ) -> None:
-    """Writes the checkpoint of a step, links it as latest and that of the name `best` as best, and deletes what is older than
-    the newest `keep`, and what is newer: a run that went back behind damaged ones has passed over those.
+    """Write a step's checkpoint and update the links latest and best (`best` is a checkpoint's name). Delete all but
+    the newest `keep` and the best. Later steps' checkpoints are deleted too: they are damaged, so the run went back.
 
-    `size` is what its files will have at least, in bytes: UserError before a byte is written where the disk has less.
+    `size`: bytes that the files need at least. If the disk has less, raises UserError before anything is written.
     """
     folder = run / "checkpoints" / f"step-{step:08d}"
     unfinished = unfinished_name(folder)
@@ -95,7 +95,7 @@ def save_checkpoint(
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in written}
         write_json(unfinished / "manifest.json", manifest)
         sync(unfinished)
-        if folder.exists():  # damaged, and come by again
+        if folder.exists():  # a damaged one of the same step
             remove(folder)
         unfinished.rename(folder)
         sync(folder.parent)
@@ -110,21 +110,21 @@ def save_checkpoint(
 
 
 def no_room(folder: Path, needed: int, free: int, error: Exception | None = None) -> UserError:
-    """What to say when a checkpoint cannot be written."""
-    said = f" ({first_line(error)})" if error else ""
+    """The error for a checkpoint that cannot be written."""
+    why = f" ({first_line(error)})" if error else ""
     return UserError(
-        f"{folder} cannot be written{said}: it needs {needed:,} bytes and {free:,} are free. The checkpoint before it is "
-        "whole: make room, and the same command goes on from there"
+        f"{folder} cannot be written{why}: it needs {needed:,} bytes and {free:,} are free. The previous checkpoint is "
+        "complete: free some disk space, and the same command resumes from there"
     )
 
 
 def remove(folder: Path) -> None:
-    """Deletes a checkpoint; one that is killed meanwhile leaves nothing that looks like a checkpoint."""
+    """Delete a checkpoint. It is renamed first, so that a killed process leaves nothing that looks like one."""
     delete(folder.rename(unfinished_name(folder)))
 
 
 def delete(path: Path) -> None:
-    """Deletes a file, a link or a folder with all that is in it."""
+    """Delete a file, a link, or a folder with its content."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -132,8 +132,8 @@ def delete(path: Path) -> None:
 
 
 def put_aside(run: Path) -> Path | None:
-    """Gives a run's checkpoints, with its run.json and metrics.jsonl, another name for a new one to begin; returns that,
-    None where there are none. What was there by that name goes: one generation, as each is as large as the run."""
+    """Move a run's checkpoints to checkpoints.previous, with copies of run.json and metrics.jsonl, for a new run to
+    start. Returns that folder, None without checkpoints. An older checkpoints.previous is deleted, to save space."""
     old, aside = run / "checkpoints", run / "checkpoints.previous"
     if not checkpoints(run):
         return None
@@ -147,75 +147,75 @@ def put_aside(run: Path) -> Path | None:
 
 
 def link_all(folder: Path, best: str | None) -> None:
-    """Makes `latest` lead to this checkpoint and `best` to the one of that name beside it, if there is one."""
+    """Link `latest` to this checkpoint, and `best` to the checkpoint with that name, if it exists."""
     link(folder, "latest")
     if best and folder.with_name(best).is_dir():
         link(folder.with_name(best), "best")
 
 
 def link(folder: Path, name: str) -> None:
-    """Makes `name`, beside the folder, lead to it: to the old one or the new one at any time."""
-    place = folder.with_name(name)
-    if place.is_dir() and not place.is_symlink():  # a copy that was made of a run has folders in the links' places
-        remove(place)
-    new = unfinished_name(place)
+    """Make `name`, beside the folder, a link to it. The link is replaced atomically."""
+    path = folder.with_name(name)
+    if path.is_dir() and not path.is_symlink():  # in a copy of a run, the links may have become folders
+        remove(path)
+    new = unfinished_name(path)
     new.symlink_to(folder.name)
-    new.replace(place)
+    new.replace(path)
 
 
 def clean(run: Path) -> None:
-    """Deletes what a process that was killed has left half-written."""
+    """Delete the unfinished files of killed processes."""
     for path in [*run.glob(".*.unfinished"), *run.glob("checkpoints/.*.unfinished")]:
         delete(path)
 
 
 def check(folder: Path) -> dict[str, Any]:
-    """A checkpoint's state. Raises UserError, saying what is damaged, unless it is as its manifest says."""
+    """Check a checkpoint against its manifest, and return its state. Raises UserError that names what is damaged."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if set(manifest) != FILES:
-            raise ValueError("manifest.json does not name its files")
+            raise ValueError("manifest.json does not list the checkpoint's files")
         for name, known in manifest.items():
             path = folder / name
             if path.stat().st_size != known["bytes"] or file_hash(path) != known["sha256"]:
-                raise ValueError(f"{name} is not what was written")
+                raise ValueError(f"{name} has changed since it was written")
         state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         best = state["best_checkpoint"]
         fits = folder.name == f"step-{state['step']:08d}" and (best is None or re.fullmatch(r"step-\d{8,}", best))
         if not fits or not all(isinstance(state[name], kind) for name, kind in KINDS.items()):
-            raise ValueError("state.json does not hold what it should")
+            raise ValueError("state.json has missing or wrong values")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} is damaged ({first_line(error)})") from error
     return state
 
 
 def newest_whole(run: Path) -> Path | None:
-    """The newest checkpoint that is as its manifest says, None where there is none at all. Raises UserError where there are
-    some and all are damaged: a run that began anew would overwrite what may be mended."""
+    """The newest checkpoint that matches its manifest, None without checkpoints. Raises UserError if all of them are
+    damaged: a new run would overwrite files that the user may still repair."""
     found = checkpoints(run)
     for folder in reversed(found):
         try:
             check(folder)
             return folder
         except UserError as error:
-            print(f"{error}: passed over")
+            print(f"{error}: skipped")
     if found:
-        raise UserError(f"{run}: no checkpoint can be read: bring one back, or start anew with --resume never")
+        raise UserError(f"{run}: no checkpoint can be read: restore one, or start again with --resume never")
     return None
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """The weights, tensors and state of a checkpoint that was checked."""
+    """The weights, optimizer tensors and state of a checkpoint, which must have been checked."""
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors"), state
 
 
 def final_checkpoint(run: Path) -> tuple[Path, str, dict[str, Any]]:
-    """The best checkpoint; where that is lost the newest one, and what is to be said of it; and the newest one's state.
-    Raises UserError where the newest is damaged, which the same command makes anew."""
+    """The best checkpoint, "" and the newest checkpoint's state. If the best one is lost: the newest one, and an error
+    message. Raises UserError if the newest one is damaged; the same command then writes it again."""
     newest = newest_whole(run)
     if newest is None or newest != checkpoints(run)[-1]:
-        raise UserError(f"{run}: the newest checkpoint is lost: the same command goes on from the one before")
+        raise UserError(f"{run}: the newest checkpoint is lost: the same command resumes from the one before")
     *_, state = load_checkpoint(newest)
     best = newest.with_name(state["best_checkpoint"] or "best")
     try:
@@ -229,7 +229,7 @@ def final_checkpoint(run: Path) -> tuple[Path, str, dict[str, Any]]:
 
 
 def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' moments by names that load_optimizers understands. All processes of a sharded model must ask."""
+    """The optimizers' moments, by names that load_optimizers reads. With a sharded model all processes must call it."""
     return {
         f"{number}.{index}.{name}": collected(value)
         for number, optimizer in enumerate(optimizers)
@@ -239,13 +239,13 @@ def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tens
 
 
 def load_optimizers(tensors: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
-    """Gives the optimizers their moments back."""
+    """Load the moments into the optimizers."""
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     learned = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
     for key, tensor in tensors.items():
         number, index, name = key.split(".", 2)
         parameter = learned[int(number)][int(index)]
-        own = like(parameter, tensor) if tensor.shape == parameter.shape else tensor  # AdamW also counts its steps
-        states[int(number)].setdefault(int(index), {})[name] = own
+        value = like(parameter, tensor) if tensor.shape == parameter.shape else tensor  # else AdamW's step count
+        states[int(number)].setdefault(int(index), {})[name] = value
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

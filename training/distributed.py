@@ -1,7 +1,7 @@
-"""Several processes that train one model together, as torchrun starts them; without torchrun, a world of one.
+"""Processes that train one model together, started by torchrun; without torchrun, there is one process.
 
-Gradients are averaged by DistributedDataParallel; what little else the processes must agree on (how many tokens a step
-has, whether to stop) goes through gloo on the CPU, so that no GPU is waited for.
+DistributedDataParallel averages the gradients. Other values that the processes share (a step's number of tokens,
+whether to stop) go through gloo on the CPU, so that nothing waits for a GPU.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ import torch.distributed as dist
 from config import UserError
 
 T = TypeVar("T")
-PATIENCE = datetime.timedelta(hours=24)  # for others that download or decode; one that dies is noticed at once
+PATIENCE = datetime.timedelta(hours=24)  # long enough for rank 0 to download or decode; a dead rank fails at once
 
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this is. Its methods must be called by all of them, in the same order."""
+    """The rank of this process and the number of processes. All processes must call the methods in the same order."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Which on this machine: the number of its GPU."""
+    """Rank on this machine, and the number of the process's GPU."""
     local_size: int = 1
-    """How many on this machine."""
+    """Processes on this machine."""
 
     @property
     def main(self) -> bool:
-        """Whether it is this process that prints and writes."""
+        """Whether this process prints and writes files."""
         return self.rank == 0
 
     @property
     def share(self) -> dict[str, Any]:
-        """make_dataloader's options for this process's share of each batch."""
+        """Options of make_dataloader for this process's share of each batch."""
         return {"rank": self.rank, "world_size": self.size}
 
     def sum(self, *numbers: float) -> list[float]:
-        """The numbers, each added up over all processes."""
+        """Sum each number over all processes."""
         if self.size == 1:
             return list(numbers)
-        totals = torch.tensor([*numbers, 0.0], dtype=torch.float64)  # one more, as gloo cannot add up nothing
+        totals = torch.tensor([*numbers, 0.0], dtype=torch.float64)  # one more, as gloo cannot sum an empty tensor
         dist.all_reduce(totals)
         return totals.tolist()[:-1]  # type: ignore[no-any-return]
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, in the order of their ranks."""
+        """Collect every process's value, in the order of their ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -62,7 +62,7 @@ class World:
         return self.gather(value)[0]
 
     def wait(self) -> None:
-        """Returns when all processes have come here."""
+        """Wait until all processes have called this."""
         self.sum()
 
 
@@ -70,7 +70,7 @@ ALONE = World()
 
 
 def join_world(device: str) -> World:
-    """The world that torchrun has described in the environment. Raises UserError for more processes than GPUs."""
+    """Connect the processes that torchrun has started. Raises UserError for more processes than GPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -85,6 +85,6 @@ def join_world(device: str) -> World:
 
 
 def leave_world(world: World) -> None:
-    """Ends the connections to the others."""
+    """Disconnect from the other processes."""
     if world.size > 1:
         dist.destroy_process_group()

@@ -1,6 +1,4 @@
-"""What a run is made of before its first step: its folder, where it computes, its data, its tokenizer, its model; and the
-plan of it that is printed.
-"""
+"""Prepare a run before its first step: folder, device, data, tokenizer, model; and print its plan."""
 
 from __future__ import annotations
 
@@ -38,12 +36,12 @@ from weights.pretrained import is_language_model, read_parts
 COCO_PICTURES = 118_287
 COCO_DOWNLOAD_GB = 20
 TYPICAL_CAPTION = 14  # tokens, for estimates made before the captions are read
-LENGTH_MULTIPLE = 4  # of T on a GPU
-KEPT_SHARE_OF_MEMORY = 0.4  # up to which pictures are kept there
+LENGTH_MULTIPLE = 4  # on a GPU, T is rounded up to a multiple of this
+KEPT_SHARE_OF_MEMORY = 0.4  # larger pictures are not cached in memory
 
 
 def write_run(job: Job, finished: bool, **more: Any) -> None:
-    """run.json: which run this is, what it must go on with to reach the same bits, and `more` to know of it."""
+    """Write run.json: what identifies the run, what it needs to resume with the same bits, and `more`."""
     precision = next(name for name, dtype in dtypes().items() if dtype == job.dtype)
     about = {"fingerprint": job.config.fingerprint, "finished": finished, "device": job.device.type, **more}
     cuda = job.device.type == "cuda"
@@ -58,7 +56,7 @@ def write_run(job: Job, finished: bool, **more: Any) -> None:
 
 
 def find_tables(config: TrainConfig, run: Path, floor: int = FLOOR) -> dict[str, CaptionTable]:
-    """The train, val and test tables, drawn or downloaded where that is what the config means. `floor`: see load_tables."""
+    """The train, val and test tables; they are drawn or downloaded if the config says so. `floor`: see load_tables."""
     dataset, directory = config.dataset, config.data_dir
     if dataset == "scenes":
         dataset, directory = "coco", directory or run / "scenes"
@@ -71,17 +69,17 @@ def find_tables(config: TrainConfig, run: Path, floor: int = FLOOR) -> dict[str,
     elif directory is None and dataset == "flickr30k":
         directory = download_flickr30k()
     elif directory is None and "/" not in dataset:
-        raise UserError(f"dataset {dataset} needs --data-dir: the folder that it lies in")
+        raise UserError(f"dataset {dataset} needs --data-dir: its folder")
     tables = load_tables(dataset, directory or Path(), config.image_column, config.caption_column, floor)
-    if lacking := [part for part in ("train", "val") if part not in tables]:
+    if lacking := [split for split in ("train", "val") if split not in tables]:
         raise UserError(
-            f"{directory or dataset} has no {' and no '.join(lacking)} part, only {', '.join(tables)}: add it"
+            f"{directory or dataset} has no {' and no '.join(lacking)} split, only {', '.join(tables)}: add it"
         )
     return tables
 
 
 def ask_before_download(config: TrainConfig) -> None:
-    """Stops before COCO's 20 GB on a machine that would need days to train on them, unless --yes."""
+    """Raise UserError before COCO's 20 GB download if there is no GPU and no --yes: training would take days."""
     device, _ = choose_device(config.device)
     if device.type == "cuda" or config.yes:
         return
@@ -89,13 +87,13 @@ def ask_before_download(config: TrainConfig) -> None:
     days = estimated_seconds(config, COCO_PICTURES, TYPICAL_CAPTION, device, dtype) / 86400
     raise UserError(
         f"./coco_data is not there; COCO 2017 is a download of {COCO_DOWNLOAD_GB} GB and training on it would take about "
-        f"{days:.0f} days on this {device.type}: add --yes to go on, --data-dir for data you have, or try --preset demo"
+        f"{days:.0f} days on this {device.type}: add --yes to download it, --data-dir for your data, or try --preset demo"
     )
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a run's first process has chosen for all of them."""
+    """The first process's choices, which all processes of a run use."""
 
     run: Run
     device: torch.device
@@ -103,16 +101,16 @@ class Chosen:
     device_reason: str = ""
     precision_reason: str = ""
     checkpoint: Path | None = None
-    """Which one the run goes on from."""
+    """The checkpoint to resume from; None for a new run."""
     began: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """run.json as it is there; empty for a run that begins."""
+    """The content of run.json; empty for a new run."""
     tokenizer: str | None = None
-    """See Job.tokenizer; None: it is still to be chosen."""
+    """See Job.tokenizer; None: not chosen yet."""
 
 
 @dataclass
 class Job:
-    """A run made ready: its folder, where and how it computes, the model, the data and the number of steps."""
+    """A prepared run: folder, device, precision, model, data and number of steps."""
 
     config: TrainConfig
     world: World
@@ -127,21 +125,20 @@ class Job:
     """Mean length of a training caption with its end token."""
     bad: BadPictures
     tokenizer: str
-    """What the tokenizer was loaded by: see TrainConfig.tokenizer."""
+    """The name that the tokenizer is loaded by: see TrainConfig.tokenizer."""
     data_key: str
-    """Changes with the pictures and captions."""
+    """A hash of the pictures and captions."""
     checkpoint: Path | None = None
-    """Which one it goes on from."""
+    """The checkpoint to resume from; None for a new run."""
 
     @property
     def pictures_a_step(self) -> int:
-        """Pictures whose gradients make one update."""
+        """Pictures per update."""
         return self.config.batch_size * self.config.accumulation_steps
 
     @property
     def loss_chooses(self) -> bool:
-        """Whether the best model is the one with the lowest validation loss, as CIDEr-D of so few pictures, or of none, is
-        chance. Not in self-critical training, which raises the loss."""
+        """Whether the lowest validation loss chooses the best model: CIDEr-D of so few pictures is mostly noise. Never in self-critical training, which raises the loss."""
         return min(len(self.datasets["val"]), self.config.val_pictures) < FEW and self.config.objective != "scst"
 
     @cached_property
@@ -151,46 +148,46 @@ class Job:
 
     @property
     def caption_length(self) -> int:
-        """The longest caption to write: as asked for, within the model's positions."""
+        """Longest caption to generate, in tokens: the config's, limited by the model's positions."""
         return min(self.config.caption_length, self.model.config.text_positions)
 
 
 def choose_where(config: TrainConfig, run: Run) -> Chosen:
-    """Device and precision with their reasons; a run that goes on keeps the precision that `auto` once chose."""
+    """Device and precision with their reasons. A resumed run keeps the precision that `auto` chose at its start."""
     device, device_reason = choose_device(config.device)
     checkpoint = None if config.resume == "never" else newest_whole(run.folder)
     began = run.about if checkpoint else {}
     if config.precision == "auto" and began.get("device") == device.type and "precision" in began:
-        dtype, precision_reason = choose_precision(began["precision"], device)[0], "as this run began"
+        dtype, precision_reason = choose_precision(began["precision"], device)[0], "chosen when this run started"
     else:
         dtype, precision_reason = choose_precision(config.precision, device)
     return Chosen(run, device, dtype, device_reason, precision_reason, checkpoint, began)
 
 
 def prepare(config: TrainConfig, world: World, chosen: Chosen) -> Job:
-    """The run's data, tokenizer and fresh model."""
+    """Load the data and build the tokenizer and the model of a run."""
     run, device = chosen.run, chosen.device
-    if config.cache_on_gpu and device.type != "cuda":  # said before gigabytes of pictures are decoded for it
+    if config.cache_on_gpu and device.type != "cuda":  # fail before gigabytes of pictures are decoded
         raise UserError(f"cache_on_gpu on the device {device}: it needs a GPU, leave it out")
     if config.adapts:  # before anything is downloaded for it
         check_adapters(config, device)
     began = chosen.began
-    for floor in (FLOOR, 0):  # a run of an earlier version goes on with its own parts
+    for floor in (FLOOR, 0):  # a resumed run of an earlier version keeps its splits, which had no floor
         tables = find_tables(config, run.folder, floor)
         keys = {split: table.keys() for split, table in tables.items()}
-        data_key = key_of([hashlib.sha256(own.tobytes()).hexdigest() for own in keys.values()])
+        data_key = key_of([hashlib.sha256(of_split.tobytes()).hexdigest() for of_split in keys.values()])
         if began.get("data", data_key) == data_key:
             break
     else:
         raise UserError(
-            f"the pictures or captions have changed since {run.folder} began, so it cannot go on: start a new run with --resume "
-            "never (or another --output-dir)"
+            f"the pictures or captions have changed since {run.folder} started, so it cannot be resumed: start a new run "
+            "with --resume never (or another --output-dir)"
         )
     name, model = start_model(config, chosen, tables, keys["train"])
     datasets = make_datasets(config, world, tables, model)
     if device.type == "cuda":
-        for own in datasets.values():
-            own.length_multiple = LENGTH_MULTIPLE
+        for data in datasets.values():
+            data.length_multiple = LENGTH_MULTIPLE
     if config.cache_on_gpu:
         datasets["train"].keep_on(device)
     bad = BadPictures(
@@ -199,9 +196,9 @@ def prepare(config: TrainConfig, world: World, chosen: Chosen) -> Job:
     if world.main:
         for data in datasets.values():
             bad.add_known(data.table, data.pixels.bad)
-            if len(data.pixels.bad) == len(data.table):  # or evaluation would say so, after the training
-                where = f"{data.table.root}: no picture of the {data.table.split} part can be read"
-                raise UserError(f"{where}: see {bad.path}, and mend them")
+            if len(data.pixels.bad) == len(data.table):  # else evaluation would fail, after the training
+                where = f"{data.table.root}: no picture of the {data.table.split} split can be read"
+                raise UserError(f"{where}: see {bad.path}, and fix them")
     pictures_a_step = config.batch_size * config.accumulation_steps
     steps_per_epoch = len(make_dataloader(datasets["train"], pictures_a_step))
     return Job(
@@ -225,11 +222,11 @@ def prepare(config: TrainConfig, world: World, chosen: Chosen) -> Job:
 def start_model(
     config: TrainConfig, chosen: Chosen, tables: dict[str, CaptionTable], keys: np.ndarray
 ) -> tuple[str, ImageCaptionModel]:
-    """The model before the run's next step, with what is frozen and what has adapters, and its tokenizer's name. `keys`
-    are those of the training pictures."""
+    """The tokenizer's name, and the model before the run's next step, with frozen weights and adapters set up. `keys`:
+    the keys of the training pictures."""
     run, began = chosen.run, chosen.began
-    # What a run began from may have changed meanwhile. A file of adapters is loaded as the plain model that they make of
-    # their base.
+    # The pretrained weights that a run started from may have changed, so the checkpoint's model is loaded. Not with
+    # adapters: their file would load as one merged model.
     if chosen.checkpoint and not config.adapts:
         name = began.get("tokenizer", config.tokenizer)
         model = ImageCaptionModel.from_pretrained(chosen.checkpoint / "model.safetensors")
@@ -240,17 +237,17 @@ def start_model(
     model.set_gradient_checkpointing(config.gradient_checkpointing)
     freeze(model, config.freeze)
     if config.shard and not model.config.language_model:
-        raise UserError("shard is for a --decoder of another kind than GPT-2: leave it out")
+        raise UserError("shard needs a --decoder that is not GPT-2: leave it out")
     if config.adapts:
         bases: dict[str, str | None] = {"model": config.init_model} if config.init_model else pretrained_parts(config)
-        if chosen.checkpoint:  # perhaps begun by a version that chose other layers
-            begun = adapted_layers(chosen.checkpoint / "model.safetensors")
-            config = dataclasses.replace(config, lora_targets="|".join(map(re.escape, begun)))
+        if chosen.checkpoint:  # an earlier version may have adapted other layers by default
+            adapted = adapted_layers(chosen.checkpoint / "model.safetensors")
+            config = dataclasses.replace(config, lora_targets="|".join(map(re.escape, adapted)))
         print(f"adapters    {adapt(model, config, bases, chosen.device)}")
         if began.get("adapters", model.adapters) != model.adapters:
             raise UserError(
-                f"the pretrained models are not those that {run.folder} began on, or not in 4 bits as there: bring those back, or "
-                "start a new run with --resume never"
+                f"the pretrained models are not those that {run.folder} started with, or not in 4 bits as there: restore "
+                "those, or start a new run with --resume never"
             )
     return name, model
 
@@ -258,17 +255,17 @@ def start_model(
 def make_datasets(
     config: TrainConfig, world: World, tables: dict[str, CaptionTable], model: ImageCaptionModel
 ) -> dict[str, CaptionDataset]:
-    """The train, val and test data; one for two of them where they are the same pictures."""
+    """The train, val and test data sets. Splits with the same table share one data set."""
     sizes = model.config
     assert sizes.resize_size is not None
     different = {id(table): (split, table) for split, table in reversed(tables.items())}  # val may serve as test
     pixels = 3 * sizes.resize_size**2 * sum(len(table) for _, table in different.values())
     small = pixels < KEPT_SHARE_OF_MEMORY * available_memory() / world.local_size
     augmentation = config.augmentation
-    if config.objective == "scst":  # rewards come from the references as they are
+    if config.objective == "scst":  # the references for the rewards are not flipped
         augmentation = dataclasses.replace(augmentation, flip=0.0)
     of_table = {
-        place: CaptionDataset(
+        table_id: CaptionDataset(
             table,
             model.tokenizer,
             sizes,
@@ -278,28 +275,28 @@ def make_datasets(
             keep="disk" if config.cache or config.cache_on_gpu else "memory" if small else "no",
             progress=world.main,
         )
-        for place, (split, table) in different.items()
+        for table_id, (split, table) in different.items()
     }
     return {split: of_table[id(table)] for split, table in tables.items()}
 
 
 def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> tuple[str, ImageCaptionModel]:
-    """The model to start from, with its tokenizer, and the name that this can be had by again."""
+    """The tokenizer's name, by which it can be loaded again, and the model to start from, with its tokenizer."""
     torch.manual_seed(config.seed)
     if config.init_model:
         base = find_base(config.init_model, config.base_dir)
         check_model(Path(base))
-        whole = ImageCaptionModel.from_pretrained(base, config.base_dir)
-        whole.merged = None  # they will not stay what they are
-        # Not what the model is, but how it is trained.
+        full = ImageCaptionModel.from_pretrained(base, config.base_dir)
+        full.merged = None  # training changes the merged weights
+        # Dropout belongs to this training, not to the loaded model.
         trained = {f: getattr(config.model, f) for f in ("dropout", "vision_dropout", "vision_drop_path")}
-        model = ImageCaptionModel(dataclasses.replace(whole.config, **trained))
-        model.load_state_dict(whole.state_dict())
-        model.tokenizer, model.trained_on = whole.tokenizer, whole.trained_on
+        model = ImageCaptionModel(dataclasses.replace(full.config, **trained))
+        model.load_state_dict(full.state_dict())
+        model.tokenizer, model.trained_on = full.tokenizer, full.trained_on
         print(f"start       {config.init_model}, with its sizes and its tokenizer")
         return config.init_model, model
     parts = {part: name and find_base(name, config.base_dir) for part, name in pretrained_parts(config).items()}
-    if parts["decoder"] and is_language_model(parts["decoder"]):  # whose tokenizer comes with it
+    if parts["decoder"] and is_language_model(parts["decoder"]):  # it brings its tokenizer
         _, model = initialise(config.model, **parts, layer=config.encoder_layer)
         add_prompt(model, config.prompt)
         return parts["decoder"], model
@@ -317,15 +314,15 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
         pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     if any(parts.values()):
-        own = sizes
-        sizes, model = initialise(own, **parts, layer=config.encoder_layer)
+        wanted = sizes
+        sizes, model = initialise(wanted, **parts, layer=config.encoder_layer)
         if sizes.vocab_size < len(tokenizer):
-            what = "leave --tokenizer out" if config.tokenizer != "auto" else "put its own tokenizer's files beside it"
+            what = "leave --tokenizer out" if config.tokenizer != "auto" else "put its tokenizer's files beside it"
             raise UserError(
                 f"{parts['decoder']} knows {sizes.vocab_size:,} tokens and tokenizer {name} has {len(tokenizer):,}: {what}"
             )
-        for special in ("end_token_id", "start_token_id", "pad_token_id"):  # the decoder may name others
-            setattr(model.config, special, getattr(own, special))
+        for special in ("end_token_id", "start_token_id", "pad_token_id"):  # the decoder's may differ
+            setattr(model.config, special, getattr(wanted, special))
     else:
         model = ImageCaptionModel(sizes)
     model.tokenizer = tokenizer
@@ -336,25 +333,25 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
 def initialise(
     config: ViTGPT2Config, encoder: str | None, decoder: str | None, layer: int = -1
 ) -> tuple[ViTGPT2Config, ImageCaptionModel]:
-    """A model with pretrained parts (see weights.pretrained.read_parts) and fresh ones, and its config. Prints what was
-    taken, left out and made new."""
+    """The config and the model with pretrained weights (see weights.pretrained.read_parts) and new ones. Prints what is
+    loaded, skipped and new."""
     parts = read_parts(config, encoder, decoder, layer)
     model = ImageCaptionModel.from_saved(parts)
     made = [name for name in model.state_dict() if name not in parts.tensors]
-    print(f"taken       {parts.taken}\nleft out    {parts.left}\nmade new    {some(made)}")
+    print(f"loaded      {parts.taken}\nskipped     {parts.left}\nnew         {some(made)}")
     return model.config, model
 
 
 def add_prompt(model: ImageCaptionModel, prompt: str) -> None:
-    """Has the decoder read this before every caption. Raises UserError where there is no prefix, or no room."""
+    """Set the prompt that the decoder reads before every caption. Raises UserError without a prefix, or without room."""
     if prompt:
         ids = tuple(model.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids)
-        dataclasses.replace(model.config, prompt_ids=ids)  # checks it
-        model.config.prompt_ids = ids  # of the parts' config too, which is the same one
+        dataclasses.replace(model.config, prompt_ids=ids)  # checks them
+        model.config.prompt_ids = ids  # encoder and decoder share this config
 
 
 def pretrained_parts(config: TrainConfig) -> dict[str, str | None]:
-    """The encoder and the decoder to start from, None for fresh ones."""
+    """The names of the pretrained encoder and decoder; None: start from random weights."""
     decoder = config.decoder or config.init_decoder
     if config.init == "scratch":
         return {"encoder": config.init_encoder, "decoder": decoder}
@@ -364,7 +361,8 @@ def pretrained_parts(config: TrainConfig) -> dict[str, str | None]:
 def choose_tokenizer(
     config: TrainConfig, table: CaptionTable, began: str | None
 ) -> tuple[str, PreTrainedTokenizerFast]:
-    """The tokenizer and its name, which for "auto" is what the run began with, or gpt2 where that can be had."""
+    """The tokenizer's name and the tokenizer. "auto": the one that the run started with, else gpt2 if available, else a
+    new one trained on the captions."""
     name = (began or "gpt2") if config.tokenizer == "auto" else config.tokenizer
     texts = (text.as_py() for text in table.captions())
     try:
@@ -372,30 +370,30 @@ def choose_tokenizer(
     except UserError as error:
         if config.tokenizer != "auto" or began:
             raise
-        print(f"tokenizer   trained on the captions, as GPT-2's cannot be had ({error})")
+        print(f"tokenizer   trained on the captions, as GPT-2's is not available ({error})")
     return "train", load_tokenizer("train", texts, config.model.vocab_size)
 
 
 def plan(job: Job, step: int) -> str:
-    """What is about to happen: sizes, steps, estimates."""
+    """The text that is printed before training: sizes, steps, estimates."""
     config, table, sizes, world = job.config, job.datasets["train"].table, job.model.config, job.world.size
-    own = dataclasses.replace(config, model=sizes, batch_size=-(-config.batch_size // world))  # this process's share
-    seconds = estimated_seconds(own, len(table) // world, job.tokens, job.device, job.dtype) * (1 - step / job.steps)
+    share = dataclasses.replace(config, model=sizes, batch_size=-(-config.batch_size // world))  # of this process
+    seconds = estimated_seconds(share, len(table) // world, job.tokens, job.device, job.dtype) * (1 - step / job.steps)
     weights = sum(parameter.nbytes for parameter in job.model.parameters())
     learned = sum(parameter.numel() for parameter in job.model.parameters() if parameter.requires_grad)
     shards = world if config.shard else 1
-    memory = estimated_memory(own, weights // shards, learned // shards, job.tokens)
+    memory = estimated_memory(share, weights // shards, learned // shards, job.tokens)
     different = {id(data): data.pixels.kept for data in job.datasets.values()}.values()  # val may serve as test
-    kept = sum(pictures.numel() for pictures in different if pictures is not None)
+    cached = sum(pictures.numel() for pictures in different if pictures is not None)
     val, test = len(job.datasets["val"]), len(job.datasets["test"])
     same = job.datasets["test"].table.split == "val"
-    tested = "which serve as test too, as there is no test part" if same else f"{test:,} to test"
+    tested = "also used as test, as there is no test split" if same else f"{test:,} to test"
     left = ", ".join(f"{number:,} {what}" for what, number in table.left_out.items())
     cut = f"{n:,} captions cut at the model's max_length" if (n := job.datasets["train"].tokens.cut) else ""
-    notes = [table.about, left and f"left out: {left}", cut, *job.bad.notes]
+    notes = [table.about, left and f"skipped: {left}", cut, *job.bad.notes]
     if (few := min(val, test)) < FEW:
         chosen = ", so the validation loss chooses the best model" if job.loss_chooses else ""
-        notes.append(f"numbers rest on {few:,} pictures, mostly chance below {FEW}{chosen}")
+        notes.append(f"scores are measured on {few:,} pictures: below {FEW} they are mostly noise{chosen}")
     return (
         f"attention   {choose_attention(job.device.type, job.dtype, sizes.decoder_embed_dim // sizes.decoder_num_heads)[1]}\n"
         f"model       {job.model.num_parameters:,} parameters, vocabulary {job.model.config.vocab_size:,}\n"
@@ -405,6 +403,6 @@ def plan(job: Job, step: int) -> str:
         f"steps       {job.steps:,} of {job.pictures_a_step} pictures x {config.captions_per_image} captions, "
         f"{job.steps_per_epoch:,} an epoch{f'; going on at step {step:,}' if step else ''}\n"
         f"estimate    about {duration(seconds)} of training, about {memory / 2**30:.1f} GiB for the model "
-        f"and {kept / 2**30:.1f} GiB for pictures kept in memory\n"
+        f"and {cached / 2**30:.1f} GiB for pictures cached in memory\n"
         f"output      {job.run.folder}"
     )

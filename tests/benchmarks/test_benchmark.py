@@ -219,7 +219,7 @@ def test_the_training_benchmark_of_adapters(tmp_path):
     loops = json.loads((tmp_path / "benchmark-train.json").read_text())["loops"]
     assert [loop["whose"] for loop in loops] == ["ours", "LoRA", "QLoRA"]
     assert loops[1]["first_loss"] == loops[0]["first_loss"] == pytest.approx(loops[2]["first_loss"], abs=0.05)
-    assert "QLoRA, 10 pairs bf16: a picture costs" in done.stdout and "numbers learn" in done.stdout
+    assert "QLoRA, 10 pairs bf16: a picture costs" in done.stdout and "parameters are trained" in done.stdout
 
 
 def test_training_is_what_it_was(tmp_path):

@@ -573,7 +573,7 @@ def test_forty_folders_are_trained_on_for_a_step(tmp_path, monkeypatch, no_cache
             return
         assert check.main([str(root)]) in (0, 1)
         if any(part["undecodable"] == part["pictures"] for part in report.figures["parts"].values()):
-            with pytest.raises(UserError, match=r"no picture of the .* part can be read"):
+            with pytest.raises(UserError, match=r"no picture of the .* split can be read"):
                 train(config)
             return
         assert train(config) == 0

@@ -185,7 +185,7 @@ def test_what_cannot_be_is_refused_in_one_line(bases, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the prompt comes with init_model"):
         TrainConfig(init_model="x", prompt="a photo of")
     for changes in ({"lora_targets": "nothing"}, {"lora_targets": "encoder.*", "freeze": ("encoder",)}):
-        with pytest.raises(UserError, match="fits no pretrained linear layer"):
+        with pytest.raises(UserError, match="matches no pretrained linear layer"):
             adapted(bases, "prefix", settings(lora=True, **changes))
     model = adapted(bases, "prefix", settings(lora=True))
     with pytest.raises(UserError, match="int8"):

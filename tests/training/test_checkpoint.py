@@ -167,7 +167,7 @@ def test_a_flipped_byte_is_seen_and_passed_over(tmp_path, config, never_killed):
     path.write_bytes(content)
     said = forked(config, tmp_path)
     (line,) = (line for line in said.splitlines() if "damaged" in line)
-    assert "step-00000036 is damaged (model.safetensors is not what was written)" in line
+    assert "step-00000036 is damaged (model.safetensors has changed since it was written)" in line
     assert "going on at step 33" in said
     assert ending(tmp_path / "out") == ending(never_killed / "out")
     assert newest(tmp_path / "out")[3]["step"] == 36  # whole again
@@ -363,7 +363,7 @@ def test_of_few_pictures_the_loss_chooses(tmp_path, scenes_dir):
     await_step(12, process, tmp_path / "out")
     process.terminate()
     said = end(process, 143, tmp_path)
-    assert "numbers rest on 12 pictures, mostly chance below 200, so the validation loss chooses the best model" in said
+    assert "scores are measured on 12 pictures: below 200 they are mostly noise, so the validation loss chooses the best model" in said
     folder, _, _, state = newest(tmp_path / "out")
     losses = [line["val_loss"] for line in read_log(tmp_path / "out/metrics.jsonl") if "val_loss" in line]
     assert len(losses) >= 2 and state["best"] == -min(losses)

@@ -341,7 +341,7 @@ def test_the_plan_says_that_val_serves_as_test(tmp_path, scenes_dir):
     for own in ("train2017", "val2017", "annotations/captions_train2017.json", "annotations/captions_val2017.json"):
         (tmp_path / own).parent.mkdir(exist_ok=True)
         (tmp_path / own).symlink_to(scenes_dir / own)
-    for folder, said in ((tmp_path, "pictures to validate, which serve as test too"), (scenes_dir, " to test")):
+    for folder, said in ((tmp_path, "pictures to validate, also used as test"), (scenes_dir, " to test")):
         config = dataclasses.replace(PRESETS["demo"], dataset="coco", data_dir=folder, tokenizer="train")
         job = prepare(config, ALONE, Chosen(Run(tmp_path / "run"), torch.device("cpu"), torch.float32))
         (line,) = [line for line in plan(job, 0).splitlines() if "to validate" in line]
@@ -515,7 +515,7 @@ def test_a_part_without_a_whole_picture_is_said_before_the_first_step(tmp_path, 
             Image.new("RGB", (16, 16)).save(tmp_path / f"data/{name}.png")
     config = small_config(tmp_path / "data", max_steps=1, dataset="auto", tokenizer="train", max_bad_share=0.9)
     with pytest.raises(
-        UserError, match=r"no picture of the val part can be read: see out.bad_samples.csv, and mend them$"
+        UserError, match=r"no picture of the val split can be read: see out.bad_samples.csv, and fix them$"
     ):
         train(config)
     assert not (tmp_path / "out/metrics.jsonl").exists()

@@ -61,11 +61,11 @@ def test_a_pretrained_vit_sees_what_it_saw(tmp_path, kind, image_size, capsys):
     torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
     taken, left, made = capsys.readouterr().out.splitlines()
     side = image_size // 8
-    assert f"taken       {tmp_path / 'vit'}: 42 tensors (" in taken and f"positions 3 x 3 -> {side} x {side}" in taken
-    assert left.startswith("left out    2 tensors (") and (
+    assert f"loaded      {tmp_path / 'vit'}: 42 tensors (" in taken and f"positions 3 x 3 -> {side} x {side}" in taken
+    assert left.startswith("skipped     2 tensors (") and (
         "pooler" in left if kind is ViTModel else "classifier" in left
     )
-    assert made.startswith("made new    46 tensors (")
+    assert made.startswith("new         46 tensors (")
 
 
 @pytest.mark.parametrize("kind", [DeiTModel, DeiTForImageClassificationWithTeacher])
@@ -81,7 +81,7 @@ def test_a_deit_keeps_its_distillation_token(tmp_path, kind, capsys):
     token = stored[f"{prefix}embeddings.distillation_token"]
     assert torch.equal(model.encoder.registers, token + positions[:, 1:2])
     left = capsys.readouterr().out.splitlines()[1]
-    assert left.startswith(f"left out    {2 if kind is DeiTModel else 4} tensors")
+    assert left.startswith(f"skipped     {2 if kind is DeiTModel else 4} tensors")
 
 
 def silence_cross_attention(model: ImageCaptionModel) -> None:
@@ -117,7 +117,7 @@ def test_a_pretrained_gpt2_says_what_it_said(tmp_path, kind, max_length, kept, c
     torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
     taken, left, made = capsys.readouterr().out.splitlines()
     assert f"{tmp_path / 'gpt2'}: 40 tensors (" in taken and f"{kept} of 24 positions" in taken
-    assert left == "left out    nothing" and "tensors (" in made
+    assert left == "skipped     nothing" and "tensors (" in made
 
 
 @pytest.mark.parametrize(("more", "said"), [(7, True), (7, False), (-3, True)])
@@ -165,9 +165,9 @@ def test_both_parts_start_a_captioner(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert (
         len(lines) == 3
-        and "left out    5 tensors" in lines[1]
+        and "skipped     5 tensors" in lines[1]
         and "vit.embeddings.mask_token" in lines[1]
-        and "made new    8 tensors (" in lines[2]
+        and "new         8 tensors (" in lines[2]
     )
     assert model(torch.randn(1, 3, 40, 40), torch.zeros(1, 3, dtype=torch.long)).logits.isfinite().all()
     change_weights(tmp_path / "gpt2", lambda w: w.update({"lm_head.weight": wte + 1}))
