@@ -411,14 +411,14 @@ class Learning:
     accumulation_steps: int = 1
     """Batches whose gradients are added up to one step."""
     objective: Literal["cross_entropy", "scst"] = "cross_entropy"
-    """cross_entropy: predict the references' tokens. scst: self-critical training, raise the reward of captions that the
-    model samples (start from a trained model with init_model, learning rate about 1e-5; no flips, word dropout or label
-    smoothing)."""
+    """cross_entropy: predict the references' tokens. scst: self-critical training, raise the reward of captions that
+    the model samples (start from a trained model with init_model, learning rate about 1e-5; no flips, word dropout or
+    label smoothing)."""
     baseline: Literal["others", "greedy"] = "others"
     """Score that a sampled caption must beat in self-critical training: the mean of the picture's other samples, or
     that of its greedy caption."""
     reward: Literal["cider_d", "pac_s", "mix"] = "cider_d"
-    """Reward of self-critical training: CIDEr-D; PAC-S, with pac; or mix, their sum. PAC-S alone uses no references, and
+    """Reward of self-critical training: CIDEr-D; PAC-S, with pac; or mix, their sum. PAC-S alone uses no references:
     its captions drift away from human ones."""
     pac: str | None = None
     """Weights of PAC-S for the reward: a Hub name or a folder of a CLIP in transformers' format, with safetensors."""

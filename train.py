@@ -132,7 +132,7 @@ class Training:
         self.saved = clock()
         self.stop = StopSignal(grace=5.0 if world.size > 1 else 0.0)
         self.meter = Meter(self.learner, state)
-        self.began = time.perf_counter() - state.get("seconds", 0.0)
+        self.started = time.perf_counter() - state.get("seconds", 0.0)
         self.bar = tqdm(
             desc="training",
             total=job.steps,
@@ -245,8 +245,8 @@ class Training:
         values |= {} if train_loss is None else {"train_loss": train_loss}
         values |= validate_captions(job, model)
         self.log.write(step, epoch=step / job.steps_per_epoch, **values)
-        epoch, rest = divmod(step, job.steps_per_epoch)
-        if model.adapters is not None and epoch and not rest and job.world.main:  # only a few MB, so save every epoch's
+        epoch, remainder = divmod(step, job.steps_per_epoch)
+        if model.adapters is not None and epoch and not remainder and job.world.main:  # a few MB each: save all
             model.save_file(job.run.folder / f"{job.config.preset}_epoch_{epoch}.safetensors")
         line = f"step {step:,}: validation loss {values['val_loss']:.3f}"
         line += f", CIDEr-D {values['val_cider_d']:.3f}" if "val_cider_d" in values else ""
@@ -260,7 +260,7 @@ class Training:
         self.learner.check(self.meter.steps)
         progress = self.progress
         state = {"step": progress.step, "best": progress.best, "waited": progress.waited, **self.meter.state()}
-        self.learner.save(state | {"seconds": time.perf_counter() - self.began}, better)
+        self.learner.save(state | {"seconds": time.perf_counter() - self.started}, better)
 
 
 def learn(job: Job) -> int | None:
@@ -378,7 +378,9 @@ def put_here(model: Path) -> str:
             print(f"a different model in this folder was renamed to {previous}")
         return ""
     except OSError as error:
-        return f"{MODEL_FILE} cannot be written here ({error.strerror}): the model is {model}; the same command copies it"
+        return (
+            f"{MODEL_FILE} cannot be written here ({error.strerror}): the model is {model}; the same command copies it"
+        )
 
 
 def finished_model(job: Job, file: Path) -> ImageCaptionModel:

@@ -350,7 +350,10 @@ def test_a_run_from_the_cache_is_the_same_run(tmp_path, scenes_dir):
         (["main.py", "--preset", "demo", "--seed", "-1"], "seed is -1"),
         (["main.py", "--preset", "demo", "--data-dir", "file"], "holds another data set"),
         (["main.py", "--preset", "demo", "--flip", "2"], "flip is 2.0"),
-        (["main.py", "--preset", "demo", "--cache-on-gpu", "--color-jitter", "0.1"], "cache_on_gpu supports only crops and flips"),
+        (
+            ["main.py", "--preset", "demo", "--cache-on-gpu", "--color-jitter", "0.1"],
+            "cache_on_gpu supports only crops and flips",
+        ),
         (["main.py", "--preset", "demo", "--cache-on-gpu", "--device", "cpu"], "it needs a GPU"),
         (["main.py", "--dataset", "nothing", "--data-dir", "."], "dataset 'nothing' is unknown"),
         (["main.py", "--dataset", "flickr8k"], "needs --data-dir"),

@@ -27,9 +27,7 @@ def check_adapters(config: TrainConfig, device: torch.device) -> None:
         raise UserError(f"qlora needs bitsandbytes ({reason}): {INSTALL}, or use --lora")
     base = Path(find_base(config.init_model or "", config.base_dir))
     if config.init_model and base.resolve() == Path(MODEL_FILE).resolve():
-        raise UserError(
-            f"{base} would be overwritten by the run's adapters, which need it: give it another name first"
-        )
+        raise UserError(f"{base} would be overwritten by the run's adapters, which need it: give it another name first")
 
 
 def adapt(model: Any, config: TrainConfig, bases: dict[str, str | None], device: torch.device) -> str:
@@ -48,7 +46,9 @@ def adapt(model: Any, config: TrainConfig, bases: dict[str, str | None], device:
     number = {part: sum(part_of(n) == part for n in targets) for part in ("encoder", "decoder")}
     for part in number:
         if not number[part] and part in config.lora_targets and part not in config.freeze:
-            raise UserError(f"lora_targets {config.lora_targets!r} matches no layer of the {part}: change or freeze that")
+            raise UserError(
+                f"lora_targets {config.lora_targets!r} matches no layer of the {part}: change or freeze that"
+            )
     key = fingerprint(model)
     full = {name for name, parameter in model.named_parameters() if part_of(name) == "new" and parameter.requires_grad}
     reason = why_not_4_bits(device) if config.qlora else ""

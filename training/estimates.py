@@ -74,8 +74,8 @@ def estimated_seconds(
 
 
 def estimated_memory(config: TrainConfig, weights: int, learned: int, tokens: float) -> float:
-    """Bytes on the device: `weights` bytes of weights; in fp32, for `learned` trained parameters, the average, gradients
-    and AdamW's moments; and the activations stored for the backward pass."""
+    """Bytes on the device: `weights` bytes of weights; for `learned` trained parameters the average, gradients and
+    AdamW's moments, in fp32; and the activations stored for the backward pass."""
     m = config.model
     stored = 2 if config.gradient_checkpointing else 34  # numbers a layer stores per position and unit of width
     states = m.num_states * m.vision_num_layers * m.vision_embed_dim

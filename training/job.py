@@ -37,7 +37,7 @@ COCO_PICTURES = 118_287
 COCO_DOWNLOAD_GB = 20
 TYPICAL_CAPTION = 14  # tokens, for estimates made before the captions are read
 LENGTH_MULTIPLE = 4  # on a GPU, T is rounded up to a multiple of this
-KEPT_SHARE_OF_MEMORY = 0.4  # larger pictures are not cached in memory
+KEPT_SHARE_OF_MEMORY = 0.4  # pictures that fit into this share are cached there
 
 
 def write_run(job: Job, finished: bool, **more: Any) -> None:
@@ -102,7 +102,7 @@ class Chosen:
     precision_reason: str = ""
     checkpoint: Path | None = None
     """The checkpoint to resume from; None for a new run."""
-    began: dict[str, Any] = dataclasses.field(default_factory=dict)
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The content of run.json; empty for a new run."""
     tokenizer: str | None = None
     """See Job.tokenizer; None: not chosen yet."""
@@ -138,12 +138,13 @@ class Job:
 
     @property
     def loss_chooses(self) -> bool:
-        """Whether the lowest validation loss chooses the best model: CIDEr-D of so few pictures is mostly noise. Never in self-critical training, which raises the loss."""
+        """Whether the lowest validation loss chooses the best model, as CIDEr-D of few pictures is mostly noise. Not in
+        self-critical training, which raises the loss."""
         return min(len(self.datasets["val"]), self.config.val_pictures) < FEW and self.config.objective != "scst"
 
     @cached_property
     def words(self) -> str:
-        """Name of the tokenizer of CIDEr-D, by the first thousand captions."""
+        """Name of the tokenizer for CIDEr-D, chosen by the first thousand training captions."""
         return tokenizer_for(self.datasets["train"].table.captions()[:1000].to_pylist())
 
     @property
@@ -156,12 +157,12 @@ def choose_where(config: TrainConfig, run: Run) -> Chosen:
     """Device and precision with their reasons. A resumed run keeps the precision that `auto` chose at its start."""
     device, device_reason = choose_device(config.device)
     checkpoint = None if config.resume == "never" else newest_whole(run.folder)
-    began = run.about if checkpoint else {}
-    if config.precision == "auto" and began.get("device") == device.type and "precision" in began:
-        dtype, precision_reason = choose_precision(began["precision"], device)[0], "chosen when this run started"
+    about = run.about if checkpoint else {}
+    if config.precision == "auto" and about.get("device") == device.type and "precision" in about:
+        dtype, precision_reason = choose_precision(about["precision"], device)[0], "chosen when this run started"
     else:
         dtype, precision_reason = choose_precision(config.precision, device)
-    return Chosen(run, device, dtype, device_reason, precision_reason, checkpoint, began)
+    return Chosen(run, device, dtype, device_reason, precision_reason, checkpoint, about)
 
 
 def prepare(config: TrainConfig, world: World, chosen: Chosen) -> Job:
@@ -171,12 +172,12 @@ def prepare(config: TrainConfig, world: World, chosen: Chosen) -> Job:
         raise UserError(f"cache_on_gpu on the device {device}: it needs a GPU, leave it out")
     if config.adapts:  # before anything is downloaded for it
         check_adapters(config, device)
-    began = chosen.began
+    about = chosen.about
     for floor in (FLOOR, 0):  # a resumed run of an earlier version keeps its splits, which had no floor
         tables = find_tables(config, run.folder, floor)
         keys = {split: table.keys() for split, table in tables.items()}
         data_key = key_of([hashlib.sha256(of_split.tobytes()).hexdigest() for of_split in keys.values()])
-        if began.get("data", data_key) == data_key:
+        if about.get("data", data_key) == data_key:
             break
     else:
         raise UserError(
@@ -191,7 +192,7 @@ def prepare(config: TrainConfig, world: World, chosen: Chosen) -> Job:
     if config.cache_on_gpu:
         datasets["train"].keep_on(device)
     bad = BadPictures(
-        run.folder / "bad_samples.csv", tables.values(), config.max_bad_share, bool(began) or not world.main
+        run.folder / "bad_samples.csv", tables.values(), config.max_bad_share, bool(about) or not world.main
     )
     if world.main:
         for data in datasets.values():
@@ -224,14 +225,14 @@ def start_model(
 ) -> tuple[str, ImageCaptionModel]:
     """The tokenizer's name, and the model before the run's next step, with frozen weights and adapters set up. `keys`:
     the keys of the training pictures."""
-    run, began = chosen.run, chosen.began
+    run, about = chosen.run, chosen.about
     # The pretrained weights that a run started from may have changed, so the checkpoint's model is loaded. Not with
     # adapters: their file would load as one merged model.
     if chosen.checkpoint and not config.adapts:
-        name = began.get("tokenizer", config.tokenizer)
+        name = about.get("tokenizer", config.tokenizer)
         model = ImageCaptionModel.from_pretrained(chosen.checkpoint / "model.safetensors")
     else:
-        name, model = make_model(config, tables["train"], chosen.tokenizer or began.get("tokenizer"))
+        name, model = make_model(config, tables["train"], chosen.tokenizer or about.get("tokenizer"))
     model.trained_on = np.union1d(model.trained_on, keys)
     check_overlap(model.trained_on, tables["test"], config.allow_overlap)
     model.set_gradient_checkpointing(config.gradient_checkpointing)
@@ -244,7 +245,7 @@ def start_model(
             adapted = adapted_layers(chosen.checkpoint / "model.safetensors")
             config = dataclasses.replace(config, lora_targets="|".join(map(re.escape, adapted)))
         print(f"adapters    {adapt(model, config, bases, chosen.device)}")
-        if began.get("adapters", model.adapters) != model.adapters:
+        if about.get("adapters", model.adapters) != model.adapters:
             raise UserError(
                 f"the pretrained models are not those that {run.folder} started with, or not in 4 bits as there: restore "
                 "those, or start a new run with --resume never"
@@ -343,7 +344,7 @@ def initialise(
 
 
 def add_prompt(model: ImageCaptionModel, prompt: str) -> None:
-    """Set the prompt that the decoder reads before every caption. Raises UserError without a prefix, or without room."""
+    """Set the prompt that the decoder reads before every caption. Raises UserError without prefix or room."""
     if prompt:
         ids = tuple(model.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids)
         dataclasses.replace(model.config, prompt_ids=ids)  # checks them
@@ -359,16 +360,16 @@ def pretrained_parts(config: TrainConfig) -> dict[str, str | None]:
 
 
 def choose_tokenizer(
-    config: TrainConfig, table: CaptionTable, began: str | None
+    config: TrainConfig, table: CaptionTable, resumed: str | None
 ) -> tuple[str, PreTrainedTokenizerFast]:
     """The tokenizer's name and the tokenizer. "auto": the one that the run started with, else gpt2 if available, else a
     new one trained on the captions."""
-    name = (began or "gpt2") if config.tokenizer == "auto" else config.tokenizer
+    name = (resumed or "gpt2") if config.tokenizer == "auto" else config.tokenizer
     texts = (text.as_py() for text in table.captions())
     try:
         return name, load_tokenizer(name, texts, config.model.vocab_size)
     except UserError as error:
-        if config.tokenizer != "auto" or began:
+        if config.tokenizer != "auto" or resumed:
             raise
         print(f"tokenizer   trained on the captions, as GPT-2's is not available ({error})")
     return "train", load_tokenizer("train", texts, config.model.vocab_size)

@@ -1,4 +1,4 @@
-"""One step of training: forward, backward, update; and all that a checkpoint needs of it."""
+"""The training step (forward, backward, update), and saving and loading its state."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ LONG_RUN = 2000  # steps: compiling takes a minute or two, and saves an H100 40 
 
 @dataclass
 class Step:
-    """What one step gave, on the device: its mean loss, its gradients' norm; and from this process's share which pictures
-    (rows of the table) and how many pairs it learned from, and the sum of the rewards of sampled captions."""
+    """Results of one step: on the device, the mean loss and the gradients' norm. Of this process's share: the pictures
+    (rows of the table), the number of picture-caption pairs, and the sum of the sampled captions' rewards."""
 
     loss: Tensor
     norm: Tensor
@@ -38,14 +38,14 @@ class Step:
 
 
 class Learner:
-    """This process's part of every step: forward, backward, update."""
+    """Runs this process's share of every step: forward, backward, update."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.model, config = job, job.model, job.config
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.dtype == torch.float16)
         self.average = Average(job.model, config.ema) if config.ema else None
         self.sharded = config.shard and job.world.size > 1
-        if self.sharded:  # job.model stays the plain one that is judged
+        if self.sharded:  # job.model stays the plain model for validation
             self.model = shard(job.model)
             if self.average:
                 self.average.model = shard(self.average.model)
@@ -61,33 +61,33 @@ class Learner:
             known = inspect.signature(DistributedDataParallel).parameters  # buffers never change
             options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
             self.module = DistributedDataParallel(job.model, **options)
-        self.eager, self.whole = self.module, config.batch_size // job.world.size
+        self.eager, self.full_size = self.module, config.batch_size // job.world.size
         if compiles(job):
-            flash_attn_function()  # looked for here: a compiler does not see through the import
+            flash_attn_function()  # import it here: the compiler cannot trace the import
             self.module = torch.compile(self.module, fullgraph=True)
             if job.world.main:
-                print("compile     the first step is compiled: a minute or two on a GPU (--no-compile does without)")
+                print("compile     the first step is compiled: a minute or two on a GPU (--no-compile turns this off)")
 
     @property
     def judged(self) -> ImageCaptionModel:
-        """The model that is evaluated and kept: the average, where there is one. Of a sharded one a plain model, see gather."""
+        """The model to validate and save: the average if there is one. With a sharded model a plain one, see gather."""
         return self.average.model if self.average and not self.sharded else self.job.model
 
     def gather(self) -> None:
-        """Gives the model that is judged all weights of a sharded one; all processes must call it."""
+        """Copy all weights of a sharded model into the plain `judged` model; all processes must call it."""
         if self.sharded:
             fill(self.job.model, self.average.model if self.average else self.model)
 
     def release(self) -> None:
-        """Takes them away again."""
+        """Free the weights that gather copied."""
         if self.sharded:
             empty(self.job.model)
 
     def step(self, batch: Batch, step: int, rate: float) -> Step:
-        """Learns from a batch, this process's share of the step's, at a learning rate. Every token of the step weighs the
-        same, whichever process and part of the batch it is in."""
+        """Train on this process's share of a step's batch, at learning rate `rate`. Every token has the same weight, in
+        all processes and micro-batches."""
         job, config, world = self.job, self.job.config, self.job.world
-        # Dropout and samples are functions of the step: resuming needs no state of a generator.
+        # Dropout and samples depend on the step alone: resuming needs no generator's state.
         torch.manual_seed(
             int(np.random.SeedSequence((config.seed, step, world.rank)).generate_state(1, np.uint64)[0] >> 1)
         )
@@ -104,7 +104,7 @@ class Learner:
             with contextlib.nullcontext() if last or world.size == 1 or self.sharded else self.module.no_sync():
                 with autocast(job.device, job.dtype):
                     part_loss = self.loss(part, words_blanked, smoothing)
-                share = count / max(total, 1)  # no tokens where no picture of the step can be read
+                share = count / max(total, 1)  # no tokens if none of the step's pictures can be read
                 self.scaler.scale(part_loss * (share * world.size)).backward()  # gradients are averaged over processes
             loss += part_loss.detach() * share
         norm = self.updater.update(loss, rate)
@@ -115,22 +115,22 @@ class Learner:
         return Step(loss, norm, batch.rows, pairs, rewards)
 
     def loss(self, part: Batch, words_blanked: float, smoothing: float) -> Tensor:
-        """The mean loss of a part of a batch, on the device."""
+        """The mean loss of a micro-batch, a scalar on the device."""
         input_ids, module = blank_words(part.input_ids, words_blanked, self.model.config), self.module
         if module is not self.eager:
-            if len(input_ids) < self.whole:  # an epoch's last batch is not worth a compilation of its own
+            if len(input_ids) < self.full_size:  # compiling again for an epoch's smaller last batch is not worth it
                 module = self.eager
             for tensor, axis in ((input_ids, 2), (part.labels, 2), (part.positions, 0)):
-                torch._dynamo.maybe_mark_dynamic(tensor, axis)  # or a second length compiled anew
+                torch._dynamo.maybe_mark_dynamic(tensor, axis)  # else a second length would compile again
         pixels, _, *about = part.inputs
         return module(pixels, input_ids, *about, label_smoothing=smoothing, weights=part.weights).loss
 
     def moved(self, part: Batch) -> Batch:
-        """The part of a batch on the device."""
+        """The micro-batch moved to the device."""
         return part.to(self.job.device, self.job.datasets["train"])
 
     def save(self, state: dict[str, Any], best: bool) -> None:
-        """Writes a checkpoint; the first process does. `state` is what the loop itself has to remember."""
+        """Save a checkpoint, by the first process; all must call it. `state` is the training loop's state."""
         job, world = self.job, self.job.world
         self.best = f"step-{state['step']:08d}" if best else self.best
         if world.main or self.sharded:
@@ -154,13 +154,13 @@ class Learner:
         world.wait()
 
     def load(self) -> dict[str, Any]:
-        """Goes back to the checkpoint that the run goes on from; returns the loop's own state, {} where there is none."""
+        """Load the checkpoint to resume from. Returns the training loop's state; {} for a new run."""
         folder = self.job.checkpoint
         if folder is None:
             return {}
         weights, tensors, state = load_checkpoint(folder)
         self.best = state["best_checkpoint"]
-        if self.job.world.main:  # a process that was killed may not have come to it
+        if self.job.world.main:  # the links are missing if the process was killed before it made them
             link_all(folder, self.best)
         if self.average:
             load_weights(self.average.model, weights)
@@ -173,13 +173,13 @@ class Learner:
         return state
 
     def check(self, steps: list[tuple[int, Step]]) -> None:
-        """Raises UserError when one of the latest steps was not finite, and names it; no weights were changed since."""
+        """Raise UserError that names the step if one of the latest was not finite. No step since changed the weights."""
         job, table = self.job, self.job.datasets["train"].table
         overflows = int(self.updater.overflows.item())
         if overflows >= job.config.overflow_limit:
             raise UserError(
-                f"the gradients of {overflows} steps in a row up to {steps[-1][0]} overflowed in fp16, down to a scale of "
-                f"{self.scaler.get_scale():g}: use --precision bf16, or lower --learning-rate"
+                f"the gradients of {overflows} steps in a row, up to step {steps[-1][0]}, overflowed in fp16 (loss scale "
+                f"{self.scaler.get_scale():g}): use --precision bf16, or lower --learning-rate"
             )
         if not self.updater.broken.item():
             return
@@ -190,13 +190,14 @@ class Learner:
                 more = f" and {len(names) - 20} more" if len(names) > 20 else ""
                 what = "gradient" if step.loss.isfinite() else "loss"
                 raise UserError(
-                    f"the {what} is not finite at step {number:,}, of the pictures {', '.join(names[:20])}{more}; the "
-                    "weights are as they were before it: look at those, lower --learning-rate, or use --precision fp32"
+                    f"the {what} is not finite at step {number:,}, of the pictures {', '.join(names[:20])}{more}; the step "
+                    "has not changed the weights: check the pictures, lower --learning-rate, or use --precision fp32"
                 )
 
 
 def compiles(job: Job) -> bool:
-    """Whether the step is compiled: as asked for; unless told, on a GPU, in a long run of a model that is written here."""
+    """Whether the step is compiled. By default: on a GPU, in a long run, without adapters, shards or another language
+    model."""
     if job.config.compile is None:
         ours = not job.config.adapts and not job.config.shard and not job.model.config.language_model
         return job.device.type == "cuda" and ours and job.steps >= LONG_RUN
@@ -204,7 +205,7 @@ def compiles(job: Job) -> bool:
 
 
 def blank_words(input_ids: Tensor, share: float, config: ViTGPT2Config) -> Tensor:
-    """input_ids with a share of its tokens, never the first, replaced by the padding token."""
+    """Replace a share of the tokens, never the first, by the padding token: input_ids (N, K, T) -> the same shape."""
     if not share:
         return input_ids
     blank = torch.rand(input_ids.shape, device=input_ids.device) < share

@@ -1,6 +1,6 @@
-"""What changes weights: optimizers by part of the model, the schedule, one update, the weights' running average.
+"""Optimizers, learning rates, the update of the weights, and their running average.
 
-Learning rates of parts and layers are factors of the one that the schedule gives.
+The learning rate of a parameter is the schedule's, times a factor for its layer and for encoder or decoder.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from config import TrainConfig, UserError
 from model import ImageCaptionModel
-from training.sharding import whole
+from training.sharding import full_tensor
 from weights.file import layer_of, part_of
 
 MOMENTUM = 0.95  # Muon's
 
 
 def depth_below_top(name: str, layers: dict[str, int]) -> int:
-    """How many layers lie between a parameter and its part's output: 0 for the last norm, most for embeddings."""
+    """Number of layers between a parameter and the output of its encoder or decoder: 0 for the last norm, most for
+    embeddings."""
     part, layer = name.split(".")[0], layer_of(name)
     if part_of(name) == "new":
         return 0
@@ -33,31 +34,31 @@ def depth_below_top(name: str, layers: dict[str, int]) -> int:
 
 
 def freeze(model: ImageCaptionModel, parts: tuple[str, ...]) -> None:
-    """Leaves these parts of the model as they are. Raises UserError where nothing would be left to learn."""
+    """Freeze these of encoder, decoder and new. Raises UserError if nothing would be left to train."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) not in parts)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"freeze {' '.join(parts)}: nothing is left to learn")
+        raise UserError(f"freeze {' '.join(parts)}: nothing is left to train: freeze less")
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every matrix is made nearly orthogonal before it is applied (Jordan 2024,
-    kellerjordan.github.io/posts/muon), in steps of the size that AdamW's have (Liu et al. 2025, arXiv:2502.16982).
+    """Momentum SGD that makes each matrix's update nearly orthogonal (Jordan 2024, kellerjordan.github.io/posts/muon),
+    with updates as large as AdamW's (Liu et al. 2025, arXiv:2502.16982).
 
-    torch.optim.Muon computes in bf16 whatever the weights are, which most CPUs emulate, 10 to 70 times slower than fp32;
-    and one matrix after the other, where matrices of one shape can be multiplied together.
+    torch.optim.Muon always computes in bf16, which most CPUs emulate, 10 to 70 times slower than fp32. And it handles
+    matrices one by one; here, those of the same shape are multiplied together.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
         """params: matrices, or groups of them; dtype: of the products."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
-        # torch's protocol for optimizers that ask the device itself whether to step: `found_inf` is 1 where not.
+        # torch's protocol for optimizers that read on the device whether to skip the step: where `found_inf` is 1.
         self._step_supports_amp_scaling = self.param_groups[0]["params"][0].device.type == "cuda"
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of the matrices that have a gradient; no closure is called."""
+        """Update the matrices that have a gradient. The closure is not called."""
         stop = getattr(self, "found_inf", None)
         for group in self.param_groups:
             learned = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -85,7 +86,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """matrices (N, rows, columns) -> the same shape in `dtype`, their singular values brought close to 1 by five steps of
+    """Bring the singular values close to 1: matrices (N, rows, columns) -> the same shape in `dtype`. Five steps of
     Jordan's quintic Newton-Schulz iteration, a x + (b xx' + c (xx')²) x."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[1] <= matrices.shape[2]
@@ -98,8 +99,8 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What Muon multiplies in, beside a model in `dtype`: bf16 where the device has it and the model is in half precision
-    or on a GPU, else fp32."""
+    """The dtype of Muon's products for a run in `dtype`: on a GPU bf16 if supported, on other devices bf16 for a run in
+    bf16, else fp32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -108,10 +109,11 @@ def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 def build_optimizers(
     model: ImageCaptionModel, config: TrainConfig, dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
-    """AdamW over everything; or Muon over the layers' matrices and AdamW over embeddings, biases and norms. Only the
-    layers' matrices decay. `dtype` is the run's precision.
+    """AdamW for all parameters; or Muon for the layers' matrices, and AdamW for embeddings, biases and norms. Weight
+    decay is for the layers' matrices only. `dtype` is the run's precision.
 
-    A group's `share` is its factor of the schedule's learning rate: its part's, times layer_decay for every layer above.
+    A group's `share` is its factor of the schedule's learning rate: that of encoder or decoder, times layer_decay for
+    every layer above.
     """
     rates = {"encoder": config.encoder_learning_rate, "decoder": config.decoder_learning_rate, "new": None}
     layers = {"encoder": model.config.vision_num_layers, "decoder": model.config.decoder_num_layers}
@@ -149,16 +151,16 @@ def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def norm_of(tensors: Iterable[Tensor]) -> Tensor:
-    """The norm of all of them together, a scalar on their device."""
-    return whole(nn.utils.get_total_norm(list(tensors)))
+    """The norm of all tensors together, a scalar on their device."""
+    return full_tensor(nn.utils.get_total_norm(list(tensors)))
 
 
 class Updater:
-    """Turns gathered gradients into an update, unless they or the loss are not finite.
+    """Updates the weights with the accumulated gradients, unless these or the loss are not finite.
 
-    The decision is taken on the device, so that a GPU need not be waited for: after a step that is not finite no later
-    one changes weights either, whenever somebody comes to look at `broken`. In fp16 an overflow is part of the search for
-    a scale: that step alone is skipped, and `overflows` counts how many in a row were.
+    The device decides, so that nothing waits for a GPU: after a step that is not finite, no later step changes the
+    weights, no matter when `broken` is read. In fp16 overflows are normal in the search for a loss scale: only that
+    step is skipped, and `overflows` counts the skipped steps in a row.
     """
 
     def __init__(
@@ -173,26 +175,26 @@ class Updater:
         self.optimizers = build_optimizers(model, config, dtype)
         self.scaler, self.clip = scaler, config.gradient_clip
         self.broken = torch.zeros((), device=model.device)
-        """1 once a loss or a gradient was not finite."""
+        """1 after a loss or a gradient that was not finite."""
         self.overflows = torch.zeros((), device=model.device)
-        # The fused optimizers ask the device itself whether to step; the others have to be asked from here.
+        # Fused optimizers read on the device whether to step; for the others the decision is read here.
         self.asks_device = all(getattr(o, "_step_supports_amp_scaling", False) for o in self.optimizers)
 
     def update(self, loss: Tensor, learning_rate: float) -> Tensor:
-        """One update with the gradients gathered so far, clipped; they are gone afterwards. Returns their norm."""
+        """Clip the accumulated gradients, update the weights, and drop the gradients. Returns the gradients' norm."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["share"]
-        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.clip))
         bad = 1 - (norm.isfinite() & loss.isfinite()).float()
         if self.scaler.is_enabled():
             self.overflows = (self.overflows + 1) * bad
         else:
             self.broken = torch.maximum(self.broken, bad)
         stop = bad if self.scaler.is_enabled() else self.broken
-        # All or none: what overflowed in one optimizer's gradients has spoilt the norm, and by clipping the other's. So they
-        # are not stepped by the scaler, which asks after each one's own.
+        # All optimizers step or none: an overflow in one's gradients spoils the norm, and clipping by it the gradients
+        # of all. So scaler.step is not used: it checks each optimizer separately.
         for optimizer in self.optimizers:
             if self.asks_device:
                 optimizer.grad_scale, optimizer.found_inf = None, stop  # type: ignore[attr-defined]
@@ -206,20 +208,20 @@ class Updater:
 
 
 class Average:
-    """The weights' exponential moving average (EMA), a model of its own that is evaluated and saved.
+    """A second model with the exponential moving average (EMA) of the weights, which is validated and saved.
 
-    The average of the first steps reaches back less far, min(decay, (1 + step) / (10 + step)), so that it forgets the
-    random weights it began with.
+    In the first steps the decay is smaller, min(decay, (1 + step) / (10 + step)), so that the average forgets the
+    random initial weights.
     """
 
     def __init__(self, model: ImageCaptionModel, decay: float) -> None:
         self.decay = decay
-        shared = {id(p): p for p in model.parameters() if not p.requires_grad}  # deepcopy takes these for copied
+        shared = {id(p): p for p in model.parameters() if not p.requires_grad}  # deepcopy does not copy these
         self.model = copy.deepcopy(model, shared).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: ImageCaptionModel, step: int) -> None:
-        """Takes the weights after this step in."""
+        """Add the weights after this step to the average."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         pairs = zip(self.model.parameters(), model.parameters(), strict=True)
         averages, learned = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)

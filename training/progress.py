@@ -1,4 +1,4 @@
-"""How far a run is, and what its latest steps were like."""
+"""A run's progress, and the measurements of its latest steps."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Progress:
     """How far a run is, and when it ends."""
 
     steps: int
-    """All that it is to make."""
+    """Number of steps of the run."""
     patience: int | None
-    """It ends after so many scores in a row that are not better than the best; None: not for that."""
+    """The run ends after this many scores in a row without a new best one; None: never."""
     step: int = 0
     best: float | None = None
     waited: int = 0
@@ -31,34 +31,34 @@ class Progress:
 
     @property
     def last(self) -> bool:
-        """Whether no step is left to make."""
+        """Whether the last step is done."""
         return self.step == self.steps or self.waited >= (self.patience or sys.maxsize)
 
     def judge(self, score: float) -> bool:
-        """Takes a score in, and says whether it is the best so far."""
+        """Record a score. Returns whether it is the best so far."""
         better = not math.isnan(score) and (self.best is None or score > self.best)
         self.best, self.waited = (score, 0) if better else (self.best, self.waited + 1)
         return better
 
 
 def what_chose(lines: list[dict[str, Any]], best: str) -> str:
-    """What the scores in a run's log say for its best checkpoint, by name: its own with the 95 % interval, and how many others
-    lie within; nothing without others."""
+    """Describe the score that chose the best checkpoint (a name), from a run's log: its CIDEr-D with the 95 % interval,
+    and how many other checkpoints lie within it. Empty if there are no others."""
     scored = {f"step-{line['step']:08d}": line for line in lines if "val_cider_d_low" in line}
     if best not in scored or len(scored) < 2:
         return ""
-    own = scored.pop(best)
-    score, low, high = (own[f"val_cider_d{end}"] for end in ("", "_low", "_high"))
-    alike = sum(line["val_cider_d"] >= low for line in scored.values())
-    others = f"{alike} of the other {len(scored)} cannot be told apart from it" if alike else "no other is within"
-    return f"step {own['step']:,} by CIDEr-D {score:.3f} ({low:.3f} to {high:.3f}) of validation pictures; {others}"
+    line = scored.pop(best)
+    score, low, high = (line[f"val_cider_d{end}"] for end in ("", "_low", "_high"))
+    alike = sum(other["val_cider_d"] >= low for other in scored.values())
+    others = f"{alike} of the other {len(scored)} scores in this interval" if alike else "no other is within"
+    return f"step {line['step']:,} by CIDEr-D {score:.3f} ({low:.3f} to {high:.3f}) of validation pictures; {others}"
 
 
 class Meter:
-    """What the steps since the last line of the log were like."""
+    """Measures the steps since the last line of the log."""
 
     def __init__(self, learner: Learner, state: dict[str, Any]) -> None:
-        """`state` is what an earlier process has saved of steps without a line."""
+        """`state`: what an earlier process saved about steps that no log line covers yet."""
         job = learner.job
         self.learner, self.world, self.device = learner, job.world, job.device
         mine = state if job.world.main else {}
@@ -73,33 +73,33 @@ class Meter:
         self.before: list[Tensor] = []
 
     def add(self, step: int, done: Step) -> None:
-        """Takes a step in."""
+        """Add a finished step."""
         self.losses.append(done.loss)
         self.epoch_loss, self.epoch_steps = self.epoch_loss + done.loss, self.epoch_steps + 1
         self.steps.append((step, done))
         self.rewards, self.samples = self.rewards + done.rewards, self.samples + done.pairs
 
     def remember(self) -> None:
-        """Keeps the weights as they are before the step whose update the next line tells of."""
+        """Copy the weights before a step, so that the next line can give the norm of its update."""
         self.before = [parameter.detach().clone() for parameter in self.learner.updater.parameters]
 
     def state(self) -> dict[str, Any]:
-        """What is to be saved of steps without a line, over all processes."""
+        """What a checkpoint saves about steps that no log line covers yet, over all processes."""
         losses = self.world.sum(*(loss.item() for loss in self.losses))
         return {"losses": losses, "rewards": self.world.sum(self.rewards, self.samples), "epoch": self.known_epoch()}
 
     def known_epoch(self) -> tuple[float, int]:
-        """The sum of the epoch's losses, over all processes, and how many there are."""
+        """The sum of the epoch's losses over all processes, and the number of steps."""
         return self.world.sum(self.epoch_loss.item())[0], self.epoch_steps
 
     def end_epoch(self) -> float | None:
-        """The mean loss of the epoch that ends here, None before the first step; counting starts anew."""
+        """The mean loss of the epoch that ends now, None before the first step. Resets the sums."""
         total, steps = self.known_epoch()
         self.epoch_loss, self.epoch_steps = torch.zeros_like(self.epoch_loss), 0
         return total / steps if steps else None
 
     def line(self, rate: float) -> dict[str, Any]:
-        """The log's next line; counting starts anew behind it."""
+        """The next line of the log. Resets the measurements."""
         job, world, state = self.learner.job, self.world, self.state()
         done, parameters = self.steps[-1][1], self.learner.updater.parameters
         counts = ((len(step.rows), step.pairs) for _, step in self.steps)

@@ -1,4 +1,4 @@
-"""A run's folder: which one it is, what run.json says of it, and its checkpoints."""
+"""A run's folder: how it is named and found, its run.json, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from training.checkpoint import check, checkpoints, in_use
 from utils import file_hash, writable_directory
 from weights.file import MODEL_FILE
 
-OWN_DATA = ("auto", "imagefolder", "webdataset", "csv", "sidecar")  # layouts that are no data set by themselves
+OWN_DATA = ("auto", "imagefolder", "webdataset", "csv", "sidecar")  # layouts of users' data, not of a known data set
 
 
 def name_of(config: TrainConfig) -> str:
-    """What a new run is called after: own data's folder or name on the Hub, else the preset."""
+    """The start of a new run's name: for the user's data its folder or Hub name, else the preset."""
     name, folder = config.dataset.rpartition("/")[2], config.data_dir and config.data_dir.expanduser().resolve()
     if config.dataset in OWN_DATA and folder and not any(folder.glob("annotations/captions_train20*.json")):
         name = (folder.parent if folder.is_file() else folder).name
@@ -31,13 +31,13 @@ def name_of(config: TrainConfig) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """A run on disk, which may be going on in another process: everything is read when it is asked for."""
+    """A run on disk. Another process may be training it, so every property reads the disk again."""
 
     folder: Path
 
     @property
     def about(self) -> dict[str, Any]:
-        """run.json, empty where there is none that can be read."""
+        """The content of run.json; empty if it cannot be read."""
         with contextlib.suppress(OSError, ValueError, RecursionError):
             about = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
             return about if isinstance(about, dict) else {}
@@ -45,37 +45,37 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it says that it is."""
+        """Whether run.json says that the run is finished."""
         return bool(self.about.get("finished"))
 
     @property
     def checkpoints(self) -> list[Path]:
-        """Oldest first, damaged ones too."""
+        """The checkpoint folders, oldest first, with damaged ones."""
         return checkpoints(self.folder)
 
     @property
     def readable(self) -> bool:
-        """Whether run.json is there, and what a run needs of it to go on is of the right kind."""
+        """Whether run.json exists, and its values that resuming needs have the right types."""
         about = {"fingerprint": None, "tokenizer": "", "data": "", "device": "", "precision": "fp32"} | self.about
         texts = all(isinstance(about[name], str) for name in ("fingerprint", "tokenizer", "data", "device"))
         return texts and about["precision"] in ("fp32", "fp16", "bf16")
 
     def check(self, config: TrainConfig) -> Run:
-        """The run itself. Raises UserError when it was started with other settings."""
+        """Check that the run can be resumed with this config, and return it. Raises UserError if not."""
         if not self.readable:
             raise UserError(
-                f"{self.folder}: run.json is lost or damaged, so its checkpoints cannot be gone on from: bring it back, or "
-                "start anew with --resume never"
+                f"{self.folder}: run.json is lost or damaged, so the run cannot be resumed: restore it, or start again "
+                "with --resume never"
             )
         if self.about.get("fingerprint") != config.fingerprint:
             raise UserError(
-                f"{self.folder} holds a run with other settings{self.difference(config)}: choose another --output-dir, or "
+                f"{self.folder} has a run with other settings{self.difference(config)}: choose another --output-dir, or "
                 "--resume never to replace it"
             )
         return self
 
     def difference(self, config: TrainConfig) -> str:
-        """In which settings the run differs, in words and brackets; nothing where that cannot be told."""
+        """The settings in which the run differs, as text in brackets; empty if they are not known."""
         with contextlib.suppress(TypeError, AttributeError, KeyError):
             ours, theirs = config.learned_from, self.about.get("config", {})
             ours, theirs = ours | ours["model"], theirs | theirs["model"] | {"compile": bool(theirs["compile"])}
@@ -86,7 +86,7 @@ class Run:
 
     @classmethod
     def find(cls, config: TrainConfig) -> Run:
-        """The run asked for, an unfinished one of the same settings to go on with, or a new one."""
+        """The run that the config names, an unfinished run with the same settings to resume, or a new run."""
         if config.resume not in ("auto", "never"):
             run = cls(Path(config.resume))
             if not run.checkpoints:
@@ -101,18 +101,18 @@ class Run:
         if config.resume == "auto":
             for run in map(cls, sorted(Path("runs").glob("*-*"), reverse=True)):
                 if run.checkpoints and not run.readable:
-                    print(f"{run.folder} is not gone on with: its run.json is lost or damaged")
+                    print(f"{run.folder} is not resumed: its run.json is lost or damaged")
                 elif run.about.get("fingerprint") == config.fingerprint and not run.finished and run.checkpoints:
                     if not in_use(run.folder):
                         return cls(writable_directory(run.folder))
                     print(
-                        f"{run.folder} is unfinished too, but another process is training there: this is a run of its own"
+                        f"{run.folder} has the same settings, but another process is training there: this is a new run"
                     )
         return cls.new(name_of(config))
 
     @classmethod
     def new(cls, called: str) -> Run:
-        """A new folder in runs/; runs that start in the same second get folders of their own."""
+        """Create a new folder in runs/, also when several runs start in the same second."""
         writable_directory(Path("runs"))
         name = f"runs/{called}-{time.strftime('%Y%m%d-%H%M%S')}"
         for number in itertools.count(1):
@@ -124,10 +124,10 @@ class Run:
 
     @classmethod
     def of_model(cls, path: Path) -> Run | None:
-        """The run that a model's file lies in, or one in runs/ here with the same file; None where there is neither."""
+        """The run whose folder contains a model's file, or one in ./runs with the same file; else None."""
         if not path.is_file():
             return None
-        for folder in path.absolute().parents[:3]:  # of the model, or of a checkpoint's
+        for folder in path.absolute().parents[:3]:  # the finished model's run, or a checkpoint's
             if (folder / "run.json").is_file():
                 return cls(folder)
         size = path.stat().st_size
@@ -137,11 +137,11 @@ class Run:
 
 
 def check_model(path: Path) -> None:
-    """Raises UserError where a model's file, or that of its folder, is not what the run wrote that it lies in. Of other
-    files nothing is known."""
+    """Raise UserError if a model (a file or its folder) has changed since its run wrote it. Models outside of a run are
+    not checked."""
     path = path / MODEL_FILE if path.is_dir() else path
     if (path.parent / "manifest.json").is_file():
         check(path.parent)
     known = Run(path.parent).about.get("model_sha256")
     if known and path.name == MODEL_FILE and path.is_file() and file_hash(path) != known:
-        raise UserError(f"{path} is damaged (it is not what the run wrote): the run's own command writes it again")
+        raise UserError(f"{path} is damaged (it has changed since the run wrote it): the run's command writes it again")

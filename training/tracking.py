@@ -1,7 +1,7 @@
-"""A run's numbers as they come: metrics.jsonl always, Weights & Biases where it is wanted, and the curves drawn of them.
+"""Log a run's numbers: to metrics.jsonl, to Weights & Biases if wanted, and as drawn curves.
 
-Weights & Biases never asks anything, and never ends a run: where its server is away, what it would have been sent stays
-in the run's folder for `wandb sync`.
+Weights & Biases never asks a question and never ends a run. If its server is not available, the data stays in the run's
+folder for `wandb sync`.
 """
 
 from __future__ import annotations
@@ -28,48 +28,48 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SERVER = "https://api.wandb.ai"
-MARKERS = 15  # of a curve at most, so that a long one stays a line
+MARKERS = 15  # at most per curve, so that a long one still looks like a line
 TRAINING = {"color": "#E69F00", "linewidth": 1.3}  # Okabe and Ito's colours
 VALIDATION = {"color": "#0072B2", "linewidth": 2, "linestyle": "--", "marker": "o"}
-SECONDS = 10  # that its server gets to answer, and at a run's end to take what is left
+SECONDS = 10  # timeout of Weights & Biases: for its server's answer, and for sending the remaining data at a run's end
 
 
 class MetricLog:
-    """Appends one JSON object a line to metrics.jsonl; on resuming, drops what came after the checkpoint."""
+    """Appends JSON lines to metrics.jsonl. When a run is resumed, lines after the checkpoint's step are dropped."""
 
     def __init__(self, path: Path, step: int) -> None:
         write_text(path, "".join(json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, **values: Any) -> None:
-        """One line, flushed."""
+        """Write one line and flush it."""
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
         except OSError as error:
             raise UserError(
-                f"{self._file.name} cannot be written ({error.strerror}): make room, and the same command goes on from the "
-                "newest checkpoint"
+                f"{self._file.name} cannot be written ({error.strerror}): free some disk space; the same command resumes from "
+                "the newest checkpoint"
             ) from error
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
 
 class Log:
-    """Where a run's numbers go. Made by the first process only; the others have a SilentLog."""
+    """The log of the first process: metrics.jsonl and Weights & Biases. The other processes have a SilentLog."""
 
     def __init__(self, run: Path, step: int, config: TrainConfig) -> None:
-        """Goes on after `step`: later lines of an earlier process are dropped."""
+        """Resume after `step`: later lines of an earlier process are dropped."""
         self._file = MetricLog(run / "metrics.jsonl", step)
         self._wandb = start_wandb(run, config)
 
     def write(self, step: int, **values: Any) -> None:
-        """One line."""
+        """Write one line."""
         self._file.write(step, **values)
         if self._wandb:
-            with contextlib.suppress(Exception):  # whatever is wrong with it is no reason to end a run
+            with contextlib.suppress(Exception):  # no error of Weights & Biases may end a run
                 numbers = {name: value for name, value in values.items() if not isinstance(value, dict)}
                 if samples := values.get("samples"):
                     import wandb
@@ -79,7 +79,7 @@ class Log:
                 self._wandb.log(numbers | {"step": step})
 
     def close(self) -> None:
-        """Closes the file, and gives Weights & Biases a while to send what is left."""
+        """Close the file, and give Weights & Biases up to SECONDS to send the remaining data."""
         self._file.close()
         if self._wandb:
             ending = threading.Thread(target=self._wandb.finish, daemon=True)
@@ -88,13 +88,13 @@ class Log:
 
 
 class SilentLog:
-    """A log that nobody reads."""
+    """A log that writes nothing."""
 
     def write(self, step: int, **values: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def wandb_mode(config: TrainConfig) -> tuple[Literal["online", "offline", "off"], str]:
@@ -103,37 +103,37 @@ def wandb_mode(config: TrainConfig) -> tuple[Literal["online", "offline", "off"]
     if os.environ.get("WANDB_MODE") in ("offline", "disabled") and wanted == "auto":
         wanted = "offline" if os.environ["WANDB_MODE"] == "offline" else "off"
     if wanted == "off":
-        return "off", "asked for"
+        return "off", "requested"
     host = urlsplit(server).hostname or ""
     try:
         import wandb  # noqa: F401
     except ImportError:
         return "off", "not installed: pip install wandb"
     if wanted == "offline":
-        return "offline", "asked for"
+        return "offline", "requested"
     key = os.environ.get("WANDB_API_KEY")
     if not key:
         with contextlib.suppress(OSError, netrc.NetrcParseError):
             key = (netrc.netrc().authenticators(host) or [None] * 3)[2]
     if not re.fullmatch("[!-~]*", key := (key or "").strip()):
-        return "off", "the key has a character that no key has: run `wandb login` again, or set WANDB_API_KEY"
+        return "off", "the key has an invalid character: run `wandb login` again, or set WANDB_API_KEY"
     if not key:
         return "off", "no key: run `wandb login`, or set WANDB_API_KEY"
     try:
         urlopen(server, timeout=SECONDS).close()
     except HTTPError:
-        pass  # an answer
+        pass  # the server answered
     except (OSError, HTTPException, ValueError) as error:
         why = printable(str(getattr(error, "reason", error)))
-        return "offline", f"{host} is away ({why}): send it later with `wandb sync`"
-    return "online", "a key is there"
+        return "offline", f"{host} is not available ({why}): send the data later with `wandb sync`"
+    return "online", "found a key"
 
 
 def start_wandb(run: Path, config: TrainConfig) -> Any:
-    """A Weights & Biases run, or None; one line says which and why."""
+    """Start a Weights & Biases run, or return None. Prints one line with the mode and the reason."""
     mode, reason = wandb_mode(config)
     if mode != "off":
-        os.environ.setdefault("WANDB_SILENT", "true")  # it speaks before it has seen its settings
+        os.environ.setdefault("WANDB_SILENT", "true")  # else it prints before it reads its settings
         import wandb
 
         settings = wandb.Settings(init_timeout=SECONDS, silent=True, console="off", disable_git=True)
@@ -149,14 +149,14 @@ def start_wandb(run: Path, config: TrainConfig) -> Any:
             except Exception as error:
                 reason = named(error)
                 with contextlib.suppress(Exception):
-                    wandb.teardown()  # or the run counts as in use
+                    wandb.teardown()  # else the run still counts as in use
         mode = "off"
     print(f"wandb       {mode} ({reason})", flush=True)
     return None
 
 
 def run_id(run: Path) -> str:
-    """The same for one folder whenever it is gone on with."""
+    """The Weights & Biases id of a run's folder; it stays the same when the run is resumed."""
     path = run / "wandb.id"
     if not path.exists():
         write_text(path, f"{run.name}-{os.urandom(4).hex()}")
@@ -164,13 +164,13 @@ def run_id(run: Path) -> str:
 
 
 def draw_curves(run: Path) -> None:
-    """curves.png: losses, CIDEr-D on validation pictures and the learning rate, against the step."""
+    """Draw curves.png: losses, CIDEr-D on validation pictures and the learning rate, by step."""
     with whole(run / "curves.png") as unfinished:
         curves(read_log(run / "metrics.jsonl")).savefig(unfinished, format="png", dpi=100)
 
 
 def curves(lines: Sequence[dict[str, Any]]) -> Figure:
-    """The figure of a log's lines. Curves differ in lightness, dashes and markers too, for those who see no colours."""
+    """Plot a log's lines. Curves also differ in lightness, dashes and markers, for colour-blind readers."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -187,8 +187,8 @@ def curves(lines: Sequence[dict[str, Any]]) -> Figure:
     ):
         points = [(line["step"], line[name]) for line in lines if finite(line.get(name))]
         every = 1 + len(points) // MARKERS
-        marks: dict[str, Any] = {"marker": "o"} if len(points) == 1 else {}  # a line of one point is none
-        if points:  # the last one has its marker, however many there are
+        marks: dict[str, Any] = {"marker": "o"} if len(points) == 1 else {}  # one point draws no line
+        if points:  # the last point always has a marker
             marks |= {"markevery": ((len(points) - 1) % every, every), "zorder": 3, "label": label}
             axis.plot(*zip(*points, strict=True), **style | marks)
     for axis, name in zip(axes, ("loss (nats a token)", *["CIDEr-D"] * scored, "learning rate"), strict=True):

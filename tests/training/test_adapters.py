@@ -223,7 +223,7 @@ def test_every_layer_of_a_language_model_gets_one(bases, tmp_path, scenes_tokeni
     _, model = initialise(tiny_config(bridge="prefix", max_length=64), **parts)
     old = "|".join((r"encoder\.blocks\.\d+\.qkv", r"decoder\.body\..*\.[qkv]_proj"))  # the default of before
     if kind != "llama":
-        with pytest.raises(UserError, match=r"fits no layer of the decoder: change or freeze that"):
+        with pytest.raises(UserError, match=r"matches no layer of the decoder: change or freeze that"):
             adapt(model, settings(lora=True, lora_targets=old), parts, CPU)
     said = adapt(model, settings(lora=True), parts, CPU)
     assert f"on 2 layers of the encoder and {2 * FUSED[kind]} layers of the decoder, " in said

@@ -363,7 +363,10 @@ def test_of_few_pictures_the_loss_chooses(tmp_path, scenes_dir):
     await_step(12, process, tmp_path / "out")
     process.terminate()
     said = end(process, 143, tmp_path)
-    assert "scores are measured on 12 pictures: below 200 they are mostly noise, so the validation loss chooses the best model" in said
+    assert (
+        "scores are measured on 12 pictures: below 200 they are mostly noise, so the validation loss chooses the best model"
+        in said
+    )
     folder, _, _, state = newest(tmp_path / "out")
     losses = [line["val_loss"] for line in read_log(tmp_path / "out/metrics.jsonl") if "val_loss" in line]
     assert len(losses) >= 2 and state["best"] == -min(losses)

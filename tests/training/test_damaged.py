@@ -113,7 +113,7 @@ def test_nothing_begins_on_damaged_weights(again, config, ranks):
         flip(folder / "model.safetensors", 0.9)
     before = {path: file_hash(path) for path in again.rglob("*") if path.is_file()}
     said = run(flags(config), again, ranks, code=2 if ranks == 1 else 1)
-    assert "error: out: no checkpoint can be read: bring one back, or start anew with --resume never" in said
+    assert "error: out: no checkpoint can be read: restore one, or start again with --resume never" in said
     assert said.count("error:") == 1 or ranks == 2  # torchrun adds its own
     assert before == {path: file_hash(path) for path in before}
 
@@ -145,7 +145,7 @@ def test_an_unreadable_run_beside_others_is_said(tmp_path, config, monkeypatch, 
 
     found = Run.find(dataclasses.replace(config, output_dir=None))
     assert found.folder.name != "demo-20260101-000000"
-    assert "demo-20260101-000000 is not gone on with: its run.json is lost or damaged" in capsys.readouterr().out
+    assert "demo-20260101-000000 is not resumed: its run.json is lost or damaged" in capsys.readouterr().out
 
 
 # The best one

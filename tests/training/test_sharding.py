@@ -114,6 +114,4 @@ def test_what_does_not_go_together(config, unfit):
 
 def test_only_another_language_model_is_sharded(tmp_path, scenes_dir):
     config = small_config(scenes_dir, shard=True, max_steps=1)
-    assert "error: shard is for a --decoder of another kind than GPT-2: leave it out" in forked(
-        config, tmp_path, code=2
-    )
+    assert "error: shard needs a --decoder that is not GPT-2: leave it out" in forked(config, tmp_path, code=2)

@@ -102,7 +102,7 @@ def test_offline_when_asked(tmp_path, config):
     """It needs no key, and what a later `wandb sync` is to send holds numbers, samples and the config."""
     offline = dataclasses.replace(config, wandb="offline")
     said = forked(offline, tmp_path, **environment(tmp_path, key=""))
-    assert line_of(said) == "wandb       offline (asked for)"
+    assert line_of(said) == "wandb       offline (requested)"
     (path,) = tmp_path.glob("out/wandb/offline-run-*/run-*.wandb")
     content = path.read_bytes()
     assert all(name in content for name in (b"val_cider_d", b"learning_rate", b"samples", b"captions_per_image"))
@@ -136,7 +136,7 @@ def test_the_choice_of_the_best_says_how_sure_it_is():
         for step, x in scores.items()
     ]
     said = "by CIDEr-D 0.400 (0.370 to 0.430) of validation pictures"
-    assert what_chose(lines, "step-00000018") == f"step 18 {said}; 1 of the other 3 cannot be told apart from it"
+    assert what_chose(lines, "step-00000018") == f"step 18 {said}; 1 of the other 3 scores in this interval"
     assert what_chose(lines[:2] + lines[3:4], "step-00000018") == f"step 18 {said}; no other is within"
     assert what_chose(lines[:2], "step-00000006") == what_chose([], "best") == what_chose(lines, "step-00000099") == ""
 

@@ -132,7 +132,7 @@ def test_an_embedding_larger_than_its_tokenizer(tmp_path, scenes_dir, scenes_tab
     config = small_config(scenes_dir, max_length=64, init_encoder=bases["encoder"], decoder=bases["decoder"])
     config = dataclasses.replace(config, tokenizer="auto")
     if more < 0:
-        words = rf"knows {rows} tokens and tokenizer .* has {rows - more}: put its own tokenizer's files beside it"
+        words = rf"knows {rows} tokens and tokenizer .* has {rows - more}: put its tokenizer's files beside it"
         with pytest.raises(UserError, match=words):
             make_model(config, scenes_table, None)
         return
