@@ -369,7 +369,7 @@ def test_a_run_does_not_go_on_upon_other_weights(scenes_dir, pretrained, tmp_pat
     path = tmp_path / "bases/gpt2/model.safetensors"
     save_file({name: 1.1 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     said = forked(config, tmp_path, code=2)
-    assert "error: the pretrained models are not those that out began on" in said.splitlines()[-1]
+    assert "error: the pretrained models are not those that out started with" in said.splitlines()[-1]
 
 
 def test_adapters_for_a_captioner(scenes_dir, tmp_path, monkeypatch):

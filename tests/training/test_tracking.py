@@ -64,7 +64,7 @@ def test_a_server_that_is_away_takes_no_run_along(tmp_path, config):
     os.close(keyboard)
     os.close(terminal)
     assert process.returncode == 0, said
-    assert line_of(said).startswith("wandb       offline (127.0.0.1 is away (")
+    assert line_of(said).startswith("wandb       offline (127.0.0.1 is not available (")
     assert [*tmp_path.glob("out/wandb/offline-run-*/run-*.wandb")]
     print(f"{seconds:.0f} s")
     assert seconds < 60

@@ -400,7 +400,7 @@ def test_a_run_goes_on_only_with_the_data_it_began_with(tmp_path, scenes_table):
     own_photos(tmp_path / "photos", scenes_table, 24)
     process = start([*flags, "--output-dir", "out"], tmp_path)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "have changed since out began" in output and "--resume never" in output
+    assert process.returncode == 2 and "have changed since out started" in output and "--resume never" in output
 
 
 def test_a_run_that_left_the_numbers_stops_and_saves_nothing(tmp_path):
@@ -432,7 +432,7 @@ def test_overflows_in_a_row_end_the_run(scenes_table):
         done = Step(torch.ones(()), learner.updater.update(torch.ones(()), 1e-3), [step], 1)
         if step < 6:
             learner.check([(step, done)])
-    with pytest.raises(UserError, match=r"gradients of 3 steps in a row up to 6 overflowed .* scale of 2048:"):
+    with pytest.raises(UserError, match=r"gradients of 3 steps in a row, up to step 6, overflowed .*loss scale 2048\):"):
         learner.check([(6, done)])
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
