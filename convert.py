@@ -1,9 +1,9 @@
-"""The door to other forms of a model: transformers' folders, ONNX files, adapters merged into one model.
+"""Convert models: to and from transformers' folders, to ONNX, and adapters into one merged model.
 
 python convert.py to-transformers vit-gpt2-captioning.safetensors my-captioner
 python convert.py from-transformers user/captioner vit-gpt2-captioning.safetensors
 python convert.py onnx vit-gpt2-captioning.safetensors my-captioner-onnx
-python convert.py merge img2gpt_epoch_1.safetensors whole.safetensors     adapters into the models they name
+python convert.py merge img2gpt_epoch_1.safetensors merged.safetensors     adapters into their base models
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from safetensors import SafetensorError
 from config import UserError
 from utils import first_line, parse_flags, run_script
 
-if TYPE_CHECKING:  # torch, which --help is not to wait for, comes with it
+if TYPE_CHECKING:  # imported late, because it imports torch, for which --help would have to wait
     from model import ImageCaptionModel
 
 Source = str | os.PathLike[str]  # a folder, or user/name on the Hugging Face Hub
 
 
 def load_transformers(source: Source, allow_pickle: bool = False) -> ImageCaptionModel:
-    """The model in a folder or a Hub repository that transformers wrote, in eval mode: see read_transformers."""
+    """Load a model, in eval mode, from a folder or a Hub repository that transformers wrote: see read_transformers."""
     from model import ImageCaptionModel
     from weights.huggingface import read_transformers
 
@@ -34,7 +34,7 @@ def load_transformers(source: Source, allow_pickle: bool = False) -> ImageCaptio
 
 
 def save_transformers(model: ImageCaptionModel, directory: Source) -> None:
-    """Writes a folder that transformers loads by itself: see write_transformers."""
+    """Write a folder that transformers can load: see write_transformers."""
     from weights.huggingface import write_transformers
 
     write_transformers(model.saved(), directory)
@@ -42,7 +42,7 @@ def save_transformers(model: ImageCaptionModel, directory: Source) -> None:
 
 @dataclass(kw_only=True)
 class ToTransformers:
-    """Write a folder that transformers loads by itself."""
+    """Write a folder that transformers can load without this project."""
 
     model: Annotated[str, tyro.conf.Positional]
     """The model: a file, a folder or a Hub name."""
@@ -52,7 +52,7 @@ class ToTransformers:
     """Show tracebacks of errors."""
 
     def run(self) -> Path:
-        """Converts; returns what was written."""
+        """Convert the model; return the folder."""
         from model import ImageCaptionModel
 
         save_transformers(ImageCaptionModel.from_pretrained(self.model), self.directory)
@@ -61,27 +61,27 @@ class ToTransformers:
 
 @dataclass(kw_only=True)
 class FromTransformers:
-    """Read a folder or a Hub repository that transformers wrote."""
+    """Convert a folder or a Hub repository that transformers wrote."""
 
     source: Annotated[str, tyro.conf.Positional]
     """The folder, or user/name on the Hugging Face Hub."""
     output: Annotated[Path, tyro.conf.Positional]
-    """A .safetensors file or a folder to write; it must not exist yet."""
+    """The .safetensors file or folder to write; it must not exist yet."""
     allow_pickle: bool = False
-    """Read a pytorch_model.bin, its tensors only: a pickle by somebody you trust."""
+    """Also read a pytorch_model.bin, which is a pickle, from a source you trust; only its tensors are read."""
     debug: bool = False
     """Show tracebacks of errors."""
 
     def run(self) -> Path:
-        """Converts; returns what was written."""
+        """Convert the model; return the file or folder."""
         if self.output.exists():
-            raise UserError(f"{self.output}: exists already: name another file or folder")
+            raise UserError(f"{self.output}: already exists: name another file or folder")
         model = load_transformers(self.source, self.allow_pickle)
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             (model.save_file if self.output.suffix == ".safetensors" else model.save_pretrained)(self.output)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.output}: cannot be written ({first_line(error)}): name another place") from error
+            raise UserError(f"{self.output}: cannot be written ({first_line(error)}): name another path") from error
         return self.output
 
 
@@ -94,12 +94,12 @@ class Onnx:
     directory: Annotated[Path, tyro.conf.Positional]
     """The folder to write: new, empty, or written by this script before."""
     int8: bool = False
-    """Write files with 8-bit weights as well, a quarter as large."""
+    """Also write files with 8-bit weights, a quarter of the size."""
     debug: bool = False
     """Show tracebacks of errors."""
 
     def run(self) -> Path:
-        """Converts; returns what was written."""
+        """Convert the model; return the folder."""
         from captioning.onnx import save_onnx
         from model import ImageCaptionModel
 
@@ -109,19 +109,19 @@ class Onnx:
 
 @dataclass(kw_only=True)
 class Merge:
-    """Write one whole model from a file of adapters."""
+    """Merge a file of adapters and its base models into one full model."""
 
     adapters: Annotated[str, tyro.conf.Positional]
     """The file of adapters, or a folder or a Hub name with one."""
     output: Annotated[Path, tyro.conf.Positional]
     """The .safetensors file to write."""
     base_dir: Path | None = None
-    """Folder in which the models it names are looked for first."""
+    """Folder in which to look for the base models first."""
     debug: bool = False
     """Show tracebacks of errors."""
 
     def run(self) -> Path:
-        """Merges; returns what was written."""
+        """Merge the adapters; return the file."""
         from model import ImageCaptionModel
 
         ImageCaptionModel.from_pretrained(self.adapters, self.base_dir).save_file(self.output)
@@ -129,7 +129,7 @@ class Merge:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     commands: Any = ToTransformers | FromTransformers | Onnx | Merge
     print(f"written to {parse_flags(commands, __doc__).run()}")
 

@@ -664,7 +664,7 @@ def test_the_commands(tmp_path, tokenizer, monkeypatch, capsys, old_folder):
         assert loaded.config == ours.config
     assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "ours.safetensors").read_bytes()
     for arguments, words in {
-        ("from-transformers", tmp_path / "out", tmp_path / "back"): "exists already",
+        ("from-transformers", tmp_path / "out", tmp_path / "back"): "already exists",
         ("from-transformers", tmp_path / "absent", tmp_path / "new"): "no such folder",
         ("from-transformers", old_folder, tmp_path / "new"): "--allow-pickle",
         ("to-transformers", tmp_path / "absent.safetensors", tmp_path / "new"): "no such model file",
