@@ -1,11 +1,10 @@
 """The model: a vision transformer (ViT) whose patches a GPT-2 decoder reads, through cross-attention or as a prefix.
 
-Bottom up: attention by the fastest kernel at hand, the encoder, the decoder, the captioner with its loss, load and save.
-What its files look like is in weights/, how captions are searched for in decoding/. Nothing here trains, decodes pictures
-or picks a device.
+From the bottom up: attention, encoder, decoder, and the captioner with its loss, load and save. The file formats are in
+weights/, the search for captions is in decoding/. Nothing here trains, decodes picture files or chooses a device.
 
-Dimensions: N pictures, K captions of each, T tokens of a caption, S encoder states of a picture (class token,
-registers, patches), H heads, D width, V vocabulary, M real positions (the ones with a target).
+Dimensions: N pictures, K captions per picture, T tokens per caption, S encoder states per picture (class token,
+registers, patches), H heads, D width, V vocabulary, M real positions (those that have a target).
 
 References: ViT, Dosovitskiy et al. 2021 (arXiv:2010.11929); GPT-2, Radford et al. 2019; cross-attention as in
 Vaswani et al. 2017 (arXiv:1706.03762), placed where transformers' GPT2Model places it; the prefix as in ClipCap, Mokady
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 
     from decoding.recorded import StaticCache
 
-# Attention: flash_attn's kernel, torch's own, or plain products. B rows (or N pictures with K captions each).
+# Attention by flash_attn, by torch's kernel, or by matrix products. B rows (or N pictures with K captions each).
 
 _flash_wanted = True
 _flash_3: str | None = None
@@ -51,26 +50,26 @@ _flash: tuple[Callable[..., Tensor] | None, str] | None = None
 
 
 def use_flash_attention(wanted: bool) -> None:
-    """Whether `attention` may call the flash_attn package, which it may until told otherwise; and on a Hopper GPU whether
-    torch's own attention may be FlashAttention-3, where this torch has it."""
+    """Allow or forbid the flash_attn package in `attention` (allowed by default). If allowed on a Hopper GPU, also
+    activate FlashAttention-3 for torch's attention, if this torch has it."""
     global _flash_wanted, _flash_3
     _flash_wanted = wanted
     if wanted and _flash_3 is None and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
         try:
             torch.nn.attention.activate_flash_attention_impl("FA3")
             _flash_3 = "FlashAttention-3"
-        except Exception as error:  # its kernels are a package of their own
+        except Exception as error:  # its kernels are a separate package
             _flash_3 = ""
-            print(f"attention   FlashAttention-3 cannot be activated ({type(error).__name__}): going on without")
+            print(f"attention   FlashAttention-3 cannot be activated ({type(error).__name__}): continuing without it")
 
 
 def flash_attn_function() -> tuple[Callable[..., Tensor] | None, str]:
-    """flash_attn's own function and why, or None and why not; looked for once.
+    """Return flash_attn's function, or None, and the reason in words. The import is tried only once.
 
-    The function itself is imported: other packages also answer to the name flash_attn without having it.
+    It imports the function, not only the package: other packages also call themselves flash_attn but do not have it.
     """
     global _flash
-    if _flash is None:  # a plain global, because torch.compile does not see through functools.cache
+    if _flash is None:  # a global, because torch.compile cannot trace functools.cache
         _flash = _find_flash_attn()
     return _flash
 
@@ -80,7 +79,7 @@ def _find_flash_attn() -> tuple[Callable[..., Tensor] | None, str]:
         return None, "flash_attn needs an Ampere GPU or newer"
     try:
         from flash_attn import flash_attn_func
-    except Exception as error:  # a build against another torch fails with anything from ImportError to OSError
+    except Exception as error:  # a package built for another torch raises anything from ImportError to OSError
         return None, f"flash_attn cannot be imported ({type(error).__name__})"
     return flash_attn_func, "flash_attn is installed"
 
@@ -88,12 +87,12 @@ def _find_flash_attn() -> tuple[Callable[..., Tensor] | None, str]:
 def choose_attention(
     device_type: str, dtype: torch.dtype, head_size: int = 64
 ) -> tuple[Callable[..., Tensor] | None, str]:
-    """flash_attn's function where it can serve such tensors, else None for torch's; and the reason in words."""
+    """Return flash_attn's function if it supports such tensors, else None for torch's; and the reason in words."""
     if device_type == "cpu" and dtype == torch.bfloat16:
-        return None, "plain products in bfloat16 (at captions' lengths faster than torch's kernel on a CPU)"
+        return None, "matrix products in bfloat16 (for short captions faster than torch's kernel on a CPU)"
     function = None
     if not _flash_wanted:
-        reason = "flash_attn not wanted"
+        reason = "flash_attn is turned off"
     elif _flash_3 and device_type == "cuda":
         reason = f"its kernel is {_flash_3}"
     elif device_type != "cuda":
@@ -108,7 +107,7 @@ def choose_attention(
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
-    """softmax(query key^T / sqrt(head size)) value, by the fastest kernel at hand.
+    """Compute softmax(query key^T / sqrt(head size)) value with the fastest kernel available.
 
     query (B, Tq, H, D/H), key and value (B, Tk, H, D/H), one dtype; `causal` needs Tq = Tk.
     Returns (B, Tq, H, D/H).
@@ -118,7 +117,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False
         return function(query, key, value, causal=causal)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, T, D/H)
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # At captions' lengths torch's CPU kernel and its backward take 3 to 6 times as long as these products.
+        # For sequences as short as captions, torch's CPU kernel takes 3 to 6 times as long, forward and backward.
         scores = (query * key.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, H, Tq, Tk)
         if causal:
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -130,25 +129,25 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False
 def attention_behind(
     query: Tensor, key: Tensor, value: Tensor, before: tuple[Tensor, Tensor], visible: Tensor | None = None
 ) -> Tensor:
-    """What attention to `before` and the own keys and values side by side gives, with nothing repeated or put together:
-    a picture's K rows share what stands before them.
+    """Attend over the prefix's and the text's keys without concatenating them; a picture's K rows share the prefix.
 
-    query (N * K, Tq, H, D/H), key and value (N * K, Tk, H, D/H); before: keys and values (N, S, H, D/H), whose dtype it
-    has; visible: bool (Tq, Tk), which own keys each query may see (default: all). Returns (N * K, Tq, H, D/H).
+    query (N * K, Tq, H, D/H), key and value of the text (N * K, Tk, H, D/H); before: keys and values of the prefix
+    (N, S, H, D/H), whose dtype the result has; visible: bool (Tq, Tk), the text's keys that each query may attend to
+    (default: all). Returns (N * K, Tq, H, D/H).
     """
     (pictures, states), scale = before[0].shape[:2], query.shape[-1] ** -0.5
     query, key, value = (x.to(before[0].dtype).unflatten(0, (pictures, -1)) for x in (query * scale, key, value))
-    own = torch.einsum("nkthd,nkuhd->nkhtu", query, key)
+    text = torch.einsum("nkthd,nkuhd->nkhtu", query, key)
     if visible is not None:
-        own = own.masked_fill(~visible, float("-inf"))
-    scores = torch.cat([torch.einsum("nkthd,nshd->nkhts", query, before[0]), own], -1)
-    shared, own = scores.softmax(-1).to(value.dtype).tensor_split([states], -1)
-    mixed = torch.einsum("nkhts,nshd->nkthd", shared, before[1]) + torch.einsum("nkhtu,nkuhd->nkthd", own, value)
+        text = text.masked_fill(~visible, float("-inf"))
+    scores = torch.cat([torch.einsum("nkthd,nshd->nkhts", query, before[0]), text], -1)
+    prefix, text = scores.softmax(-1).to(value.dtype).tensor_split([states], -1)
+    mixed = torch.einsum("nkhts,nshd->nkthd", prefix, before[1]) + torch.einsum("nkhtu,nkuhd->nkthd", text, value)
     return mixed.flatten(0, 1)
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """(B, T, parts * D) -> `parts` tensors of (B, T, H, D/H)."""
+    """Split (B, T, parts * D) into `parts` tensors of (B, T, H, D/H)."""
     return x.unflatten(-1, (parts, heads, -1)).unbind(-3)
 
 
@@ -164,7 +163,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
-    """Two halves of a layer's outputs, multiplied behind a SiLU of the first."""
+    """Multiply one half of a layer's outputs by the SiLU of the other."""
     return F.silu(gate) * value
 
 
@@ -187,7 +186,7 @@ class EncoderBlock(nn.Module):
             self.scale_before, self.scale_after = (nn.Parameter(torch.ones(width)) for _ in range(2))
 
     def forward(self, x: Tensor, turns: Tensor | None = None) -> Tensor:
-        """x (N, S, D) -> (N, S, D); turns (2, P, D/H) as rotary_turns gives them."""
+        """x (N, S, D) -> (N, S, D); turns (2, P, D/H) from rotary_turns."""
         query, key, value = split_heads(self.qkv(self.norm_before(x)), 3, self.num_heads)
         if turns is not None:
             query, key = rotate(query, turns), rotate(key, turns)
@@ -196,8 +195,8 @@ class EncoderBlock(nn.Module):
         return x + self.branch(self.fc2(hidden), "scale_after")
 
     def branch(self, x: Tensor, scale: str = "") -> Tensor:
-        """A branch's end, (N, S, D): dropout, its factors, and in training some pictures go without (Huang et al. 2016,
-        arXiv:1603.09382)."""
+        """Finish a residual branch (N, S, D): dropout, layer scale, and in training drop path, which skips the branch
+        for random pictures (Huang et al. 2016, arXiv:1603.09382)."""
         x = F.dropout(x, self.dropout, self.training)
         if hasattr(self, scale):
             x = x * getattr(self, scale)
@@ -207,8 +206,10 @@ class EncoderBlock(nn.Module):
 
 
 def rotary_turns(side: int, size: int) -> Tensor:
-    """Cosines and sines (2, side * side, size) by which DINOv3 (arXiv:2508.10104) turns heads of this size: the angles
-    follow from a patch's middle, from -1 to 1 in both directions, at size / 4 wavelengths up to 100 times the shortest."""
+    """Cosines and sines (2, side * side, size) of DINOv3's rotary positions (arXiv:2508.10104), for heads of this size.
+
+    The angles depend on a patch's centre, from -1 to 1 in both directions, at size / 4 wavelengths, up to 100 times the
+    shortest one."""
     middles = (torch.arange(side) + 0.5) / side * 2 - 1
     places = torch.cartesian_prod(middles, middles)  # (side * side, 2), rows first
     angles = (2 * math.pi * places.unsqueeze(-1) * 100.0 ** -torch.arange(0, 1, 4 / size)).flatten(1).tile(2)
@@ -216,7 +217,7 @@ def rotary_turns(side: int, size: int) -> Tensor:
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Heads (N, S, H, D/H), the last P of their S states turned."""
+    """Rotate the last P of the S states of heads (N, S, H, D/H)."""
     cos, sin = turns.unsqueeze(2).to(x.dtype)
     first, patches = x[:, : -len(cos)], x[:, -len(cos) :]
     one, other = patches.chunk(2, -1)
@@ -224,8 +225,8 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
 
 
 class VisionTransformer(nn.Module):
-    """A vision transformer without pooler: uint8 or normalised pictures in, a state for class token, registers and each
-    patch out. ViT, DeiT, MAE, MSN, CLIP, SigLIP, DINOv2 and DINOv3 differ in the config's fields alone."""
+    """A vision transformer without pooler: takes uint8 or normalised pictures, returns a state for the class token,
+    each register and each patch. ViT, DeiT, MAE, MSN, CLIP, SigLIP, DINOv2 and DINOv3 differ only in config fields."""
 
     mean: Tensor
     std: Tensor
@@ -251,7 +252,7 @@ class VisionTransformer(nn.Module):
             self.norm = nn.LayerNorm(width, eps=eps)
         self.gradient_checkpointing = False
         self.pictures_at_a_time: int | None = None
-        # Not saved: they follow from the config.
+        # Not saved, because they follow from the config.
         self.register_buffer("mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
         self.turns: Tensor | None
@@ -261,12 +262,12 @@ class VisionTransformer(nn.Module):
         self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values (N, 3, S, S), uint8 (normalised here) or float (taken as normalised) -> (N, states, D)."""
+        """pixel_values (N, 3, S, S), uint8 (normalised here) or float (already normalised) -> (N, states, D)."""
         size = self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
             raise ValueError(f"pixel_values is {tuple(pixel_values.shape)}: expected (N, 3, {size}, {size})")
         if not (pixel_values.dtype == torch.uint8 or pixel_values.is_floating_point()):
-            raise ValueError(f"pixel_values is {pixel_values.dtype}: expected uint8, or a float of normalised numbers")
+            raise ValueError(f"pixel_values is {pixel_values.dtype}: expected uint8, or normalised floats")
         if pixel_values.dtype == torch.uint8:
             pixel_values = (pixel_values / 255 - self.mean) / self.std
         x = self.embed(
@@ -279,11 +280,11 @@ class VisionTransformer(nn.Module):
         return self.norm(x) if self.config.vision_norm_last else x
 
     def embed(self, x: Tensor) -> Tensor:
-        """Patches (N, P, D) with their positions, behind class token and registers: (N, states, D)."""
-        config, number = self.config, x.shape[0]  # len(x) is a constant of an exported graph
+        """Add positions to the patches (N, P, D) and put class token and registers before them: (N, states, D)."""
+        config, number = self.config, x.shape[0]  # len(x) would become a constant in an exported graph
         before = []
         if config.vision_class_token:
-            # Along a new axis: else the gradient of a batch of one picture is a slice, whose strides DDP warns of.
+            # Expand along a new axis: else one picture's gradient is a slice, and DDP warns of its strides.
             before = [self.class_token[0].expand(number, -1, -1)]
         x = torch.cat([*before, x], dim=1)
         if config.vision_positions == "learned":
@@ -295,7 +296,7 @@ class VisionTransformer(nn.Module):
 
 
 def run_block(block: Callable[..., Any], *inputs: Any, save_memory: bool) -> Any:
-    """block(*inputs); with save_memory its activations are computed again in the backward pass instead of kept."""
+    """Call block(*inputs); with save_memory, activations are not stored, the backward pass computes them again."""
     if save_memory and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
@@ -305,7 +306,7 @@ def run_block(block: Callable[..., Any], *inputs: Any, save_memory: bool) -> Any
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention of one decoder layer, with GPT-2's names."""
+    """Causal self-attention of one decoder layer; modules are named as in GPT-2."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -321,9 +322,10 @@ class SelfAttention(nn.Module):
         past: int,
         before: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """x (N * K, T, D), or (M, D) with a packing; `past` positions of this layer's cache are filled -> like x.
+        """x (N * K, T, D), or (M, D) with a packing -> like x.
 
-        before: keys and values (N, S, H, D/H) of the prefix that a picture's K rows share.
+        states: this layer's cache, of which `past` positions are filled. before: keys and values (N, S, H, D/H) of the
+        prefix, which a picture's K rows share.
         """
         projected = self.c_attn(x)
         query, key, value = split_heads(packing.unpack(projected) if packing else projected, 3, self.num_heads)
@@ -331,12 +333,12 @@ class SelfAttention(nn.Module):
         if states is not None:
             states[0, :, past : past + length] = key
             states[1, :, past : past + length] = value
-            if past:  # a query may see every key before it; more than one at a time would need a shifted mask
+            if past:  # one query attends to all keys before it; several at once would need a shifted mask
                 assert length == 1
                 key, value = states[:, :, : past + 1].unbind()
                 query = query.to(key.dtype)
         if before is None:
-            mixed = attention(query, key, value, causal=not past)  # length > 1 would be a symbol to a compiler
+            mixed = attention(query, key, value, causal=not past)  # `length > 1` would be symbolic in torch.compile
         else:
             visible = torch.ones(length, length, dtype=torch.bool, device=x.device).tril() if length > 1 else None
             mixed = attention_behind(query, key, value, before, visible)
@@ -345,7 +347,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """The text's look at the picture in one decoder layer, with transformers' names for GPT-2's cross-attention."""
+    """Attention from text to picture in one decoder layer; modules are named as in transformers' GPT-2."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -355,17 +357,19 @@ class CrossAttention(nn.Module):
         self.c_proj = nn.Linear(width, width)
 
     def keys_and_values(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """(N, S, D) -> keys and values, each (N, S, H, D/H)."""
+        """Compute keys and values, each (N, S, H, D/H), of encoder states (N, S, D)."""
         return split_heads(self.c_attn(encoder_hidden_states), 2, self.num_heads)
 
     def weights(self, x: Tensor, key: Tensor) -> Tensor:
-        """How much each token looks at each state: x (N * K, T, D), key (N, S, H, D/H) -> (N * K, T, H, S)."""
+        """Attention weight of each token for each state: x (N * K, T, D), key (N, S, H, D/H) -> (N * K, T, H, S)."""
         query = self.q_attn(x).unflatten(-1, (self.num_heads, -1)).unflatten(0, (len(key), -1))
         scores = torch.einsum("nkthd,nshd->nkths", query.float(), key.float()) * key.shape[-1] ** -0.5
         return scores.softmax(-1).flatten(0, 1)
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, packing: Packing | None) -> Tensor:
-        """x as above, key and value (N, S, H, D/H): a picture's K rows are folded into one, nothing is expanded."""
+        """x (N * K, T, D), or (M, D) with a packing -> like x; key and value (N, S, H, D/H).
+
+        A picture's K rows are folded into one, so keys and values are not expanded."""
         query = self.q_attn(x)
         query = packing.unpack(query) if packing else query
         rows_and_length = query.shape[:2]
@@ -375,7 +379,7 @@ class CrossAttention(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """One GPT-2 layer: self-attention, cross-attention unless the picture is a prefix, MLP (tanh GELU), each pre-norm."""
+    """One pre-norm GPT-2 layer: self-attention, cross-attention (not if the picture is a prefix), MLP (tanh GELU)."""
 
     def __init__(self, config: ViTGPT2Config) -> None:
         super().__init__()
@@ -400,22 +404,22 @@ class DecoderBlock(nn.Module):
         states: Tensor | None = None,
         past: int = 0,
     ) -> Tensor:
-        """x (N * K, T, D), or (M, D) with a packing; the picture's key and value (N, S, H, D/H) -> like x."""
+        """x (N * K, T, D), or (M, D) with a packing -> like x; key and value of the picture (N, S, H, D/H)."""
         before = (key, value) if self.prefixed else None
         x = x + F.dropout(self.attn(self.ln_1(x), packing, states, past, before), self.dropout, self.training)
         if not self.prefixed:
-            seen = self.crossattention(self.ln_cross_attn(x), key, value, packing)
-            x = x + F.dropout(seen, self.dropout, self.training)
+            mixed = self.crossattention(self.ln_cross_attn(x), key, value, packing)
+            x = x + F.dropout(mixed, self.dropout, self.training)
         return self.feed_forward(x)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """The last branch: (..., D) -> (..., D)."""
+        """Add the MLP branch: (..., D) -> (..., D)."""
         hidden = F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh")
         return x + F.dropout(self.c_proj(hidden), self.dropout, self.training)
 
     def read_prefix(self, x: Tensor, last: bool) -> tuple[Tensor, ...]:
-        """The prefix (N, S, D) -> this layer's keys and values of it, (N, S, H, D/H) each, and what the next layer reads,
-        (N, S, D); behind the last layer there is none."""
+        """Compute the prefix's keys and values in this layer, each (N, S, H, D/H), and the input of the next layer,
+        (N, S, D), from x (N, S, D). The last layer returns only keys and values."""
         query, key, value = split_heads(self.attn.c_attn(self.ln_1(x)), 3, self.attn.num_heads)
         if last:
             return key, value
@@ -424,26 +428,27 @@ class DecoderBlock(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """Logits by the token embeddings, which are stored once: this module has no weights of its own."""
+    """The LM head: logits from the token embeddings. It shares their weight and has none itself."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
-        self.__dict__["embedding"] = embedding  # past nn.Module, which would store it as a part
+        self.__dict__["embedding"] = embedding  # nn.Module would register it as a submodule and save it twice
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V).
 
-        A GPU multiplies rows that are aligned: 50,304 columns take an H100 a sixth of the time that 50,257 do.
+        On a GPU the vocabulary is padded to a multiple of ALIGNED: an H100 multiplies 50,304 columns in a sixth of the
+        time that 50,257 take.
         """
         embedding: Any = self.embedding
-        weight = embedding.weight  # of a copy made for decoding it has these rows already
+        weight = embedding.weight  # in a copy made for decoding it is padded already
         if weight.device.type == "cuda" and len(weight) % ALIGNED:
             weight = F.pad(weight, (0, 0, 0, -len(weight) % ALIGNED))
         return F.linear(hidden, weight)[..., : embedding.num_embeddings]
 
 
 class GPT2Decoder(nn.Module):
-    """GPT-2, with cross-attention in every layer or a prefix."""
+    """GPT-2 with cross-attention in every layer, or with a prefix."""
 
     def __init__(self, config: ViTGPT2Config) -> None:
         super().__init__()
@@ -457,43 +462,43 @@ class GPT2Decoder(nn.Module):
         self.gradient_checkpointing = False
 
     def look(self, encoder_hidden_states: Tensor) -> Looked:
-        """Every layer's keys and values of the pictures: (N, S, D) -> layers x ((N, S, H, D/H), (N, S, H, D/H)).
+        """Compute each layer's keys and values of the pictures: (N, S, D) -> layers x ((N, S, H, D/H), (N, S, H, D/H)).
 
-        A prefix is read through the layers for them. No word stands before it, so it is the same for all captions.
+        A prefix runs through the layers for that. No token precedes it, so its states are the same for all captions.
         """
         if self.config.bridge == "cross_attention":
             return [layer.keys_and_values(encoder_hidden_states) for layer in self.cross_attentions()]
         x = encoder_hidden_states + self.wpe.weight[: encoder_hidden_states.shape[1]]
         read: Looked = []
-        rest = [F.dropout(x, self.config.dropout, self.training)]
+        hidden = [F.dropout(x, self.config.dropout, self.training)]
         for index, block in enumerate(self.blocks):
             assert isinstance(block, DecoderBlock)
             last = index == len(self.blocks) - 1
-            key, value, *rest = run_block(block.read_prefix, *rest, last, save_memory=self.gradient_checkpointing)
+            key, value, *hidden = run_block(block.read_prefix, *hidden, last, save_memory=self.gradient_checkpointing)
             read.append((key, value))
         return read
 
     def cross_attentions(self) -> list[CrossAttention]:
-        """Every layer's; none of a decoder that reads a prefix."""
+        """The cross-attention of every layer; empty for a decoder that reads a prefix."""
         blocks = [block for block in self.blocks if isinstance(block, DecoderBlock) and not block.prefixed]
         return [block.crossattention for block in blocks]
 
     def new_cache(self, encoder_hidden_states: Tensor, rows: int, max_length: int) -> DecoderCache:
-        """An empty cache for `rows` (= N * K) captions of at most max_length tokens."""
+        """Make an empty cache for `rows` (= N * K) captions of at most max_length tokens."""
         return self.cache_of(self.look(encoder_hidden_states), rows, max_length)
 
     def cache_of(self, looked: Looked, rows: int, max_length: int) -> DecoderCache:
-        """The same for pictures that have been looked at.
+        """Make an empty cache from the keys and values that `look` returned.
 
-        In memory heads stand before positions, as products need them: laid out once here, not at every token.
+        In memory, heads come before positions, as matrix products need it: arranged once here, not at every token.
         """
         key = looked[0][0]
         heads, size = key.shape[2:]
-        # A CPU's attention to few keys is fastest in fp32.
+        # On a CPU, attention over few keys is fastest in fp32.
         dtype = torch.float32 if key.device.type == "cpu" else key.dtype
-        seen = key.dtype if self.config.bridge == "cross_attention" else dtype
+        picture = key.dtype if self.config.bridge == "cross_attention" else dtype
         cross = [
-            tuple(part.to(seen).transpose(1, 2).contiguous().transpose(1, 2) for part in layer) for layer in looked
+            tuple(part.to(picture).transpose(1, 2).contiguous().transpose(1, 2) for part in layer) for layer in looked
         ]
         own = [key.new_zeros(2, rows, heads, max_length, size, dtype=dtype).transpose(2, 3) for _ in self.blocks]
         return DecoderCache(cross, own)
@@ -507,13 +512,13 @@ class GPT2Decoder(nn.Module):
     ) -> Tensor:
         """input_ids (N * K, T) -> the last layer's normalised states (N * K, T, D), or (M, D) with a packing.
 
-        The cache, if there is one, grows by T.
+        A given cache grows by T. Raises ValueError if the positions do not suffice.
         """
         past, length, first = (cache.length if cache else 0), input_ids.shape[1], self.config.prefix_positions
         if past + length > self.config.text_positions:
-            behind = f" behind a picture's {first}" if first else ""
+            after = f" after a picture's {first}" if first else ""
             raise ValueError(
-                f"a caption of {past + length} tokens does not fit into {self.config.max_length} positions{behind}"
+                f"a caption of {past + length} tokens does not fit into {self.config.max_length} positions{after}"
             )
         positions = torch.arange(first + past, first + past + length, device=input_ids.device).expand_as(input_ids)
         if packing:
@@ -529,9 +534,10 @@ class GPT2Decoder(nn.Module):
     next_logits = next_logits
 
     def static_step(self, cache: StaticCache) -> Tensor:
-        """The cache's tokens (rows, 1) at its place -> float32 logits (rows, V), in the same shapes at every place.
+        """Read the cache's tokens (rows, 1) at its position -> float32 logits (rows, V). Shapes are the same at every
+        position, so that the step can be recorded.
 
-        At a few rows its time is the number of its kernels, so the mask is made once for all layers.
+        With few rows the time depends on the number of kernels, so the mask is made once for all layers.
         """
         x = self.wte(cache.tokens) + self.wpe(cache.place + self.config.prefix_positions)
         written = torch.arange(cache.own[0].shape[2], device=x.device) <= cache.place  # (L,)
@@ -558,7 +564,7 @@ class GPT2Decoder(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """Fewer states for a picture: learned queries, each of which looks at all of them."""
+    """Reduce a picture's states to fewer: learned queries that attend to all of them."""
 
     def __init__(self, width: int, heads: int, length: int) -> None:
         super().__init__()
@@ -573,30 +579,30 @@ class AttentionPooling(nn.Module):
 
 @dataclass
 class CaptionOutput:
-    """What a forward pass gives: logits (..., T, V) without labels; the scalar loss, and no logits, with them."""
+    """Result of a forward pass: logits (..., T, V) without labels; with labels the scalar loss and no logits."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
 
 
 class ImageCaptionModel(nn.Module):
-    """Pictures and the captions so far in, next-token logits or a loss out."""
+    """The captioner: takes pictures and the captions so far, returns next-token logits or a loss."""
 
     def __init__(self, config: ViTGPT2Config | None = None, **fields: Any) -> None:
-        """A config, or its fields as keywords: ImageCaptionModel(vocab_size=50257)."""
+        """Takes a config, or its fields as keywords: ImageCaptionModel(vocab_size=50257)."""
         super().__init__()
         self.config = config or ViTGPT2Config(**fields)
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self.copies = FastCopies()
         self.adapters: dict[str, Any] | None = None
-        """What training/adapters.py has put on the model, for a file that holds those alone (see own_state)."""
+        """Metadata of the adapters that training/adapters.py added; then only they are saved (see own_state)."""
         self.merged: dict[str, Any] | None = None
-        """Of a model that was loaded from a file of adapters: what it says of them, its path and their sha256."""
+        """If loaded from a file of adapters: their metadata, the file's path and its weights' SHA-256."""
         self.trained_on = np.empty(0, np.uint64)
-        """Keys of the pictures it has learned from (CaptionTable.keys), so that nobody is scored on them unawares."""
+        """Keys of the pictures it was trained on (CaptionTable.keys), so that they can be excluded from scoring."""
         self.encoder = VisionTransformer(self.config)
         if self.config.language_model:
-            from decoding.language_model import LanguageModel  # late: it imports much of transformers
+            from decoding.language_model import LanguageModel  # imported late: it loads much of transformers
 
             self.decoder: Any = LanguageModel(self.config)
         else:
@@ -609,9 +615,10 @@ class ImageCaptionModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random weights with GPT-2's spread: 0.02 at width 768, as 1/sqrt(fan in) at others, so that narrow models learn as fast.
+        """Set random weights as GPT-2 does: standard deviation 0.02 at width 768, and scaled by sqrt(768 / width) at
+        others, so that narrow models learn as fast.
 
-        The last layer of every residual branch is divided by sqrt(number of branches), as GPT-2 does.
+        In the last layer of every residual branch it is divided by sqrt(number of branches), as in GPT-2.
         """
         config = self.config
         decoder_branches = 3 if config.bridge == "cross_attention" else 2
@@ -630,18 +637,18 @@ class ImageCaptionModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.decoder.wte.weight.device
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the model has; of weights in 4 bits, how many they stand for."""
+        """The number of parameters; a 4-bit weight counts as many as it has before packing."""
         packed = ((parameter, getattr(parameter, "quant_state", None)) for parameter in self.parameters())
         return sum(math.prod(state.shape) if state else parameter.numel() for parameter, state in packed)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer that came with the weights; for weights that came without one, GPT-2's."""
+        """The tokenizer saved with the weights, or GPT-2's if there is none."""
         if self._tokenizer is None:
             self._tokenizer = gpt2_tokenizer()
         return self._tokenizer
@@ -651,12 +658,12 @@ class ImageCaptionModel(nn.Module):
         self._tokenizer = tokenizer
 
     def set_gradient_checkpointing(self, on: bool = True) -> None:
-        """Trade a second forward pass for the memory of the activations."""
+        """Compute activations again in the backward pass instead of storing them: less memory, more time."""
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = on
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values (N, 3, S, S) -> the states that the decoder looks at, (N, states, decoder width), or as many as they
-        are pooled to."""
+        """pixel_values (N, 3, S, S) -> the states that the decoder reads, (N, states, decoder width): pooled if the
+        model has a pooling, and followed by the prompt's embeddings if it has a prompt."""
         at_a_time = self.encoder.pictures_at_a_time
         if at_a_time and len(pixel_values) > at_a_time:
             return torch.cat([self.encode(part) for part in pixel_values.split(at_a_time)])
@@ -678,16 +685,16 @@ class ImageCaptionModel(nn.Module):
         label_smoothing: float = 0.0,
         weights: Tensor | None = None,
     ) -> CaptionOutput:
-        """Next-token logits, or with labels the mean loss over real targets.
+        """Compute next-token logits, or with labels the mean loss over real targets.
 
-        pixel_values: uint8 (N, 3, S, S), normalised inside; or float, taken as normalised.
-        input_ids: int64 (N, T) or (N, K, T), filled up on the right; the first token is the start token.
-        lengths: int64 (N,) or (N, K), real tokens of each caption. Attention is causal, so what fills up a row on its
-            right never reaches a real position; lengths only say which labels count.
-        labels: like input_ids, aligned with them (nothing is shifted here), -100 where there is no target.
-        positions: int64 (M,), where the targets are in labels.flatten() (the collate knows it without asking the
-            device); entries of N * K * T stand for nothing and only round M up.
-        weights: float (N,) or (N, K), what each caption's targets are multiplied by (default: 1).
+        pixel_values: uint8 (N, 3, S, S), normalised here; or float, already normalised.
+        input_ids: int64 (N, T) or (N, K, T), padded on the right; the first token is the start token.
+        lengths: int64 (N,) or (N, K), number of real tokens per caption. Attention is causal, so padding on the right
+            never affects a real position; lengths only decide which labels count.
+        labels: like input_ids and aligned with them (nothing is shifted here), -100 where there is no target.
+        positions: int64 (M,), indices of the targets in labels.flatten() (the collate function knows them, so the
+            device need not compute them); entries equal to N * K * T are padding that rounds M up.
+        weights: float (N,) or (N, K), factor for the loss of each caption's targets (default: 1).
         """
         captions = 1 if input_ids.ndim == 2 else input_ids.shape[1]
         if input_ids.ndim not in (2, 3) or len(input_ids) != len(pixel_values):
@@ -700,10 +707,10 @@ class ImageCaptionModel(nn.Module):
         if lengths is not None:
             padding = torch.arange(labels.shape[-1], device=labels.device) >= lengths.unsqueeze(-1)
             labels = labels.masked_fill(padding, -100)
-        # A token without a target is still read by the tokens behind it, so rows are packed by length, not by label.
+        # Later tokens attend to a token without a target too, so rows are packed by length, not by label.
         if positions is None:
-            behind = (labels != -100).flip(-1).cumsum(-1).flip(-1)  # targets at or behind each position
-            positions = behind.flatten().nonzero().squeeze(-1)
+            remaining = (labels != -100).flip(-1).cumsum(-1).flip(-1)  # number of targets from each position on
+            positions = remaining.flatten().nonzero().squeeze(-1)
         hidden = self.decoder(rows, cross, Packing(positions, *rows.shape))  # (M, D)
         targets = F.pad(labels.flatten(), (0, 1), value=-100)[positions]
         losses = F.cross_entropy(
@@ -718,14 +725,14 @@ class ImageCaptionModel(nn.Module):
         return CaptionOutput(loss=losses / (targets != -100).sum().clamp(min=1))
 
     def generate(self, pixel_values: Tensor, **options: Any) -> Generated:
-        """Captions for pictures: see decoding.search.generate, whose options these are."""
+        """Generate captions for pictures; the options are those of decoding.search.generate."""
         return generate(self, pixel_values, **options)
 
     # Load and save
 
     def own_state(self) -> dict[str, Tensor]:
-        """What a file of the model holds: its weights, or of a model with adapters these and what no pretrained part
-        brings."""
+        """The tensors to save: all weights; or, for a model with adapters, the adapters and the layers that no
+        pretrained model provides."""
         if self.adapters is None:
             return self.state_dict()
         return {
@@ -735,26 +742,26 @@ class ImageCaptionModel(nn.Module):
         }
 
     def load_own_state(self, weights: dict[str, Tensor]) -> None:
-        """The inverse of own_state."""
+        """Load what own_state returned."""
         if self.adapters is None:
             self.load_state_dict(weights)
             return
-        own = self.own_state()
-        check_shapes(Path("adapters"), own, weights)
-        for name, tensor in own.items():
+        state = self.own_state()
+        check_shapes(Path("adapters"), state, weights)
+        for name, tensor in state.items():
             tensor.copy_(weights[name])
 
     def saved(self) -> Saved:
-        """The model as its files hold it."""
+        """The record of the model that is written to files."""
         return Saved(self.config, self.own_state(), self._tokenizer, self.trained_on, self.adapters)
 
     def save_file(self, path: str | os.PathLike[str]) -> None:
-        """Writes own_state, config, preprocessing and tokenizer into one safetensors file, all of it or nothing."""
+        """Write own_state, config, preprocessing and tokenizer to one safetensors file, atomically."""
         write_model_file(self.saved(), Path(path))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Writes a folder with the model as one file, config.json and the tokenizer's files; beside a model with a prefix
-        and a tokenizer also code, by which transformers loads it."""
+        """Write a folder with the model file, config.json and the tokenizer's files; for a model with a prefix and a
+        tokenizer also the code with which transformers loads it."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.save_file(directory / MODEL_FILE)
@@ -768,19 +775,19 @@ class ImageCaptionModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], base_dir: Path | None = None) -> ImageCaptionModel:
-        """The model in a file, in a folder that save_pretrained or transformers wrote, or in a Hub repository of either
-        kind; in eval mode. Adapters are merged into the models they were made for, which are looked for in base_dir first.
+        """Load a model, in eval mode, from a file, from a folder that save_pretrained or transformers wrote, or from a
+        Hub repository of either kind. Adapters are merged into their base models, which are searched in base_dir first.
 
-        Raises UserError where there is no model, or where the file's tensors do not fit its config.
+        Raises UserError if there is no model, or if the file's tensors do not fit its config.
         """
         return cls.from_saved(read_captioner(source), base_dir).eval()
 
     @classmethod
     def from_saved(cls, saved: Saved, base_dir: Path | None = None) -> ImageCaptionModel:
-        """The model that a record describes, adapters merged. Raises UserError where its tensors do not fit."""
+        """Build the model of a record, with adapters merged. Raises UserError if its tensors do not fit."""
         check_finite(saved.path, saved.tensors)
         base = None if saved.adapters is None else cls.from_saved(base_of(saved, base_dir), base_dir)
-        if not saved.partial:  # what is to be fresh the user has asked for
+        if not saved.partial:  # else the user asked for new random tensors, so the file may be smaller than the config
             known = [*saved.tensors.values(), *(base.parameters() if base else ())]
             with refused(f"{saved.path}: the weights do not fit the config"), no_larger(t.shape for t in known):
                 cls(saved.config)
@@ -788,14 +795,14 @@ class ImageCaptionModel(nn.Module):
         if base:
             model.merged = merge_adapters(model, base, saved, base_dir)
         else:
-            own = model.state_dict()
-            tensors = own | saved.tensors if saved.partial else saved.tensors
-            if (bias := "decoder.lm_head.bias") in own:  # once it was left out of the model, which learned without
-                tensors = {bias: torch.zeros_like(own[bias])} | tensors
-            check_shapes(saved.path, own, tensors)
+            state = model.state_dict()
+            tensors = state | saved.tensors if saved.partial else saved.tensors
+            if (bias := "decoder.lm_head.bias") in state:  # older files lack it: those models were trained without
+                tensors = {bias: torch.zeros_like(state[bias])} | tensors
+            check_shapes(saved.path, state, tensors)
             model.load_state_dict(tensors)
-        if saved.config.language_model and not saved.partial:  # of parts it is done where they are read
-            with refused(f"{saved.path}: its language model is not what this transformers makes of it"):
+        if saved.config.language_model and not saved.partial:  # pretrained parts are checked when they are read
+            with refused(f"{saved.path}: this version of transformers does not reproduce its language model"):
                 model.decoder.prove()
         model.trained_on, model._tokenizer = saved.trained_on, saved.tokenizer
         return model

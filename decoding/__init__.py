@@ -1,1 +1,1 @@
-"""Decoding: captions from anything that has a decoder's few methods."""
+"""Decoding: search for captions with any decoder that has the methods of cache.Decoder."""

@@ -1,4 +1,4 @@
-"""What decoding keeps: keys and values of what was read, where real tokens are, fast copies of a model's weights."""
+"""The state of decoding: the KV cache, the positions of real tokens, and fast copies of a model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from config import ViTGPT2Config
 
-ALIGNED = 64  # a head with a multiple of so many columns is multiplied fast on a GPU
+ALIGNED = 64  # a GPU multiplies an LM head fast if its number of columns is a multiple of this
 Looked = list[tuple[Tensor, ...]]
-"""Layers x the keys and values of the pictures."""
+"""The keys and values of the pictures, one tuple per layer."""
 
 
 @dataclass
 class DecoderCache:
-    """What decoding one more token needs of everything before it.
+    """The KV cache.
 
     cross: per layer the picture's keys and values, for cross-attention or of the prefix, each (N, S, H, D/H), computed
     once and shared by a picture's K rows. own: per layer the text's keys and values, (2, N * K, max_length, H, D/H), of
-    which the first `length` positions are filled; their dtype is the one that attention to them has.
+    which the first `length` positions are filled; attention over them is computed in their dtype.
     """
 
     cross: Looked
@@ -32,7 +32,7 @@ class DecoderCache:
     length: int = 0
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i continues what row rows[i] (int64, (N * K,)) had written. The picture's part stays as it is."""
+        """Make row i continue the text of row rows[i] (int64, (N * K,)). `cross` is unchanged."""
         for states in self.own:
             filled = states[:, :, : self.length]
             filled.copy_(filled.index_select(1, rows))
@@ -40,9 +40,9 @@ class DecoderCache:
 
 @dataclass
 class Packing:
-    """Where the real tokens of (rows, T) captions are, so that only they meet the linear layers.
+    """The positions of the real tokens in (rows, T) captions, so that linear layers compute nothing else.
 
-    positions: int64 (M,), indices into rows * T. Entries equal to rows * T stand for nothing: they round M up.
+    positions: int64 (M,), indices into rows * T. Entries equal to rows * T are padding that rounds M up.
     """
 
     positions: Tensor
@@ -60,21 +60,21 @@ class Packing:
 
 
 class Decoder(Protocol):
-    """What decoding asks of a model's decoder."""
+    """The methods of a decoder that decoding uses."""
 
     config: ViTGPT2Config
 
     def look(self, encoder_hidden_states: Tensor) -> Looked:
-        """(N, S, D) -> every layer's keys and values of the pictures."""
+        """Compute every layer's keys and values of the pictures from (N, S, D)."""
 
     def new_cache(self, encoder_hidden_states: Tensor, rows: int, max_length: int) -> Any:
-        """An empty DecoderCache for `rows` (= N * K) captions of at most max_length tokens."""
+        """Make an empty DecoderCache for `rows` (= N * K) captions of at most max_length tokens."""
 
     def next_logits(self, tokens: Tensor, cache: Any) -> Tensor:
-        """float32 logits (rows, V) of what follows the cache and these tokens (rows, T)."""
+        """float32 logits (rows, V) of the token that follows the cached ones and these (rows, T)."""
 
     def cross_attentions(self) -> Sequence[nn.Module]:
-        """Every layer's, with `weights(x, key)`; none of a decoder that reads a prefix."""
+        """The cross-attention of every layer, with `weights(x, key)`; empty for a decoder that reads a prefix."""
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)."""
@@ -84,31 +84,31 @@ class Decoder(Protocol):
 
 
 def next_logits(decoder: Any, tokens: Tensor, cache: DecoderCache) -> Tensor:
-    """What Decoder.next_logits is to give, of a decoder whose forward fills the cache."""
+    """Decoder.next_logits for a decoder whose forward fills the cache."""
     return decoder.head(decoder(tokens, cache.cross, cache=cache)[:, -1]).float()
 
 
 class FastCopies:
-    """Copies of a model made for generating fast, kept until its weights change. A copy of the model has none of them.
+    """Cached copies of a model for fast generation, used until its weights change. They are not copied with the model.
 
-    lock: held while they are in use, as a web server captions from several threads.
+    lock: held while they are in use, because a web server captions from several threads.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.key: Any = None
-        """What they were made of: see weights_version."""
+        """The version of the weights they were made from (see weights_version)."""
         self.made: dict[Any, Any] = {}
 
     def of(self, key: Any) -> dict[Any, Any]:
-        """Those of this key; others are dropped first, as there may be no room for both."""
+        """Return the copies for this key; others are dropped first, as memory may not hold both."""
         if self.key != key:
             self.drop()
             self.key = key
         return self.made
 
     def drop(self) -> None:
-        """Forgets them."""
+        """Delete all copies."""
         self.key, self.made = None, {}
 
     def __reduce__(self) -> Any:
@@ -116,10 +116,10 @@ class FastCopies:
 
 
 def copied(model: nn.Module, memo: dict[int, Any]) -> Any:
-    """A copy of the model, in which the memo has a module's or a tensor's replacement by its id."""
-    twin = copy.copy(model)
-    twin._modules = {name: copy.deepcopy(module, memo) for name, module in model._modules.items()}
-    return twin
+    """Copy the model; `memo` maps the id of a module or a tensor to its replacement, as in copy.deepcopy."""
+    fast = copy.copy(model)
+    fast._modules = {name: copy.deepcopy(module, memo) for name, module in model._modules.items()}
+    return fast
 
 
 _optimizer_steps = 0
@@ -135,5 +135,5 @@ register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 def weights_version(model: nn.Module) -> tuple[Any, ...]:
-    """Changes whenever the weights may have changed (by anything but their .data, of which torch keeps no count)."""
+    """A key that changes whenever the weights may have changed (except through .data, which torch does not count)."""
     return _optimizer_steps, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())

@@ -1,5 +1,5 @@
-"""What of a stranger's model reaches transformers: of a config what describes layers and nothing that names code, and no
-more of them than the file's tensors can fill.
+"""Load untrusted models through transformers: pass on only config fields that describe layers, none that name code, and
+build no model that is larger than the file's tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 from config import UserError
 from utils import first_line, json_of, shown
 
-# What names code, kernels to fetch, files or other models, says how weights are packed or spread, or fills a list.
+# Config fields that are dropped: they name code, kernels to download, files or other models, set how weights are packed
+# or distributed over devices, or make a list that may fill memory.
 NOT_TAKEN = set(
     [
         "architectures",
@@ -46,8 +47,9 @@ MOST_LAYERS = 1000
 
 @contextlib.contextmanager
 def refused(what: str) -> Iterator[None]:
-    """Whatever transformers, tokenizers and their clients raise, as a UserError that begins so; tokenizers' panics too,
-    which are no Exception."""
+    """Turn any error of transformers, tokenizers and their clients into a UserError that starts with `what`.
+
+    This includes panics of tokenizers, which are not subclasses of Exception."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -57,46 +59,50 @@ def refused(what: str) -> Iterator[None]:
 
 
 def plain(about: Any) -> Any:
-    """A config without what is not taken, at any depth. Raises UserError for more layers than any model has."""
+    """Remove the fields NOT_TAKEN and private ones from a config, at any depth. Raises UserError if it has more layers
+    than MOST_LAYERS."""
     if isinstance(about, list):
         return [plain(value) for value in about]
     if not isinstance(about, dict):
         return about
     for name, value in about.items():
-        # Some configs make a list of them, before there is a layer.
+        # Checked here because some configs make a list of that length before any layer is built.
         if name.endswith(("layer", "layers")) and isinstance(value, int | float) and value > MOST_LAYERS:
-            raise UserError(f"{name} is {value}, and no model has so many")
+            raise UserError(f"{name} is {value}: no model has so many layers")
     return {name: plain(value) for name, value in about.items() if not (name.startswith("_") or name in NOT_TAKEN)}
 
 
 def their_config(text: str, kinds: Container[str]) -> Any:
-    """transformers' config of a config.json's text, where its model_type is one of these. Raises anything."""
+    """Make transformers' config from a config.json's text if its model_type is one of `kinds`. May raise any error."""
     from transformers import AutoConfig
 
     about = json_of(text)
     if (kind := str(about.get("model_type"))) not in kinds:
-        why = "needs code of its own, which is never run" if "auto_map" in about else "is none that will do"
+        why = "needs code from its repository, which is never run" if "auto_map" in about else "is not supported"
         raise UserError(f"model_type {shown(kind)[:40]} {why}")
     if about.get("quantization_config"):
-        raise UserError("its weights are quantized: name the model as it was before")
+        raise UserError("its weights are quantized: name the model before quantization")
     return AutoConfig.for_model(**plain(about))
 
 
 def check_ids(text: str) -> None:
-    """Raises UserError where a tokenizer.json or a vocab.json numbers its words so high that a list of all fills memory."""
+    """Raise UserError if a token id in a tokenizer.json or a vocab.json is so high that a list of all ids would fill
+    memory."""
     about = json_of(text)
-    if isinstance(about.get("model"), dict):  # in a vocab.json it is a word like any other
+    if isinstance(about.get("model"), dict):  # in a vocab.json "model" is an ordinary token
         about = about["model"].get("vocab")
     highest = max(about.values(), default=0) if isinstance(about, dict) else 0
     if highest > 1 << 22:
-        raise UserError(f"a word has the number {highest}")
+        raise UserError(f"a token has the id {highest}: no vocabulary is so large")
 
 
 @contextlib.contextmanager
 def no_larger(shapes: Iterable[Sequence[int]]) -> Iterator[None]:
-    """Models are built without memory in here, and no further than tensors of these shapes can fill them: else UserError.
+    """Context in which models are built on the meta device. Raises UserError as soon as one is larger than tensors of
+    these shapes can fill.
 
-    A part may be there twice, as a tied head is, and a tensor of a file may stand for several.
+    The limits leave room for weights that are registered twice, as a tied head is, and for a tensor of the file that
+    becomes several.
     """
     import torch
     from torch.nn.modules import module
@@ -106,10 +112,10 @@ def no_larger(shapes: Iterable[Sequence[int]]) -> Iterator[None]:
 
     def register(owner: Any, name: str, tensor: Any) -> None:
         nonlocal tensors, numbers
-        if tensor is not None and tensor.is_meta:  # another thread may build a real one
+        if tensor is not None and tensor.is_meta:  # another thread may build a model with real tensors
             tensors, numbers = tensors - 1, numbers - tensor.numel()
             if min(tensors, numbers) < 0:
-                raise UserError("it describes a larger model")
+                raise UserError("its config describes a larger model than its weights")
 
     hooks = [module.register_module_parameter_registration_hook(register)]
     hooks.append(module.register_module_buffer_registration_hook(register))
@@ -122,23 +128,23 @@ def no_larger(shapes: Iterable[Sequence[int]]) -> Iterator[None]:
 
 
 def load_theirs(auto: Any, folder: Path, kinds: Container[str]) -> tuple[Any, list[str]]:
-    """A model in fp32 by a class of transformers' that chooses by config.json, and the tensors that it has no place for.
-    Runs none of the folder's code. Raises anything, also where tensors are missing or a part of the config's model."""
+    """Load a model in fp32 with one of transformers' Auto classes; also return the names of the tensors it does not
+    use. Runs no code from the folder. May raise any error; raises UserError if tensors are missing."""
     import torch
     from safetensors import safe_open
 
-    if (folder / "adapter_config.json").exists():  # whose base would be fetched
-        raise UserError("these are adapters of peft: name a model that they are merged into")
+    if (folder / "adapter_config.json").exists():  # transformers would download their base model
+        raise UserError("these are adapters of peft: merge them into their model first, and name that")
     config = their_config((folder / "config.json").read_text(encoding="utf-8-sig"), kinds)
     shapes: list[Sequence[int]] = []
     for path in folder.glob("model*.safetensors"):
         with safe_open(path, framework="pt") as file:
             shapes += [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118  # not a dict
-    if shapes:  # else it says what is missing
+    if shapes:  # if there are none, from_pretrained says what is missing
         with no_larger(shapes):
             auto.from_config(config, trust_remote_code=False)
     options = {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
     model, found = auto.from_pretrained(folder, config=config, dtype=torch.float32, **options)
-    if missing := sorted(found["missing_keys"]):  # it would go on with random ones
-        raise UserError(f"{len(missing)} weights are missing, {missing[0]} among them")
+    if missing := sorted(found["missing_keys"]):  # transformers would use random ones
+        raise UserError(f"{len(missing)} weights are missing, for example {missing[0]}")
     return model, sorted(found["unexpected_keys"])

@@ -65,14 +65,14 @@ RIGHT = {
     "electra": {"is_decoder": True, "embedding_size": 16} | TIED,
 }
 REFUSED = {
-    "bert": ({}, "see those behind them: is_decoder"),
-    "roberta": ({"pad_token_id": 1}, "see those behind them: is_decoder"),
-    "electra": ({}, "see those behind them: is_decoder"),
-    "mamba": ({}, "keeps no keys and values"),
-    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "keeps no keys and values"),
-    "bart": (BART, "keeps no keys and values"),
-    "openai-gpt": ({}, "keeps no keys and values"),
-    "roberta as a decoder": ({"pad_token_id": 1, "is_decoder": True}, "word by word it does not give"),
+    "bert": ({}, "attend to later ones: try is_decoder"),
+    "roberta": ({"pad_token_id": 1}, "attend to later ones: try is_decoder"),
+    "electra": ({}, "attend to later ones: try is_decoder"),
+    "mamba": ({}, "does not cache keys and values"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "does not cache keys and values"),
+    "bart": (BART, "does not cache keys and values"),
+    "openai-gpt": ({}, "does not cache keys and values"),
+    "roberta as a decoder": ({"pad_token_id": 1, "is_decoder": True}, "token by token differ"),
 }
 
 
@@ -170,7 +170,7 @@ def test_a_file_whose_words_see_the_next_ones(tmp_path, scenes_tokenizer):
     assert '"is_decoder": true' in ours.config.language_model
     ours.config.language_model = ours.config.language_model.replace('"is_decoder": true', '"is_decoder": false')
     ours.save_file(file := tmp_path / "m.safetensors")
-    with pytest.raises(UserError, match=r"m\.safetensors: its language model is not .*see those behind them") as error:
+    with pytest.raises(UserError, match=r"m\.safetensors: this version .*attend to later ones") as error:
         ImageCaptionModel.from_pretrained(file)
     assert "\n" not in str(error.value)
 

@@ -403,7 +403,7 @@ def test_clip_errors_are_one_line(clip_folder, photos, tmp_path):
     (tmp_path / "torn.jpg").write_bytes(photos[0].read_bytes()[:400])
     for arguments, message in (
         ((["a"], photos[:1], None, tmp_path / "nowhere"), "cannot be loaded"),
-        ((["a"], photos[:1], None, gap), "1 weights are missing, text_projection.weight"),
+        ((["a"], photos[:1], None, gap), "1 weights are missing, for example text_projection.weight"),
         ((["a"], photos[:2], None, clip_folder), "for every picture"),
         ((["a"], photos[:1], [[]], clip_folder), "no reference"),
         ((["a"], [tmp_path / "torn.jpg"], None, clip_folder), "torn.jpg: not a picture"),

@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_refused_in_one_line(pair, tmp_path):
     for refused, words in (
         (lambda: ours.generate(PICTURES, max_length=room + 1), f"the model's {room} positions"),
         (lambda: ours.generate(PICTURES, return_attention=True), "needs cross-attention"),
-        (lambda: ours(PICTURES, torch.zeros(6, room + 1, dtype=torch.long)), "behind a picture's"),
+        (lambda: ours(PICTURES, torch.zeros(6, room + 1, dtype=torch.long)), "after a picture's"),
         (lambda: save_transformers(ours, tmp_path / "t"), "no prefix"),
         (lambda: save_onnx(ours, tmp_path / "o"), "reads a prefix"),
     ):

@@ -190,7 +190,7 @@ AUTO = {
 }
 KERNEL = "kernels-community/flash-attn"
 FOLDERS = {
-    "own code": (dict(model_type="evil", auto_map=AUTO), "needs code of its own, which is never run"),
+    "own code": (dict(model_type="evil", auto_map=AUTO), "needs code from its repository, which is never run"),
     "layers": (dict(num_hidden_layers=10**9), "no model has so many"),
     "more layers": (dict(num_hidden_layers=900), "describes a larger model"),
     "layer missing": (dict(num_hidden_layers=3), "weights are missing"),
@@ -290,11 +290,11 @@ def test_a_word_with_the_number_of_a_billion(sound, llama, tmp_path):
     """A list of all numbers up to it took 4 GB, of a file of 100 KB."""
     about = metadata(sound["prefix"])
     about["tokenizer"]["model"]["vocab"]["!"] = 10**9
-    with pytest.raises(UserError, match="a word has the number 1000000000"):
+    with pytest.raises(UserError, match="a token has the id 1000000000"):
         ImageCaptionModel.from_pretrained(written(tmp_path / "x.safetensors", sound["prefix"], about))
     folder = copied(llama, tmp_path / "lm")
     (folder / "tokenizer.json").write_text(json.dumps(about["tokenizer"]))
-    with pytest.raises(UserError, match="a word has the number 1000000000"):
+    with pytest.raises(UserError, match="a token has the id 1000000000"):
         initialise(tiny_config(bridge="prefix", max_length=64), None, str(folder))
 
 
@@ -312,5 +312,5 @@ def test_a_vit_of_a_billion_layers(tmp_path):
 def test_model_may_be_a_word():
     """GPT-2's own vocab.json has it, and was refused: it was taken for a tokenizer.json."""
     check_ids('{"model": 4, "vocab": 5}')
-    with pytest.raises(UserError, match="a word has the number 1000000000"):
+    with pytest.raises(UserError, match="a token has the id 1000000000"):
         check_ids('{"model": 4, "vocab": 1000000000}')
