@@ -1,1 +1,1 @@
-"""Weights: tensors and configs read and written, without knowing a model."""
+"""Weights: read and write tensors and configs, without building a model."""

@@ -1,10 +1,10 @@
-"""The file of adapters (LoRA) on the linear layers of a pretrained model, and how loading merges it. training/adapters.py
-puts them on a model that is to learn.
+"""Files of adapters (LoRA) for the linear layers of pretrained models, and merging them when such a file is loaded.
+training/adapters.py adds adapters to a model for training.
 
-peft and bitsandbytes (requirements/qlora.txt) are imported late. A file of adapters has, for each adapted layer, its two
-small matrices, and in full what no pretrained model brings: the projection, the cross-attention. Its metadata name the
-pretrained models. Whatever captions meets plain layers; they are rounded to 4 bits first where they were while the
-adapters learned.
+A file of adapters has two small matrices for each adapted layer, and all weights of the layers that no pretrained model
+provides (projection, cross-attention). Its metadata name the base models. A merged model has ordinary layers; if the
+base weights were in 4 bits during training, they are rounded to 4 bits before merging. peft and bitsandbytes
+(requirements/qlora.txt) are imported late.
 
 References: LoRA, Hu et al. 2021 (arXiv:2106.09685); QLoRA, Dettmers et al. 2023 (arXiv:2305.14314).
 """
@@ -26,39 +26,39 @@ from weights.file import Saved, check_shapes, part_of, read_model_file, weights_
 from weights.huggingface import read_captioner
 from weights.pretrained import read_parts
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as it is imported, it recommends a package of kernels
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else its import recommends a package of kernels
 INSTALL = "pip install -r requirements/qlora.txt"
 
 
 def resting_layers(model: nn.Module) -> list[str]:
-    """The linear layers that pretrained blocks consist of, whether or not they get an adapter."""
+    """Names of the linear layers in pretrained blocks, with or without an adapter."""
     inside = ("encoder.blocks.", "decoder.blocks.", "decoder.body.")
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name in linear if name.startswith(inside) and part_of(f"{name}.weight") != "new"]
 
 
 def adapted_layers(path: Path) -> list[str]:
-    """The layers that a file has adapters for."""
+    """Names of the layers for which a file has adapters."""
     return [name.removesuffix(".lora_A") for name in read_model_file(path).tensors if name.endswith(".lora_A")]
 
 
 def why_not_4_bits(device: torch.device) -> str:
-    """Why layers cannot be kept in 4 bits there; nothing where they can: one is tried."""
+    """Why layers cannot be in 4 bits on this device; empty if they can. Tries one layer."""
     try:
         x = torch.ones(2, 64, device=device, requires_grad=True)
         four_bit_layer(nn.Linear(64, 64), device)(x).sum().backward()
-    except Exception as error:  # of a build for another card or none: anything from ImportError to RuntimeError
+    except Exception as error:  # a build for another GPU, or no build, raises anything from ImportError to RuntimeError
         return first_line(error)
     return ""
 
 
 def four_bit_layer(layer: nn.Linear, device: torch.device) -> nn.Module:
-    """The layer with its weight in NF4, whose scales are quantized once more; it computes in bf16."""
+    """Copy a layer with its weight in NF4, whose scales are quantized too; it computes in bf16."""
     import bitsandbytes
 
     class FourBitLinear(bitsandbytes.nn.Linear4bit):
         def train(self, mode: bool = True) -> FourBitLinear:
-            """Nothing: in evaluation a CPU's kernel would lay the weight out anew, with which training cannot go on."""
+            """Do nothing: in eval mode the CPU kernel would change the weight's layout, which training cannot use."""
             return self
 
     out, into = layer.weight.shape
@@ -69,11 +69,11 @@ def four_bit_layer(layer: nn.Linear, device: torch.device) -> nn.Module:
     return four.to(device)
 
 
-# From a file
+# Read from a file
 
 
 def base_of(saved: Saved, base_dir: Path | None) -> Saved:
-    """The pretrained weights that a file of adapters is for. Raises UserError where they cannot be had."""
+    """Read the base weights of a file of adapters. Raises UserError if they are not available."""
     about, path = saved.adapters if isinstance(saved.adapters, dict) else {}, saved.path
     kinds = {"bases": dict, "key": str, "scale": float | int, "quantized": bool}
     wrong = [name for name, kind in kinds.items() if not isinstance(about.get(name), kind)]
@@ -81,7 +81,7 @@ def base_of(saved: Saved, base_dir: Path | None) -> Saved:
     parts = [] if wrong else ["model"] if "model" in about["bases"] else ["encoder", "decoder"]
     names = {part: about["bases"].get(part) for part in parts}
     wrong += [part for part, name in names.items() if not (isinstance(name, str) and name and name.isprintable())]
-    if (saved.config.prefix_length or 0) != len(saved.tensors.get("pooling.queries", ())):  # made fresh in the base
+    if (saved.config.prefix_length or 0) != len(saved.tensors.get("pooling.queries", ())):  # the base's is random
         wrong.append("prefix_length")
     if wrong:
         raise UserError(f"{path}: not adapters of this project ({wrong[0]}): name another file")
@@ -94,24 +94,24 @@ def base_of(saved: Saved, base_dir: Path | None) -> Saved:
         return read_parts(saved.config, bases["encoder"], bases["decoder"], saved.config.vision_num_layers)
     except UserError as error:
         raise UserError(
-            f"{path}: adapters for {' and '.join(bases.values())}: {error}; --base-dir names a folder that has them, and "
-            "python convert.py merge makes one whole model"
+            f"{path}: adapters for {' and '.join(bases.values())}: {error}; set --base-dir to a folder with them, or "
+            "make one full model with python convert.py merge"
         ) from error
 
 
 def other_weights(saved: Saved, bases: dict[str, str]) -> UserError:
-    """What to raise where the weights are not those that the adapters learned on."""
-    said = " and ".join(bases.values())
+    """The error for base weights other than those the adapters were trained on."""
+    names = " and ".join(bases.values())
     return UserError(
-        f"{saved.path}: its adapters learned on other weights than those of {said}: name theirs by --base-dir"
+        f"{saved.path}: its adapters were trained on other weights than those of {names}: name theirs with --base-dir"
     )
 
 
 def merge_adapters(model: nn.Module, base: nn.Module, saved: Saved, base_dir: Path | None) -> dict[str, Any]:
-    """Gives a fresh model the base's weights with a file's adapters merged in: plain layers in fp32. Returns what the file
-    says of them, its path and its hash.
+    """Load the base's weights into the model and merge a file's adapters into them, in fp32. Returns the adapters'
+    metadata with the file's path and the hash of its weights.
 
-    Raises UserError where the base is not what they learned on, or where they do not fit.
+    Raises UserError if the base is not the one the adapters were trained on, or if they do not fit.
     """
     path, about, weights = saved.path, saved.adapters or {}, saved.tensors
     if fingerprint(base) != about["key"]:
@@ -122,7 +122,7 @@ def merge_adapters(model: nn.Module, base: nn.Module, saved: Saved, base_dir: Pa
     state = model.state_dict()
     if about["quantized"]:
         if reason := why_not_4_bits(torch.device("cpu")):
-            raise UserError(f"{path}: its adapters learned on weights in 4 bits ({reason}): {INSTALL}")
+            raise UserError(f"{path}: its adapters were trained on weights in 4 bits ({reason}): {INSTALL}")
         for name in resting_layers(model):
             round_to_4_bits(state[f"{name}.weight"], state.get(f"{name}.bias"))
     new = {name: tensor for name, tensor in state.items() if part_of(name) == "new"}
@@ -141,10 +141,10 @@ def merge_adapters(model: nn.Module, base: nn.Module, saved: Saved, base_dir: Pa
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Changes with the pretrained weights, of whose tensors it reads the beginnings."""
+    """A hash of the pretrained weights, from the first 64 values of each tensor."""
     hashed = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        # Positions may be interpolated, to other last bits on another machine.
+        # Positions may be interpolated, and then the last bits differ between machines.
         if part_of(name) != "new" and name != "encoder.position_embeddings":
             hashed.update(f"{name} {tuple(tensor.shape)}".encode())
             hashed.update(tensor.flatten()[:64].float().cpu().numpy().tobytes())
@@ -152,15 +152,15 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def find_base(name: str, base_dir: Path | None) -> str:
-    """The name, or the folder or file of that name, with or without its user, in base_dir."""
-    places = [base_dir / name, base_dir / Path(name).name] if base_dir else []
-    return next((str(place) for place in places if place.exists()), name)
+    """Find a base model in base_dir, with or without its user's name; else return the name unchanged."""
+    paths = [base_dir / name, base_dir / Path(name).name] if base_dir else []
+    return next((str(path) for path in paths if path.exists()), name)
 
 
 def round_to_4_bits(weight: Tensor, bias: Tensor | None) -> None:
-    """What a layer's weight (out, in) and bias become when it is kept in 4 bits, in place."""
+    """Round a layer's weight (out, in) and bias in place, to the values they have in 4 bits."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight.copy_(dequantize_4bit(*quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)))
     if bias is not None:
-        bias.copy_(bias.bfloat16())  # which it is added in
+        bias.copy_(bias.bfloat16())  # because a 4-bit layer adds it in bf16

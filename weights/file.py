@@ -1,6 +1,6 @@
-"""A captioner as its files hold it: config, tensors, tokenizer, pictures it was trained on; where files are found.
+"""Find, read and write files of a captioner: config, tensors, tokenizer, and the pictures it was trained on.
 
-Knows no model: it goes by names, and by the config what their shapes are to be.
+It builds no model: it uses only the tensors' names and shapes.
 """
 
 from __future__ import annotations
@@ -29,67 +29,67 @@ if TYPE_CHECKING:
 MODEL_FILE = "vit-gpt2-captioning.safetensors"
 METADATA_KEY = "vit_gpt2_captioning"
 GPT2_TOKENIZER = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"]
-MOST_KEYS = 4_000_000  # of the pictures trained on: 43 MB of the 100 that a file's header may have; of more, a sample
+MOST_KEYS = 4_000_000  # pictures trained on: 43 of the 100 MB that a file's header may have; of more, a sample
 
 
 @dataclass
 class Saved:
-    """A captioner as files hold it."""
+    """The record of a captioner that is read from and written to files."""
 
     config: ViTGPT2Config
     tensors: dict[str, Tensor]
-    """By this project's names; of a file of adapters, these and what no pretrained part brings."""
+    """By this project's names; for adapters, only them and the layers that no pretrained model provides."""
     tokenizer: PreTrainedTokenizerFast | None = None
     trained_on: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-    """Keys of the pictures it has learned from (CaptionTable.keys)."""
+    """Keys of the pictures it was trained on (CaptionTable.keys)."""
     adapters: dict[str, Any] | None = None
-    """Of a file of adapters: the models they are for, and how they were made."""
+    """For adapters: their base models, and how they were made."""
     path: Path = Path()
-    """What messages name."""
+    """The path to show in messages."""
     partial: bool = False
-    """Whether tensors that are not there are to be fresh."""
+    """Whether missing tensors get random values."""
 
 
 def part_of(name: str) -> str:
-    """Where a parameter belongs: encoder, decoder, or new (what joins them, which no pretrained part brings)."""
+    """Where a parameter belongs: encoder, decoder, or new (what joins them, which no pretrained model provides)."""
     if "crossattention." in name or "ln_cross_attn." in name or name.startswith(("enc_to_dec_proj.", "pooling.")):
         return "new"
     return name.split(".")[0]
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the layer that a parameter is in: "encoder.blocks.3.fc1.bias" -> 3; None outside of them."""
+    """The number of a parameter's layer: "encoder.blocks.3.fc1.bias" -> 3; None if it is in no layer."""
     return next((int(word) for word in name.split(".") if word.isdigit()), None)
 
 
 def keys_to_text(keys: np.ndarray) -> str:
-    """Keys of pictures (uint64), the MOST_KEYS smallest of them, as JSON can hold them."""
+    """Encode keys of pictures (uint64) as text for JSON; at most the MOST_KEYS smallest."""
     return base64.b64encode(np.sort(keys)[:MOST_KEYS].astype("<u8").tobytes()).decode()
 
 
 def keys_from_text(text: str) -> np.ndarray:
-    """The inverse of keys_to_text."""
+    """Decode the text of keys_to_text."""
     return np.frombuffer(base64.b64decode(text), "<u8")
 
 
 def find_model_file(source: str | os.PathLike[str]) -> Path:
-    """The safetensors file that a path or a Hub name (user/repo) stands for. Raises UserError where there is none."""
+    """Find the model file or config.json of a path or a Hub name (user/repo). Raises UserError if there is none."""
     path, name = Path(source), str(source)
     if path.is_file():
         return path
-    here = path.is_dir()
-    if not here and (path.suffix == ".safetensors" or name.count("/") != 1 or name.startswith((".", "/"))):
+    local = path.is_dir()
+    if not local and (path.suffix == ".safetensors" or name.count("/") != 1 or name.startswith((".", "/"))):
         raise UserError(f"{name}: no such model file or folder: train one (python main.py) or name one")
-    folder = path if here else hub_folder(name, [MODEL_FILE, "config.json"])
+    folder = path if local else hub_folder(name, [MODEL_FILE, "config.json"])
     for wanted in (MODEL_FILE, "config.json"):
         if (folder / wanted).is_file():
             return folder / wanted
-    holds, kind = (f"{path}: this folder has", "folder") if here else (f"{name}: holds", "repository")
-    raise UserError(f"{holds} no {MODEL_FILE} and no config.json: name a {kind} with a model")
+    found, kind = (f"{path}: this folder has", "folder") if local else (f"{name}: this repository has", "repository")
+    raise UserError(f"{found} no {MODEL_FILE} and no config.json: name a {kind} with a model")
 
 
 def read_model_file(path: Path) -> Saved:
-    """What a file of ours, or another one with the weights of such a model, holds. Raises UserError."""
+    """Read a model file of this project, or a safetensors file with the weights of such a model. Raises UserError."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -97,12 +97,12 @@ def read_model_file(path: Path) -> Saved:
             tensors = plain_names({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # not a dict
             about = json_of((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, OSError) as error:
-        said = lfs_advice(path) or f"not a safetensors file that can be read ({first_line(error)}): name another model"
-        raise UserError(f"{path}: {said}") from error
+        fault = lfs_advice(path) or f"not a readable safetensors file ({first_line(error)}): name another model"
+        raise UserError(f"{path}: {fault}") from error
     except ValueError as error:
         raise not_ours(path, first_line(error)) from error
     if not isinstance(about, dict):
-        raise not_ours(path, "its metadata is no JSON object")
+        raise not_ours(path, "its metadata is not a JSON object")
     try:
         config = ViTGPT2Config.from_dict(about.get("config") or config_fields_from_shapes(tensors))
         trained_on = keys_from_text(about.get("trained_on", ""))
@@ -113,20 +113,20 @@ def read_model_file(path: Path) -> Saved:
 
 
 def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors without what torch.compile and DistributedDataParallel put before every name."""
+    """Remove the prefixes that torch.compile and DistributedDataParallel add to every name."""
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in tensors.items()}
 
 
 def lfs_advice(path: Path) -> str:
-    """What to say where a clone without Git LFS has left a few lines of text in a file's place; else nothing."""
+    """Advice if the file is only a Git LFS pointer, as in a clone made without Git LFS; else an empty text."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
-            return "a pointer of Git LFS, not the file itself: git lfs pull fetches it"
+            return "a Git LFS pointer, not the file itself: run git lfs pull to download it"
     return ""
 
 
 def write_model_file(saved: Saved, path: Path) -> None:
-    """Writes one safetensors file, all of it or nothing: equal models give equal files."""
+    """Write one safetensors file, atomically. Equal models give equal files."""
     about: dict[str, Any] = {"config": saved.config.to_dict()}
     if saved.tokenizer is not None:
         about["tokenizer"] = json.loads(saved.tokenizer.backend_tokenizer.to_str())
@@ -134,7 +134,7 @@ def write_model_file(saved: Saved, path: Path) -> None:
         about["adapters"] = saved.adapters
     if len(saved.trained_on):
         about["trained_on"] = keys_to_text(saved.trained_on)
-    # One entry, because safetensors writes several in an order that changes from call to call.
+    # Only one entry, because safetensors writes several in an order that changes from call to call.
     metadata = {METADATA_KEY: json.dumps(about, sort_keys=True)}
     write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}, path, metadata)
 
@@ -151,12 +151,12 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 
 def not_ours(path: Path, reason: object) -> UserError:
-    """What to raise for a file whose header is none of this project's."""
+    """The error for a file whose header is not from this project."""
     return UserError(f"{path}: not a model of this project ({reason}): name another file")
 
 
 def weights_hash(weights: dict[str, Tensor]) -> str:
-    """SHA-256 of tensors by name, as fp32."""
+    """SHA-256 of the names and the fp32 values of tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
@@ -164,7 +164,7 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
 
 
 def check_shapes(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raises UserError, naming the first three of each kind, unless both have the same names and shapes."""
+    """Raise UserError unless both have the same names and shapes; it names the first three faults of each kind."""
     wrong = [
         f"{name} is {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()
@@ -179,20 +179,20 @@ def check_shapes(path: Path, expected: dict[str, Tensor], found: dict[str, Tenso
 
 
 def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Raises UserError for the first tensor with a value that is no number in fp32, of which every caption would be "!"."""
+    """Raise UserError for the first tensor with NaN or infinity in fp32: with it, every caption would be "!"."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel():
-            ends = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()  # in fp8 there is none
+            ends = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()  # there is no aminmax in fp8
             if not all(map(math.isfinite, (end.float().item() for end in ends))):
                 raise UserError(
-                    f"{path}: {name} holds NaN or infinity: damaged, or its training failed; name another model"
+                    f"{path}: {name} contains NaN or infinity: damaged, or its training failed; name another model"
                 )
 
 
 def config_fields_from_shapes(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """The config of a file without metadata, read off its tensors; heads are 64 wide, as in ViT and GPT-2.
+    """Config fields of a file without metadata, from its tensors' shapes; heads are 64 wide, as in ViT and GPT-2.
 
-    Raises KeyError when a tensor of this model is missing.
+    Raises KeyError if a tensor of such a model is missing.
     """
 
     def layers(part: str) -> int:
@@ -221,7 +221,7 @@ def config_fields_from_shapes(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def tokenizer_from_json(text: str, config: ViTGPT2Config) -> PreTrainedTokenizerFast:
-    """A tokenizer from the text of its tokenizer.json, its special tokens named after the config's ids."""
+    """Make a tokenizer from the text of a tokenizer.json, with the special tokens that the config's ids name."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -239,9 +239,9 @@ def tokenizer_from_json(text: str, config: ViTGPT2Config) -> PreTrainedTokenizer
 
 
 def gpt2_tokenizer(source: str = "gpt2") -> PreTrainedTokenizerFast:
-    """GPT-2's byte-level BPE from a local folder (vocab.json and merges.txt) or the Hub.
+    """Load GPT-2's byte-level BPE from a local folder (vocab.json and merges.txt) or the Hub.
 
-    Raises UserError, one line, where neither can be had.
+    Raises UserError, one line, if neither is available.
     """
     from transformers import GPT2Tokenizer
 
@@ -250,10 +250,10 @@ def gpt2_tokenizer(source: str = "gpt2") -> PreTrainedTokenizerFast:
         if (vocabulary := Path(folder) / "vocab.json").is_file():
             check_ids(vocabulary.read_text(encoding="utf-8-sig"))
         tokenizer = GPT2Tokenizer.from_pretrained(folder)
-        if len(tokenizer) < 257:  # a folder without the files gives an empty one
+        if len(tokenizer) < 257:  # without the files, transformers makes an empty one
             raise ValueError("no vocab.json and merges.txt there")
         return tokenizer
-    except Exception as error:  # offline, absent, damaged: the Hub client and tokenizers raise many kinds
+    except Exception as error:  # offline, missing, damaged: the Hub client and tokenizers raise many kinds of errors
         reason = first_line(error)
         raise UserError(
             f"tokenizer {source!r} cannot be loaded ({reason}): name a folder with vocab.json and merges.txt, "

@@ -1,7 +1,7 @@
-"""The VisionEncoderDecoder folders of transformers, and its ViT's and GPT-2's: their configs and tensors as ours.
+"""Read and write transformers' folders: configs and tensors of VisionEncoderDecoder, and of its ViT and GPT-2.
 
-Goes by the names that transformers writes to disk and loads everything or nothing: every tensor's name and shape is
-checked, and what this model cannot represent is an error. Unpickles nothing unasked.
+It uses the tensor names that transformers writes to disk, and loads a folder completely or raises an error: it checks
+every name and shape, and whether this model can represent the config. Pickles are read only on request.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
-SAFELY = "name one with safetensors, or write it anew, with transformers (from_pretrained, then save_pretrained)"
-MARKER = f"{METADATA_KEY}.json"  # what transformers has no place for; a folder that has it was written here
+SAFELY = "name one with safetensors, or write it again with transformers (from_pretrained, then save_pretrained)"
+MARKER = f"{METADATA_KEY}.json"  # metadata unknown to transformers; it shows that this project wrote the folder
 WRITTEN = [MARKER, WEIGHTS, "config.json", "generation_config.json", "preprocessor_config.json"]
 WRITTEN += ["tokenizer.json", "tokenizer_config.json"]
 WANTED = [*WRITTEN, "processor_config.json", "vocab.json", "merges.txt", f"{WEIGHTS}.index.json", "model-*.safetensors"]
 
-# Our fields, transformers' names for them and its defaults.
+# Our config fields, with transformers' name and default for each.
 GPT2_FIELDS: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", 50257),
     "max_length": ("n_positions", 1024),
@@ -67,7 +67,7 @@ GPT2_FIELDS: dict[str, tuple[str, Any]] = {
     "decoder_num_heads": ("n_head", 12),
     "dropout": ("resid_pdrop", 0.1),
 }
-# Settings that decide what the weights mean, with the values under which they mean it here, transformers' default first.
+# Settings that change what the weights compute, with the values that this model supports, transformers' default first.
 GPT2_SETTINGS: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
@@ -79,8 +79,8 @@ GPT2_SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 
 RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
-UNUSED = r"(^|\.)(attn|crossattention)\.(masked_)?bias$"  # GPT-2's causal masks: no caption depends on them
-# A layer's modules: our name, theirs, and how many times the width its outputs and inputs are (a norm has no inputs).
+UNUSED = r"(^|\.)(attn|crossattention)\.(masked_)?bias$"  # GPT-2's causal masks: captions do not depend on them
+# A layer's modules: our name, theirs, and its outputs and inputs as multiples of the width (a norm has no inputs).
 GPT2_LAYER: dict[str, tuple[str, tuple[int, ...]]] = {
     **{name: (name, (1,)) for name in ("ln_1", "ln_cross_attn", "ln_2")},
     **{f"attn.{name}": (f"attn.{name}", shape) for name, shape in (("c_attn", (3, 1)), ("c_proj", (1, 1)))},
@@ -93,7 +93,7 @@ GPT2_LAYER: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 def tensor_names(config: ViTGPT2Config, vit: str = "encoder.", gpt2: str = "decoder.transformer.") -> Iterator[Name]:
-    """Every tensor of the model; vit and gpt2 are what stands before transformers' names."""
+    """The names of every tensor of the model; vit and gpt2 are the prefixes of transformers' names."""
     D, W = config.vision_embed_dim, config.decoder_embed_dim
     modules = [Name("decoder.ln_f", (f"{gpt2}ln_f",), (W,))]
     if D != W:
@@ -112,7 +112,7 @@ def tensor_names(config: ViTGPT2Config, vit: str = "encoder.", gpt2: str = "deco
 
 
 def rename(state: dict[str, Tensor], names: list[Name]) -> dict[str, Tensor]:
-    """Our tensors as transformers stores them; those that are not turned share memory with ours."""
+    """Convert our tensors to those of transformers; those that are not transposed share memory with ours."""
     return {
         theirs: (part.mT if name.transposed else part.reshape(name.flat or part.shape)).contiguous()
         for name in names
@@ -121,25 +121,25 @@ def rename(state: dict[str, Tensor], names: list[Name]) -> dict[str, Tensor]:
 
 
 def take(path: Path, weights: dict[str, Tensor], names: list[Name]) -> dict[str, Tensor]:
-    """Our tensors from transformers'. Raises UserError unless they are the named ones, in their shapes."""
+    """Convert transformers' tensors to ours. Raises UserError unless they have exactly these names and shapes."""
     blank = {name.ours: torch.empty(name.shape, device="meta") for name in names}
     check_shapes(path, rename(blank, names), weights)
-    whole = {name: torch.cat([weights[theirs] for theirs in name.theirs]) for name in names}
-    return {n.ours: tensor.mT if n.transposed else tensor.reshape(n.shape) for n, tensor in whole.items()}
+    joined = {name: torch.cat([weights[theirs] for theirs in name.theirs]) for name in names}
+    return {n.ours: tensor.mT if n.transposed else tensor.reshape(n.shape) for n, tensor in joined.items()}
 
 
-# Out
+# Writing
 
 
 def write_transformers(saved: Saved, directory: Source) -> None:
-    """Writes a folder that transformers loads by itself: AutoModelForImageTextToText, AutoImageProcessor, AutoTokenizer.
+    """Write a folder for transformers' AutoModelForImageTextToText, AutoImageProcessor and AutoTokenizer.
 
-    Raises UserError where the folder must not be written (see utils.new_folder), and where there is no tokenizer and
-    GPT-2's cannot be had.
+    Raises UserError if the folder must not be overwritten (see utils.new_folder), or if there is no tokenizer and
+    GPT-2's is not available.
     """
     config = saved.config
     if config.bridge != "cross_attention":
-        raise UserError("transformers' VisionEncoderDecoder has no prefix: this model stays in its own file")
+        raise UserError("transformers' VisionEncoderDecoder has no prefix: this model cannot be converted")
     weights = rename({name: t.detach().cpu() for name, t in saved.tensors.items()}, list(tensor_names(config)))
     as_theirs(config, "encoder.", weights)
     with new_folder(directory, WRITTEN, MARKER) as folder:
@@ -148,7 +148,7 @@ def write_transformers(saved: Saved, directory: Source) -> None:
 
 
 def write_their_files(saved: Saved, folder: Path) -> None:
-    """What stands beside the weights: config, processor, tokenizer, and what transformers has no place for."""
+    """Write the files beside the weights: config, processor, tokenizer, and metadata unknown to transformers."""
     contents = their_files(saved.config, saved.tokenizer or gpt2_tokenizer())
     contents["config.json"]["dtype"] = str(saved.tensors["decoder.wte.weight"].dtype).removeprefix("torch.")
     contents[MARKER] = {"trained_on": keys_to_text(saved.trained_on)}
@@ -157,7 +157,7 @@ def write_their_files(saved: Saved, folder: Path) -> None:
 
 
 def their_files(config: ViTGPT2Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, dict[str, Any]]:
-    """The JSON files of a transformers folder, by name."""
+    """The contents of a transformers folder's JSON files, by name."""
     start, end, pad = config.start_token_id, config.end_token_id, config.pad_token_id
     assert start is not None and end is not None and pad is not None
     ids = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad}
@@ -167,7 +167,7 @@ def their_files(config: ViTGPT2Config, tokenizer: PreTrainedTokenizerFast) -> di
     decoder |= {"is_decoder": True, "add_cross_attention": True}
     crops = config.resize_size != config.image_size
     processor = {
-        # In transformers 4 ViT's processor never crops; DeiT's always could.
+        # In transformers 4 ViT's processor cannot crop, DeiT's can.
         "image_processor_type": "DeiTImageProcessor" if crops else "ViTImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
@@ -189,9 +189,9 @@ def their_files(config: ViTGPT2Config, tokenizer: PreTrainedTokenizerFast) -> di
             "architectures": ["VisionEncoderDecoderModel"],
             "model_type": "vision-encoder-decoder",
             "is_encoder_decoder": True,
-            "tie_word_embeddings": False,  # between encoder and decoder; the decoder's own head is tied
+            "tie_word_embeddings": False,  # between encoder and decoder; the head is tied in the decoder's config
             "decoder_start_token_id": start,
-            "encoder": their_fields(config) if config.bridge == "cross_attention" else {},  # the prefix's has its own
+            "encoder": their_fields(config) if config.bridge == "cross_attention" else {},  # see remote.py for a prefix
             "decoder": decoder,
             **ids,
         },
@@ -204,32 +204,32 @@ def their_files(config: ViTGPT2Config, tokenizer: PreTrainedTokenizerFast) -> di
         "preprocessor_config.json": processor,
         "tokenizer.json": words,
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # which transformers 4 and 5 know
+            "tokenizer_class": "PreTrainedTokenizerFast",  # in transformers 4 and 5
             "model_max_length": config.max_length,
             "clean_up_tokenization_spaces": False,
-            "add_prefix_space": (words["pre_tokenizer"] or {}).get("add_prefix_space", False),  # 4 believes only this
+            "add_prefix_space": (words["pre_tokenizer"] or {}).get("add_prefix_space", False),  # 4 reads only this
             **tokens,
         },
     }
 
 
-# In
+# Reading
 
 
 def read_captioner(source: Source) -> Saved:
-    """The captioner in a file of ours, in a folder of either kind, or in such a repository of the Hub (user/name). Raises
-    UserError where there is none."""
+    """Read a captioner from a model file of this project, a folder that this project or transformers wrote, or a Hub
+    repository (user/name) of either kind. Raises UserError if there is none."""
     path = find_model_file(source)
-    if path.name == "config.json":  # no file of ours there: perhaps transformers wrote it
+    if path.name == "config.json":  # it has no model file of this project, so transformers may have written it
         return read_transformers(source)
     return read_model_file(path)
 
 
 def read_transformers(source: Source, allow_pickle: bool = False) -> Saved:
-    """The captioner in a folder or a Hub repository that transformers wrote (4 or 5).
+    """Read a captioner from a folder or a Hub repository that transformers (4 or 5) wrote.
 
-    Says on standard error what was left out and what will differ. A pytorch_model.bin is read only with allow_pickle.
-    Raises UserError, one line, for what this model cannot represent and for files that do not fit together.
+    Prints on standard error which tensors were skipped. A pytorch_model.bin is read only with allow_pickle. Raises
+    UserError, one line, for what this model cannot represent and for files that do not fit together.
     """
     folder = find_folder(source, WANTED)
     about, marker, processor = read_json(folder, "config.json"), read_json(folder, MARKER), read_processor(folder)
@@ -243,23 +243,23 @@ def read_transformers(source: Source, allow_pickle: bool = False) -> Saved:
         config = ViTGPT2Config.from_dict(fields)
         trained_on = keys_from_text(marker.get("trained_on", ""))
         family = family_named(source, "encoder.", encoder)
-    advice = "where you trust it, python convert.py from-transformers --allow-pickle reads its tensors and nothing else"
+    advice = "if you trust it, python convert.py from-transformers --allow-pickle reads its tensors and nothing else"
     path, weights = read_weights(source, folder, allow_pickle, advice)
     untie(path, weights, "decoder.lm_head.weight", "decoder.transformer.wte.weight")
     unused = split_off(weights, "", f"{UNUSED}|{family.unused}")
     vit = prefix_of(family.patches, weights)
     as_ours(config, vit, weights)
     tokenizer = read_tokenizer(source, folder, config)
-    if tokenizer is None and config.vocab_size != 50257:  # with as many it is GPT-2's own
+    if tokenizer is None and config.vocab_size != 50257:  # of this size, it is GPT-2's
         raise UserError(f"{source}: no tokenizer.json, and no vocab.json with merges.txt: add the tokenizer's files")
     ours = take(path, weights, list(tensor_names(config, vit)))
-    if unused and not marker:  # what is unused in our own folders means nothing
-        print(f"{source}: {some(unused)} left out, captions do not depend on them", file=sys.stderr)
+    if unused and not marker:  # in folders of this project unused tensors are expected
+        print(f"{source}: {some(unused)} skipped, captions do not depend on them", file=sys.stderr)
     return Saved(config, ours, tokenizer, trained_on, path=path)
 
 
 def find_folder(source: Source, wanted: list[str]) -> Path:
-    """The folder, or the cached one with the wanted files of a Hub repository. Raises UserError where there is neither."""
+    """Return the folder, or a cached one with a Hub repository's wanted files. Raises UserError if there is neither."""
     path, name = Path(source), str(source)
     if path.is_dir():
         return path
@@ -271,7 +271,7 @@ def find_folder(source: Source, wanted: list[str]) -> Path:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object; {} where there is no such file, unless it is config.json."""
+    """Read a JSON object; {} if the file is missing, except for config.json. Raises UserError."""
     path = folder / name
     if not path.exists() and name != "config.json":
         return {}
@@ -287,7 +287,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_processor(folder: Path) -> dict[str, Any]:
-    """What prepares pictures, which some folders keep inside processor_config.json; {} where nothing is said."""
+    """Read the picture preprocessing, which in some folders is inside processor_config.json; {} if there is none."""
     about = read_json(folder, "preprocessor_config.json")
     return about or read_json(folder, "processor_config.json").get("image_processor") or {}
 
@@ -295,14 +295,14 @@ def read_processor(folder: Path) -> dict[str, Any]:
 def read_weights(
     source: Source, folder: Path, allow_pickle: bool = False, advice: str = SAFELY
 ) -> tuple[Path, dict[str, Tensor]]:
-    """All tensors, from one file or from several with an index, and the path to name in messages."""
+    """Read all tensors, from one file or from several with an index; also return the path to show in messages."""
     files = weight_files(folder, WEIGHTS)
     if not files and (folder / "onnx").is_dir():
-        raise UserError(f"{source}: holds ONNX files and no {WEIGHTS}: name the model they were made from")
+        raise UserError(f"{source}: has ONNX files and no {WEIGHTS}: name the model they were made from")
     if not files and (instead := what_instead(folder)):
         raise UserError(f"{source}: no {WEIGHTS}: {instead}")
     if not files and not allow_pickle:
-        why = f"a {PICKLE} is a pickle, which may run a stranger's code while it is read"
+        why = f"a {PICKLE} is a pickle, which may run untrusted code when it is read"
         raise UserError(f"{source}: no {WEIGHTS}, and {why}: {advice}")
     if not files:
         folder = find_folder(source, [f"{PICKLE}*", "pytorch_model-*.bin"])
@@ -312,41 +312,39 @@ def read_weights(
         try:
             pickled = path.suffix == ".bin"
             weights |= torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
-        except Exception as error:  # of a damaged or a hostile file: SafetensorError, UnpicklingError, EOFError, ...
-            said = lfs_advice(path) or f"cannot be read as tensors ({first_line(error)})"
-            raise UserError(f"{path}: {said}") from error
+        except Exception as error:  # damaged or hostile files raise SafetensorError, UnpicklingError, EOFError, ...
+            fault = lfs_advice(path) or f"cannot be read as tensors ({first_line(error)})"
+            raise UserError(f"{path}: {fault}") from error
     if not weights or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in weights.items()):
-        raise UserError(f"{source}: no {WEIGHTS}, and no {PICKLE} that holds tensors by name")
+        raise UserError(f"{source}: no {WEIGHTS}, and no {PICKLE} with named tensors")
     return files[0] if len(files) == 1 else folder, plain_names(weights)
 
 
 def what_instead(folder: Path) -> str:
-    """What a folder without weights is that people take for a model's, and what to do; nothing where that is unknown."""
+    """What a folder without weights is, if users often mistake it for a model, and what to do; else an empty text."""
     checkpoints = [path.parent for path in folder.glob(f"checkpoint-*/{WEIGHTS}")]
     if checkpoints:
         newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
-        return f"a trainer's folder, whose weights are in its checkpoints: name {newest}"
+        return f"a trainer's folder, with weights only in its checkpoints: name {newest}"
     if (folder / "adapter_config.json").is_file():
-        return (
-            "it holds adapters alone, as peft writes them: merge them into their model first (peft's merge_and_unload)"
-        )
+        return "it has only adapters, as peft writes them: merge them into their model first (peft's merge_and_unload)"
     return ""
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The file of that name, or those that its index lists; [] where there is neither."""
+    """The file of that name, or the files listed in its index; [] if there is neither."""
     if (folder / name).is_file():
         return [folder / name]
     with one_line(folder / f"{name}.index.json"):
         shards = sorted(set(read_json(folder, f"{name}.index.json").get("weight_map", {}).values()))
         for shard in shards:
             if Path(shard).name != shard or not (folder / shard).is_file():
-                raise UserError(f"the file {shard} that it names is not beside it")
+                raise UserError(f"the file {shard} that it lists is not beside it")
     return [folder / shard for shard in shards]
 
 
 def read_tokenizer(source: Source, folder: Path, config: ViTGPT2Config) -> PreTrainedTokenizerFast | None:
-    """The tokenizer in tokenizer.json, or in vocab.json and merges.txt; None where there is neither."""
+    """Read the tokenizer from tokenizer.json, or from vocab.json and merges.txt; None if there is neither."""
     if words := read_json(folder, "tokenizer.json"):
         text = json.dumps(words)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -357,12 +355,12 @@ def read_tokenizer(source: Source, folder: Path, config: ViTGPT2Config) -> PreTr
         tokenizer = tokenizer_from_json(text, config)
         if None in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
             ids = f"{config.start_token_id}, {config.end_token_id} or {config.pad_token_id}"
-            raise UserError(f"its tokenizer has no token {ids}, which it is to start, end or pad captions with")
+            raise UserError(f"its tokenizer has no token {ids}, with which captions start, end or are padded")
     return tokenizer
 
 
 def gpt2_fields(source: Source, part: str, about: dict[str, Any]) -> dict[str, Any]:
-    """Our fields from a GPT-2's config."""
+    """Our config fields from a GPT-2's config."""
     require(source, part, about, GPT2_SETTINGS)
     fields = numbers(about, GPT2_FIELDS)
     require(source, part, about, {"n_inner": (None, 4 * fields["decoder_embed_dim"])})
@@ -370,7 +368,7 @@ def gpt2_fields(source: Source, part: str, about: dict[str, Any]) -> dict[str, A
 
 
 def numbers(about: dict[str, Any], names: dict[str, tuple[str, Any]]) -> dict[str, Any]:
-    """Our fields by transformers' names. Raises TypeError for one that is no number."""
+    """Read our numeric fields by transformers' names. Raises TypeError for one that is not a number."""
     fields = {ours: about.get(theirs, default) for ours, (theirs, default) in names.items()}
     for ours, value in fields.items():
         if not isinstance(value, int | float):
@@ -378,13 +376,13 @@ def numbers(about: dict[str, Any], names: dict[str, tuple[str, Any]]) -> dict[st
     return fields
 
 
-def special_ids(source: Source, *places: dict[str, Any]) -> dict[str, int | None]:
-    """The special tokens, each from the first place that has it: newer files keep them in generation_config.json."""
+def special_ids(source: Source, *configs: dict[str, Any]) -> dict[str, int | None]:
+    """The special tokens' ids, each from the first config that has it; newer folders use generation_config.json."""
 
     def first(name: str) -> int | None:
-        value = next((place[name] for place in places if place.get(name) is not None), None)
+        value = next((config[name] for config in configs if config.get(name) is not None), None)
         if isinstance(value, list) and len(value) != 1:
-            raise UserError(f"{source}: {name} is {value}, which this model cannot represent: only one")
+            raise UserError(f"{source}: {name} is {value}, which this model cannot represent: only one id")
         return value[0] if isinstance(value, list) else value
 
     start = first("decoder_start_token_id")
@@ -393,7 +391,7 @@ def special_ids(source: Source, *places: dict[str, Any]) -> dict[str, int | None
 
 
 def picture_fields(source: Source, about: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """Our fields from a preprocessor_config.json, which must end in pictures of image_size."""
+    """Our fields from a preprocessor_config.json, which must produce pictures of image_size."""
     part = "preprocessor "
     require(source, part, about, {"do_resize": (True,), "do_rescale": (True,)})
     if not math.isclose(factor := about.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-4):
@@ -401,26 +399,28 @@ def picture_fields(source: Source, about: dict[str, Any], image_size: int) -> di
     kind = about.get("image_processor_type") or about.get("feature_extractor_type") or ""
     crops = about.get("do_center_crop", kind.startswith("DeiT"))
     resized = square(source, f"{part}size", about.get("size") or (256 if crops else 224))
-    seen = square(source, f"{part}crop_size", about.get("crop_size") or 224) if crops else resized
-    if about and seen != image_size:
-        raise UserError(f"{source}: the preprocessor makes pictures of {seen} pixels, the encoder takes {image_size}")
-    return looks(source, about) | {"resize_size": resized if about else image_size}
+    size = square(source, f"{part}crop_size", about.get("crop_size") or 224) if crops else resized
+    if about and size != image_size:
+        raise UserError(f"{source}: the preprocessor makes pictures of {size} pixels, the encoder takes {image_size}")
+    return pixel_fields(source, about) | {"resize_size": resized if about else image_size}
 
 
-def looks(source: Source, about: dict[str, Any], colours: Any = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))) -> dict[str, Any]:
-    """Resampling, mean and standard deviation from a preprocessor_config.json; these colours where it does not say."""
+def pixel_fields(
+    source: Source, about: dict[str, Any], colours: Any = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+) -> dict[str, Any]:
+    """Resampling, mean and standard deviation from a preprocessor_config.json; colours: default mean and deviation."""
     number = about.get("resample", RESAMPLING["bicubic"] if not about else RESAMPLING["bilinear"])
     names = [name for name, known in RESAMPLING.items() if known == number]
     if not names:
         raise UserError(f"{source}: resample {number} cannot be represented: only {RESAMPLING}")
     if not about.get("do_normalize", True):
         return {"resample": names[0], "image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
-    mean, std = (tuple(about.get(name) or own) for name, own in zip(("image_mean", "image_std"), colours, strict=True))
+    mean, std = (tuple(about.get(name) or c) for name, c in zip(("image_mean", "image_std"), colours, strict=True))
     return {"resample": names[0], "image_mean": mean, "image_std": std}
 
 
 def untie(path: Path, weights: dict[str, Tensor], head: str, embedding: str) -> None:
-    """Takes away a head that is the embedding once more. Raises UserError for one that differs."""
+    """Remove a head that is a copy of the embedding. Raises UserError if it differs."""
     stored = weights.pop(head, None)
     if stored is not None and not torch.equal(stored, weights.setdefault(embedding, stored)):
         raise UserError(f"{path}: {head} differs from {embedding}, and this model has one tensor for both")

@@ -1,10 +1,10 @@
-"""A model with a prefix as transformers loads it, which has no class for one: code that travels with the weights.
+"""Write the code with which transformers loads a model with a prefix, for which it has no class (trust_remote_code).
 
     AutoModel.from_pretrained(folder, trust_remote_code=True).generate(pixel_values, max_new_tokens=32, num_beams=3)
 
-`save_pretrained` calls write_remote_code. It puts what captioning needs of config.py, decoding/cache.py, model.py and
-decoding/search.py into one file, because transformers takes a module that such a file imports for a package to be
-installed, and a thin PreTrainedModel behind it. It reads those files as text, and imports none of them.
+`save_pretrained` calls write_remote_code. It writes one file with the code for captioning from config.py,
+decoding/cache.py, model.py and decoding/search.py, followed by a thin PreTrainedModel. One file, because transformers
+takes a module that such a file imports for a package to install. The source files are read as text, not imported.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ MODULE = "modeling_img2gpt"
 SOURCES: dict[str, tuple[str, ...]] = {"config": ("UserError", "check_fields", "check_numbers", "ViTGPT2Config")}
 SOURCES["config"] += ("NEWER", "CHOICES")
 SOURCES |= dict.fromkeys(("decoding.cache", "model", "decoding.search"), ())  # (): all of it
-# Files of this project, and layers made for one machine; what is left out is not called behind a PreTrainedModel.
-LEFT_OUT = {"fast_copy", "own_state", "load_own_state", "saved", "from_saved", "save_file", "save_pretrained"}
-LEFT_OUT |= {"from_pretrained"}
+# Functions that a PreTrainedModel does not call: they read and write this project's files, or make fast copies.
+SKIPPED = {"fast_copy", "own_state", "load_own_state", "saved", "from_saved", "save_file", "save_pretrained"}
+SKIPPED |= {"from_pretrained"}
 
 THIN = '''
 def fast_copy(model, int8, rows):
-    """The model itself: copies with packed weights and recorded steps are part of the project, not of this file."""
+    """Return the model itself: only the full project has copies with packed weights or recorded steps."""
     if int8:
-        raise UserError("int8 is not to be had here")
+        raise UserError("int8 is not available here")
     return model
 
 
@@ -44,7 +44,7 @@ class Img2GPTConfig(PreTrainedConfig):
 
 
 class Img2GPTModel(PreTrainedModel):
-    """Captions for pictures as the folder's image processor prepares them."""
+    """Captions pictures that the folder's image processor has prepared."""
 
     config_class, base_model_prefix, main_input_name = Img2GPTConfig, "captioner", "pixel_values"
     _supports_sdpa = True
@@ -55,7 +55,7 @@ class Img2GPTModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module):
-        """What no file holds: the colours' mean and spread, and rotary positions."""
+        """Set the buffers that no file has: the colours' mean and standard deviation, and rotary positions."""
         if isinstance(module, VisionTransformer):
             for buffer, values in ((module.mean, module.config.image_mean), (module.std, module.config.image_std)):
                 buffer.copy_(torch.tensor(values).view(3, 1, 1))
@@ -64,11 +64,11 @@ class Img2GPTModel(PreTrainedModel):
                 module.turns.copy_(rotary_turns(side, size))
 
     def forward(self, pixel_values, input_ids, labels=None, lengths=None):
-        """As ImageCaptionModel's: labels align with input_ids, -100 where there is no target."""
+        """Call ImageCaptionModel: labels are aligned with input_ids, -100 where there is no target."""
         return self.captioner(pixel_values, input_ids, lengths, labels)
 
     def generate(self, pixel_values, max_new_tokens=None, min_new_tokens=0, **options):
-        """Token ids (N * num_return_sequences, L); the options of `generate` above."""
+        """Generate token ids (N * num_return_sequences, L); the options are those of `generate` above."""
         if self.captioner._tokenizer is None and (isinstance(options.get("prefix"), str) or "bad_words" in options):
             self.captioner.tokenizer = AutoTokenizer.from_pretrained(self.config.name_or_path)
         options |= {"max_length": max_new_tokens, "min_length": min_new_tokens}
@@ -81,7 +81,7 @@ Img2GPTModel.register_for_auto_class("AutoModel")
 
 
 def write_remote_code(saved: Saved, folder: Path) -> None:
-    """Beside the model's file: the code, config.json, and what prepares pictures and words."""
+    """Write the files beside the model file: the code, config.json, image processor and tokenizer."""
     files = their_files(saved.config, saved.tokenizer or gpt2_tokenizer())
     for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
         write_json(folder / name, files[name])
@@ -94,7 +94,7 @@ def write_remote_code(saved: Saved, folder: Path) -> None:
 
 
 def remote_code() -> str:
-    """The module's text."""
+    """The source code of the module."""
     imports: list[ast.Import | ast.ImportFrom] = []
     bodies: list[str] = []
     for name, wanted in SOURCES.items():
@@ -103,18 +103,18 @@ def remote_code() -> str:
         dropped: set[int] = set()
         for node in ast.walk(tree := ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and is_ours(node.module):
-                dropped |= lines_of(node)  # it is all one file
-            elif isinstance(node, ast.FunctionDef) and node.name in LEFT_OUT:
+                dropped |= lines_of(node)  # all the code is in one file
+            elif isinstance(node, ast.FunctionDef) and node.name in SKIPPED:
                 dropped |= lines_of(node)
         for node in tree.body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 if getattr(node, "module", None) != "__future__" and not is_ours(getattr(node, "module", None)):
                     imports.append(node)
             elif isinstance(node, ast.If) or (isinstance(node, ast.Expr) and node is tree.body[0]):
-                continue  # what only type checkers read, and the docstring
+                continue  # imports for type checkers, and the docstring
             elif not wanted or name_of(node) in wanted:
                 bodies.append("\n".join(lines[n - 1] for n in sorted(lines_of(node) - dropped)))
-    head = f'"""{MODULE}: generated by this model\'s project, whose remote.py says from what. Do not edit."""'
+    head = f'"""{MODULE}: generated by weights/remote.py of this model\'s project. Do not edit."""'
     bodies = [*filter(str.strip, bodies), THIN.strip()]
     body = "\n\n\n".join(bodies)
     used = {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)}
@@ -129,17 +129,17 @@ def remote_code() -> str:
 
 
 def name_of(node: Any) -> str | None:
-    """What a statement defines: a function, a class, or a name by an assignment."""
+    """The name that a statement defines: of a function, of a class, or of a variable that it assigns."""
     target = [*getattr(node, "targets", ()), getattr(node, "target", None)][0]
     return getattr(node, "name", None) or getattr(target, "id", None)
 
 
 def is_ours(module: str | None) -> bool:
-    """Whether a module is one of this project."""
+    """Whether a module belongs to this project."""
     return module is not None and module_file(module).is_file()
 
 
 def lines_of(node: Any) -> set[int]:
-    """The numbers of a node's lines, its decorators' included."""
+    """The line numbers of a node, decorators included."""
     first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
     return set(range(first, node.end_lineno + 1))

@@ -1,7 +1,7 @@
-"""transformers' vision transformers: what their configs say in our fields, and what their tensors are called.
+"""Convert configs and tensor names of transformers' vision transformers to ours, and back.
 
-A family is a row of FAMILIES. Every key and shape is checked when weights are taken; what this model cannot represent is
-an error.
+Each kind of vision transformer is one entry of FAMILIES. Every name and shape is checked when weights are loaded; what
+this model cannot represent is an error.
 """
 
 from __future__ import annotations
@@ -21,42 +21,41 @@ Source = str | os.PathLike[str]  # a folder, or user/name on the Hugging Face Hu
 
 
 class Name(NamedTuple):
-    """A tensor of ours, its names in transformers (three where ours is their concatenation), its shape here, whether it is
-    turned there, and its shape there where that differs otherwise."""
+    """Name and shape of a tensor, here and in transformers."""
 
     ours: str
-    theirs: tuple[str, ...]
-    shape: tuple[int, ...]
-    transposed: bool = False  # in x out, as GPT-2's Conv1D keeps its weights
-    flat: tuple[int, ...] | None = None
+    theirs: tuple[str, ...]  # several if ours is their concatenation
+    shape: tuple[int, ...]  # ours
+    transposed: bool = False  # in transformers it is (in, out), as in GPT-2's Conv1D
+    flat: tuple[int, ...] | None = None  # the shape in transformers if that differs otherwise
 
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """How transformers writes one kind of vision transformer."""
+    """How transformers names and configures one kind of vision transformer."""
 
     kinds: tuple[str, ...]
-    """Its model_types; the first one is written."""
+    """Values of model_type; the first one is used for writing."""
     fixed: dict[str, Any]
-    """Our fields, the same for the whole family."""
+    """Our config fields that are the same for the whole family."""
     layers: str
-    """What stands before a layer's number."""
+    """The prefix before a layer's number."""
     stem: dict[str, str]
-    """Our tensors outside the layers and theirs."""
+    """Our names of the modules and tensors outside the layers -> transformers' names."""
     layer: dict[str, tuple[str, ...]]
-    """A layer's modules."""
+    """Our names of a layer's modules -> transformers' names."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """What transformers takes where a config is silent and it isn't what a ViT's is."""
+    """transformers' defaults that differ from those of ViT (DEFAULTS)."""
     settings: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    """What decides what the weights mean, with the values under which they mean it here, transformers' default first."""
+    """Settings that change what the weights compute, with the values that this model supports, the default first."""
     unused: str = "$^"
-    """Tensors that no caption depends on."""
+    """Pattern of the tensors on which captions do not depend."""
     colours: tuple[tuple[float, ...], tuple[float, ...]] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    """Mean and standard deviation where a folder does not say."""
+    """Mean and standard deviation if the folder has no preprocessor config."""
 
     @property
     def patches(self) -> str:
-        """Their name of the patch embedding's weight, by which the family's tensors are found in a file."""
+        """transformers' name of the patch embedding's weight, with which the prefix of all names is found."""
         return f"{self.stem['patch_embedding']}.weight"
 
 
@@ -170,7 +169,7 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "ge
 
 
 def require(source: Source, part: str, about: dict[str, Any], settings: dict[str, tuple[Any, ...]]) -> None:
-    """Raises UserError for the first setting that has another than the known values."""
+    """Raise UserError for the first setting whose value is not a known one."""
     for name, known in settings.items():
         if (value := about.get(name, known[0])) not in known:
             words = " or ".join(map(repr, known))
@@ -178,7 +177,7 @@ def require(source: Source, part: str, about: dict[str, Any], settings: dict[str
 
 
 def square(source: Source, name: str, size: Any) -> int:
-    """The side of a square given as a number, as a pair, or by height and width."""
+    """The side of a square that is given as a number, as a pair, or as height and width. Raises UserError."""
     sides = [size.get("height"), size.get("width")] if isinstance(size, dict) else size
     sides = sides if isinstance(sides, list) else [sides]
     if not all(isinstance(side, int) and side == sides[0] for side in sides):
@@ -190,22 +189,22 @@ def family_named(source: Source, part: str, about: dict[str, Any]) -> Family:
     """The family of a config's model_type. Raises UserError for another."""
     known = {kind: family for family in FAMILIES for kind in family.kinds}
     if "pretrained_cfg" in about:
-        raise UserError(f"{source}: a model of timm's: name one that transformers wrote")
+        raise UserError(f"{source}: a model of timm: name one that transformers wrote")
     require(source, part, {"model_type": "vit"} | about, {"model_type": tuple(known)})
     return known[about.get("model_type", "vit")]
 
 
 def family_of(config: ViTGPT2Config) -> Family:
-    """The one that writes such an encoder. Raises UserError where none does."""
+    """The family that can represent such an encoder. Raises UserError if there is none."""
     for family in FAMILIES if config.vision_activation != "swiglu" else (DINOV2, DINOV3):
         if all(getattr(config, name) == value for name, value in family.fixed.items()):
             return family
-    raise UserError("transformers has no vision transformer with such settings: this model stays in its own file")
+    raise UserError("transformers has no vision transformer with such settings: this model cannot be converted")
 
 
 def vision_fields(source: Source, part: str, about: dict[str, Any]) -> dict[str, Any]:
-    """Our fields from a vision transformer's config, or the vision part of a CLIP's or SigLIP's. Raises UserError for what
-    cannot be represented."""
+    """Our config fields from the config of a vision transformer, or from the vision config in a CLIP's or SigLIP's.
+    Raises UserError for what cannot be represented."""
     family = family_named(source, part, about)
     registers = {"num_register_tokens": 4} if about.get("model_type") == "dinov2_with_registers" else {}
     about = DEFAULTS | family.defaults | registers | about.get("vision_config", about)
@@ -216,12 +215,12 @@ def vision_fields(source: Source, part: str, about: dict[str, Any]) -> dict[str,
     width = about["hidden_size"]
     sides = ("image_size", "patch_size")
     fields: dict[str, Any] = {name: square(source, f"{part}{name}", about[name]) for name in sides}
-    fields["image_size"] -= fields["image_size"] % fields["patch_size"]  # no patch reaches what is left over
+    fields["image_size"] -= fields["image_size"] % fields["patch_size"]  # pixels after the last full patch are unused
     fields |= family.fixed | {"vision_embed_dim": width, "vision_num_layers": about["num_hidden_layers"]}
     fields |= {"vision_num_heads": about["num_attention_heads"], "vision_norm_eps": about["layer_norm_eps"]}
     fields |= {"vision_dropout": about["hidden_dropout_prob"], "vision_registers": about["num_register_tokens"]}
     gated = (family is DINOV2 and about["use_swiglu_ffn"]) or (family is DINOV3 and about["use_gated_mlp"])
-    if not (gated and family is DINOV2):  # which has SwiGLU's own, whatever its config says
+    if not (gated and family is DINOV2):  # whose SwiGLU ignores hidden_act
         require(source, part, about, {"hidden_act": ("silu",) if gated else tuple(ACTIVATIONS)})
     fields["vision_activation"] = "swiglu" if gated else ACTIVATIONS[about["hidden_act"]]
     inside = about["intermediate_size"]
@@ -231,13 +230,13 @@ def vision_fields(source: Source, part: str, about: dict[str, Any]) -> dict[str,
 
 
 def dinov2_mlp(width: int, ratio: int, gated: bool) -> int:
-    """Width inside a DINOv2's MLP: SwiGLU's is two thirds of an ordinary one, rounded up to a multiple of 8."""
+    """Inner width of a DINOv2's MLP; with SwiGLU two thirds of the usual one, rounded up to a multiple of 8."""
     inside = int(width * ratio)
     return (int(inside * 2 / 3) + 7) // 8 * 8 if gated else inside
 
 
 def their_fields(config: ViTGPT2Config) -> dict[str, Any]:
-    """What transformers' config.json says of the encoder: the inverse of vision_fields."""
+    """The encoder's part of transformers' config.json: the inverse of vision_fields."""
     family, gated = family_of(config), config.vision_activation == "swiglu"
     about: dict[str, Any] = {
         "model_type": family.kinds[1 if family is DINOV2 and config.vision_registers else 0],
@@ -255,7 +254,7 @@ def their_fields(config: ViTGPT2Config) -> dict[str, Any]:
         ratios = [r for r in range(1, 33) if dinov2_mlp(config.vision_embed_dim, r, gated) == config.vision_mlp]
         if not ratios:
             raise UserError(
-                f"transformers' DINOv2 has no MLP of width {config.vision_mlp}: this model stays in its own file"
+                f"transformers' DINOv2 has no MLP of width {config.vision_mlp}: this model cannot be converted"
             )
         about |= {"hidden_act": about["hidden_act"] or "gelu", "mlp_ratio": ratios[0], "use_swiglu_ffn": gated}
         return about | ({"num_register_tokens": config.vision_registers} if config.vision_registers else {})
@@ -269,7 +268,7 @@ def their_fields(config: ViTGPT2Config) -> dict[str, Any]:
 
 
 def vision_names(config: ViTGPT2Config, before: str) -> Iterator[Name]:
-    """Every tensor of the encoder; `before` is what stands before transformers' names."""
+    """The names of every tensor of the encoder; `before` is the prefix of transformers' names."""
     family, width, patch, inside = family_of(config), config.vision_embed_dim, config.patch_size, config.vision_mlp
     positions = config.num_patches + config.vision_class_token
     gated, flat = config.vision_activation == "swiglu", family in (CLIP, SIGLIP)
@@ -290,8 +289,8 @@ def vision_names(config: ViTGPT2Config, before: str) -> Iterator[Name]:
     shapes = {"qkv": (3 * width, width), "proj": (width, width), "fc1": (wide, width), "fc2": (width, inside)}
     layer = dict(family.layer)
     if gated:
-        own = {DINOV2: (("mlp.weights_in",), ("mlp.weights_out",))}
-        layer["fc1"], layer["fc2"] = own.get(family, (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)))
+        gated_names = {DINOV2: (("mlp.weights_in",), ("mlp.weights_out",))}
+        layer["fc1"], layer["fc2"] = gated_names.get(family, (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)))
     for number in range(config.vision_num_layers):
         for ours, several in layer.items():
             names = tuple(f"{before}{family.layers}{number}.{name}" for name in several)
@@ -306,8 +305,8 @@ def vision_names(config: ViTGPT2Config, before: str) -> Iterator[Name]:
 
 
 def as_ours(config: ViTGPT2Config, before: str, weights: dict[str, Tensor]) -> None:
-    """Makes of what only they have what we have: a DeiT's distillation token has a position of its own, which is added to
-    it, a DINOv3 has no bias for its keys, which is one of zeros, and may have a list of no registers."""
+    """Convert, in place, tensors that need more than another name. DeiT: the distillation token's position is added to
+    the token. DINOv3: a missing bias of the keys becomes zeros, and an empty tensor of registers is removed."""
     family, names = family_of(config), [name for name in vision_names(config, before) if name.ours.endswith("qkv.bias")]
     for theirs in [theirs for name in names for theirs in name.theirs] if family is DINOV3 else []:
         if (weight := weights.get(theirs.replace(".bias", ".weight"))) is not None:
@@ -316,13 +315,13 @@ def as_ours(config: ViTGPT2Config, before: str, weights: dict[str, Tensor]) -> N
     if not config.vision_registers and token in weights and not weights[token].numel():
         del weights[token]
     if family is DEIT and token in weights and weights.get(positions, torch.empty(0)).shape[1:2] > (1,):
-        first, own, others = weights[positions].tensor_split([1, 2], 1)
-        weights[token], weights[positions] = weights[token] + own, torch.cat([first, others], 1)
+        first, second, others = weights[positions].tensor_split([1, 2], 1)
+        weights[token], weights[positions] = weights[token] + second, torch.cat([first, others], 1)
 
 
 def as_theirs(config: ViTGPT2Config, before: str, weights: dict[str, Tensor]) -> None:
-    """The inverse of as_ours; and adds the tensors that transformers looks for in a file, though no caption depends on
-    them: without them it says that the model needs training."""
+    """Undo as_ours, in place. Also add unused tensors that transformers expects in a file: without them it warns that
+    the model needs training."""
     family, width = family_of(config), config.vision_embed_dim
     pooler: dict[str, tuple[int, ...]] = {"pooler.dense.weight": (width, width), "pooler.dense.bias": (width,)}
     shapes: dict[Family, dict[str, tuple[int, ...]]] = {
@@ -343,12 +342,12 @@ def as_theirs(config: ViTGPT2Config, before: str, weights: dict[str, Tensor]) ->
 
 
 def prefix_of(ending: str, weights: dict[str, Tensor]) -> str:
-    """What stands before this name in a file: "vit.", "transformer." or nothing."""
+    """The prefix of this name in a file: "vit.", "transformer." or nothing."""
     return next((name.removesuffix(ending) for name in weights if name.endswith(ending)), "")
 
 
 def split_off(weights: dict[str, Tensor], prefix: str, unused: str) -> list[str]:
-    """Takes away what is unused or does not begin with the prefix; returns the names."""
+    """Remove tensors that are unused or do not start with the prefix; return their names."""
     found = [name for name in weights if re.search(unused, name) or not name.startswith(prefix)]
     for name in found:
         del weights[name]

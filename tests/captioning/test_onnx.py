@@ -191,7 +191,7 @@ def test_weights_and_onnx_files_do_not_replace_each_other(exported, tmp_path):
 
 
 def test_a_folder_of_onnx_files_is_no_model_here(exported):
-    with pytest.raises(UserError, match="holds ONNX files"):
+    with pytest.raises(UserError, match="has ONNX files"):
         ImageCaptionModel.from_pretrained(exported[0])
 
 

@@ -278,7 +278,7 @@ def test_bases_are_found_by_name_and_known_again(bases, tmp_path):
     ImageCaptionModel.from_pretrained(tmp_path / "a.safetensors", tmp_path / "bases")
     path = tmp_path / "bases" / "gpt2" / "model.safetensors"
     save_file({name: 1.1 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="learned on other weights"):
+    with pytest.raises(UserError, match="trained on other weights"):
         ImageCaptionModel.from_pretrained(tmp_path / "a.safetensors", tmp_path / "bases")
 
 
@@ -386,5 +386,5 @@ def test_adapters_for_a_captioner(scenes_dir, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"adapters for base.safetensors, which nobody else has: make a merged model"):
         publish(UploadConfig(repository="user/name", model_path=MODEL_FILE, dry_run=True))
     Path(MODEL_FILE).replace("base.safetensors")
-    with pytest.raises(UserError, match="learned on other weights than those of base"):
+    with pytest.raises(UserError, match="trained on other weights than those of base"):
         ImageCaptionModel.from_pretrained("base.safetensors")

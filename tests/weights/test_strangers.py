@@ -157,7 +157,7 @@ def test_each_command_says_one_line(sound, tmp_path, scenes_dir, capsys, monkeyp
         for script, *arguments in commands(path, tmp_path, scenes_dir).values():
             code, said = run(capsys, monkeypatch, script, *arguments)
             one_line(code, said)
-            assert str(path) in said and (what != "nan" or "decoder.ln_f.weight holds NaN" in said), (what, said)
+            assert str(path) in said and (what != "nan" or "decoder.ln_f.weight contains NaN" in said), (what, said)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -172,7 +172,7 @@ def test_weights_that_are_no_numbers(value, dtype, sound, tmp_path):
     if dtype == torch.float64:
         tensors["decoder.wte.weight"][7, 3] = 1e300  # which fp32 has no place for
     path = written(tmp_path / "x.safetensors", sound["prefix"], metadata(sound["prefix"]), tensors)
-    with pytest.raises(UserError, match=r"decoder\.wte\.weight holds NaN or infinity"):
+    with pytest.raises(UserError, match=r"decoder\.wte\.weight contains NaN or infinity"):
         ImageCaptionModel.from_pretrained(path)
 
 
@@ -196,8 +196,8 @@ FOLDERS = {
     "layer missing": (dict(num_hidden_layers=3), "weights are missing"),
     "wide": (dict(hidden_size=1 << 20), "describes a larger model"),
     "vocabulary": (dict(vocab_size=10**9), "describes a larger model"),
-    "float layers": (dict(num_hidden_layers=2.5), "no language model"),
-    "text layers": (dict(num_hidden_layers="2"), "no language model"),
+    "float layers": (dict(num_hidden_layers=2.5), "no usable language model"),
+    "text layers": (dict(num_hidden_layers="2"), "no usable language model"),
     "quantized": (dict(quantization_config={"quant_method": "evil"}), "quantized"),
 }
 

@@ -186,7 +186,7 @@ def test_an_earlier_layers_states(kind, layer, tmp_path):
         torch.testing.assert_close(ours.eval().encoder(pixels), known, rtol=1e-5, atol=1e-5)
     assert (ours.config.vision_num_layers, ours.config.vision_norm_last) == (1, False)
     for wrong in (0, 3, -3):
-        with pytest.raises(UserError, match=f"has 2 layers, and {wrong} is none of them"):
+        with pytest.raises(UserError, match=f"has 2 layers, and no layer {wrong}"):
             initialise(tiny_config(image_size=32), str(tmp_path), None, wrong)
 
 
@@ -329,12 +329,12 @@ def trainers(folder) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (pointer, "model.safetensors: a pointer of Git LFS, not the file itself: git lfs pull fetches it"),
-        (adapters_alone, "it holds adapters alone, as peft writes them: merge them"),
-        (trainers, "a trainer's folder, whose weights are in its checkpoints: name .*checkpoint-500"),
+        (pointer, "model.safetensors: a Git LFS pointer, not the file itself: run git lfs pull"),
+        (adapters_alone, "it has only adapters, as peft writes them: merge them"),
+        (trainers, "a trainer's folder, with weights only in its checkpoints: name .*checkpoint-500"),
         (
             lambda f: change_json(f / "config.json", pretrained_cfg={}),
-            "a model of timm's: name one that transformers wrote",
+            "a model of timm: name one that transformers wrote",
         ),
     ],
 )
@@ -375,7 +375,7 @@ def test_a_mixture_stays_in_its_own_file(tmp_path, scenes_tokenizer):
     model.tokenizer = scenes_tokenizer
     model.save_file(tmp_path / "m.safetensors")
     assert ImageCaptionModel.from_pretrained(tmp_path / "m.safetensors").config == model.config
-    with pytest.raises(UserError, match="stays in its own file"):
+    with pytest.raises(UserError, match="cannot be converted"):
         write_transformers(model.saved(), tmp_path / "theirs")
 
 
