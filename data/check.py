@@ -1,22 +1,22 @@
-"""Is a data set fit to train on? Reads every picture and caption once, and says so.
+"""Check whether a data set is fit to train on: reads every picture and caption once.
 
     python dataset.py check DIR
 
-Writes under --output-dir only, never into the data folder, and remembers a few hundred bytes a picture.
+Writes under --output-dir only, never into the data folder, and needs a few hundred bytes of memory per picture.
 
-Not fit, in words and by exit code 1, is a data set
-- that has no train part;
-- of which more than max_bad_share of the pictures are missing or undecodable (where training would stop too);
-- of which a test picture is, by its id, a train picture (training refuses that as well);
-- of which more than max_bad_share of the val or of the test pictures are, byte for byte, in train.
-Fewer such copies are a warning: most collections of photographs have some, and they barely move a score. So are near
-duplicates, because what is still the same picture is for a person to say.
+A data set is not fit (exit code 1) if
+- it has no train split;
+- more than max_bad_share of its pictures are missing or undecodable (training would stop too);
+- a test picture is, by its id, also a train picture (training refuses that too);
+- more than max_bad_share of the val or of the test pictures are byte-for-byte copies of train pictures.
+Fewer such copies are a warning: most collections of photographs have some, and they hardly change a score. Near
+duplicates are a warning too, because only the user can decide what is still the same picture.
 
 Near duplicates are resized, recompressed or slightly cropped copies: pictures whose perceptual hashes (pHash, 64 bits)
 differ in at most 4 bits, and whose colours, averaged over an 8 x 8 grid, differ nowhere by more than 24 of 255. Of 906
-resized or recompressed copies of photographs all but two stay within both; of the 32.7 million pairs in Flickr8k one
-does, a photograph that is there twice. The hash sees grey only, and takes half of the demo's drawn scenes for one
-another: hence the colours.
+resized or recompressed copies of photographs all but two are within both limits. Of the 32.7 million pairs in Flickr8k
+one pair is, a photograph that is there twice. The colours are needed because the hash ignores them: by the hash alone,
+half of the demo's drawn scenes look alike.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from data.sources import load_tables
 from data.table import CaptionTable
 from utils import in_one_line, parse_flags, whole, writable_directory, write_csv, write_json
 
-SIZE, GRID = 64, 8  # pixels and cells a side of what is remembered of a picture
+SIZE, GRID = 64, 8  # pixels and grid cells per side of the copy that is compared
 MAX_DISTANCE = 4  # bits
 MAX_DIFFERENCE = 24  # of a cell's colour, of 255
 SHOWN = 5  # examples printed
 PAIRS_SHOWN = 8
 ODD = "[^ -~]"  # what is not printable ASCII
-ODD_CHARACTERS = {  # in the order in which a caption is given to one of them
+ODD_CHARACTERS = {  # a caption counts for the first that matches
     "replacement character": r"\x{fffd}",
     "mojibake": "[ÃÂ][¡-¿€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]|â€|ï¿½|ï»¿|ðŸ",
     "control or invisible": r"[\x00-\x1f\x7f-\x9f\x{200b}\x{200e}\x{200f}\x{202a}-\x{202e}\x{2060}-\x{2069}\x{feff}]",
@@ -86,29 +86,29 @@ class BadPicture(NamedTuple):
 
 
 class Duplicate(NamedTuple):
-    """A picture (a row of its part) and its copy in an earlier part: an exact one, or the nearest of the near ones."""
+    """A picture (a row of its split) and its copy in an earlier split: an exact one, or else the nearest near one."""
 
     part: str
     row: int
     same_as_part: str
     same_as_row: int
-    distance: int | None  # bits in which their perceptual hashes differ; None where the files are equal, byte for byte
+    distance: int | None  # bits in which their perceptual hashes differ; None where the files are byte-for-byte equal
 
 
 @dataclass
 class Report:
-    """What was found."""
+    """The results of a check."""
 
-    tables: dict[str, CaptionTable]  # the parts, without a test part that is val's table
+    tables: dict[str, CaptionTable]  # by split, without test where val serves as test
     figures: dict[str, Any]  # all counts, as in check.json
     bad: list[BadPicture]
     duplicates: list[Duplicate]
     warnings: list[str]
-    reasons: list[str]  # why the data is not fit to train on; none where it is
+    reasons: list[str]  # why the data is not fit to train on; empty if it is fit
 
     @property
     def verdict(self) -> str:
-        """In plain words."""
+        """The verdict and its reasons, as text."""
         return f"not fit: {'; '.join(self.reasons)}" if self.reasons else "fit to train on"
 
 
@@ -119,9 +119,9 @@ def check_tables(
     num_workers: int | None = None,
     progress: bool | None = None,
 ) -> Report:
-    """Looks at all pictures and captions of a data set's parts, as load_tables gives them.
+    """Check all pictures and captions of a data set's splits, as load_tables returns them.
 
-    progress shows a bar; None: where the standard error is a terminal.
+    progress shows a bar; None: only if standard error is a terminal.
     """
     phash: PHash | None = None
     with contextlib.suppress(ImportError):
@@ -162,10 +162,10 @@ def check_tables(
 
 
 class View:
-    """What is remembered of a part's N pictures."""
+    """Hashes and mean colours of a split's N pictures, to find copies by."""
 
     def __init__(self, number: int) -> None:
-        self.sha256 = [b""] * number  # nothing of a picture that cannot be decoded
+        self.sha256 = [b""] * number  # empty for a picture that cannot be decoded
         self.phash = np.zeros(number, np.uint64)
         self.cells = np.zeros((number, 3 * GRID * GRID), np.int16)  # mean colours
         self.hashed = np.zeros(number, bool)
@@ -173,7 +173,7 @@ class View:
 
 
 def look_at(table: CaptionTable, phash: PHash | None, view: View, row: int) -> None:
-    """Reads and decodes a picture, and fills in its row of the view."""
+    """Read and decode a picture, and fill in its row of the view."""
     name = table.name_of(row)
     try:
         source = table.picture(row)
@@ -195,7 +195,10 @@ def look_at(table: CaptionTable, phash: PHash | None, view: View, row: int) -> N
 
 
 def find_copies(views: dict[str, View], first: str, later: str) -> list[Duplicate]:
-    """At most one for each picture of the later part. One against all at a time: 118,000 x 5,000 take a second."""
+    """Find at most one copy for each picture of the later split, comparing one with all at a time.
+
+    118,000 x 5,000 take a second.
+    """
     a, b = views[first], views[later]
     rows = {digest: row for row, digest in enumerate(a.sha256) if digest}
     found = []
@@ -213,7 +216,7 @@ def find_copies(views: dict[str, View], first: str, later: str) -> list[Duplicat
 
 
 def count_part(table: CaptionTable, view: View) -> dict[str, Any]:
-    """A part's figures."""
+    """Count a split's pictures, captions and copies."""
     each = pc.list_value_length(table.rows["captions"]).to_numpy()
     good = [digest for digest in view.sha256 if digest]
     return {
@@ -227,7 +230,7 @@ def count_part(table: CaptionTable, view: View) -> dict[str, Any]:
 
 
 def unused(tables: list[CaptionTable]) -> dict[str, Any]:
-    """How many pictures below the data's folder are in no part, as those are that no caption names, and the first."""
+    """Count the pictures below the data's folder that are in no split (no caption names them), and name the first."""
     named = {posixpath.normpath(name) for t in tables for name in (*t.rows["picture"].to_pylist(), *t.missing)}
     root = tables[0].root
     names = [file.relative_to(root).as_posix() for file in files_below(root) if is_picture(file)]
@@ -239,7 +242,7 @@ def unused(tables: list[CaptionTable]) -> dict[str, Any]:
 
 
 def count_captions(tables: list[CaptionTable], max_words: int) -> dict[str, Any]:
-    """Figures of all parts' captions together, worked out by Arrow: no Python object a caption."""
+    """Statistics of all splits' captions together, computed by Arrow: no Python object per caption."""
     captions = pa.chunked_array([chunk for table in tables for chunk in table.captions().chunks], pa.string())
     words = pc.add(pc.count_substring(captions, " "), 1).to_numpy()  # a table's captions have single spaces
     numbers = np.concatenate([pc.list_value_length(table.rows["captions"]).to_numpy() for table in tables])
@@ -270,31 +273,31 @@ def count_captions(tables: list[CaptionTable], max_words: int) -> dict[str, Any]
 
 
 def count_odd(captions: pa.ChunkedArray) -> dict[str, Any]:
-    """{kind: {captions, example}}; a caption counts once, for the first kind that it has."""
+    """{kind: {captions, example}}; a caption counts once, for its first matching kind."""
     found: dict[str, Any] = {}
-    rest = captions.filter(pc.match_substring_regex(captions, ODD))
+    others = captions.filter(pc.match_substring_regex(captions, ODD))
     for kind, pattern in ODD_CHARACTERS.items():
-        has = pc.match_substring_regex(rest, pattern)
-        own, rest = rest.filter(has), rest.filter(pc.invert(has))
-        if len(own):
-            found[kind] = {"captions": len(own), "example": own[0].as_py()}
+        has = pc.match_substring_regex(others, pattern)
+        matching, others = others.filter(has), others.filter(pc.invert(has))
+        if len(matching):
+            found[kind] = {"captions": len(matching), "example": matching[0].as_py()}
     return found
 
 
 def count_not_plain(captions: pa.ChunkedArray) -> dict[str, Any]:
-    """{kind: {captions, example}} of what a model would learn to write although nobody says it."""
+    """{kind: {captions, example}} of text such as mark-up, which a model would learn to write."""
     kinds = {kind: captions.filter(pc.match_substring_regex(captions, like)) for kind, like in NOT_PLAIN.items()}
-    return {kind: {"captions": len(own), "example": own[0].as_py()} for kind, own in kinds.items() if len(own)}
+    return {kind: {"captions": len(each), "example": each[0].as_py()} for kind, each in kinds.items() if len(each)}
 
 
 # The verdict
 
 
 def judge(tables: dict[str, CaptionTable], figures: dict[str, Any], max_bad_share: float) -> list[list[str]]:
-    """Warnings, and reasons why the data is not fit, by the rule at the top of this file."""
+    """Warnings, and reasons why the data is not fit, by the rules at the top of this file."""
     parts, captions = figures["parts"], figures["captions"]
     odd, longer = captions["odd_characters"], captions["over_long"]
-    warnings, reasons = [], [] if "train" in parts else ["no train part"]
+    warnings, reasons = [], [] if "train" in parts else ["no train split"]
     bad = sum(part["missing"] + part["undecodable"] for part in parts.values())
     total = sum(part["pictures"] + part["missing"] for part in parts.values())
     if bad > max_bad_share * total:
@@ -311,26 +314,26 @@ def judge(tables: dict[str, CaptionTable], figures: dict[str, Any], max_bad_shar
     for pair, number in figures["duplicates"].items():
         first, later = pair.split("/")
         exact, total = number["exact"], parts[later]["pictures"]
-        said = f"{later} pictures that are also in {first}: {exact:,} of {total:,}"
+        text = f"{later} pictures that are also in {first}: {exact:,} of {total:,}"
         if first == "train" and exact > max_bad_share * total:
-            reasons.append(f"{said} (allowed: {max_bad_share:.1%})")
+            reasons.append(f"{text} (allowed: {max_bad_share:.1%})")
         elif exact:
-            warnings.append(said)
+            warnings.append(text)
         if number["near"]:
             warnings.append(f"{later} pictures that look like one in {first}: {number['near']:,} of {total:,}")
     if longer["captions"]:
         warnings.append(f"captions of more than {longer['more_words_than']} words: {longer['captions']:,}")
     warnings += [f"damaged captions ({kind}): {odd[kind]['captions']:,}" for kind in DAMAGED if kind in odd]
     plain = captions["not_plain"].items()
-    warnings += [f"captions {kind}: {own['captions']:,}, such as {excerpt(own['example'])}" for kind, own in plain]
+    warnings += [f"captions {kind}: {each['captions']:,}, such as {excerpt(each['example'])}" for kind, each in plain]
     return [warnings, reasons]
 
 
-# What a person reads
+# Output
 
 
 def print_report(report: Report) -> None:
-    """Everything but the verdict."""
+    """Print everything except the verdict."""
     parts, captions, copies = (report.figures[name] for name in ("parts", "captions", "duplicates"))
     lines = [("data", next(iter(report.tables.values())).about)]
     for split, part in parts.items():
@@ -339,9 +342,9 @@ def print_report(report: Report) -> None:
         lines += [(split, f"{part['pictures']:,} pictures, {part['captions']:,} captions ({each} a picture)")]
     if "val" in parts and "test" not in parts:
         lines += [("test", "none: val serves as test")]
-    lines += [("left out", f"{number:,} {what}") for what, number in report.figures["left_out"].items()]
+    lines += [("skipped", f"{number:,} {what}") for what, number in report.figures["left_out"].items()]
     number, first = report.figures["unused"].values()
-    lines += [("unused", f"{number:,} pictures below the folder are in no part, such as {first}")] if number else []
+    lines += [("unused", f"{number:,} pictures below the folder are in no split, such as {first}")] if number else []
     words, longer = captions["words"], captions["over_long"]
     lines += [("words", f"min {words['min']}, median {words['median']:g}, 95 % {words['95 %']:g}, max {words['max']}")]
     if longer["captions"]:
@@ -349,7 +352,7 @@ def print_report(report: Report) -> None:
     for row in captions["on_several_pictures"]:
         lines += [("repeated", f"on {row['pictures']:,} pictures: {excerpt(row['caption'])}")]
     if again := captions["twice_on_a_picture"]:
-        lines += [("repeated", f"{again:,} captions say of a picture what another one says of it already")]
+        lines += [("repeated", f"{again:,} captions repeat another caption of the same picture")]
     for kind, found in captions["odd_characters"].items():
         lines += [("characters", f"{kind}: {found['captions']:,}, such as {excerpt(found['example'])}")]
     lines += [("bad", f"{bad.picture} ({bad.part}): {bad.reason}") for bad in report.bad[:SHOWN]]
@@ -361,14 +364,14 @@ def print_report(report: Report) -> None:
         near = "" if number["near"] is None else f", {number['near']:,} near"
         lines += [("duplicates", f"{pair.replace('/', ' and ')}: {number['exact']:,} exact{near}")]
     if any(number["near"] is None for number in copies.values()):
-        lines += [("duplicates", "near ones not looked for, without ImageHash: pip install -r requirements/data.txt")]
+        lines += [("duplicates", "near ones not searched, ImageHash is missing: pip install -r requirements/data.txt")]
     lines += [("warning", warning) for warning in report.warnings]
     for name, text in lines:
         print(in_one_line(f"{name:11} {text}"))
 
 
 def excerpt(caption: str) -> str:
-    """60 characters around the first odd one, in quotes, those that cannot be seen as escapes."""
+    """60 characters around the first odd one, in quotes, invisible ones as escapes."""
     odd = re.search(ODD, caption)
     start = max(0, odd.start() - 30) if odd else 0
     cut = caption[start : start + 60]
@@ -376,7 +379,7 @@ def excerpt(caption: str) -> str:
 
 
 def write_report(report: Report, directory: Path) -> None:
-    """check.json, bad_samples.csv, duplicates.csv, lengths.png and, where there are duplicates, duplicates.png."""
+    """Write check.json, bad_samples.csv, duplicates.csv, lengths.png and, if there are duplicates, duplicates.png."""
     write_json(directory / "check.json", report.figures)
     write_csv(directory / "bad_samples.csv", [BadPicture._fields, *report.bad], "\n")
     rows: list[Sequence[Any]] = [("part", "picture", "same_as_part", "same_as_picture", "kind", "bits")]
@@ -389,7 +392,7 @@ def write_report(report: Report, directory: Path) -> None:
 
 
 def draw_lengths(path: Path, captions: dict[str, Any]) -> None:
-    """A histogram of captions' lengths."""
+    """Draw a histogram of the captions' lengths."""
     from matplotlib.figure import Figure
 
     words, longer = captions["words"], captions["over_long"]
@@ -411,10 +414,10 @@ def draw_lengths(path: Path, captions: dict[str, Any]) -> None:
 
 
 def draw_duplicates(path: Path, report: Report) -> None:
-    """Some pairs, spread from the exact to the least alike; no file where there is none."""
+    """Draw some pairs, from exact copies to the least similar; write no file if there are none."""
     from matplotlib.figure import Figure
 
-    path.unlink(missing_ok=True)  # an earlier check's
+    path.unlink(missing_ok=True)  # from an earlier check
     pairs = sorted(report.duplicates, key=lambda d: -1 if d.distance is None else d.distance)
     if not pairs:
         return
@@ -440,25 +443,25 @@ def draw_duplicates(path: Path, report: Report) -> None:
 
 @dataclass(kw_only=True)
 class CheckConfig:
-    """Is a data set fit to train on? Exit code 0: yes, 1: no, 2: it cannot be read."""
+    """Command-line options of the check. Exit code 0: fit, 1: not fit, 2: the data cannot be read."""
 
     data_dir: Annotated[Path | None, tyro.conf.Positional] = None
-    """Folder of the data, or the file of captions in it; left out for a data set on the Hub."""
+    """Folder of the data, or its captions file; omit it for a data set on the Hub."""
     dataset: str = "auto"
     """Layout of the data: auto (recognised), coco, karpathy, flickr30k, flickr8k, imagefolder, webdataset, csv, sidecar;
     or user/name, a data set on the Hugging Face Hub."""
     image_column: str | None = None
-    """Column of the pictures, where a table's has no usual name."""
+    """Name of a table's picture column, if it is not a usual one."""
     caption_column: str | None = None
-    """Column of the captions, where a table's has no usual name; txt, where name.txt is to count and not name.caption."""
+    """Name of a table's caption column, if it is not a usual one; txt: use name.txt, not name.caption."""
     output_dir: Path = Path("check")
     """Folder for check.json, bad_samples.csv, duplicates.csv, lengths.png and duplicates.png."""
     max_bad_share: float = 0.01
-    """Largest share of pictures that may be missing or undecodable, or copies of train's (0 to 1)."""
+    """Largest share of pictures that may be missing or undecodable, or copies of train pictures (0 to 1)."""
     max_words: int = 100
-    """Longer captions are over-long."""
+    """Captions with more words are reported as over-long."""
     num_workers: int | None = None
-    """Threads that read pictures (default: one a core, 16 at most)."""
+    """Threads that read pictures (default: one per core, at most 16)."""
     debug: bool = False
     """Show tracebacks of errors."""
 
@@ -470,7 +473,7 @@ class CheckConfig:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the check from the command line; return the exit code."""
     config = parse_flags(CheckConfig, __doc__, arguments, prog="dataset.py check")
     tables = load_tables(config.dataset, config.data_dir or ".", config.image_column, config.caption_column)
     root = next(iter(tables.values())).root

@@ -1,7 +1,7 @@
-"""Tables of named columns: CSV, TSV, JSON lines, JSON, Parquet; also as Hugging Face's imagefolder.
+"""Read tables with named columns: CSV, TSV, JSON lines, JSON, Parquet; also as Hugging Face's imagefolder.
 
-What a file is follows from its content where its suffix leaves that open; which columns are the pictures' and the captions',
-from their names.
+Where the suffix leaves a file's format open, its content decides. Column names decide which columns hold the pictures
+and the captions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from data.table import LeftOut, Row
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 LINES = (".jsonl", ".ndjson", ".jsonlines")
 PICTURE_COLUMN = re.compile(r"(image|img|picture|photo|file)([ _-]?(name|file|path))?|path|filepath", re.IGNORECASE)
-# The first that is there counts.
+# In order of preference.
 CAPTION_WORDS = [
     "caption",
     "text",
@@ -43,12 +43,12 @@ CAPTION_WORDS = [
 ]
 CAPTION_COLUMN = re.compile(rf"(image[ _-])?({'|'.join(CAPTION_WORDS)})s?[ _-]?(str|\d*)", re.IGNORECASE)
 ID_COLUMN = re.compile(r"(image|img|coco)?[ _-]?id", re.IGNORECASE)
-START = 1 << 16  # bytes that a table is recognised by
+START = 1 << 16  # bytes read to recognise a table
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns, where a person says them; None: recognised by their usual names."""
+    """Names of columns that the user gave; None: recognised by their usual names."""
 
     picture: str | None = None
     caption: str | None = None
@@ -58,24 +58,24 @@ class Columns:
 
 
 def _csv_shape(source: Path, text: str) -> tuple[str, str]:
-    """The text from its header on, and its delimiter: what Excel's line `sep=;` says, or the header's most frequent."""
-    if said := re.match(r'"?sep=(.)"?\n', text, re.IGNORECASE):
-        return text[said.end() :], said[1]
+    """The text from its header on, and its delimiter: from Excel's line `sep=;`, or the header's most frequent one."""
+    if given := re.match(r'"?sep=(.)"?\n', text, re.IGNORECASE):
+        return text[given.end() :], given[1]
     header = text.partition("\n")[0]
     return text, max("\t,;|" if source.suffix.lower() == ".tsv" else ",\t;|", key=header.count)
 
 
 def csv_records(source: Path, delimiter: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, {column: text}) for each line; the delimiter is found out where it is not given."""
-    whole = read_text(source)
-    text, found = _csv_shape(source, whole)
-    delimiter, above = delimiter or found, whole.count("\n") - text.count("\n")
+    """Yield ("file:line", {column: text}) for each record; the delimiter is detected if it is not given."""
+    content = read_text(source)
+    text, found = _csv_shape(source, content)
+    delimiter, above = delimiter or found, content.count("\n") - text.count("\n")
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    line = 1 + above  # where a record begins; an unbalanced quote is noticed at the end of the file
+    line = 1 + above  # where a record starts; an unbalanced quote is noticed at the end of the file
     try:
         header = [column.strip() for column in next(rows, [])]
         if repeated := [column for column, times in Counter(header).items() if times > 1]:
-            raise UserError(f"{source}:{line}: the column {repeated[0]!r} is there twice: rename one")
+            raise UserError(f"{source}:{line}: the column {repeated[0]!r} occurs twice: rename one")
         line = rows.line_num + 1 + above
         for row in rows:
             where, line = f"{source}:{line}", rows.line_num + 1 + above
@@ -88,7 +88,7 @@ def csv_records(source: Path, delimiter: str | None = None) -> Iterator[tuple[st
                 )
             yield where, {column: value.strip() for column, value in zip(header, row, strict=True)}
     except csv.Error as error:
-        raise UserError(f"{source}:{line}: not CSV ({error}): mend the line or get the file anew") from None
+        raise UserError(f"{source}:{line}: not CSV ({error}): fix the line or get the file again") from None
 
 
 def _line_records(source: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -102,7 +102,7 @@ def _line_records(source: Path, text: str) -> Iterator[tuple[str, dict[str, Any]
 
 
 def _parquet_records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow.parquet as pq  # late: it is large, and few need it
+    import pyarrow.parquet as pq  # imported here: it is large, and rarely needed
 
     number = 0
     try:
@@ -111,14 +111,14 @@ def _parquet_records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from ((f"{source}: row {i}", record) for i, record in rows)
             number += batch.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not readable as Parquet ({reading.reason(error)}): get it anew") from None
+        raise UserError(f"{source}: not readable as Parquet ({reading.reason(error)}): get it again") from None
 
 
 def _json_records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of a list of objects; of the one that an object holds; of {picture: its captions}; or of lines."""
+    """Records from a list of objects, an object that holds one such list, {picture: its captions}, or JSON lines."""
     text = read_text(source)
-    first, _, rest = text.strip().partition("\n")
-    if first.startswith("{") and first.endswith("}") and rest:
+    first, _, others = text.strip().partition("\n")
+    if first.startswith("{") and first.endswith("}") and others:
         yield from _line_records(source, text)
         return
     content = parse_json(text, source)
@@ -137,7 +137,7 @@ def _json_records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, record) for each record of a file of named columns."""
+    """Yield (position in the file, record) for each record of a table."""
     suffix = source.suffix.lower()
     if suffix == ".json":
         return _json_records(source)
@@ -150,17 +150,17 @@ def _records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def columns_like(names: Iterable[str], pattern: re.Pattern[str], wanted: str | None) -> list[str]:
-    """The column that was asked for, or those with a usual name."""
+    """The wanted column, or else those with a usual name."""
     return [name for name in names if (name == wanted if wanted else pattern.fullmatch(name))]
 
 
 def id_columns(names: Iterable[str]) -> list[str]:
-    """Columns of a picture's number, the best first: beside an image_id, a plain id is the caption's."""
+    """Columns with a picture's id, the best first: beside an image_id, a plain id is the caption's."""
     return sorted(columns_like(names, ID_COLUMN, None), key=lambda name: name.lower() == "id")
 
 
 def caption_columns(names: Iterable[str], wanted: str | None) -> list[str]:
-    """The captions' column, or several, as in caption_1 ... caption_5; a title beside captions is none of them."""
+    """The caption column, or several, as in caption_1 ... caption_5; a title beside captions is not one of them."""
     usual = columns_like(names, CAPTION_COLUMN, wanted)
     words = [CAPTION_COLUMN.fullmatch(name) for name in usual]
     ranks = [CAPTION_WORDS.index(word[2].lower()) if word else 0 for word in words]
@@ -168,8 +168,10 @@ def caption_columns(names: Iterable[str], wanted: str | None) -> list[str]:
 
 
 def columns_of(source: Path) -> list[str]:
-    """A table's columns, without those that hold pictures themselves, which Hugging Face's datasets reads; none where the
-    file is no table. Of a long list only the first record is read."""
+    """Names of a table's columns; [] if the file is not a table. Of a long list only the first record is read.
+
+    Columns that hold the pictures themselves are omitted: Hugging Face's datasets reads them.
+    """
     try:
         if source.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq
@@ -177,7 +179,7 @@ def columns_of(source: Path) -> list[str]:
             inside = (pa.types.is_struct, pa.types.is_binary, pa.types.is_large_binary)
             return [column.name for column in pq.read_schema(source) if not any(kind(column.type) for kind in inside)]
         with open_file(source) as file:
-            start = file.read(START)  # a byte that is no text does not matter here: the reader will say where it is
+            start = file.read(START)  # bytes that are not text do not matter here: the reader reports them
         text = start.decode(reading.encoding_of(start), errors="replace").replace("\r\n", "\n").replace("\r", "\n")
         if source.suffix.lower() in (".csv", ".tsv"):
             text, delimiter = _csv_shape(source, text)
@@ -194,13 +196,13 @@ def columns_of(source: Path) -> list[str]:
     except (ValueError, RecursionError, pa.ArrowException, UserError, StopIteration):
         return []
     except OSError as error:
-        if error.errno is None:  # Arrow's, for what is damaged
+        if error.errno is None:  # Arrow raises it for damaged files
             return []
         raise
 
 
 def unnamed(names: Iterable[str], columns: Columns) -> str:
-    """What a person has to say of a table whose columns have other names, or none; "" where nothing is to be said."""
+    """Say how to name a table's columns if they have other names, or none; "" if they have usual names."""
     pictures = columns_like(names, PICTURE_COLUMN, columns.picture)
     captions = caption_columns(names, columns.caption)
     if pictures and captions:
@@ -216,7 +218,7 @@ def unnamed(names: Iterable[str], columns: Columns) -> str:
 
 
 def find_columns(root: Path, columns: Columns, usual: bool = True) -> list[Path]:
-    """Tables with a picture's and a caption's column, of usual suffixes and forms or of the others."""
+    """Tables with a picture and a caption column: those with usual suffixes and forms, or (usual=False) the others."""
     names = sorted(name for name in reading.file_names(root) if Path(name).suffix.lower() in (*TABLE_SUFFIXES, *LINES))
     files = (root / name for name in names)
     return [path for path in files if _is_usual(path) == usual and not unnamed(columns_of(path), columns)]
@@ -236,7 +238,7 @@ IMAGEFOLDER_FILES = [f"metadata.{suffix}" for suffix in ("jsonl", "csv", "parque
 
 
 def read_columns(root: Path, files: list[Path], columns: Columns) -> Iterator[Row | LeftOut]:
-    """Lines of one picture (several captions on lines of their own) are joined, in the order of its first one."""
+    """Yield a row per picture. Lines of the same picture, one per caption, are joined, in the order of the first."""
     reading.one_of_each(root, files, (split_of(path.stem, path.parent.name) for path in files))
     known_names = Names(root)
     for source in files:
@@ -249,7 +251,7 @@ def read_columns(root: Path, files: list[Path], columns: Columns) -> Iterator[Ro
                     raise UserError(f"{source}: {why}")
                 pictures = columns_like(record, PICTURE_COLUMN, columns.picture)
                 captions, ids = caption_columns(record, columns.caption), id_columns(record)
-            elif pictures[0] not in record and "conversations" in record:  # LLaVA's are partly about no picture
+            elif pictures[0] not in record and "conversations" in record:  # some of LLaVA's have no picture
                 yield LeftOut("conversations without a picture", where.rpartition("/")[2])
                 continue
             name = known_names.checked(record.get(pictures[0]), where)
@@ -257,7 +259,7 @@ def read_columns(root: Path, files: list[Path], columns: Columns) -> Iterator[Ro
             split = reading.split_word(record.get("split"), where)
             known = found.setdefault(name, (split, reading.id_or_name(record.get(ids[0]) if ids else None, name), []))
             if split != known[0]:
-                raise UserError(f"{where}: {name!r} is in {known[0] or 'no part'!r} above: one picture, one part")
+                raise UserError(f"{where}: {name!r} is in {known[0] or 'no split'!r} above: put it in one split only")
             known[2].extend(texts)
         folders = [(near / inside).as_posix() for near in (base, Path()) for inside in FOLDERS]
         folder = known_names.first_folder(folders, found) or f"{base.as_posix()}/"

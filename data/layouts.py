@@ -314,7 +314,7 @@ LAYOUTS = {
     "imagefolder": Layout(
         "imagefolder: metadata.jsonl, .csv or .parquet",
         lambda root, _: [
-            file for place in reading.places(root) for file in reading.files_of(place, *IMAGEFOLDER_FILES)
+            file for place in reading.split_folders(root) for file in reading.files_of(place, *IMAGEFOLDER_FILES)
         ],
         read_columns,
     ),

@@ -1,6 +1,6 @@
-"""What readers of captions share: captions cleaned, names of pictures matched with files, text and JSON in one-line errors.
+"""Helpers of all readers: clean captions, match pictures' names with files, read text and JSON with one-line errors.
 
-Nothing here follows a name out of the data folder.
+Never follows a name out of the data folder.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from data.kinds import PICTURE_SUFFIXES, files_below, is_picture
 
 WORDS = {"train": "train training restval", "val": "val valid validation dev", "test": "test testing"}
 SPLIT_WORDS = {word: split for split, words in WORDS.items() for word in words.split()}
-CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # what is not white space
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # control characters but white space
 QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 ITEM = rf"(?:np\.str_\()?u?(?:{QUOTED})\)?"
 LISTED = re.compile(rf"\[\s*{ITEM}(?:(?:\s*,\s*|\s+){ITEM})*\s*,?\s*\]", re.DOTALL)  # NumPy writes no commas
-MADE_BY = "made_by"  # of JSON lines, the only field of the first where it says what wrote the captions
+MADE_BY = "made_by"  # the only field of a JSON lines file's first line, if that says what wrote the captions
 PACKED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 
@@ -42,18 +42,18 @@ SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 
 
 def clean(caption: Any, where: str) -> str:
-    """A caption as text in one line: white space collapsed, control characters and lone surrogates out, numbers as
-    digits, "" for null. Raises UserError, which begins with `where`, for anything else."""
+    """Return a caption as one line of text: white space collapsed, control characters and lone surrogates removed,
+    numbers as digits, "" for null. Raises UserError, which starts with `where`, for anything else."""
     if caption is None or (isinstance(caption, float) and math.isnan(caption)):
         return ""
     if not isinstance(caption, str | int | float) or isinstance(caption, bool):
-        raise UserError(f"{where}: the caption is {str(caption)[:40]!r} and not text: mend it or leave it out")
+        raise UserError(f"{where}: the caption is {str(caption)[:40]!r} and not text: fix it or remove it")
     text = str(caption).encode("utf-8", "replace").decode("utf-8")
     return " ".join(CONTROL.sub("", text).split())
 
 
 def clean_all(value: Any, where: str) -> list[str]:
-    """A caption, or a list of them, cleaned; of a conversation the last answer; of text that is a list, its items."""
+    """Clean a caption or a list of them; of a conversation, the last answer; of text that is a list, its items."""
     if isinstance(value, str):
         value = listed(value)
     if not isinstance(value, list):
@@ -66,14 +66,14 @@ def clean_all(value: Any, where: str) -> list[str]:
 
 
 def listed(text: str) -> str | list[str | None]:
-    """The list of texts that a text is, as JSON, Python or NumPy writes one; other text as it is."""
+    """Parse a text that is a list of texts, as JSON, Python or NumPy writes it; other text is returned unchanged."""
     stripped = text.strip()
     if not (stripped.startswith("[") and stripped.endswith("]")):
         return text
     with contextlib.suppress(ValueError, RecursionError):
         items = json.loads(stripped)
         return items if all(isinstance(item, str | None) for item in items) else text
-    with contextlib.suppress(ValueError, SyntaxError):  # an escape that is none
+    with contextlib.suppress(ValueError, SyntaxError):  # an invalid escape
         return [ast.literal_eval(item) for item in re.findall(QUOTED, stripped)] if LISTED.fullmatch(stripped) else text
     return text
 
@@ -82,30 +82,30 @@ def listed(text: str) -> str | list[str | None]:
 
 
 def stays_inside(name: str) -> bool:
-    """Whether a relative name, read as POSIX's or as Windows', stays below the folder it is joined to."""
+    """Whether a relative name, read as a POSIX or a Windows path, stays below the folder it is joined to."""
     parts = name.replace("\\", "/").split("/")
     return parts[0] != "" and ":" not in parts[0] and ".." not in parts
 
 
 def is_text(name: str) -> bool:
-    """Whether a name can be written as UTF-8, as one from an old archive in another encoding cannot."""
+    """Whether a name can be written as UTF-8; a name from an old archive in another encoding cannot."""
     return name.encode("utf-8", "replace").decode("utf-8") == name
 
 
 def folded(name: str) -> str:
-    """A name as it is for a person: the case of its letters and the form of its accents do not count."""
+    """A name in a form for comparison: without letter case, and with accents in one Unicode form."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 def stem(name: str) -> str:
-    """A name without the suffix of a picture."""
-    rest, suffix = os.path.splitext(name)
-    return rest if suffix.lower() in PICTURE_SUFFIXES else name
+    """A name without a picture's suffix."""
+    base, suffix = os.path.splitext(name)
+    return base if suffix.lower() in PICTURE_SUFFIXES else name
 
 
 @dataclass(frozen=True)
 class Names:
-    """Names of pictures in files of captions, and what they mean in the folder that the pictures are in."""
+    """Finds the pictures that captions files name in the data folder."""
 
     root: Path
 
@@ -120,13 +120,13 @@ class Names:
         return found
 
     def checked(self, name: Any, where: str) -> str:
-        """A picture's name from a file of captions, as a path below the root: also one with Windows' separators, an
-        absolute one inside the root, and a URL or a path elsewhere whose end is that of one picture here. Raises
-        UserError for what is no name, and for one that leads out."""
+        """Turn a picture's name from a captions file into a path below the root. The name may have Windows separators,
+        be an absolute path inside the root, or be a URL or a path elsewhere whose end matches one picture here. Raises
+        UserError for an invalid name, and for one that leads out of the root."""
         if not isinstance(name, str) or not name:
-            raise UserError(f"{where}: no picture is named: mend it or leave it out")
+            raise UserError(f"{where}: no picture is named: fix it or remove it")
         if not is_text(name):
-            raise UserError(f"{where}: {name!r} is no name in UTF-8: rename the picture")
+            raise UserError(f"{where}: {name!r} is not valid UTF-8: rename the picture")
         if stays_inside(name):
             as_windows_writes = "\\" in name and not os.path.isfile(self.root / name)
             return posixpath.normpath(name.replace("\\", "/")) if as_windows_writes else name
@@ -141,8 +141,8 @@ class Names:
         raise UserError(f"{where}: {name!r} leads out of the data folder{self.nearest(name)}: {cure}")
 
     def match(self, name: str, anywhere: bool = False) -> str | None:
-        """The one picture that has this name but for case, Unicode form and suffix; `anywhere`: and but for the folders
-        before it, as many of which agree as do for no other. None where there is none, or more than one."""
+        """The one picture with this name, ignoring case, Unicode form and suffix; with `anywhere` also ignoring its
+        folders, but the picture with the most matching folders wins. None if there is none, or more than one."""
         *folders, last = folded(posixpath.normpath(name)).split("/")
         found = [(path, folded(path).split("/")) for path in self.alike.get(stem(last), [])]
         if anywhere:
@@ -156,8 +156,8 @@ class Names:
         return found[0][0] if len(found) == 1 else None
 
     def first_folder(self, folders: Sequence[str], names: Iterable[str]) -> str:
-        """The first of the folders below the root that has one of the first hundred names, or else one spelt otherwise, as
-        a prefix; "" where none has."""
+        """The first of the folders below the root that has one of the first hundred names, or else one in another
+        spelling; as a prefix with "/", or "" if none has."""
         hundred = [name for name in itertools.islice(names, 100) if stays_inside(name)]
         for is_there in (lambda path: os.path.isfile(self.root / path), self.match):
             for folder in folders:
@@ -166,30 +166,30 @@ class Names:
         return ""
 
     def nearest(self, name: str) -> str:
-        """In brackets the name here that is the most like it; "" where none is like it."""
+        """The most similar name here, in brackets; "" if none is similar."""
         last = stem(folded(name.replace("\\", "/").rpartition("/")[2]))
         close = difflib.get_close_matches(last, self.alike, 1)
-        return f" (the nearest name there is {self.alike[close[0]][0]!r})" if close else ""
+        return f" (the most similar name is {self.alike[close[0]][0]!r})" if close else ""
 
 
 def id_or_name(value: Any, name: str) -> int | str:
-    """A picture's id from a column or field: a number where it is one, the picture's name where there is none."""
+    """A picture's id from a column or field, as a number if it is one; the picture's name if there is no id."""
     if isinstance(value, str) and value.isdecimal():
         return int(value)
     return value if isinstance(value, str | int) and value != "" else name
 
 
 def split_word(value: Any, where: str) -> str:
-    """The part that a column names, "" for none. Raises UserError for a word that means none of the three."""
+    """The split that a column names, "" for none. Raises UserError for a word that means none of the three."""
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return ""
     if split := SPLIT_WORDS.get(str(value).strip().lower()):
         return split
-    raise UserError(f"{where}: split {value!r} is none of {', '.join(SPLIT_WORDS)}: mend it or leave it empty")
+    raise UserError(f"{where}: split {value!r} is none of {', '.join(SPLIT_WORDS)}: fix it or leave it empty")
 
 
 def split_of(*names: str) -> str:
-    """train, val or test where one of the names holds such a word, else ""."""
+    """train, val or test if one of the names contains such a word, else ""."""
     words = (word for name in names for word in re.split(r"[^a-z]+", name.lower()))
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")
 
@@ -216,43 +216,43 @@ def is_rejected(annotation: Any) -> bool:
 
 
 def file_names(folder: Path) -> set[str]:
-    """The names of the files in folder; none where there is no such folder."""
+    """The names of the files in folder; none if there is no such folder."""
     try:
         with os.scandir(folder) as entries:
-            # A link may lead round in a circle, at which entry.is_file() raises.
+            # entry.is_file() raises for links in a circle.
             return {entry.name for entry in entries if entry.is_file(follow_symlinks=False) or os.path.isfile(entry)}
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file system can have
         return set()
 
 
-def places(root: Path) -> list[Path]:
-    """The folder, and those in it that are called after a part."""
+def split_folders(root: Path) -> list[Path]:
+    """The folder, and those in it that are named after a split."""
     return [root, *sorted(path for path in root.iterdir() if path.is_dir() and split_of(path.name))]
 
 
 def files_of(root: Path, *names: str) -> list[Path]:
-    """Those of the names that are files in the folder."""
+    """Paths of those names that are files in the folder."""
     return [path for name in names if (path := root / name).is_file()]
 
 
-def one_of_each(root: Path, files: list[Path], parts: Iterable[str]) -> None:
-    """Raises UserError where two of the files are of one part: a person has to say which is meant."""
-    if len(set(parts)) < len(files):
+def one_of_each(root: Path, files: list[Path], splits: Iterable[str]) -> None:
+    """Raise UserError if two of the files are of the same split: the user has to choose one."""
+    if len(set(splits)) < len(files):
         raise UserError(f"{root} holds {some(path.name for path in files)}: name one of the files with --data-dir")
 
 
 def unusable(names: Iterable[str]) -> str:
-    """Which of the files a person has to unpack or to save as another kind first, and how; "" for none."""
+    """Say which files the user has to unpack or save in another format first, and how; "" for none."""
     kinds = (("unpack {}", PACKED), ("save {} as CSV", SHEETS))
     found = [(how, [name for name in names if name.lower().endswith(suffixes)]) for how, suffixes in kinds]
-    return " and ".join(how.format(", ".join(own[:3])) for how, own in found if own)
+    return " and ".join(how.format(", ".join(those[:3])) for how, those in found if those)
 
 
 # Files and messages
 
 
 def reason(error: BaseException) -> str:
-    """An exception's text in one line."""
+    """An exception's text as one line."""
     inner = error.reason if isinstance(error, urllib.error.URLError) else error
     return " ".join(str(inner).split()) or type(inner).__name__
 
@@ -264,15 +264,15 @@ def some(names: Iterable[Any]) -> str:
 
 
 def encoding_of(start: bytes) -> str:
-    """The encoding of a text that begins so: UTF-8, or UTF-16 as Excel and PowerShell write it."""
+    """The encoding of a text with this start: UTF-8, or UTF-16 as Excel and PowerShell write it."""
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
-    even, odd = start[0:4:2], start[1:4:2]  # of an English letter's two bytes one is zero
+    even, odd = start[0:4:2], start[1:4:2]  # one of an English letter's two bytes is zero
     return "utf-16-le" if odd == b"\0\0" else "utf-16-be" if even == b"\0\0" else "utf-8-sig"
 
 
 def read_text(path: Path) -> str:
-    """A whole text file, with or without a byte order mark."""
+    """Read a text file, with or without a byte order mark."""
     try:
         with open_file(path) as file:
             content = file.read()
@@ -281,30 +281,30 @@ def read_text(path: Path) -> str:
         raise UserError(f"no such file: {path}: put it there, or name another folder") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text: save the file as UTF-8, or get it anew") from None
+        raise UserError(f"{path}:{line}: not UTF-8 text: save the file as UTF-8, or get it again") from None
 
 
 def parse_json(text: str, source: Path, line: int | None = None) -> Any:
-    """JSON's content; `line` is where in the source the text stands, when it is one line of it."""
+    """Parse JSON. `line` is the text's line number, if the text is one line of the source."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"{source}:{line or error.lineno}"
-        raise UserError(f"{where}: not JSON ({error.msg}): cut or damaged, mend it or get it anew") from None
+        raise UserError(f"{where}: not JSON ({error.msg}): cut or damaged, fix it or get it again") from None
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
-        raise UserError(f"{source}: not readable as JSON ({reason(error)}): get it anew") from None
+        raise UserError(f"{source}: not readable as JSON ({reason(error)}): get it again") from None
 
 
 def field_of(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """A record's field. Raises UserError where it is missing or of another type."""
+    """A record's field. Raises UserError if it is missing or of another type."""
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f"{where}: {key!r} is missing or of the wrong type: mend the file or get it anew")
+        raise UserError(f"{where}: {key!r} is missing or of the wrong type: fix the file or get it again")
     return value
 
 
 def lists_of(content: Any, source: Path, *keys: str) -> list[Any]:
-    """A record's lists under these keys. Raises UserError where one is missing."""
+    """A record's lists under these keys. Raises UserError if one is missing."""
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
         names = " and ".join(map(repr, keys))
         raise UserError(f"{source}: no list {names} in it: this is another kind of file")

@@ -1,6 +1,6 @@
-"""WebDataset shards: tar files in which a picture and the texts that belong to it are members of nearly the same name.
+"""Read WebDataset shards: tar files in which a picture and its texts are members with nearly the same name.
 
-Only headers and texts are read; pictures stay where they are and are found again by their offset.
+Only headers and texts are read; the pictures stay in the tar file and are read later by their offset.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from data.table import LeftOut, Row
 SHARD = re.compile(r"[^.].*\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz)", re.IGNORECASE)
 TEXTS = ("txt", "caption", "json")
 
-Place = tuple[int, int]  # offset and size of a member's content
+Span = tuple[int, int]  # offset and size of a member's content
 
 
 def shards_below(root: Path) -> list[Path]:
-    """All tar files, packed ones too, in folders that are not hidden; links to folders count in root itself only."""
+    """All tar files, also compressed ones, in folders that are not hidden; follows links to folders in root only."""
     paths = (
         path
         for pattern in ("*/*", "**/*")
@@ -39,18 +39,19 @@ def shards_below(root: Path) -> list[Path]:
 
 
 def find_shards(root: Path, columns: Columns) -> list[Path]:
-    """All below root where a plain one is in it or in a part's folder; those further down may be copies of anything."""
+    """All shards below root, if a plain .tar is in root or in a split's folder; tar files only further down may be
+    anything."""
     near = [root, *(path for path in root.iterdir() if split_of(path.name))]
     names = [name for folder in near for name in file_names(folder) if SHARD.fullmatch(name)]
     return shards_below(root) if any(name.lower().endswith(".tar") for name in names) else []
 
 
 def read_shards(root: Path, files: list[Path], columns: Columns) -> Iterator[Row | LeftOut]:
-    """img2dataset's samples, 000.jpg, 000.txt, 000.json, and others: see _samples and _owners."""
+    """Yield the rows of img2dataset's samples (000.jpg, 000.txt, 000.json) and others: see _samples and _owners."""
     plain = [shard for shard in files if shard.suffix.lower() == ".tar"]
     if not plain:
         raise UserError(
-            f"no captions found in {files[0]}: it is packed, and shards are read in place: unpack it to .tar"
+            f"no captions found in {files[0]}: it is compressed, and shards are read in place: unpack it to .tar"
         )
     yield from (LeftOut("packed shards, to be unpacked to .tar", str(shard)) for shard in files if shard not in plain)
     captioned, beside = False, "no text"
@@ -81,94 +82,96 @@ def read_shards(root: Path, files: list[Path], columns: Columns) -> Iterator[Row
         )
 
 
-def _samples(shard: Path, wanted: str | None) -> Iterator[tuple[str, Place, dict[str, Any]] | LeftOut]:
-    """(key, the picture's place, what its texts say) for each picture, and what is left out. A name without its last
-    suffix is the key; as in unpacking, of members of one name the last one counts."""
-    members: dict[str, dict[str, Place]] = defaultdict(dict)  # key -> "picture" or a text's suffix -> place
+def _samples(shard: Path, wanted: str | None) -> Iterator[tuple[str, Span, dict[str, Any]] | LeftOut]:
+    """Yield (key, the picture's span, the fields of its texts) for each picture, and what is skipped. The key is a name
+    without its last suffix; of members with the same name the last one counts, as in unpacking."""
+    members: dict[str, dict[str, Span]] = defaultdict(dict)  # key -> "picture" or a text's suffix -> span
     repeated: Counter[tuple[str, str]] = Counter()
-    for key, suffix, place in _members(shard):
+    for key, suffix, span in _members(shard):
         kind = "picture" if f".{suffix}" in PICTURE_SUFFIXES else suffix
         if kind in ("picture", *TEXTS):
             if kind in members[key]:
                 repeated[key, kind] += 1
-            members[key][kind] = place
+            members[key][kind] = span
     owners = _owners(members, wanted)
     belonging: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     for key, (picture, part) in owners.items():
         belonging[picture] += [(key, part, kind) for kind in TEXTS if kind in members[key]]
     with open(shard, "rb") as file:
-        for key, own in members.items():
-            if "picture" in own:
+        for key, spans in members.items():
+            if "picture" in spans:
                 short = min([key, *(text.removesuffix(f".{part}") for text, part, _ in belonging[key])], key=len)
                 texts = [(part or kind, kind, members[text][kind]) for text, part, kind in belonging[key]]
-                yield short, own["picture"], _fields(file, texts, f"{shard}: {short}")
+                yield short, spans["picture"], _fields(file, texts, f"{shard}: {short}")
             elif key not in owners:
-                yield from (LeftOut("texts without a picture", f"{shard}: {key}.{kind}") for kind in own)
+                yield from (LeftOut("texts without a picture", f"{shard}: {key}.{kind}") for kind in spans)
     times = {key: max(repeated[key, kind] for kind in members[key]) for key, _ in repeated}
     yield from (LeftOut("repeated keys", f"{shard}: {key}") for key in Counter(times).elements())
 
 
-def _fields(file: BinaryIO, texts: list[tuple[str, str, Place]], where: str) -> dict[str, Any]:
-    """What would be columns in a table: fields of a sample's JSON, and lines of its texts, called txt, caption or as
-    their part, outputs of 000.outputs.txt; "" has those of all texts."""
+def _fields(file: BinaryIO, texts: list[tuple[str, str, Span]], where: str) -> dict[str, Any]:
+    """What would be a table's columns: the fields of a sample's JSON, and the lines of its texts under txt, caption or
+    the text's part (outputs for 000.outputs.txt); "" holds the lines of all texts."""
     fields: dict[str, Any] = {}
     lines: dict[str, list[str]] = defaultdict(list)
     for name, suffix, (offset, size) in texts:
         file.seek(offset)
         try:
             text = file.read(size).decode("utf-8-sig")
-            said = json.loads(text) if suffix == "json" else None
+            content = json.loads(text) if suffix == "json" else None
         except (ValueError, RecursionError) as error:
             kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
-            raise UserError(f"{where}: its {suffix} is not {kind}: write the shard anew") from None
+            raise UserError(f"{where}: its {suffix} is not {kind}: write the shard again") from None
         if suffix != "json":
             for column in (name, ""):
                 lines[column] += [line for line in text.split("\n") if line.strip()]
-        elif isinstance(said, dict):
-            fields = said | fields
-    return fields | {name: own for name, own in lines.items() if own}
+        elif isinstance(content, dict):
+            fields = content | fields
+    return fields | {name: each for name, each in lines.items() if each}
 
 
-def _members(shard: Path) -> Iterator[tuple[str, str, Place]]:
-    """(name without its last suffix, the suffix, place) of each file that is not hidden."""
-    places: dict[str, Place] = {}
+def _members(shard: Path) -> Iterator[tuple[str, str, Span]]:
+    """Yield (name without its last suffix, the suffix, span) for each file that is not hidden."""
+    spans: dict[str, Span] = {}
     size = shard.stat().st_size
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # or a long shard's list grows for nothing
-                if member.islnk() and member.linkname in places:  # tar writes equal files so where they are linked
-                    places[member.name] = places[member.linkname]
+                tar.members = []  # type: ignore[attr-defined]  # unused, and it would grow with the shard
+                if member.islnk() and member.linkname in spans:  # tar stores linked files only once
+                    spans[member.name] = spans[member.linkname]
                 elif member.isfile():
-                    places[member.name] = member.offset_data, member.size
+                    spans[member.name] = member.offset_data, member.size
                 else:
                     continue
-                if sum(places[member.name]) > size:
+                if sum(spans[member.name]) > size:
                     raise EOFError("it ends in the middle")
                 if "/." not in f"/{member.name}".replace("/./", "/"):
-                    text = member.name.encode("utf-8", "backslashreplace").decode("utf-8")  # of an older encoding
+                    text = member.name.encode("utf-8", "backslashreplace").decode("utf-8")  # for older encodings
                     name, suffix = os.path.splitext(text.removeprefix("/"))
-                    yield name, suffix[1:].lower(), places[member.name]
-        with open(shard, "rb") as end:  # tarfile takes a cut header for the end
+                    yield name, suffix[1:].lower(), spans[member.name]
+        with open(shard, "rb") as end:  # tarfile takes a truncated header for the end
             end.seek(tar.offset)
             if end.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise EOFError("it ends in the middle")
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{shard}: cut, packed or no tar file ({reason(error)}): get it anew, unpacked") from None
+        raise UserError(
+            f"{shard}: cut, compressed or not a tar file ({reason(error)}): get it again, not compressed"
+        ) from None
 
 
-def _owners(members: dict[str, dict[str, Place]], wanted: str | None) -> dict[str, tuple[str, str]]:
-    """{key of texts: (key of their picture, their part)}. Where no picture has the key of a text, it is the one whose key
-    differs in its last word only: a.jpg and a.caption.txt, a.input.jpg and a.txt or a.outputs.txt."""
-    pictures = {key: os.path.splitext(key) for key, own in members.items() if "picture" in own}
-    texts = {key: os.path.splitext(key) for key, own in members.items() if own.keys() - {"picture"}}
+def _owners(members: dict[str, dict[str, Span]], wanted: str | None) -> dict[str, tuple[str, str]]:
+    """{key of texts: (key of their picture, their part)}. If no picture has a text's key, the text belongs to the one
+    whose key differs only in its last word (part): a.jpg and a.caption.txt, a.input.jpg and a.txt or a.outputs.txt."""
+    pictures = {key: os.path.splitext(key) for key, spans in members.items() if "picture" in spans}
+    texts = {key: os.path.splitext(key) for key, spans in members.items() if spans.keys() - {"picture"}}
     shared = {word for _, word in pictures.values()} & {word for _, word in texts.values()}
-    of_several = {rest for key, (rest, word) in pictures.items() if word and key in texts}
+    of_several = {base for key, (base, word) in pictures.items() if word and key in texts}
 
     def cut(key: str) -> tuple[str, str]:
-        """Without the part, and the part: a last word that does not, as in 22.05 and img.v2, say which sample it is."""
-        rest, word = os.path.splitext(key)
-        return (key, "") if word in shared or word[1:].isdecimal() or rest in of_several else (rest, word[1:])
+        """Return the key without its part, and the part. A last word that tells samples apart (22.05) is no part."""
+        base, word = os.path.splitext(key)
+        return (key, "") if word in shared or word[1:].isdecimal() or base in of_several else (base, word[1:])
 
     near: dict[str, dict[str, str]] = defaultdict(dict)  # key -> part -> picture's key
     for picture in pictures:

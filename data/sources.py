@@ -1,6 +1,6 @@
-"""Every way people keep pictures with captions, recognised and read into one table.
+"""Recognise the layout of a data set of pictures with captions, and read it into one table per split.
 
-The packed table of a large data set is kept on disk: the second time it is mapped, not read.
+The packed table of a large data set is cached on disk: later runs map it instead of reading the data.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from data.shards import shards_below
 from data.table import FLOOR, SPLITS, CaptionTable, LeftOut, Row
 from utils import ask_hub, forget_older, kept_file, key_of, stamps, whole
 
-VERSION = 3  # of the tables kept on disk: one more when a reader or the columns change
+VERSION = 3  # of the tables cached on disk: increase it when a reader or the columns change
 USUAL = Columns()
-BESIDE_PICTURES = ("annotations", "Flickr8k_text")  # folders of captions, with the pictures in folders beside them
-WORTH_KEEPING = 8 << 20  # bytes of captions' files from which on the packed table is kept
+BESIDE_PICTURES = ("annotations", "Flickr8k_text")  # folders of captions whose pictures are in folders beside them
+WORTH_KEEPING = 8 << 20  # bytes of captions files from which on the packed table is cached
 
 
 def load_tables(
@@ -48,39 +48,38 @@ def load_tables(
     caption_column: str | None = None,
     floor: int = FLOOR,
 ) -> dict[str, CaptionTable]:
-    """All parts of a data set as {"train": ..., "val": ..., "test": ...}; a part without a picture is not there.
+    """Load all splits of a data set as {"train": ..., "val": ..., "test": ...}, without splits that have no pictures.
 
-    `dataset` is a layout of LAYOUTS, "auto" to recognise it, or a name on the Hugging Face Hub (user/name, where
-    data_dir does not count). `data_dir` is the folder, or the one file in it that holds the captions. A part that the
-    source does not have is set aside as table.split_up says (with a floor of 0 as versions before it did); val serves as test where there is val and no test.
-    Raises UserError, in one line with the file and the line or id, for anything damaged.
+    `dataset` is a layout of LAYOUTS, "auto" to recognise it, or a name on the Hugging Face Hub (user/name; data_dir is
+    then ignored). `data_dir` is the folder, or the one file in it that holds the captions. A split that the source does
+    not have is made by table.split_up (floor=0: with the sizes of earlier versions); if there is val and no test, val
+    serves as test. Raises UserError, in one line with the file and the line or id, for anything damaged.
     """
     tables = _load(dataset, data_dir, Columns(image_column, caption_column), floor)
-    return {split: _with_pictures(part) for split, part in tables.items()}
+    return {split: _with_pictures(each) for split, each in tables.items()}
 
 
 def load_table(
     dataset: str, data_dir: str | Path, split: str, floor: int = FLOOR, **columns: str | None
 ) -> CaptionTable:
-    """One part of load_tables; the pictures of the others need not be there. Raises UserError where the source does not
-    have it."""
+    """Load one split; the pictures of the others may be missing. Raises UserError if the source lacks the split."""
     if split not in SPLITS:
         raise UserError(f"split {split!r} is unknown: use train, val or test")
     tables = _load(dataset, data_dir, Columns(columns.get("image_column"), columns.get("caption_column")), floor)
     if split not in tables:
-        raise UserError(f"{data_dir} has no {split} part, only {' and '.join(tables)}: choose another, or add it")
+        raise UserError(f"{data_dir} has no {split} split, only {' and '.join(tables)}: choose another, or add it")
     return _with_pictures(tables[split])
 
 
-def _with_pictures(part: CaptionTable) -> CaptionTable:
-    """The part as it is. Raises UserError where all of its pictures are missing."""
-    if not len(part):
-        first, unpack = part.missing[0], unusable(sorted(file_names(part.root)))
+def _with_pictures(one: CaptionTable) -> CaptionTable:
+    """Return the table unchanged. Raises UserError if all of its pictures are missing."""
+    if not len(one):
+        first, unpack = one.missing[0], unusable(sorted(file_names(one.root)))
         raise UserError(
-            f"{part.root}: none of the {len(part.missing):,} {part.split} pictures is there ({str(part.root / first)!r}, "
-            f"...){Names(part.root).nearest(first)}: {unpack or 'put them there, or name the folder that holds them'}"
+            f"{one.root}: none of the {len(one.missing):,} {one.split} pictures is there ({str(one.root / first)!r}, "
+            f"...){Names(one.root).nearest(first)}: {unpack or 'put them there, or name the folder that holds them'}"
         )
-    return part
+    return one
 
 
 def _load(dataset: str, data_dir: str | Path, columns: Columns, floor: int) -> dict[str, CaptionTable]:
@@ -88,7 +87,7 @@ def _load(dataset: str, data_dir: str | Path, columns: Columns, floor: int) -> d
         raise UserError(f"dataset {dataset!r} is unknown: use auto, {', '.join(LAYOUTS)}, or user/name on the Hub")
     if "/" in dataset:
         if Path(dataset).exists():
-            raise UserError(f"{dataset} is a folder here and no name on the Hub: name it with --data-dir")
+            raise UserError(f"{dataset} is a local folder, not a name on the Hub: give it with --data-dir")
         return _read_hub(dataset, columns, floor)
     path = Path(data_dir).expanduser()
     try:
@@ -98,7 +97,7 @@ def _load(dataset: str, data_dir: str | Path, columns: Columns, floor: int) -> d
         packed, about = _packed(name, root, files, columns, floor)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
-    if name == "sidecar":  # where whatever lies there may be meant
+    if name == "sidecar":  # any file there may be meant as a picture
         about["left_out"] |= kinds.left_out(kinds.files_below(root))
     how = f"{'recognised as ' if dataset == 'auto' else ''}{LAYOUTS[name].shape}"
     if dataset == "auto" and name == "coco" and LAYOUTS["karpathy"].find(root, columns):
@@ -108,9 +107,9 @@ def _load(dataset: str, data_dir: str | Path, columns: Columns, floor: int) -> d
 
 
 def recognise(path: Path, columns: Columns = USUAL, dataset: str = "auto") -> tuple[str, Path, list[Path]]:
-    """A layout's name, its folder, and the files of captions in it; `dataset` allows one layout only.
+    """Find the layout's name, its folder and its captions files; `dataset` allows one layout only.
 
-    Raises UserError where nothing fits, and says what was looked for.
+    Raises UserError, which says what was looked for, if nothing fits.
     """
     only = path if path.is_file() else None
     root = path if only is None else path.parent.parent if path.parent.name in BESIDE_PICTURES else path.parent
@@ -125,7 +124,7 @@ def recognise(path: Path, columns: Columns = USUAL, dataset: str = "auto") -> tu
             if only is None and files:
                 return name, root, files
             if only and only in files:
-                return name, root, _with_its_own(only, files, name)
+                return name, root, _with_related(only, files, name)
     suffix = only.suffix.lower() if only else ""
     if dataset in ("auto", "csv") and only and suffix != ".parquet" and suffix in (*TABLE_SUFFIXES, *LINES):
         return "csv", root, [only]
@@ -149,52 +148,52 @@ def recognise(path: Path, columns: Columns = USUAL, dataset: str = "auto") -> tu
     raise UserError(f"{path} is not in the layout {dataset}: expected {layout.shape}{get}{hint and f' ({hint})'}")
 
 
-def _with_its_own(only: Path, files: list[Path], name: str) -> list[Path]:
-    """The file that was named, with those that belong to it: COCO's other parts, Flickr8k's lists."""
-    part = split_of(only.stem) if name == "coco" else ""
-    of_other_parts = [file for file in files if part and split_of(file.stem) not in ("", part)]
-    return files if name == "flickr8k" else [only, *of_other_parts]
+def _with_related(only: Path, files: list[Path], name: str) -> list[Path]:
+    """The given file, with those that belong to it: COCO's other splits, Flickr8k's lists."""
+    split = split_of(only.stem) if name == "coco" else ""
+    of_other_splits = [file for file in files if split and split_of(file.stem) not in ("", split)]
+    return files if name == "flickr8k" else [only, *of_other_splits]
 
 
 def _hint(root: Path, only: Path | None, columns: Columns) -> str:
-    """What a person may do with what lies there; "" where nothing is known."""
+    """Say what the user can do with the files there; "" if nothing is known."""
     paths = [only] if only else [root / name for name in sorted(file_names(root))]
     named = ((path.name, columns_of(path)) for path in paths if path.suffix.lower() in (*TABLE_SUFFIXES, *LINES))
-    said = (f"{name}: {unnamed(own, columns)}" for name, own in named if own)
-    return "; ".join(filter(None, [*itertools.islice(said, 3), unusable([path.name for path in paths])]))
+    hints = (f"{name}: {unnamed(found, columns)}" for name, found in named if found)
+    return "; ".join(filter(None, [*itertools.islice(hints, 3), unusable([path.name for path in paths])]))
 
 
 def _packed(name: str, root: Path, files: list[Path], columns: Columns, floor: int) -> tuple[pa.Table, dict[str, Any]]:
-    """The packed rows, from disk where they are kept there, and {"parts": in words, "left_out": ...}.
+    """The packed rows, from the cache if they are in it, and {"parts": a text, "left_out": ...}.
 
-    Where a reader finds pictures depends on the folders, so a change in one of them counts as one in the captions.
+    Where a reader finds pictures depends on the folders, so the cache is also renewed if a folder has changed.
     """
-    seen = stamps(files)
-    if floor != FLOOR or (name != "webdataset" and sum(size for _, size, _ in seen) < WORTH_KEEPING):
+    stamped = stamps(files)
+    if floor != FLOOR or (name != "webdataset" and sum(size for _, size, _ in stamped) < WORTH_KEEPING):
         return _settled(LAYOUTS[name].read(root, files, columns), files[0], floor)
     folders = stamps([path for pattern in ("*/", "*/*/") for path in sorted(root.glob(pattern))])
-    key = key_of(VERSION, dataclasses.astuple(columns), seen, folders)
-    kept = kept_file("table", [name, str(root.absolute())], key)
+    key = key_of(VERSION, dataclasses.astuple(columns), stamped, folders)
+    cached = kept_file("table", [name, str(root.absolute())], key)
     try:
-        return table.read_table(kept)
+        return table.read_table(cached)
     except (OSError, pa.ArrowException, KeyError, ValueError):
-        pass  # not there yet, or damaged: made anew below
+        pass  # not there yet, or damaged: written below
     rows, about = _settled(LAYOUTS[name].read(root, files, columns), files[0], floor)
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with whole(kept) as unfinished:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with whole(cached) as unfinished:
             table.write_table(rows, unfinished, about)
-        forget_older(kept)
-        return table.read_table(kept)
+        forget_older(cached)
+        return table.read_table(cached)
     except OSError:
-        return rows, about  # no room, or no home to write to: read anew next time
+        return rows, about  # no disk space, or no writable home: the next run reads the data again
 
 
 def _settled(rows: Iterable[Row | LeftOut], source: Path | str, floor: int) -> tuple[pa.Table, dict[str, Any]]:
-    """Rows packed and split up, and {"parts": in words, "left_out": ...}."""
+    """Pack the rows and split them; also return {"parts": a text, "left_out": ...}."""
     packed, left_out = table.pack(rows)
     if not packed.num_rows:
-        raise UserError(f"{source}: no picture has a caption: get the file anew")
+        raise UserError(f"{source}: no picture has a caption: get the file again")
     try:
         packed, parts = table.split_up(packed, floor)
     except UserError as error:
@@ -205,7 +204,7 @@ def _settled(rows: Iterable[Row | LeftOut], source: Path | str, floor: int) -> t
 def _parts(
     rows: pa.Table, about: dict[str, Any], root: Path, name: str, how: str, hub: Any = None
 ) -> dict[str, CaptionTable]:
-    """Rows in the order of SPLITS as one table a part, without the pictures that are not there."""
+    """Make one table per split from rows in the order of SPLITS, without pictures that are not there."""
     there, matched = None, ""
     if hub is None:
         rows, there, matched = _found(rows, root)
@@ -214,23 +213,23 @@ def _parts(
     start = 0
     for split in SPLITS:
         number = pc.sum(pc.equal(rows["split"], split)).as_py() or 0
-        part = rows.slice(start, number).drop_columns("split")
+        of_split = rows.slice(start, number).drop_columns("split")
         missing: tuple[str, ...] = ()
         if number and there is not None:
-            own = there.slice(start, number)
-            missing = tuple(part["picture"].filter(pc.invert(own)).to_pylist())
-            part = part.filter(own) if missing else part
+            found = there.slice(start, number)
+            missing = tuple(of_split["picture"].filter(pc.invert(found)).to_pylist())
+            of_split = of_split.filter(found) if missing else of_split
         start += number
         if number:
-            tables[split] = CaptionTable(part, root, name, split, how, about["left_out"], missing, hub)
+            tables[split] = CaptionTable(of_split, root, name, split, how, about["left_out"], missing, hub)
     if "val" in tables and "test" not in tables:
         tables["test"] = tables["val"]
     return tables
 
 
 def _found(rows: pa.Table, root: Path) -> tuple[pa.Table, pa.ChunkedArray, str]:
-    """The rows, with names that are there in another spelling put right, which of their pictures exist, and in words
-    what was put right. A picture that another row names, or two mean, is nobody's."""
+    """Correct names whose pictures exist in another spelling. Returns the rows, which of their pictures exist, and a
+    text about the corrections. A picture that another row names, or that two names match, is given to neither."""
     there = _there(rows["picture"], root)
     if pc.all(there).as_py() is not False:
         return rows, there, ""
@@ -249,7 +248,7 @@ def _found(rows: pa.Table, root: Path) -> tuple[pa.Table, pa.ChunkedArray, str]:
 
 
 def _there(pictures: pa.ChunkedArray, root: Path) -> pa.ChunkedArray:
-    """Which of the files exist: one listing of each folder, since a look at each of 100,000 files is slow."""
+    """Which of the files exist: lists each folder once, since checking each of 100,000 files is slow."""
     folders = pc.unique(pc.replace_substring_regex(pictures, r"[^/]*$", "")).to_pylist()
     names = [folder + name for folder in folders for name in file_names(root / folder)]
     return pc.is_in(pictures, pa.array(filter(is_text, names), pa.string()))
@@ -264,14 +263,14 @@ def _is_saved_dataset(root: Path) -> bool:
 
 
 def _holds_pictures(name: str, kind: Any) -> bool:
-    """Whether a column is of pictures, or as they are stored where nobody has said so: {bytes, path}, or bytes."""
+    """Whether a column holds pictures, declared as such or as they are stored: {bytes, path}, or bytes."""
     if getattr(kind, "dtype", "").endswith("binary"):
         return bool(PICTURE_COLUMN.fullmatch(name))
     return type(kind).__name__ == "Image" or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
 
 
 def _read_hub(source: str, columns: Columns, floor: int) -> dict[str, CaptionTable]:
-    """A data set by its name on the Hub, or as save_to_disk or Parquet files keep it in a folder."""
+    """Read a data set by its name on the Hub, or from a folder written by save_to_disk or with Parquet files."""
     try:
         import datasets
     except ImportError:
@@ -286,7 +285,7 @@ def _read_hub(source: str, columns: Columns, floor: int) -> dict[str, CaptionTab
             found = datasets.load_dataset("parquet", data_files=source)
         else:
             refusal = ask_hub(source, "dataset")
-            # Without a network what an earlier run has fetched, at once: the library's retries take minutes.
+            # Without a network, use what an earlier run downloaded, at once: the library's retries take minutes.
             datasets.config.HF_HUB_OFFLINE = refusal is not None
             found = datasets.load_dataset(source)
     except Exception as error:  # the library raises dozens of kinds
@@ -309,9 +308,9 @@ def _read_hub(source: str, columns: Columns, floor: int) -> dict[str, CaptionTab
             texts = data.select_columns([*captions, *ids[:1], *(["split"] if "split" in features else [])])
             for number, record in enumerate(texts):
                 where = f"{source}[{part}][{number}]"
-                own = [text for name in captions for text in clean_all(record[name], where)]
+                cleaned = [text for name in captions for text in clean_all(record[name], where)]
                 split = split_word(record.get("split"), where) or (split_of(part) if len(parts) > 1 else "")
-                yield Row(split, part, id_or_name(record[ids[0]] if ids else None, f"{part}-{number}"), own, number)
+                yield Row(split, part, id_or_name(record[ids[0]] if ids else None, f"{part}-{number}"), cleaned, number)
 
     packed, about = _settled(rows(), source, floor)
     picture = {part: data.select_columns(pictures[:1]) for part, data in parts.items()}

@@ -351,7 +351,7 @@ def test_a_folder_becomes_a_table(open_page, server, pictures, tmp_path):
     page.get_by_role("tab", name="Folder").click()
     drop(page, folder, into="#folder")
     page.get_by_text("9 of 10 pictures captioned").wait_for()
-    assert "left out: 1 without a suffix, 1 .cr2, 1 .pdf" in page.locator(".folder").inner_text()
+    assert "skipped: 1 without a suffix, 1 .cr2, 1 .pdf" in page.locator(".folder").inner_text()
     assert page.get_by_role("progressbar").get_attribute("aria-valuenow") == "1"
     (line,) = page.locator(".problem").all_inner_texts()
     assert line.startswith("damaged.png: not a picture")

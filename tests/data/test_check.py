@@ -129,7 +129,7 @@ def test_pictures_in_no_part_are_counted_and_names_escaped(tmp_path, capsys):
     (root / "val2017/a.png").unlink()
     print_report(report_of(root))
     output = capsys.readouterr().out
-    assert "unused      1 pictures below the folder are in no part, such as val2017/b\\x1b[31m.jpg\n" in output
+    assert "unused      1 pictures below the folder are in no split, such as val2017/b\\x1b[31m.jpg\n" in output
     assert report_of(clean(tmp_path / "other")).figures["unused"] == {"pictures": 0, "first": None}
 
 
@@ -302,7 +302,7 @@ def test_val_that_serves_as_test_is_looked_at_once(tmp_path, capsys):
 
 
 def test_no_train_part(tmp_path):
-    assert report_of(write(tmp_path, val=some("val", 3, 0))).verdict == "not fit: no train part"
+    assert report_of(write(tmp_path, val=some("val", 3, 0))).verdict == "not fit: no train split"
 
 
 def test_a_test_picture_with_the_id_of_a_train_picture(tmp_path):
@@ -365,7 +365,7 @@ def test_lengths_repeats_and_what_was_left_out(tmp_path, capsys):
     assert report.warnings == [*few(val=2), "captions of more than 10 words: 1"]
     print_report(report)
     output = capsys.readouterr().out
-    assert "left out    2 empty captions\n" in output and "repeated    on 3 pictures: 'a dog'\n" in output
+    assert "skipped     2 empty captions\n" in output and "repeated    on 3 pictures: 'a dog'\n" in output
     assert "(1 to 2 a picture)" in output
 
 
@@ -438,7 +438,7 @@ def test_rows_that_are_there_twice_are_counted(tmp_path, capsys):
     report = report_of(write(tmp_path, train=train, val=some("val", 2, 100)))
     assert report.figures["captions"]["twice_on_a_picture"] == 2
     print_report(report)
-    assert "repeated    2 captions say of a picture what another one says" in capsys.readouterr().out
+    assert "repeated    2 captions repeat another caption of the same picture" in capsys.readouterr().out
 
 
 def test_a_missing_pictures_nearest_name_is_said(tmp_path):
@@ -447,7 +447,7 @@ def test_a_missing_pictures_nearest_name_is_said(tmp_path):
     (root / "photos").mkdir()
     (root / "photos/fotografh.jpg").write_bytes(jpeg(photo(70)))
     (bad,) = report_of(root).bad
-    assert bad.reason == "no such file (the nearest name there is 'photos/fotografh.jpg')"
+    assert bad.reason == "no such file (the most similar name is 'photos/fotografh.jpg')"
 
 
 # Real data

@@ -27,7 +27,7 @@ def draw(*paths: Path) -> None:
 def test_kinds_are_counted_whatever_their_case():
     files = ["a.CR2", "b.cr2", "c.jpg", "d.JPG", "e.txt", "f.pdf", "LICENSE", "g.csv"]
     assert left_out(files) == {".cr2": 2, "without a suffix": 1, ".pdf": 1}
-    assert in_words(left_out(files)) == "left out: 2 .cr2, 1 without a suffix, 1 .pdf" and in_words({}) == ""
+    assert in_words(left_out(files)) == "skipped: 2 .cr2, 1 without a suffix, 1 .pdf" and in_words({}) == ""
 
 
 def test_linked_folders_are_followed_once(tmp_path):
@@ -50,10 +50,10 @@ def test_captioning_says_what_a_folder_holds_besides(tmp_path, capsys):
         (tmp_path / name).touch()
     for source in (tmp_path, tmp_path / "*"):
         assert picture_names([str(source)]) == [str(tmp_path / "a.png")]
-        assert capsys.readouterr().err == "left out: 1 .cr2, 1 .pdf\n"
+        assert capsys.readouterr().err == "skipped: 1 .cr2, 1 .pdf\n"
     assert picture_names([str(tmp_path / "*.png")]) and capsys.readouterr().err == ""
     (tmp_path / "a.png").unlink()
-    with pytest.raises(UserError, match=r"no pictures in this folder \(left out: 1 .cr2, 1 .pdf\)$"):
+    with pytest.raises(UserError, match=r"no pictures in this folder \(skipped: 1 .cr2, 1 .pdf\)$"):
         picture_names([str(tmp_path)])
 
 
@@ -71,7 +71,7 @@ def test_without_pillow_heif_heic_is_left_out_and_said(tmp_path):
     command = [sys.executable, "-c", WITHOUT, str(ROOT / "dataset.py"), "check", "data"]
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "left out    2 .heic (pip install pillow-heif)\nleft out    1 .cr2\n" in done.stdout
+    assert "skipped     2 .heic (pip install pillow-heif)\nskipped     1 .cr2\n" in done.stdout
     figures = json.loads((tmp_path / "check/check.json").read_text())
     texts = {"texts without a picture (the first: x.txt)": 3}
     assert figures["left_out"] == texts | {".heic (pip install pillow-heif)": 2, ".cr2": 1}
@@ -82,6 +82,6 @@ def test_a_folder_of_nothing_else_is_not_called_empty(tmp_path, monkeypatch):
     for name in ("x.HEIC", "y.heic", "y.txt", "z.cr2"):
         (tmp_path / name).touch()
     with pytest.raises(
-        UserError, match=r"no captions found .* \(left out: 2 .heic \(pip install pillow-heif\), 1 .cr2\)"
+        UserError, match=r"no captions found .* \(skipped: 2 .heic \(pip install pillow-heif\), 1 .cr2\)"
     ):
         load_tables("auto", tmp_path)

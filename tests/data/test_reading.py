@@ -446,13 +446,13 @@ def test_a_name_with_a_backslash_in_it_is_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "there", "said"),
     [
-        ("{}.jpg", ("{}.png", "{}.webp"), "(the nearest name there is '1.png')"),
-        ("{}.jpg", ("photos/{}.jpg",), "(the nearest name there is 'photos/1.jpg')"),
-        ("photo_{}.jpg", ("foto_{}.jpg",), "(the nearest name there is 'foto_0.jpg')"),
+        ("{}.jpg", ("{}.png", "{}.webp"), "(the most similar name is '1.png')"),
+        ("{}.jpg", ("photos/{}.jpg",), "(the most similar name is 'photos/1.jpg')"),
+        ("photo_{}.jpg", ("foto_{}.jpg",), "(the most similar name is 'foto_0.jpg')"),
         (
             "https://host.org/{}.jpg",
             ("a/{}.jpg", "b/{}.jpg"),
-            "(the nearest name there is 'a/0.jpg'): download the pictures",
+            "(the most similar name is 'a/0.jpg'): download the pictures",
         ),
         ("https://host.org/{}.jpg", (), ":2: 'https://host.org/0.jpg' leads out of the data folder: download"),
     ],

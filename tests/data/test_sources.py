@@ -467,7 +467,7 @@ def test_coco_test_is_val_unless_drawn(tmp_path: Path) -> None:
     source.unlink()
     assert captions(load_table("coco", tmp_path, "test")) == [["val"]]
     message = error_of(lambda: load_table("coco", tmp_path, "train"))
-    assert message == f"{tmp_path} has no train part, only val and test: choose another, or add it"
+    assert message == f"{tmp_path} has no train split, only val and test: choose another, or add it"
 
 
 def test_coco_takes_the_newest_year_and_pictures_in_images(tmp_path: Path) -> None:
@@ -1059,7 +1059,7 @@ def test_packed_shards_are_named(tmp_path: Path, name: str) -> None:
     fill(tmp_path, {name: gzip.compress(b"x")})
     for path in (tmp_path, tmp_path / name):
         assert error_of(lambda path=path: load_tables("auto", path)) == (
-            f"no captions found in {tmp_path / name}: it is packed, and shards are read in place: unpack it to .tar"
+            f"no captions found in {tmp_path / name}: it is compressed, and shards are read in place: unpack it to .tar"
         )
     write_tar(tmp_path / "0.tar", MANY)
     left_out = {f"packed shards, to be unpacked to .tar (the first: {tmp_path / name})": 1}
@@ -1082,13 +1082,13 @@ def test_a_cut_shard(tmp_path: Path, length: int) -> None:
     assert length < content.rindex(b"b ") and content[512 * 20 :].strip(b"\0")
     path.write_bytes(content[:length])
     message = error_of(lambda: load_tables("auto", tmp_path))
-    assert message.startswith(str(path)) and "get it anew" in message
+    assert message.startswith(str(path)) and "get it again" in message
 
 
 def test_damaged_shards(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", SAMPLES)
     path.write_bytes(gzip.compress(path.read_bytes()))
-    assert "get it anew, unpacked" in error_of(lambda: load_tables("auto", tmp_path))
+    assert "get it again, not compressed" in error_of(lambda: load_tables("auto", tmp_path))
     for text, part in (("{", "not JSON"), (b"\xff", "not UTF-8"), ('{"captions": [[1]]}', "not text")):
         write_tar(path, SAMPLES | {"003.json": text})
         write_tar(path, {"003.jpg": b"", "003.json": text})
@@ -1119,7 +1119,7 @@ COCO_VAL = "annotations/captions_val2017.json"
         (coco_json([(True, "a.jpg")], []), "images[0]: 'id'"),
         ('{"images": [{"id": 4}], "annotations": []}', "image 4: no picture is named"),
         (coco_json([(4, 5)], []), "image 4: no picture is named"),
-        (coco_json([(4, "\ud800.jpg")], []), "image 4: '\\ud800.jpg' is no name"),
+        (coco_json([(4, "\ud800.jpg")], []), "image 4: '\\ud800.jpg' is not valid"),
         (coco_json([(4, "a"), (4, "b")], []), "image 4 is there twice"),
         ('{"images": [], "annotations": [{}]}', "annotations[0]: 'image_id'"),
         (coco_json([(4, "a")], [(8, 99, "text")]), "annotation 8: its image 99 is not among the 1 'images'"),
@@ -1132,7 +1132,7 @@ def test_damaged_coco_files(tmp_path: Path, content: str | bytes, part: str) -> 
     fill(tmp_path, {COCO_VAL: content})
     message = error_of(lambda: load_table("coco", tmp_path, "val"))
     assert message.startswith(str(tmp_path / COCO_VAL)) and part in message
-    assert re.search(r"mend|get (it|the file) anew|this is another kind|leave|rename", message)
+    assert re.search(r"fix|get (it|the file) again|this is another kind|leave|rename", message)
 
 
 @pytest.mark.parametrize("image_id", [2**70, "x1", "007", "a(b["])
@@ -1185,7 +1185,7 @@ def test_names_that_lead_outside(tmp_path: Path, layout: str, name: str) -> None
         ('image,caption\na.jpg,"x"y\n', {}, ":2: not CSV"),
         ("image,caption\nc.jpg,x\n", {"train": "a.jpg\n"}, ": no line for 1 ('a.jpg') of the 1 pictures"),
         ("image,caption\n,x\n", {}, ":2: no picture is named"),
-        ("image,image\na.jpg,x\n", {}, ":1: the column 'image' is there twice"),
+        ("image,image\na.jpg,x\n", {}, ":1: the column 'image' occurs twice"),
     ],
 )
 def test_damaged_flickr8k_captions(tmp_path: Path, text: str, lists: dict[str, str], part: str) -> None:
@@ -1210,8 +1210,8 @@ def test_flickr8ks_lists(tmp_path: Path) -> None:
         ("c.csv", "file_name,caption\n0.jpg,one, two\n", ":2: 3 columns where 2 are expected ('file_name,caption')"),
         ("c.csv", 'file_name,caption\n0.jpg,"one\n1.jpg,two\n', ":2: not CSV"),
         ("c.csv", "file_name,caption,split\n0.jpg,x,holdout\n", ":2: split 'holdout' is none of train, training"),
-        ("c.csv", "file_name,caption,split\n0.jpg,x,\n0.jpg,x,test\n", ":3: '0.jpg' is in 'no part' above"),
-        ("c.csv", "file_name,caption,caption\n0.jpg,x,x\n", ":1: the column 'caption' is there twice"),
+        ("c.csv", "file_name,caption,split\n0.jpg,x,\n0.jpg,x,test\n", ":3: '0.jpg' is in 'no split' above"),
+        ("c.csv", "file_name,caption,caption\n0.jpg,x,x\n", ":1: the column 'caption' occurs twice"),
         ("c.csv", b"file_name,caption\n0.jpg,caf\xe9\n", ":2: not UTF-8"),
         ("c.csv", "file_name,caption\n", ": no picture has a caption"),
         ("c.jsonl", '{"image": "0.jpg", "text": "x"}\n{"image": \n', ":2: not JSON"),
@@ -1240,7 +1240,7 @@ def test_damaged_tables(tmp_path: Path, name: str, content: str | bytes, part: s
     fill(tmp_path, FIVE | {name: content})
     message = error_of(lambda: load_tables("auto", tmp_path))
     assert message.startswith(f"{tmp_path / name}{part}")
-    assert re.search(r"mend|anew|rename|write|put|name it|save|another kind|one part", message[len(str(tmp_path)) :])
+    assert re.search(r"fix|again|rename|write|put|name it|save|another kind|one split", message[len(str(tmp_path)) :])
 
 
 def test_damaged_parquet_is_named_and_in_nobodys_way(tmp_path: Path) -> None:
