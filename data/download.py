@@ -1,7 +1,7 @@
-"""Fetches the pictures that others publish: COCO 2017 from its own server, Flickr30k through Kaggle's library.
+"""Download published data sets: COCO 2017 from its server, Flickr30k through Kaggle's library.
 
-It never opens a picture, never unpacks a member of an archive outside its folder, and writes only below the folder
-given to download_coco_dataset, or into kagglehub's own cache.
+Never opens a picture, never unpacks a member of an archive outside its folder, and writes only below the folder given
+to download_coco_dataset, or into kagglehub's cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from utils import check_tokens, locked, sync
 
 @dataclass(frozen=True)
 class Archive:
-    """One zip file of COCO 2017 and the folder it unpacks to, whole when `count` of its files match `pattern`."""
+    """One zip file of COCO 2017 and the folder it unpacks to, complete when `count` of its files match `pattern`."""
 
     path: str  # below the server's address
     size: int  # bytes
@@ -48,13 +48,13 @@ class Archive:
         return self.path.rpartition("/")[2]
 
 
-COCO_SERVER = "http://images.cocodataset.org"  # has no https; the SHA-256 vouches for what arrives
+COCO_SERVER = "http://images.cocodataset.org"  # has no https; the SHA-256 proves that the content is right
 ARCHIVES = (
     Archive(
         "annotations/annotations_trainval2017.zip",
         252_907_541,
         "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
-        # The pattern means train and val; a captions_test2017.json that somebody made must not stand in for either.
+        # The pattern matches train and val only: a user's captions_test2017.json must not count as one of them.
         *("annotations", "captions_*a*2017.json", 2, 900_000_000),
     ),
     Archive(
@@ -71,24 +71,24 @@ ARCHIVES = (
     ),
 )
 FLICKR30K = "hsankesara/flickr-image-dataset"
-CONTACT_SECONDS = 8.0  # until a server that says nothing counts as out of reach
-STALL_SECONDS = 30.0  # until a download that has gone quiet is taken up anew
+CONTACT_SECONDS = 8.0  # until a server that does not answer counts as unreachable
+STALL_SECONDS = 30.0  # without data until a download is resumed over a new connection
 ATTEMPTS = 5  # in a row without a new byte
-PAUSE_SECONDS = 1.0  # before the first repetition; doubles with each
+PAUSE_SECONDS = 1.0  # before the first retry; doubles with each
 CHUNK = 1 << 18
-ZIP = b"PK"  # how such an archive begins
-LOOK = "look at it in a browser (a sign-in page?), or set COCO_MIRROR to another server"
+ZIP = b"PK"  # the first bytes of a zip archive
+LOOK = "open it in a browser (a sign-in page?), or set COCO_MIRROR to another server"
 OTHER_MEMBERS = 100  # members an archive may hold besides the counted ones: folders, the other annotations
 
 
 def download_coco_dataset(directory: str | Path = "./coco_data") -> Path:
-    """Fetch COCO 2017 (20.4 GB) into directory, unpack it there (another 21 GB), and return the directory.
+    """Download COCO 2017 (20.4 GB) into directory, unpack it there (another 21 GB), and return the directory.
 
-    Nothing half-finished is ever taken for whole: archives grow as *.part and get their name after size and SHA-256
-    agree; they are unpacked into a hidden folder that is renamed when complete. What is already whole is not
-    fetched again, and what was cut (Ctrl-C included) goes on where it stopped. The archives stay; once their folders
-    stand beside them they may be deleted. COCO_MIRROR in the environment replaces http://images.cocodataset.org.
-    Raises UserError, in one line, for no network, no room, wrong content and folders that are only partly there.
+    An incomplete file is never taken for a complete one: archives grow as *.part and are renamed after size and SHA-256
+    agree; they are unpacked into a hidden folder that is renamed when complete. Complete files are not downloaded
+    again, and an interrupted download (Ctrl-C included) is resumed. The archives stay; they may be deleted once their
+    folders exist. COCO_MIRROR in the environment replaces http://images.cocodataset.org.
+    Raises UserError, in one line, for no network, no disk space, wrong content and incomplete folders.
     """
     root = Path(directory).expanduser()
     server = (os.environ.get("COCO_MIRROR") or COCO_SERVER).rstrip("/")
@@ -106,7 +106,7 @@ def download_coco_dataset(directory: str | Path = "./coco_data") -> Path:
         # Two downloads into one folder would write into each other's .part files.
         with locked(root / ".download.lock", f"another download into {root} is running: wait for it to end"):
             for archive in wanted:
-                if not _is_unpacked(archive, root):  # another download may have ended since the first look
+                if not _is_unpacked(archive, root):  # another download may have finished it meanwhile
                     _fetch(archive, f"{server}/{archive.path}", root)
                     _unpack(archive, root)
     except OSError as error:
@@ -115,10 +115,10 @@ def download_coco_dataset(directory: str | Path = "./coco_data") -> Path:
 
 
 def download_flickr30k() -> Path:
-    """The folder of Flickr30k as Kaggle ships it, fetched into kagglehub's cache unless it is there.
+    """Return the folder of Kaggle's Flickr30k, downloaded into kagglehub's cache unless it is there.
 
-    KAGGLEHUB_CACHE in the environment names the cache. Raises UserError, in one line, where kagglehub is not
-    installed, Kaggle is out of reach or wants a login, or what arrives is damaged.
+    KAGGLEHUB_CACHE in the environment sets the cache's folder. Raises UserError, in one line, if kagglehub is not
+    installed, Kaggle is unreachable or requires a login, or the download is damaged.
     """
     by_hand = f"download {FLICKR30K} yourself and name its folder with --data-dir"
     try:
@@ -129,7 +129,7 @@ def download_flickr30k() -> Path:
         ) from None
     try:
         check_tokens("kaggle")
-        # With its version, kagglehub asks the server only for what the cache lacks; without, every time.
+        # With a version, kagglehub contacts the server only for what the cache lacks; without one, every time.
         return Path(kagglehub.dataset_download(f"{FLICKR30K}/versions/1"))
     except Exception as error:  # kagglehub's own errors have no common base class
         hint = "check the network and try again"
@@ -140,19 +140,19 @@ def download_flickr30k() -> Path:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """The first of a chain of exceptions: "connection refused", not a page about pools and retries."""
+    """The first exception of a chain: "connection refused", not a page about pools and retries."""
     while earlier := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = earlier
     return error
 
 
 def _count(archive: Archive, root: Path) -> int:
-    """How many of the archive's files are below root."""
+    """Count the archive's files below root."""
     return len(fnmatch.filter(file_names(root / archive.folder), archive.pattern))
 
 
 def _is_unpacked(archive: Archive, root: Path) -> bool:
-    """Whether the folder is there and whole. Raises UserError where it holds only part: it is not ours to touch."""
+    """Whether the folder is there and complete. Raises UserError if it is incomplete: it may be the user's."""
     folder = root / archive.folder
     if not folder.exists() or (folder.is_dir() and not os.listdir(folder)):
         return False
@@ -165,7 +165,7 @@ def _is_unpacked(archive: Archive, root: Path) -> bool:
 
 
 def _check_room(wanted: Iterable[Archive], root: Path) -> None:
-    """Raises UserError unless what is still to fetch and all that is still to unpack will fit on the disk."""
+    """Raise UserError unless all that is still to be downloaded and unpacked fits on the disk."""
     needed = 0
     for archive in wanted:
         there = max(_size(root / archive.name), _size(root / f"{archive.name}.part"))
@@ -179,15 +179,15 @@ def _check_room(wanted: Iterable[Archive], root: Path) -> None:
 
 
 def _out_of_reach(url: str) -> str | None:
-    """Why the server does not answer, or None. In a thread, as a name's look-up and its list of addresses heed no
-    timeout as a whole."""
+    """Why the server does not answer, or None. Runs in a thread: resolving a name and trying all its addresses may take
+    longer than the timeout."""
     why: list[str | None] = [f"no answer in {CONTACT_SECONDS:g} s"]
 
     def ask() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONTACT_SECONDS).close()
             why[0] = None
-        except urllib.error.HTTPError as answer:  # even a refusal is an answer; the download will name it
+        except urllib.error.HTTPError as answer:  # even a refusal is an answer; the download reports it
             answer.close()
             why[0] = None
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -207,7 +207,7 @@ def _cannot(what: str, root: Path) -> str:
 
 
 def _fetch(archive: Archive, url: str, root: Path) -> None:
-    """Make root/archive.name exist with the right size and SHA-256."""
+    """Download root/archive.name, with the right size and SHA-256, unless it is there."""
     target, part = root / archive.name, root / f"{archive.name}.part"
     if target.exists():
         if _size(target) != archive.size or _sha256(target) != archive.sha256:
@@ -225,7 +225,7 @@ def _fetch(archive: Archive, url: str, root: Path) -> None:
                 answer.close()
                 why = f"answer {answer.code} {answer.reason}"
                 if answer.code < 500 and answer.code not in (408, 429):
-                    raise UserError(_cannot(f"{url} cannot be had ({why})", root)) from None
+                    raise UserError(_cannot(f"{url} is not available ({why})", root)) from None
             except (OSError, http.client.HTTPException) as error:
                 why = reason(error)
             failures = 0 if _size(part) > best else failures + 1
@@ -233,28 +233,28 @@ def _fetch(archive: Archive, url: str, root: Path) -> None:
             if failures == ATTEMPTS:
                 raise UserError(
                     f"the download of {url} stopped at {_size(part) / archive.size:.0%} ({why}): run the same "
-                    "command again to go on from there"
+                    "command again to resume from there"
                 )
             if best < archive.size:
                 time.sleep(PAUSE_SECONDS * 2**failures)
     if _sha256(part) != archive.sha256:
         os.truncate(part, before)
-        kept = f" but the {before / archive.size:.0%} from before (delete {part} if this comes again)"
+        left = f", except the first {before / archive.size:.0%} (delete {part} if this happens again)"
         if before in (0, archive.size):
             part.unlink()
-            kept = ""
+            left = ""
         raise UserError(
-            f"{url} sent something else than COCO's archive (SHA-256 differs), now deleted{kept}: run it again"
+            f"{url} sent something else than COCO's archive (SHA-256 differs), now deleted{left}: run it again"
         )
     sync(part)  # a power cut must not leave the new name on a file that never reached the disk
     part.replace(target)
 
 
 def _fetch_rest(url: str, part: Path, size: int, bar: tqdm) -> None:
-    """Append to part what it lacks, or less where the server hangs up early; never more than size bytes in all.
+    """Append the missing bytes to part, or fewer if the server closes the connection; never more than size in all.
 
-    What is there is never given up: of a server that sends everything anew (it knows no ranges), those bytes are compared.
-    Raises UserError for an answer that is no part of such an archive, before a byte of it is written.
+    Bytes already there are never thrown away: if the server sends everything again (it supports no ranges), they are
+    compared. Raises UserError for an answer that cannot be from the archive, before a byte of it is written.
     """
     done = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
@@ -269,7 +269,7 @@ def _fetch_rest(url: str, part: Path, size: int, bar: tqdm) -> None:
                 old = there.read(min(len(chunk), done - start)) if start < done else b""
                 if not chunk.startswith(old):
                     raise UserError(
-                        f"{url} sends other bytes than those in {part}, which is kept: {LOOK}, or delete it"
+                        f"{url} sends other bytes than those in {part}, which is unchanged: {LOOK}, or delete it"
                     )
                 if start == 0 and not chunk.startswith(ZIP[: len(chunk)]):
                     raise UserError(f"{url} sends no zip archive: {LOOK}")
@@ -279,12 +279,12 @@ def _fetch_rest(url: str, part: Path, size: int, bar: tqdm) -> None:
 
 
 def _not_the_rest(answer: http.client.HTTPResponse, start: int, size: int) -> str:
-    """What is wrong with an answer that is to bring the bytes from `start` on of an archive of so many; "" for nothing."""
+    """Why an answer cannot be the bytes from `start` on of an archive of `size` bytes; "" if it can."""
     headers = answer.headers
     if answer.status not in (200, 206):
         return f"answers {answer.status} {answer.reason}"
-    if (packed := headers.get("Content-Encoding", "identity")) != "identity":  # as was asked for
-        return f"offers something packed as {packed}"
+    if (packed := headers.get("Content-Encoding", "identity")) != "identity":  # the only one asked for
+        return f"offers something compressed as {packed}"
     length = headers.get("Content-Length", "")
     if answer.status == 200:
         return (
@@ -293,15 +293,15 @@ def _not_the_rest(answer: http.client.HTTPResponse, start: int, size: int) -> st
     span = headers.get("Content-Range", "")
     of = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", span)
     if not of or int(of[1]) != start or of[3] not in ("*", str(size)):
-        return f"offers {span or 'bytes from an unknown place'} where bytes {start}-{size - 1}/{size} were asked for"
+        return f"offers {span or 'bytes from an unknown position'} where bytes {start}-{size - 1}/{size} were asked for"
     return ""
 
 
 def _unpack(archive: Archive, root: Path) -> None:
-    """Unpack root/archive.name to root/archive.folder, which appears in one piece or not at all."""
+    """Unpack root/archive.name to root/archive.folder, which appears complete or not at all."""
     source, target, staging = root / archive.name, root / archive.folder, root / f".{archive.folder}.unpacking"
-    shutil.rmtree(staging, ignore_errors=True)  # of an attempt that was killed
-    staging.mkdir()  # fails on what could not be removed (a link, say), so that nothing old slips in
+    shutil.rmtree(staging, ignore_errors=True)  # from a killed attempt
+    staging.mkdir()  # fails if something could not be removed (a link, say), so that no old file slips in
     try:
         with zipfile.ZipFile(source) as zipped:
             if odd := _oddity(archive, zipped.infolist()):
@@ -313,8 +313,8 @@ def _unpack(archive: Archive, root: Path) -> None:
                 f"{source} holds only {count} of COCO 2017's {archive.count} files {archive.folder}/{archive.pattern}: "
                 "nothing was unpacked"
             )
-        # A power cut must not leave the new name on files whose content never reached the disk. One sync of everything
-        # costs what was written anyway; an fsync of each of 118,287 files would wait for the disk as many times.
+        # A power cut must not leave the new name on files whose content never reached the disk. One sync writes only
+        # what has to be written anyway; an fsync of each of 118,287 files would wait for the disk as many times.
         if hasattr(os, "sync"):  # not on Windows
             os.sync()
         if target.exists():
@@ -327,7 +327,7 @@ def _unpack(archive: Archive, root: Path) -> None:
 
 
 def _oddity(archive: Archive, members: Sequence[zipfile.ZipInfo]) -> str | None:
-    """What makes these members none that COCO would ship, or None. Declared sizes will do: zipfile writes no more."""
+    """Why these members cannot be COCO's, or None. Declared sizes are enough: zipfile writes no more than those."""
     if len(members) > (most := archive.count + OTHER_MEMBERS):
         return f"{len(members)} members where {most} are expected at most"
     if (size := sum(member.file_size for member in members)) > archive.unpacked_size:
@@ -337,14 +337,14 @@ def _oddity(archive: Archive, members: Sequence[zipfile.ZipInfo]) -> str | None:
             return f"member {member.filename!r} lies outside {archive.folder}/"
         if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):  # 0: made on Windows
             return f"member {member.filename!r} is a link or a device"
-        # zipfile bounds the memory of one read for these two only.
+        # zipfile limits the memory of one read for these two only.
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            return f"member {member.filename!r} is packed by method {member.compress_type} (not stored or deflated)"
+            return f"member {member.filename!r} is compressed by method {member.compress_type} (not stored or deflated)"
     return None
 
 
 def _size(path: Path) -> int:
-    """In bytes; 0 where there is no such file."""
+    """Size in bytes; 0 if there is no such file."""
     return path.stat().st_size if path.exists() else 0
 
 

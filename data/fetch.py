@@ -1,11 +1,10 @@
-"""Pictures from the web, fetched so that neither the address nor the answer can do harm.
+"""Download pictures from the web so that neither the address nor the answer can do harm.
 
     content = fetch_picture("https://example.org/cat.jpg")
 
-An address is judged where the connection is made: the name is looked up once, every address that it has must be public,
-and the connection goes to an address that was judged. So it does not matter how the address was written, what a
-redirect names, or what the name leads to a moment later. One deadline covers everything from the name's look-up to the
-last byte.
+Addresses are checked where the connection is made: the name is resolved once, every address it has must be public, and
+the connection goes to a checked address. So it does not matter how the address was written, where a redirect leads, or
+what the name resolves to a moment later. One deadline covers everything from resolving the name to the last byte.
 """
 
 from __future__ import annotations
@@ -30,27 +29,27 @@ from config import UserError
 from data.pictures import open_picture, reason
 from utils import first_line, in_one_line
 
-SECONDS = 20.0  # for all of it
-BYTES = 50 << 20  # on the wire, and after what the wire's bytes unpack to
+SECONDS = 20.0  # for the complete download
+BYTES = 50 << 20  # received, and also after decompression
 REDIRECTS = 5
 CHUNK = 1 << 16
 
-GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # all that IPv6 has given out for public use
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # all of IPv6 that is assigned for public use
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv4 addresses, in networks that speak only IPv6
 
 
 def fetch_picture(url: str, *, allow_private: bool = False, seconds: float = SECONDS, max_bytes: int = BYTES) -> bytes:
-    """The content of a picture's file at an http or https address, at most 50 MiB, within 20 seconds.
+    """Download a picture file from an http or https address, at most 50 MiB, within 20 seconds.
 
     Private, loopback, link-local and all other addresses that are not public are refused, also behind names and
-    redirects, and so are proxies, which would look up names in our place; allow_private allows all of these. Raises
-    UserError, in one line, for what cannot be had and for what is no picture.
+    redirects. So are proxies, because they would resolve the names; allow_private allows all of these. Raises
+    UserError, in one line, for what cannot be downloaded and for what is not a picture.
     """
     fetch = _Fetch(url, allow_private, seconds, max_bytes)
-    thread = threading.Thread(target=fetch.run, daemon=True)  # a name's look-up heeds no deadline
+    thread = threading.Thread(target=fetch.run, daemon=True)  # resolving a name ignores the deadline
     thread.start()
     thread.join(seconds)
-    late = thread.is_alive()  # what it says once it is stopped is not the reason
+    late = thread.is_alive()  # an error after the stop is not the reason
     fetch.stop()
     error = fetch.error if fetch.content is None else None
     if fetch.content is None and (late or not isinstance(error, UserError)):
@@ -64,7 +63,7 @@ def fetch_picture(url: str, *, allow_private: bool = False, seconds: float = SEC
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public Internet; one that carries an IPv4 address is judged by that too."""
+    """Whether an IP address is public; an IPv6 address that contains an IPv4 address is checked by the latter."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         carried = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(ip.packed[12:]) if ip in NAT64 else None)
@@ -75,7 +74,7 @@ def is_public(address: str) -> bool:
 
 
 class _Fetch(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """One picture on its way: opens the connections that urllib asks for, and can be stopped from another thread."""
+    """One download: opens the connections that urllib asks for, and can be stopped from another thread."""
 
     def __init__(self, url: str, allow_private: bool, seconds: float, max_bytes: int) -> None:
         super().__init__()
@@ -86,25 +85,25 @@ class _Fetch(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         self.socket: socket.socket | None = None
 
     def run(self) -> None:
-        """Sets content, or the error."""
+        """Set content, or error."""
         try:
             self.content = self.fetched()
         except Exception as error:
             self.error = error
 
     def stop(self) -> None:
-        """Wakes the thread that waits for a server; nothing where it has ended."""
+        """Wake the thread if it waits for a server."""
         with contextlib.suppress(OSError, AttributeError):  # closed already, or none yet
             self.socket.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
 
     def opened(self, connection: socket.socket) -> None:
-        """Remembers what stop is to close; where it has come too early, the deadline is over."""
+        """Remember the connection for stop. Raises TimeoutError after the deadline: stop may have come too early."""
         self.socket = connection
         if time.monotonic() >= self.deadline:
             raise TimeoutError
 
     def fetched(self) -> bytes:
-        """The content. Raises UserError, OSError, HTTPException or ValueError."""
+        """Download the content. Raises UserError, OSError, HTTPException or ValueError."""
         parts = urllib.parse.urlsplit(self.url.strip())
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError("only http and https addresses can be fetched")
@@ -134,14 +133,14 @@ class _Fetch(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return content
 
     def _read(self, answer: http.client.HTTPResponse) -> bytes:
-        """The body, unpacked; no more of it is ever asked for or unpacked than may come."""
+        """Read the body, decompressed. Raises UserError as soon as it exceeds the limit."""
         too_large = UserError(f"larger than {self.max_bytes / (1 << 20):g} MiB")
         promised = answer.headers.get("Content-Length", "")
         if promised.isdigit() and int(promised) > self.max_bytes:
             raise too_large
         encoding = answer.headers.get("Content-Encoding", "identity").lower()
-        if encoding not in ("identity", "gzip", "x-gzip"):  # it was asked for identity
-            raise UserError(f"its answer is packed as {encoding}")
+        if encoding not in ("identity", "gzip", "x-gzip"):  # the only one asked for
+            raise UserError(f"its answer is compressed as {encoding}")
         unpack = None if encoding == "identity" else zlib.decompressobj(16 + zlib.MAX_WBITS)
         content, wire = bytearray(), 0
         while chunk := answer.read1(CHUNK):
@@ -156,7 +155,7 @@ class _Fetch(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return bytes(content)
 
     def connect(self, host: str, port: int) -> socket.socket:
-        """A connection to an address that has been found to be public."""
+        """Connect to an address that was checked to be public."""
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         if not all(is_public(str(address[4][0])) for address in found):
             raise UserError("leads to an address that is not public (--allow-private-urls fetches from those too)")
@@ -173,11 +172,11 @@ class _Fetch(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         raise last
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """urllib's request for a connection."""
+        """Open a connection for urllib."""
         return self.do_open(self._make(_Connection), request)  # type: ignore[arg-type]  # a function will do
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """The same, encrypted."""
+        """Open an encrypted connection for urllib."""
         return self.do_open(self._make(_SecureConnection), request, context=ssl.create_default_context())  # type: ignore[arg-type]
 
     def _make(self, kind: type[_Connection]) -> Callable[..., _Connection]:
@@ -190,7 +189,7 @@ class _Fetch(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection that its fetch opens and knows."""
+    """A connection that a _Fetch opens and can close."""
 
     fetch: _Fetch
 
@@ -204,7 +203,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 class _SecureConnection(http.client.HTTPSConnection, _Connection):
-    """In this order of its bases, HTTPSConnection.connect encrypts what _Connection.connect has opened."""
+    """With the bases in this order, HTTPSConnection.connect encrypts what _Connection.connect has opened."""
 
     def connect(self) -> None:
         """Called by http.client before it sends the request."""
@@ -218,13 +217,13 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        """The next request."""
+        """Return the next request."""
         fp.close()  # or urllib would read the body of the redirect, however long
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _why(error: BaseException) -> str:
-    """What urllib's error is about."""
+    """The reason for urllib's error, in a few words."""
     if isinstance(error, urllib.error.HTTPError):
         return f"answer {error.code} {error.reason}".split("\n")[0][:200]
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, OSError):

@@ -248,26 +248,26 @@ ODD_ANSWERS: dict[str, tuple[Callable[[bytes, int], tuple[int, dict[str, str], b
     "no content": (lambda all_, at: (204, {}, b""), "answers 204 No Content"),
     "reset": (lambda all_, at: (205, {}, b""), "answers 205 Reset Content"),
     "multiple": (lambda all_, at: (207, {}, PAGE), "answers 207 Multi-Status"),
-    "packed": (lambda all_, at: (200, {"Content-Encoding": "gzip"}, gzip.compress(all_)), "packed as gzip"),
+    "packed": (lambda all_, at: (200, {"Content-Encoding": "gzip"}, gzip.compress(all_)), "compressed as gzip"),
     "packed rest": (
         lambda all_, at: (206, span(all_, at) | {"Content-Encoding": "gzip"}, gzip.compress(all_[at:])),
-        "packed as gzip",
+        "compressed as gzip",
     ),
     "packed unsaid": (lambda all_, at: (200, {}, gzip.compress(all_)), "sends other bytes than those in"),
     "other archive": (lambda all_, at: (200, {}, zip_of({"x": bytes(len(all_))})), "sends other bytes than those in"),
     "from the start": (lambda all_, at: (206, span(all_, 0), all_), "offers bytes 0-"),
     "from elsewhere": (lambda all_, at: (206, span(all_, at + 1), all_[at + 1 :]), "were asked for"),
     "other size": (lambda all_, at: (206, span(all_ + b"x", at), all_[at:]), "were asked for"),
-    "no place": (lambda all_, at: (206, {}, all_[at:]), "bytes from an unknown place"),
+    "no place": (lambda all_, at: (206, {}, all_[at:]), "bytes from an unknown position"),
     "many places": (
         lambda all_, at: (206, {"Content-Type": "multipart/byteranges; boundary=x"}, b"--x\r\n" + all_[at:]),
-        "bytes from an unknown place",
+        "bytes from an unknown position",
     ),
     "not to be had": (lambda all_, at: (416, {}, b""), "answer 416"),
     "sign in": (lambda all_, at: (401, {}, PAGE), "answer 401"),
     "wrong rest": (
         lambda all_, at: (206, span(all_, at), bytes(len(all_) - at)),
-        "now deleted but the 90% from before",
+        "now deleted, except the first 90%",
     ),
 }
 
@@ -642,7 +642,7 @@ def test_methods_that_zipfile_unpacks_without_bound(
     with zipfile.ZipFile(buffer, "a") as zipped:
         zipped.writestr("train2017/2.jpg", b"2", method)
     offer(monkeypatch, server, buffer.getvalue())
-    assert f"packed by method {method} " in refused(tmp_path, monkeypatch)
+    assert f"compressed by method {method} " in refused(tmp_path, monkeypatch)
 
 
 # Flickr30k, with the real kagglehub

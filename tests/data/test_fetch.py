@@ -299,7 +299,7 @@ def test_gzip_that_nobody_asked_for_is_unpacked(serve):
     server.answer = plain(b"not gzip", "Content-Encoding: gzip")
     refused(f"http://127.0.0.1:{server.port}/", "cannot be fetched", allow_private=True)
     server.answer = plain(PICTURE, "Content-Encoding: br")
-    refused(f"http://127.0.0.1:{server.port}/", "packed as br", allow_private=True)
+    refused(f"http://127.0.0.1:{server.port}/", "compressed as br", allow_private=True)
 
 
 def test_a_lying_length(serve):
