@@ -1,9 +1,9 @@
-"""From a table of pictures and captions to batches: captions tokenized, samples drawn, grouped by length and collated.
+"""Turn a table of pictures and captions into batches: tokenize captions, draw samples, group by length, collate.
 
-    python dataset.py check DIR          is this data fit to train on? (check.py)
+    python dataset.py check DIR          check whether the data is fit to train on (data/check.py)
 
-What a batch holds is a pure function of (seed, epoch, step): every sample draws from a generator of its own, so any
-number of workers, and a run that is killed and resumed, see the same batches.
+A batch is a pure function of (seed, epoch, step): each sample has its own random generator, so the batches are the same
+with any number of workers, and in a run that is killed and resumed.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ __all__ = [
 IGNORE = -100
 POSITIONS_MULTIPLE = 64  # M is rounded up to this, so that compiled code sees few shapes
 POOL = 50  # batches that are sorted by length together
-TEXTS_AT_A_TIME = 10_000  # captions tokenized in one go: the tokenizer's own objects are large
+TEXTS_AT_A_TIME = 10_000  # captions tokenized per call: the tokenizer's objects are large
 UNUSED = np.random.default_rng(0)
-NOTHING = torch.empty(0, dtype=torch.int64)  # what a batch of somebody's own lacks
+NOTHING = torch.empty(0, dtype=torch.int64)  # default of the fields that a user's batch may lack
 SIDES = re.compile(r"\b(left|right)(?=\b|most\b|hand|side|ward)", re.IGNORECASE)
 
 
 def load_tokenizer(name: str, captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """GPT-2's byte-level BPE: trained on these captions for the name "train", else a local folder or a Hub name."""
+    """Load GPT-2's byte-level BPE from a local folder or the Hub; for the name "train", train one on the captions."""
     return train_tokenizer(captions, vocab_size) if name == "train" else gpt2_tokenizer(name)
 
 
@@ -69,8 +69,8 @@ def load_tokenizer(name: str, captions: Iterable[str], vocab_size: int) -> PreTr
 class Sample:
     """One picture and K token lists (without start and end), its row in the table, all its captions.
 
-    pixels: uint8 (3, S, S); or, where the pictures are kept on the GPU, None, and `place` (top, left, mirrored) says
-    what to cut out there. A picture that cannot be decoded is black, without captions to learn, and `bad` says why.
+    pixels: uint8 (3, S, S); or None if the pictures are cached on the GPU: `place` (top, left, mirrored) is then the
+    crop to take there. A picture that cannot be decoded is black, without captions to learn, and `bad` says why.
     """
 
     pixels: Tensor | None
@@ -88,10 +88,10 @@ class Tokens:
         ids: list[np.ndarray] = []
         lengths: list[int] = []
         self.cut = 0
-        """How many texts were longer."""
-        rest, backend = iter(texts), tokenizer.backend_tokenizer
+        """Number of texts that were longer."""
+        remaining, backend = iter(texts), tokenizer.backend_tokenizer
         as_text, backend.encode_special_tokens = backend.encode_special_tokens, True  # "<|endoftext|>" in a caption too
-        while some := list(itertools.islice(rest, TEXTS_AT_A_TIME)):
+        while some := list(itertools.islice(remaining, TEXTS_AT_A_TIME)):
             encoded = [e.ids for e in backend.encode_batch_fast(some, add_special_tokens=False)]
             self.cut += sum(len(e) > limit for e in encoded)
             ids += [np.fromiter((i for e in encoded for i in e[:limit]), dtype=np.int32)]
@@ -105,12 +105,12 @@ class Tokens:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64, one for each text."""
+        """int64 (texts,)."""
         return np.diff(self.offsets)
 
 
 def mirrored(caption: str) -> str:
-    """The caption of the mirrored picture: left and right (rightmost, left-hand, ...) change places."""
+    """The caption of the mirrored picture: left and right (rightmost, left-hand, ...) are swapped."""
 
     def swap(match: re.Match[str]) -> str:
         word = match[1]
@@ -121,7 +121,7 @@ def mirrored(caption: str) -> str:
 
 
 class CaptionDataset(Dataset[Sample]):
-    """Rows of a table as samples. Keys are (epoch, row) or (epoch, row, caption)."""
+    """Samples from a table's rows. Keys are (epoch, row) or (epoch, row, caption)."""
 
     def __init__(
         self,
@@ -135,50 +135,50 @@ class CaptionDataset(Dataset[Sample]):
         keep: Literal["no", "memory", "disk"] = "no",
         progress: bool = True,
     ) -> None:
-        """With an augmentation, pictures are cropped at random (where resize_size leaves room) and changed as it says.
+        """With an augmentation, pictures are cropped at random (if resize_size leaves room) and augmented.
 
-        `keep` says where the decoded pictures stay: see pixels.Pixels.
+        `keep` says where the decoded pictures are cached: see pixels.Pixels.
         """
         assert config.resize_size is not None
         self.table, self.config, self.captions_per_image, self.seed = table, config, captions_per_image, seed
-        limit = config.text_positions - 1  # room for the start token, or seen from the labels, for the end token
+        limit = config.text_positions - 1  # room for the start token of input_ids, or the end token of labels
         texts = table.captions()
         self.tokens = Tokens((text.as_py() for text in texts), tokenizer, limit)
         self.first_caption = np.concatenate([[0], np.cumsum(table.rows["captions"].combine_chunks().value_lengths())])
         self.augmenter = augmentation and Augmenter(config.resize_size, config.image_size, augmentation)
         self.sides: dict[int, int] = {}
-        """Number of a caption -> place in mirror_tokens, for those that a mirror changes."""
+        """Number of a caption -> index in mirror_tokens, for those that mirroring changes."""
         if augmentation and augmentation.flip:
             changed = [(n, new) for n, text in enumerate(texts) if (new := mirrored(old := text.as_py())) != old]
-            self.sides = {n: place for place, (n, _) in enumerate(changed)}
+            self.sides = {n: index for index, (n, _) in enumerate(changed)}
             self.mirror_tokens = Tokens((text for _, text in changed), tokenizer, limit)
         self.pixels = Pixels(table, config.resize_size, keep, progress, config.resample)
         self.on_gpu: Tensor | None = None
         self.length_multiple = 1
-        """What T is rounded up to. A GPU takes 0.4 s to plan attention for a length that it has not seen."""
+        """T is rounded up to a multiple of this. A GPU takes 0.4 s to plan attention for each new length."""
 
     def __len__(self) -> int:
         return len(self.table)
 
     def keep_on(self, device: torch.device) -> None:
-        """Moves the kept pictures to the device; batches then hold places, and Batch.to cuts their pixels out there.
-        Raises UserError where a GPU has no room for them."""
-        kept = self.pixels.kept
-        assert kept is not None
-        if device.type == "cuda" and kept.numel() > (free := torch.cuda.mem_get_info(device)[0]):
+        """Move the cached pictures to the device; batches then hold crop positions, and Batch.to crops there. Raises
+        UserError if a GPU has no room for them."""
+        cached = self.pixels.kept
+        assert cached is not None
+        if device.type == "cuda" and cached.numel() > (free := torch.cuda.mem_get_info(device)[0]):
             raise UserError(
-                f"{kept.numel() / 2**30:.1f} GiB of pictures do not fit into the GPU's {free / 2**30:.1f} GiB: use --cache "
-                "instead of --cache-on-gpu"
+                f"{cached.numel() / 2**30:.1f} GiB of pictures do not fit into the GPU's {free / 2**30:.1f} GiB: use "
+                "--cache instead of --cache-on-gpu"
             )
         self.pixels.check_all()
-        self.on_gpu = kept.to(device)
+        self.on_gpu = cached.to(device)
 
     def __getitem__(self, key: tuple[int, ...]) -> Sample:
         row = key[1]
         first, last = self.first_caption[row : row + 2].tolist()
         chosen = list(range(first, last)) if len(key) == 2 else [first + key[2]]
         drawn = self.augmenter is not None or len(chosen) > self.captions_per_image
-        rng = np.random.default_rng((self.seed, *key)) if drawn else UNUSED  # making one takes a while
+        rng = np.random.default_rng((self.seed, *key)) if drawn else UNUSED  # making one is slow
         margin = (self.pixels.size - self.config.image_size) // 2
         place = self.augmenter.draw(rng) if self.augmenter else (margin, margin, False)
         if len(chosen) > self.captions_per_image:
@@ -206,11 +206,11 @@ class CaptionDataset(Dataset[Sample]):
 
 
 class Batches:
-    """The lists of keys of consecutive batches from a given step on, for a DataLoader's batch_sampler.
+    """Lists of keys for consecutive batches from a given step on, for a DataLoader's batch_sampler.
 
-    An epoch visits every picture once; with captions_per_image = 1, once for each of its captions. Shuffled, the order
-    is drawn for the epoch, pools of POOL batches are sorted by their longest caption so that little is padded, and the
-    batches then come in an order of their own. Of every batch, process `rank` of `world_size` gets its share.
+    An epoch visits every picture once; with captions_per_image = 1, once for each of its captions. With shuffle, each
+    epoch draws a new order, pools of POOL batches are sorted by their longest caption to reduce padding, and then the
+    batches are shuffled. Of every batch, process `rank` of `world_size` gets its share.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class Batches:
         return self.last_step - self.first_step
 
     def order(self, epoch: int) -> np.ndarray:
-        """What the epoch visits, int64: numbers of pictures, or of captions where captions_per_image is 1."""
+        """The epoch's order, int64: indices of pictures, or of captions if captions_per_image is 1."""
         number, size = len(self.lengths), self.batch_size
         if not self.shuffle:
             return np.arange(number)
@@ -252,10 +252,10 @@ class Batches:
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         epoch, order = -1, np.empty(0, np.int64)
         for step in range(self.first_step, self.last_step):
-            wanted, place = divmod(step, self.steps_per_epoch)
+            wanted, index = divmod(step, self.steps_per_epoch)
             if wanted != epoch:
                 epoch, order = wanted, self.order(wanted)
-            chosen = order[place * self.batch_size : (place + 1) * self.batch_size][self.rank :: self.world_size]
+            chosen = order[index * self.batch_size : (index + 1) * self.batch_size][self.rank :: self.world_size]
             if self.dataset.captions_per_image > 1:
                 yield [(epoch, row) for row in chosen.tolist()]
                 continue
@@ -269,15 +269,15 @@ class Batch:
     """N pictures with K captions each of at most T tokens."""
 
     pixel_values: Tensor
-    """uint8 (N, 3, S, S); empty where the pictures are kept on the GPU, until `to` makes them from rows and places."""
+    """uint8 (N, 3, S, S); empty if the pictures are cached on the GPU, until `to` crops them by rows and places."""
     places: Tensor = NOTHING
-    """int64 (N, 3): what to cut out there: top, left, and whether it is mirrored."""
+    """int64 (N, 3): the crop to take there: top, left, and whether it is mirrored."""
     input_ids: Tensor = NOTHING
     """int64 (N, K, T), T the longest caption with its start token."""
     labels: Tensor = NOTHING
     """int64 (N, K, T), the same with its end token; IGNORE where there is no target."""
     lengths: Tensor = NOTHING
-    """int64 (N, K), 0 for an empty place."""
+    """int64 (N, K), 0 where a picture has fewer captions."""
     positions: Tensor = NOTHING
     """int64 (M,): where labels.flatten() has targets, rounded up to a multiple of 64 with N * K * T."""
     rows: list[int]
@@ -285,15 +285,15 @@ class Batch:
     captions: list[list[str]] = field(default_factory=list)
     """All captions of each picture."""
     bad: list[tuple[int, str]] = field(default_factory=list)
-    """(row, what is wrong) of pictures that cannot be decoded, which have no captions to learn."""
+    """(row, what is wrong) of pictures that cannot be decoded; they have no captions to learn."""
     weights: Tensor | None = None
-    """float (N, K), of sampled captions: what each scored above its baseline."""
+    """float (N, K), of sampled captions: the score of each minus its baseline."""
     rewards: Tensor | None = None
     """float (N, K), of sampled captions: the scores themselves."""
 
     @classmethod
     def of(cls, batch: Batch | Mapping[str, Any]) -> Batch:
-        """A batch as our loaders give it; of somebody's own loader also a dictionary with some of the fields."""
+        """Return our loaders' batch unchanged; make one from a user's dictionary with some of the fields."""
         if isinstance(batch, Batch):
             return batch
         return cls(**{each.name: batch[each.name] for each in dataclasses.fields(cls) if each.name in batch})
@@ -304,7 +304,7 @@ class Batch:
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What the model takes to give a loss, in its order."""
+        """The model's arguments for a loss, in its order."""
         return self.pixel_values, self.input_ids, self.lengths, self.labels, self.positions
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -312,11 +312,11 @@ class Batch:
         return replace(self, **changed)
 
     def pin_memory(self) -> Batch:
-        """The batch in memory that a GPU copies from by itself; a DataLoader calls it."""
+        """Move the tensors to pinned memory, which a GPU copies from asynchronously; a DataLoader calls this."""
         return self._with_tensors(Tensor.pin_memory)
 
     def to(self, device: torch.device, dataset: CaptionDataset | None = None) -> Batch:
-        """The batch with its tensors on the device. Pixels that the dataset keeps there are cut out there."""
+        """Move the tensors to the device. Pictures that the dataset caches there are cropped there."""
         moved = self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
         if not len(self.pixel_values):
             assert dataset is not None and dataset.on_gpu is not None
@@ -326,25 +326,25 @@ class Batch:
         return moved
 
     def micro(self, size: int) -> Iterator[Batch]:
-        """The batch in parts of at most `size` pictures each, for gradients that are added up."""
+        """Yield pieces of at most `size` pictures each, for gradient accumulation."""
         pictures, captions, length = self.input_ids.shape
         if pictures <= size:
             yield self
             return
-        whole = ("positions", "bad")
-        by_picture = {name: values for name, values in vars(self).items() if name not in whole and values is not None}
+        shared = ("positions", "bad")
+        by_picture = {name: values for name, values in vars(self).items() if name not in shared and values is not None}
         for start in range(0, pictures, size):
-            part = replace(self, **{name: values[start : start + size] for name, values in by_picture.items()})
-            shifted, tokens = self.positions - start * captions * length, part.input_ids.numel()
-            part.positions = rounded_up(shifted[(shifted >= 0) & (shifted < tokens)], tokens)
-            yield part
+            piece = replace(self, **{name: values[start : start + size] for name, values in by_picture.items()})
+            shifted, tokens = self.positions - start * captions * length, piece.input_ids.numel()
+            piece.positions = rounded_up(shifted[(shifted >= 0) & (shifted < tokens)], tokens)
+            yield piece
 
 
 def collate(
     samples: Sequence[Sample], config: ViTGPT2Config, captions_per_image: int, length_multiple: int = 1
 ) -> Batch:
-    """Samples -> a batch. No samples, as a process's share of the last batch may be, give one black picture without
-    captions, and no rows."""
+    """Collate samples into a batch. A process's share of the last batch may be empty: no samples give one black picture
+    without captions, and no rows."""
     assert config.start_token_id is not None and config.end_token_id is not None and config.pad_token_id is not None
     lengths = np.zeros((max(1, len(samples)), captions_per_image), dtype=np.int64)
     for n, sample in enumerate(samples):
@@ -375,7 +375,7 @@ def collate(
 
 
 def rounded_up(positions: Tensor, nothing: int) -> Tensor:
-    """positions (M,) filled up with `nothing` to a multiple of POSITIONS_MULTIPLE."""
+    """Pad positions (M,) with `nothing` to a multiple of POSITIONS_MULTIPLE."""
     return torch.nn.functional.pad(positions, (0, -len(positions) % POSITIONS_MULTIPLE), value=nothing)
 
 
@@ -391,9 +391,9 @@ def make_dataloader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader[Any]:
-    """Batches from step first_step up to last_step (default: the end of the first epoch), epoch after epoch.
+    """Load batches from step first_step up to last_step (default: the end of the first epoch), epoch after epoch.
 
-    batch_size counts the pictures of all world_size processes; this one, number `rank`, gets its share of each batch.
+    batch_size counts the pictures of all world_size processes; process `rank` gets its share of each batch.
     """
     batches = Batches(dataset, batch_size, first_step, last_step, shuffle, rank, world_size)
     return DataLoader(
@@ -408,19 +408,19 @@ def make_dataloader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=ignore_interrupts,
-        # Forked workers share the table, the tokens and kept pictures; elsewhere they would be sent a copy each.
+        # Forked workers share the table, the tokens and the cached pictures; otherwise each would get a copy.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
     )
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Leaves the wishes to stop, which may reach the workers too, to the process that they work for."""
+    """Ignore stop signals in a worker, which may receive them too: its parent process handles them."""
     for name in STOP_SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     if sys.argv[1:2] != ["check"]:
         raise UserError("usage: python dataset.py check DIR (see python dataset.py check --help)")
     from data.check import main as check

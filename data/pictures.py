@@ -1,8 +1,8 @@
-"""A picture file to the square tensor the model sees: one function for training, captioning and measuring.
+"""Turn a picture file into the square tensor the model sees: one function for training, captioning and scoring.
 
-Whatever a person may have photographs in comes out as RGB, upright, on white; everything else is one UserError that
-names the file. Never trusts a header: sizes are checked before pixels are decoded, and nothing is called readable until
-its pixels have been read. Never runs an outside program.
+Every usual format of photographs comes out as RGB, upright, on white; everything else is one UserError that names the
+file. Never trusts a header: sizes are checked before pixels are decoded, and a picture counts as readable only after
+its pixels have been read. Never runs an external program.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from utils import first_line, in_one_line
 
 PictureSource = str | os.PathLike[str] | bytes | Image.Image  # bytes are a file's content
 
-# Tried in this order; TGA has no signature and must be last. PPM stands for its whole family, JPEG for MPO too.
+# Tried in this order; TGA has no signature and must be last. PPM includes its family, JPEG includes MPO.
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "ICO", "PPM", "QOI", "SGI", "PCX", "TGA"]
 with contextlib.suppress(ImportError):
     import pillow_heif
@@ -40,30 +40,30 @@ with contextlib.suppress(ImportError):
     FORMATS.append("HEIF")
 
 JPEG_END = b"\xff\xd9"
-PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"acTL", b"fcTL", b"fdAT", b"IEND")  # chunks that make the picture
-PNG_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # how texts begin that may say it
-PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # bytes that one of these may unpack to; all together have 64 MiB
+PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"acTL", b"fcTL", b"fdAT", b"IEND")  # chunks needed for decoding
+PNG_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # starts of texts that may hold it
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # bytes that one may decompress to; all together 64 MiB
 
-# Opening an icon, an animation or a WebP file already allocates its pixels, so Pillow has to know the limit as well.
-# It refuses what is above twice its setting and warns below that; these and its other warnings (about unknown tags and
-# the like, printed from the midst of an epoch) say nothing that an error or a decoded picture does not.
+# Opening an icon, an animation or a WebP file already allocates its pixels, so Pillow must know the limit too. Pillow
+# refuses more than twice its setting and warns below that. This and its other warnings (about unknown tags and the
+# like, printed in the middle of an epoch) say nothing that an error or a decoded picture does not say.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def load_picture(source: PictureSource, size: int, name: str | None = None, resample: str = "bicubic") -> Tensor:
-    """A picture as uint8 (3, size, size), squashed to a square as ViT's own preprocessing does.
+    """Load a picture as uint8 (3, size, size), squashed to a square as ViT's preprocessing does.
 
     Takes a path, a file's bytes or a Pillow image; messages call it `name` (default: its path, or "picture"). Of an
-    animation the first frame counts. A JPEG is decoded at the smallest eighth of its size that is no smaller than the
-    square; resample is bicubic or bilinear. Raises UserError, in one line that names the file, for what cannot be read.
+    animation the first frame is used. A JPEG is decoded at the smallest scale, in eighths, that is not smaller than the
+    square; resample is bicubic or bilinear. Raises UserError, in one line that names the file, if it cannot be read.
     """
     if name is None:
         name = "picture" if isinstance(source, bytes | Image.Image) else str(source)
     try:
         pixels = torch.from_numpy(decode(source, size)).permute(2, 0, 1)  # channels last: the fast kernel
-        # Not torch's contiguous(), and not its resize to the same size, which copies too: that copy starts threads, which
-        # wait for more work by spinning, on the model's cores.
+        # Not torch's contiguous(), nor its resize to the same size, which copies too: such a copy starts threads that
+        # then wait for work by spinning, on the model's cores.
         if pixels.shape[1:] != (size, size):
             pixels = interpolate(pixels.unsqueeze(0), (size, size), mode=resample, antialias=True)[0]
         return torch.from_numpy(np.ascontiguousarray(pixels.numpy()))
@@ -74,19 +74,19 @@ def load_picture(source: PictureSource, size: int, name: str | None = None, resa
 
 
 def prepare_picture(source: PictureSource, config: ViTGPT2Config, name: str | None = None) -> Tensor:
-    """What the model sees of a picture outside training: resized, its middle cut out, uint8 (3, S, S)."""
+    """Load a picture for validation or captioning: resized and centre-cropped, uint8 (3, S, S)."""
     assert config.resize_size is not None
     margin = (config.resize_size - config.image_size) // 2
     return crop(load_picture(source, config.resize_size, name, config.resample), margin, margin, config.image_size)
 
 
 def crop(pixels: Tensor, top: int, left: int, size: int) -> Tensor:
-    """(3, R, R) -> (3, size, size)."""
+    """Crop (3, R, R) to (3, size, size)."""
     return pixels[:, top : top + size, left : left + size]
 
 
 def decode(source: PictureSource, size: int) -> NDArray[np.uint8]:
-    """uint8 (H, W, 3), upright; H and W are the picture's own or, for a JPEG, smaller ones of at least `size`."""
+    """Decode to uint8 (H, W, 3), upright; H and W are the picture's or, for a JPEG, smaller but at least `size`."""
     if isinstance(source, Image.Image):
         return decode_pillow(source)
     data = source if isinstance(source, bytes) else budget.read_file(source)
@@ -105,7 +105,7 @@ def decode(source: PictureSource, size: int) -> NDArray[np.uint8]:
 
 
 def open_picture(file: BinaryIO) -> Image.Image:
-    """A file's picture, its header read and no pixel. Raises what Pillow raises, and OverBudget."""
+    """Open a picture and read its header, but no pixels. Raises Pillow's errors, and OverBudget."""
     data, reads = file.read(), MAX_READS
     if "HEIF" not in FORMATS and re.match(rb"....ftyp(he|mif1|msf1)(?!.*avi[fs])", data[:32], re.DOTALL):
         raise ValueError(f"HEIC{HEIC['.heic']}")
@@ -126,36 +126,36 @@ def open_picture(file: BinaryIO) -> Image.Image:
     codec, pixels = image.tile[0][0] if image.tile else "", image.width * image.height
     if codec == "bmp_rle" and len(data) > 4 * pixels + 8 * image.height + MAX_BESIDE:
         raise OverBudget(f"{len(data):,} bytes for {pixels:,} pixels")
-    if codec in ("bmp_rle", "qoi", "ppm"):  # which read byte by byte: counting would make honest ones twice as slow
+    if codec in ("bmp_rle", "qoi", "ppm"):  # these read byte by byte: counting would make them twice as slow
         image.fp = io.BytesIO(data)
     counted.most += 2 * pixels  # strips and tiles are read one by one
     return image
 
 
 def decode_jpeg(data: bytes, size: int) -> NDArray[np.uint8] | None:
-    """The fast way for an intact JPEG in grey or colour; None for all others, which Pillow is to judge."""
-    import simplejpeg  # late: a host that only computes may lack it
+    """Decode an intact JPEG in grey or colour the fast way; None for all others, which are left to Pillow."""
+    import simplejpeg  # imported here: a machine that decodes no JPEG may lack it
 
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > MAX_PIXELS or colours in ("CMYK", "YCCK"):
             return None
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=size, min_width=size)
-    except ValueError:  # a warning of libjpeg's is enough
+    except ValueError:  # also for a mere warning of libjpeg
         return None
     return upright(pixels, orientation(data)) if has_app1(data) else pixels
 
 
 def lacks_only_its_end(data: bytes) -> bool:
-    """Whether a JPEG, in any colours, has all of its pixels, and only the two bytes after them are missing."""
+    """Whether a JPEG, in any colours, has all of its pixels and lacks only the two bytes after them."""
     import simplejpeg
 
     lacking = {(-1, -1)}  # (component, coefficient): a file cut between two scans is blurred, without a warning
     for marker, body in budget.segments(data):
-        if marker in (0xC0, 0xC1, 0xC2):  # Huffman's codes, of which no bit is missing unnoticed
-            lacking = {(component, place) for component in body[6::3] for place in range(64)}
+        if marker in (0xC0, 0xC1, 0xC2):  # Huffman codes: a missing bit does not go unnoticed
+            lacking = {(component, index) for component in body[6::3] for index in range(64)}
         elif marker == 0xDA and len(body) > 5 and not body[-1] & 15:  # a scan that brings the last bit
-            lacking -= {(component, place) for component in body[1:-3:2] for place in range(body[-3], body[-2] + 1)}
+            lacking -= {(component, index) for component in body[1:-3:2] for index in range(body[-3], body[-2] + 1)}
     with contextlib.suppress(ValueError):
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if not lacking and height * width <= MAX_PIXELS:
@@ -165,19 +165,19 @@ def lacks_only_its_end(data: bytes) -> bool:
 
 
 def has_app1(data: bytes) -> bool:
-    """Whether a JPEG may hold an APP1 segment, the home of EXIF and XMP: a hundred times cheaper than Pillow's parse."""
+    """Whether a JPEG may have an APP1 segment, which holds EXIF and XMP: 100 times cheaper than parsing with Pillow."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] not in (0xE1, 0xFF):
-        if data[at + 1] == 0xDA:  # the pixels begin
+        if data[at + 1] == 0xDA:  # the pixels start
             return False
         at += 2 + (data[at + 2] << 8 | data[at + 3])
-    return True  # or laid out in an unusual way, in which case Pillow is to look
+    return True  # or an unusual layout, which Pillow has to read
 
 
 def lean_png(file: BinaryIO) -> bytes:
-    """A PNG's pixels, and what says their orientation, without profiles, texts and all else: Pillow refuses the whole
-    picture where one of these is large or its checksum wrong. Raises ValueError where that of pixels is, which Pillow
-    never looks at, and OverBudget for too many chunks."""
+    """Reduce a PNG to its pixels and orientation, without profiles, texts and all else: Pillow refuses a picture if one
+    of these is large or has a wrong checksum. Raises ValueError for a wrong checksum of pixels, which Pillow never
+    checks, and OverBudget for too many chunks."""
     parts, number = [file.read(8)], 0
     while kind := (head := file.read(8))[4:]:
         if (number := number + 1) > MAX_CHUNKS:
@@ -187,8 +187,8 @@ def lean_png(file: BinaryIO) -> bytes:
         right = zlib.crc32(content[:length], zlib.crc32(kind)) == int.from_bytes(content[length:], "big")
         if kind == b"IDAT" and len(content) == length + 4 and not right:
             raise ValueError("the checksum of its pixels is wrong")
-        # One letter away from a chunk of pixels it may be that one, damaged: Pillow is to judge.
-        pixels = not kind[:1].islower() or any(sum(map(operator.ne, kind, own)) < 2 for own in PNG_PIXELS)
+        # A name one letter away from a pixel chunk's may be that chunk, damaged: Pillow decides.
+        pixels = not kind[:1].islower() or any(sum(map(operator.ne, kind, each)) < 2 for each in PNG_PIXELS)
         turns = kind == b"eXIf" or content.startswith(PNG_ORIENTATION)
         if pixels or (turns and right):
             parts += [head, content]
@@ -198,17 +198,17 @@ def lean_png(file: BinaryIO) -> bytes:
 
 
 def decode_pillow(image: Image.Image) -> NDArray[np.uint8]:
-    """uint8 (H, W, 3), upright, of an image that Pillow may or may not have loaded yet."""
+    """Decode a Pillow image, loaded or not, to uint8 (H, W, 3), upright."""
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
     if max(image.size) > MAX_SIDE:
         raise OverBudget(f"more than {MAX_SIDE:,} pixels a side")
-    image.load()  # before the orientation: a PNG's may stand behind its pixels, and a TIFF turns itself
+    image.load()  # before the orientation: a PNG's may follow its pixels, and loading turns a TIFF
     return upright(to_rgb(image), orientation(image))
 
 
 def orientation(source: bytes | Image.Image) -> int:
-    """EXIF's number for how a picture is stored, 1 to 8; damaged EXIF is no reason to lose the picture."""
+    """EXIF's number for a picture's orientation, 1 to 8; 1 if the EXIF is damaged, so that the picture is not lost."""
     try:
         image = Image.open(Counted(source), formats=("JPEG",)) if isinstance(source, bytes) else source
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -218,7 +218,7 @@ def orientation(source: bytes | Image.Image) -> int:
 
 
 def upright(pixels: NDArray[np.uint8], stored: int) -> NDArray[np.uint8]:
-    """Undoes an EXIF orientation. Copied into order, so that the resize after it rounds alike for all eight."""
+    """Undo an EXIF orientation. The result is contiguous, so that the resize rounds equally for all eight."""
     if stored == 1:
         return pixels
     if stored >= 5:
@@ -231,12 +231,12 @@ def upright(pixels: NDArray[np.uint8], stored: int) -> NDArray[np.uint8]:
 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """A loaded Pillow image of any mode as uint8 (H, W, 3), transparency laid on white."""
+    """Convert a loaded Pillow image of any mode to uint8 (H, W, 3), with white behind transparency."""
     if image.mode[0] in "IF":
         grey = wide_to_bytes(np.asarray(image), image.mode, image.info.get("transparency"))
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode == "La":
-        image = image.convert("LA")  # the only way Pillow has from here
+        image = image.convert("LA")  # Pillow converts La to nothing else
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -244,12 +244,12 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def wide_to_bytes(values: NDArray, mode: str, transparent: object = None) -> NDArray[np.uint8]:
-    """Grey of more than 8 bits as 8 bits, where Pillow's own conversion clips and makes most pictures white.
+    """Convert grey of more than 8 bits to 8 bits. Pillow's conversion clips, and makes most pictures white.
 
-    White is 65535 for integers, and 4095 where none is brighter: cameras and scanners keep 12 bits in files of 16, and
-    such a picture would be black. Floats come without a convention: white is 1, 255 or 65535, the first of them that the
-    picture does not exceed. A picture of either kind that exceeds 65535 has its brightest value as white. Negative
-    values and those that are no numbers are black, values equal to `transparent` (a PNG's key) white.
+    For integers white is 65535, or 4095 if no value is brighter: cameras and scanners store 12 bits in 16-bit files,
+    and such a picture would be black. Floats have no convention: white is the first of 1, 255 and 65535 that no value
+    exceeds. In a picture of either kind with values above 65535, the brightest value is white. Negative values and NaN
+    are black; values equal to `transparent` (a PNG's key) are white.
     """
     wide = values.astype(np.float32)
     brightest = float(wide.max(where=np.isfinite(wide), initial=0.0))
@@ -264,7 +264,7 @@ def wide_to_bytes(values: NDArray, mode: str, transparent: object = None) -> NDA
 
 def reason(error: Exception) -> str:
     """Why a picture could not be read, in a few words."""
-    if isinstance(error, UnidentifiedImageError):  # its own text is about a buffer's address
+    if isinstance(error, UnidentifiedImageError):  # its text shows a buffer's address
         return "damaged, or none of the formats " + ", ".join(FORMATS)
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS} pixels"

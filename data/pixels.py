@@ -1,8 +1,7 @@
-"""From a table's pictures to the pixels of a batch: kept resized in memory, in a mapped file or on the GPU, then cut
-out and augmented.
+"""Pixels for batches: pictures resized, cached in memory, in a mapped file or on the GPU, then cropped and augmented.
 
-Whatever keeps them, the pixels are the ones that load_picture gives; what is random about a sample comes from the
-generator it is handed.
+Wherever they are cached, the pixels are those of load_picture. All randomness of a sample comes from the generator it
+is given.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ from data.table import CaptionTable
 from utils import forget_older, kept_file, key_of, locked, stamps, unfinished_of, whole
 
 Keep = Literal["no", "memory", "disk"]
-VERSION = 2  # of the pictures kept on disk: one more when load_picture gives other pixels
-BAD = 0  # stands for the checksum of what is no picture; the one picture in 2 ** 32 that has it is decoded every time
+VERSION = 2  # of the pictures cached on disk: increase it when load_picture gives other pixels
+BAD = 0  # checksum of a row that is not a picture; a picture that has it (1 in 2 ** 32) is decoded every time
 ZEROS = bytes(1 << 20)
 
 
 def in_threads(work: Callable[[int], object], rows: Sequence[int], bar: tqdm[Any], number: int | None = None) -> None:
-    """Does the work for every row, moving the bar; in threads, since decoding and hashing let go of Python's lock."""
+    """Do the work for every row and move the bar; in threads, since decoding and hashing release the GIL."""
     pool = ThreadPoolExecutor(number or min(16, os.cpu_count() or 1))
     try:
         for _ in pool.map(work, rows):
             bar.update()
     finally:
-        pool.shutdown(cancel_futures=True)  # on Ctrl-C, without the pictures that are still to come
+        pool.shutdown(cancel_futures=True)  # on Ctrl-C, skip the rows that have not started
 
 
 class Pixels:
@@ -50,17 +49,17 @@ class Pixels:
     def __init__(
         self, table: CaptionTable, size: int, keep: Keep = "no", progress: bool = True, resample: str = "bicubic"
     ) -> None:
-        """Decodes everything now, in threads, to keep it in memory or in a file that later runs and other processes
-        share; or nothing, and every picture when it is asked for."""
+        """Decode everything now, in threads, and cache it in memory or in a file that later runs and other processes
+        share; or, with keep="no", decode each picture on request."""
         self.table, self.size, self.progress, self.resample = table, size, progress, resample
         self.bad: dict[int, str] = {}
-        """Rows that turned out not to be pictures, with what is wrong."""
+        """Row -> what is wrong, for rows that cannot be decoded."""
         self.kept: Tensor | None = None
-        """All of them, uint8 (N, 3, size, size), where they are kept."""
+        """All pictures, uint8 (N, 3, size, size), if they are cached."""
         self.file = Path()
-        """Where, on disk."""
+        """The cache file, if they are cached on disk."""
         self.sums: NDArray[np.uint32] | None = None
-        """CRC-32 of each, on disk."""
+        """CRC-32 of each picture in the cache file."""
         self.unchecked = np.ones(len(table), bool)
         if keep == "memory":
             self.kept = torch.empty(len(table), 3, size, size, dtype=torch.uint8)
@@ -69,7 +68,7 @@ class Pixels:
             self._map(kept_file("pixels", [str(table.root.absolute()), table.name, table.split, size], self._key()))
 
     def __getitem__(self, row: int) -> Tensor:
-        """One picture. Raises UserError, naming it, where it cannot be decoded."""
+        """One picture. Raises UserError, which names it, if it cannot be decoded."""
         if row in self.bad:
             raise UserError(self.bad[row])
         if self.kept is not None:
@@ -82,19 +81,19 @@ class Pixels:
             raise
 
     def check(self, row: int) -> None:
-        """Decodes a picture anew that has changed on the disk since it was written there. Looks once at each."""
+        """Decode a picture again if its cached bytes have changed on disk. Checks each picture once."""
         if self.sums is None or not self.unchecked[row]:
             return
         assert self.kept is not None
         if zlib.crc32(self.kept[row].numpy().data) != self.sums[row]:
-            with contextlib.suppress(OSError):  # another process was first, or Windows, as it is mapped
+            with contextlib.suppress(OSError):  # another process was first, or Windows refuses: it is mapped
                 self.file.unlink()
-                print(f"cache       {self.file} is damaged: deleted; until the next run its pictures are decoded anew")
+                print(f"cache       {self.file} is damaged and deleted: this run decodes its damaged pictures again")
             self.kept[row] = self._load(row)
         self.unchecked[row] = False
 
     def check_all(self) -> None:
-        """Looks at every picture."""
+        """Check every picture."""
         label, off = f"checking {self.table.split} pictures", None if self.progress and self.sums is not None else True
         with tqdm(desc=label, total=len(self.table), unit="picture", disable=off) as bar:
             in_threads(self.check, range(len(self.table)), bar)
@@ -103,7 +102,7 @@ class Pixels:
         return load_picture(self.table.picture(row), self.size, self.table.name_of(row), self.resample)
 
     def _decode_into(self, target: Tensor, rows: Sequence[int]) -> None:
-        """Fills in these rows, and `bad` with those that cannot be decoded."""
+        """Fill in these rows; those that cannot be decoded go into `bad`."""
         if not rows:
             return
 
@@ -121,7 +120,7 @@ class Pixels:
             in_threads(decode, rows, bar)
 
     def _key(self) -> str:
-        """Changes with the pictures' files, their order and the size."""
+        """The cache key: changes with the pictures' files, their order and the size."""
         rows = self.table.rows
         if self.table.hub_rows is not None:
             files: Any = {part: data._fingerprint for part, data in self.table.hub_rows.items()}
@@ -130,21 +129,21 @@ class Pixels:
         return key_of(VERSION, self.size, self.resample, files, rows["picture"].to_pylist(), rows["offset"].to_pylist())
 
     def _map(self, path: Path) -> None:
-        """Maps the file, which is made first where it is not there; other processes of the run wait for that."""
+        """Map the cache file, and write it first if it is missing; other processes of the run wait for that."""
         number = len(self.table)
         needed = number * (3 * self.size**2 + np.dtype(np.uint32).itemsize)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with locked(path.with_name(f"{path.name}.lock")):
                 if not path.exists() or path.stat().st_size != needed:
-                    # By a process that was killed, and by one of an earlier version.
+                    # Left by a killed process, or by one of an earlier version.
                     for left in [*unfinished_of(path), *path.parent.glob(f"{path.name}.*.part")]:
                         left.unlink()
                     free = shutil.disk_usage(path.parent).free
                     if needed > free:
                         raise UserError(
-                            f"no room to keep {needed / 1e9:.1f} GB of pictures in {path.parent} ({free / 1e9:.1f} GB "
-                            "are free): leave --cache out, or set VIT_GPT2_CACHE to a folder on another disk"
+                            f"no room to cache {needed / 1e9:.1f} GB of pictures in {path.parent} ({free / 1e9:.1f} GB "
+                            "are free): run without --cache, or set VIT_GPT2_CACHE to a folder on another disk"
                         )
                     with whole(path) as unfinished:
                         reserve(unfinished, needed)
@@ -157,21 +156,21 @@ class Pixels:
             pictures, self.sums = self._mapped(path, "c")
         except OSError as error:
             raise UserError(
-                f"pictures cannot be kept in {path.parent} ({error.strerror or error}): leave --cache out, or set "
+                f"pictures cannot be cached in {path.parent} ({error.strerror or error}): run without --cache, or set "
                 "VIT_GPT2_CACHE to another folder"
             ) from None
         self.file, self.kept = path, torch.from_numpy(pictures)
         self.unchecked[:] = True
-        self._decode_into(self.kept, np.flatnonzero(self.sums == BAD).tolist())  # what was wrong may have passed
+        self._decode_into(self.kept, np.flatnonzero(self.sums == BAD).tolist())  # the error may have been temporary
 
     def _mapped(self, path: Path, mode: Literal["r+", "c"]) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
-        """The file's pictures, (N, 3, size, size), and behind them their checksums, (N,)."""
+        """The file's pictures, (N, 3, size, size), and the checksums after them, (N,)."""
         content, shape = np.memmap(path, np.uint8, mode), (len(self.table), 3, self.size, self.size)
         return content[: np.prod(shape)].reshape(shape), content[np.prod(shape) :].view(np.uint32)
 
 
 def reserve(path: Path, size: int) -> None:
-    """Takes so much of the disk now, in bytes: where it is full, a process that writes through a map dies of SIGBUS."""
+    """Allocate `size` bytes of disk now: on a full disk, a process that writes through a map dies of SIGBUS."""
     with path.open("r+b") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
@@ -182,11 +181,11 @@ def reserve(path: Path, size: int) -> None:
                 file.write(ZEROS[: size - start])
 
 
-# Cutting out and augmenting
+# Cropping and augmentation
 
 
 class Augmenter:
-    """What happens to a picture on its way into a training batch, drawn from the sample's own generator."""
+    """Crop and augment a picture for training, with draws from the sample's generator."""
 
     def __init__(self, resize_size: int, size: int, augmentation: Augmentation) -> None:
         self.size, self.room, self.chance = size, resize_size - size, augmentation.flip
@@ -194,7 +193,7 @@ class Augmenter:
         self.crops = not augmentation.random_resized_crop
 
     def _steps(self, augmentation: Augmentation) -> Any:
-        from torchvision.transforms import v2  # late: its import takes longer than captioning a picture
+        from torchvision.transforms import v2  # imported here: that takes longer than captioning a picture
 
         steps: list[Any] = []
         if augmentation.random_resized_crop:
@@ -208,12 +207,12 @@ class Augmenter:
         return v2.Compose(steps)
 
     def draw(self, rng: np.random.Generator) -> tuple[int, int, bool]:
-        """Where to cut out (top, left), and whether to mirror."""
+        """Draw where to crop (top, left), and whether to mirror."""
         top, left = rng.integers(0, self.room + 1, 2).tolist() if self.crops and self.room else (0, 0)
         return top, left, bool(self.chance and rng.random() < self.chance)
 
     def apply(self, picture: Tensor, top: int, left: int, flip: bool, rng: np.random.Generator) -> Tensor:
-        """uint8 (3, R, R) -> (3, size, size). torchvision draws from torch's global generator, which is left as it was."""
+        """uint8 (3, R, R) -> (3, size, size). torchvision uses torch's global generator, whose state is restored."""
         if self.crops:
             picture = crop(picture, top, left, self.size)
         if flip:
@@ -226,8 +225,8 @@ class Augmenter:
 
 
 def cut_out(kept: Tensor, rows: Tensor, top: Tensor, left: Tensor, flip: Tensor, size: int) -> Tensor:
-    """Pictures (N, 3, R, R), kept anywhere, -> the batch (B, 3, size, size) of these rows, cut out at (top, left) and
-    mirrored where flip says so; the indices (B,) lie on the same device. One gather, however many pictures."""
+    """Crop a batch (B, 3, size, size) from cached pictures (N, 3, R, R), on any device: these rows, at (top, left),
+    mirrored where flip is true. The indices (B,) are on the same device. One gather for any number of pictures."""
     steps = torch.arange(size, device=kept.device)
     across = torch.where(flip[:, None], left[:, None] + size - 1 - steps, left[:, None] + steps)
     down = top[:, None] + steps

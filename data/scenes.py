@@ -1,9 +1,9 @@
-"""The demo's data set: drawn scenes of coloured shapes, five captions each, and a parser that marks captions.
+"""Draw the demo's data set: scenes of coloured shapes with five captions each; and parse captions to score them.
 
-Written to disk in COCO 2017's layout, so that the demo goes through the very code that real photographs go through.
-Knows nothing of models. Equal seeds draw equal files.
+Written to disk in COCO 2017's layout, so that the demo runs the same code as real photographs.
+Does not know about models. Equal seeds draw equal files.
 
-A scene holds one group of shapes at one of five places, or two groups in one of four relations. A group is one to
+A scene has one group of shapes at one of five positions, or two groups in one of four relations. A group is one to
 three shapes of one size, colour and kind.
 """
 
@@ -39,7 +39,7 @@ COUNTS = {"a": 1, "two": 2, "three": 3}
 PLACES = ("at the top", "at the bottom", "on the left", "on the right", "in the middle")
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # and their inverses
 SIDE = 96
-TWO_GROUPS = (1, 3)  # of every five scenes, these have two groups
+TWO_GROUPS = (1, 3)  # of every five scenes, those with these indices have two groups
 ONE_GROUP = (
     "{one} {where}; there {is_} {one} {where}; {where} there {is_} {one}; {where} {one}; a picture of {one} {where}"
 )
@@ -49,7 +49,7 @@ SPLITS = {"train": "train2017", "val": "val2017", "test": "test2017"}
 
 @dataclass(frozen=True)
 class Group:
-    """Shapes of one kind that stand together."""
+    """One to three shapes of one kind, in a row or a column."""
 
     count: int
     size: str
@@ -62,29 +62,29 @@ class Group:
 
     @property
     def plural(self) -> str:
-        """What the plural adds to the shape's name."""
+        """The plural ending of the shape's name."""
         return "" if self.count == 1 else "es" if self.shape == "cross" else "s"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: one group and its place, or two groups and where the first is seen from the second."""
+    """The content of a picture: one group and its position, or two groups and where the first is from the second."""
 
     groups: tuple[Group, ...]
     where: str
 
     @property
     def inverse(self) -> Scene:
-        """The same scene told from its other group."""
+        """The same scene, described from its other group."""
         return Scene(self.groups[::-1], RELATIONS[self.where]) if len(self.groups) == 2 else self
 
     def statements(self) -> list[str]:
-        """Every caption that states the whole scene: five of one group, six of two."""
+        """Every caption that states the complete scene: five for one group, six for two."""
         if len(self.groups) == 1:
-            return self._told(ONE_GROUP)
-        return self._told(TWO_GROUPS_TOLD) + self.inverse._told(TWO_GROUPS_TOLD)
+            return self._captions_by(ONE_GROUP)
+        return self._captions_by(TWO_GROUPS_TOLD) + self.inverse._captions_by(TWO_GROUPS_TOLD)
 
-    def _told(self, forms: str) -> list[str]:
+    def _captions_by(self, forms: str) -> list[str]:
         one, other = self.groups[0], self.groups[-1]
         is_ = "is" if one.count == 1 else "are"
         return [form.format(one=one, is_=is_, where=self.where, other=other) for form in forms.split("; ")]
@@ -95,7 +95,7 @@ class Scene:
 
 
 def random_scene(rng: random.Random, groups: int) -> Scene:
-    """A scene with so many groups, every attribute drawn evenly; two groups differ in colour or shape."""
+    """Draw a scene with this number of groups, each attribute uniformly; two groups differ in colour or shape."""
 
     def group() -> Group:
         colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
@@ -110,7 +110,7 @@ def random_scene(rng: random.Random, groups: int) -> Scene:
 
 
 def group_centres(scene: Scene) -> list[tuple[float, float, bool]]:
-    """Where each group's middle is, as fractions of the picture, and whether its shapes stand side by side."""
+    """Each group's centre, as fractions of the picture, and whether its shapes are in a row (not a column)."""
     places = {"at the top": (0.5, 1 / 6), "at the bottom": (0.5, 5 / 6), "on the left": (1 / 6, 0.5)}
     places |= {"on the right": (5 / 6, 0.5), "in the middle": (0.5, 0.5)}
     if len(scene.groups) == 1:
@@ -122,7 +122,7 @@ def group_centres(scene: Scene) -> list[tuple[float, float, bool]]:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene as a SIDE x SIDE RGB picture; the rng moves groups and shapes a little and tints the ground."""
+    """Draw the scene as a SIDE x SIDE RGB picture; the rng moves groups and shapes a little, tints the background."""
     scale = 2  # drawn large and averaged down, for smooth edges
     ground = tuple(rng.randint(225, 250) for _ in range(3))
     picture = Image.new("RGB", (SIDE * scale, SIDE * scale), ground)
@@ -140,7 +140,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def draw_shape(canvas: ImageDraw.ImageDraw, group: Group, x: float, y: float, radius: float) -> None:
-    """One shape around (x, y), in pixels."""
+    """Draw one shape around (x, y), in pixels."""
     colour = COLOURS[group.colour]
     if group.shape == "circle":
         canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
@@ -156,14 +156,14 @@ def draw_shape(canvas: ImageDraw.ImageDraw, group: Group, x: float, y: float, ra
 
 
 def make_scene(seed: int, split: str, index: int) -> tuple[Scene, list[str], random.Random]:
-    """Scene number `index` of a split, its captions, and the rng that goes on to draw it."""
+    """Make scene number `index` of a split, its captions, and the rng to draw it with."""
     rng = random.Random(f"{seed} {split} {index}")
     scene = random_scene(rng, 2 if index % 5 in TWO_GROUPS else 1)
     return scene, scene.captions(rng), rng
 
 
 def already_drawn(directory: Path, split: str, recipe: dict[str, Any], size: int) -> bool:
-    """Whether a split is already drawn as asked for. Raises UserError where a data set lies that was not drawn here."""
+    """Whether a split is already drawn by this recipe. Raises UserError if the folder holds another data set."""
     annotations = directory / "annotations" / f"captions_{SPLITS[split]}.json"
     foreign = UserError(f"{directory} holds another data set: choose an empty --data-dir for the drawn scenes")
     try:
@@ -180,11 +180,11 @@ def already_drawn(directory: Path, split: str, recipe: dict[str, Any], size: int
 
 
 def draw_scenes(directory: Path, sizes: dict[str, int], seed: int = 0) -> None:
-    """Draws `sizes[split]` scenes for each split into `directory` in COCO 2017's layout, unless they are there.
+    """Draw `sizes[split]` scenes for each split into `directory` in COCO 2017's layout, unless they are there.
 
-    Writes train2017/, val2017/, test2017/ and annotations/captions_*.json, whose images carry their truth under
-    "scene". The annotations of a split are written after its pictures, so a drawing that was cut is drawn again.
-    Raises UserError, and writes nothing, where the folder holds anything else.
+    Writes train2017/, val2017/, test2017/ and annotations/captions_*.json, whose images have their true scene under
+    "scene". A split's annotations are written after its pictures, so an interrupted split is drawn again.
+    Raises UserError, and writes nothing, if the folder holds anything else.
     """
     recipe = {"drawn": "scenes", "seed": seed, "version": 3}
     missing = {split: size for split, size in sizes.items() if not already_drawn(directory, split, recipe, size)}
@@ -206,13 +206,13 @@ def draw_scenes(directory: Path, sizes: dict[str, int], seed: int = 0) -> None:
         write_text(annotations, json.dumps({"info": recipe, "images": images, "annotations": captions}))
 
 
-# Marking captions
+# Scoring captions
 
 _GROUP = re.compile(rf"\b({'|'.join(COUNTS)}) ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
 
 
 def parse_caption(caption: str) -> Scene | None:
-    """The scene that a caption states, or None where it does not state one in full, word for word."""
+    """The scene that a caption states, or None if it does not state a complete one, word for word."""
     text = caption.strip().lower().rstrip(".")
     groups = tuple(Group(COUNTS[count], size, colour, shape) for count, size, colour, shape in _GROUP.findall(text))
     for where in PLACES if len(groups) == 1 else RELATIONS if len(groups) == 2 else ():
@@ -228,13 +228,13 @@ def scene_from_dict(values: dict[str, Any]) -> Scene:
 
 
 def mark(truth: Scene, caption: str) -> dict[str, bool]:
-    """Which attributes a caption states rightly: count, size, colour, shape (of every group), where, and `all`.
+    """Which attributes a caption states correctly: count, size, colour, shape (of every group), where, and `all`.
 
-    Two groups may be told from either one.
+    Two groups may be described from either one.
     """
-    said = parse_caption(caption)
+    stated = parse_caption(caption)
     names = ("count", "size", "colour", "shape")
-    if said is None or len(said.groups) != len(truth.groups):
+    if stated is None or len(stated.groups) != len(truth.groups):
         return dict.fromkeys((*names, "where", "all"), False)
 
     def compare(version: Scene) -> dict[str, bool]:
@@ -243,11 +243,11 @@ def mark(truth: Scene, caption: str) -> dict[str, bool]:
         marks["where"] = version.where == truth.where
         return marks | {"all": all(marks.values())}
 
-    return max((compare(said), compare(said.inverse)), key=lambda marks: sum(marks.values()))
+    return max((compare(stated), compare(stated.inverse)), key=lambda marks: sum(marks.values()))
 
 
 def score_scenes(truths: Sequence[Scene], captions: Sequence[str]) -> dict[str, float]:
-    """Shares of captions right in every attribute: of all scenes, of those with one group and of those with two."""
+    """Shares of captions with every attribute correct: over all scenes, those with one group and those with two."""
     right = [mark(truth, caption)["all"] for truth, caption in zip(truths, captions, strict=True)]
 
     def share(groups: int | None) -> float:

@@ -1,4 +1,4 @@
-"""Pictures that are left out: missing or damaged ones, and those that a model must not be scored on."""
+"""Pictures to skip: missing or damaged ones, and those that a model must not be scored on."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ def pictures_seen(trained_on: np.ndarray, table: CaptionTable) -> list[int]:
 
 
 def check_overlap(trained_on: np.ndarray, table: CaptionTable, allowed: bool) -> None:
-    """Raises UserError unless allowed, where pictures of the table are among those that a model was trained on."""
-    seen = pictures_seen(trained_on, table)
-    if seen and not allowed:
-        some = ", ".join(str(table.id_of(row)) for row in seen[:3])
+    """Raise UserError, unless allowed, if the model was trained on some of the table's pictures."""
+    used = pictures_seen(trained_on, table)
+    if used and not allowed:
+        some = ", ".join(str(table.id_of(row)) for row in used[:3])
         raise UserError(
-            f"{len(seen):,} of the {len(table):,} {table.split} pictures ({some}{', ...' if len(seen) > 3 else ''}) were "
+            f"{len(used):,} of the {len(table):,} {table.split} pictures ({some}{', ...' if len(used) > 3 else ''}) were "
             "trained on, so a score on them means nothing: choose other pictures, or add --allow-overlap"
         )
 
 
 class BadPictures:
-    """Pictures that are missing or damaged: skipped, counted, named in a CSV file; too many of them are an error."""
+    """Missing or damaged pictures: skipped, counted, listed in a CSV file; too many of them are an error."""
 
     def __init__(self, path: Path, tables: Iterable[CaptionTable], most: float = 0.01, go_on: bool = False) -> None:
-        """`most` is the largest share of the tables' pictures that may be so. What an earlier run has named in the file
-        is taken over when going on with it, and gone otherwise."""
+        """`most` is the largest allowed share of bad pictures in the tables. With `go_on` (a resumed run) the file's
+        entries stay; otherwise the file is deleted."""
         self.path, self.most = path, most
         self.total = sum(len(table) + len(table.missing) for table in {id(table): table for table in tables}.values())
         self.found: dict[tuple[str, str], str] = {}
-        """(part, picture) -> what is wrong."""
+        """(split, picture) -> what is wrong."""
         if go_on and path.exists():
             with open(path, newline="", encoding="utf-8") as file:
-                self.found = {(part, picture): why for part, picture, why in list(csv.reader(file))[1:]}
+                self.found = {(split, picture): why for split, picture, why in list(csv.reader(file))[1:]}
         else:
             path.unlink(missing_ok=True)
 
     @property
     def notes(self) -> list[str]:
-        """How many were found, in words."""
+        """One line with the number of skipped pictures; none for 0."""
         return [f"{len(self.found):,} pictures skipped, named in {self.path}"] if self.found else []
 
     def add_known(self, table: CaptionTable, damaged: Mapping[int, str]) -> None:
-        """Takes over what is missing from the table, and rows that have failed to decode, with the reason."""
+        """Add the table's missing pictures, and rows that could not be decoded, with the reason."""
         named = [(str(path := table.root / name), why_missing(path)) for name in table.missing]
         self._add(table, [*named, *((table.name_of(row), reason) for row, reason in damaged.items())])
 
     def add(self, table: CaptionTable, rows: Sequence[tuple[int, str]]) -> None:
-        """Takes over a batch's bad rows. Raises UserError where they become too many."""
+        """Add a batch's bad rows. Raises UserError when there are too many."""
         self._add(table, [(table.name_of(row), reason) for row, reason in rows])
 
     def _add(self, table: CaptionTable, named: Sequence[tuple[str, str]]) -> None:
@@ -69,5 +69,5 @@ class BadPictures:
         if (number := len(self.found)) > self.most * self.total:
             raise UserError(
                 f"{number:,} of {self.total:,} pictures are missing or damaged, {number / self.total:.1%} where "
-                f"{self.most:.1%} are allowed: they are named in {self.path}, mend them or raise --max-bad-share"
+                f"{self.most:.1%} are allowed: they are listed in {self.path}, fix them or raise --max-bad-share"
             )

@@ -1,4 +1,4 @@
-"""A tokenizer trained on captions, and captions from token ids; GPT-2's own comes from weights/file.py."""
+"""Train a tokenizer on captions, and decode token ids to captions. GPT-2's tokenizer is loaded by weights/file.py."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most vocab_size entries (at least 257: the bytes and the end token, which is the last).
+    """Train a byte-level BPE of at most vocab_size entries (at least 257: the bytes and the end token, which is last).
 
-    Unlike GPT-2's it puts a space before the first word, so that a word is one token wherever it stands.
+    Unlike GPT-2's it puts a space before the first word, so that a word is the same token at the start and later.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -36,5 +36,5 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, sequences: Tensor) -> list[str]:
-    """Token ids (N, L) -> N captions, without special tokens and outer spaces."""
+    """Decode token ids (N, L) to N captions, without special tokens, leading and trailing spaces."""
     return [text.strip() for text in tokenizer.batch_decode(sequences, skip_special_tokens=True)]

@@ -441,7 +441,7 @@ def test_an_interrupted_cache_is_not_taken_for_whole(kept, scenes_table, scenes_
 
 
 def test_no_room_and_no_folder_for_kept_pictures(kept, scenes_table, scenes_tokenizer, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="leave --cache out"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="run without --cache"):
         patch.setattr(pixels.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
         dataset(scenes_table, scenes_tokenizer, keep="disk")
     kept.rmdir() if kept.is_dir() and not any(kept.iterdir()) else shutil.rmtree(kept)
@@ -472,7 +472,7 @@ def test_a_cache_has_its_room_before_anything_is_written(kept, scenes_table, sce
 
 def test_a_full_disk_is_one_line(kept, scenes_table, scenes_tokenizer, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(UserError, match=r"cannot be kept in .* \(No space left on device\): leave --cache out"):
+    with pytest.raises(UserError, match=r"cannot be cached in .* \(No space left on device\): run without --cache"):
         dataset(scenes_table, scenes_tokenizer, keep="disk")
     assert not list(kept.glob("*pixels-*")) or all(path.suffix == ".lock" for path in kept.glob("*pixels-*"))
 
@@ -489,8 +489,8 @@ def test_a_kept_picture_that_changed_on_the_disk_is_decoded_anew(kept, scenes_ta
         data = dataset(scenes_table, scenes_tokenizer, keep="disk")
         capsys.readouterr()
         assert all(torch.equal(data.pixels[row], sound[row]) for row in range(len(scenes_table)))
-        assert capsys.readouterr().out.count("is damaged: deleted") == 1
-        assert not file.exists(), "the next run is to make it anew"
+        assert capsys.readouterr().out.count("is damaged and deleted") == 1
+        assert not file.exists(), "the next run is to make it again"
     file.write_bytes(damaged)
     data = dataset(scenes_table, scenes_tokenizer, keep="disk")
     data.keep_on(torch.device("cpu"))
