@@ -233,7 +233,7 @@ def _is_usual(path: Path) -> bool:
 
 # Rows
 
-FOLDERS = (".", "images", "Images", "train_images", "test_images")  # the last two are TextCaps's
+FOLDERS = (".", "images", "Images", "train_images", "test_images")  # the last two are TextCaps'
 IMAGEFOLDER_FILES = [f"metadata.{suffix}" for suffix in ("jsonl", "csv", "parquet")]
 
 

@@ -1,7 +1,7 @@
-"""Readers: one for each way people keep pictures with captions. What each finds and reads is listed in LAYOUTS.
+"""Readers for the usual layouts of pictures with captions, listed in LAYOUTS.
 
-A reader is a function that finds the files of captions in a folder, and one that yields rows from them. None opens a
-picture or follows a name out of the folder; each says, in one line with the file and the line or id, what is damaged.
+A reader is a function that finds the captions files in a folder, and one that yields rows from them. None opens a
+picture or follows a name out of the folder; each reports damage in one line, with the file and the line or id.
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ from data.table import LeftOut, Row
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to keep pictures with captions."""
+    """One layout of pictures with captions."""
 
-    shape: str  # what lies in the folder, in words
-    find: Callable[[Path, Columns], list[Path]]  # the files that hold the captions; none where it is another layout
+    shape: str  # what is in the folder, as a text
+    find: Callable[[Path, Columns], list[Path]]  # the files that hold the captions; none if it is another layout
     read: Callable[[Path, list[Path], Columns], Iterable[Row | LeftOut]]  # their rows, pictures' paths below the folder
     like: Callable[[Path, Columns], list[Path]] = lambda root, columns: []
-    """The same files under other names, known by their content: looked for where no layout's usual names are there."""
+    """The same files under other names, recognised by content: tried if no layout's usual names are there."""
     source: str = ""
-    """Where people get them."""
+    """Where to download them."""
 
 
 # COCO
 
 
 def _find_coco(root: Path, columns: Columns) -> list[Path]:
-    """A part's annotations, the newest year's where there are several. COCO's own test captions are not public: a test
-    part counts where somebody made one with its pictures, as the demo does."""
-    parts = {}
+    """Each split's annotations, the newest year's if there are several. COCO's test captions are not public: a test
+    file counts only if its folder of pictures is there, as in the demo's data."""
+    splits = {}
     for path in sorted(root.glob("annotations/captions_*.json")):
-        match = re.fullmatch(r"(train|val|test)\d*", part := path.stem.removeprefix("captions_"))
-        if match and (match[1] != "test" or (root / part).is_dir()):
-            parts[match[1]] = path
-    return list(parts.values())
+        match = re.fullmatch(r"(train|val|test)\d*", name := path.stem.removeprefix("captions_"))
+        if match and (match[1] != "test" or (root / name).is_dir()):
+            splits[match[1]] = path
+    return list(splits.values())
 
 
 def _coco_form(root: Path, columns: Columns) -> list[Path]:
-    """The files that have COCO's lists with captions in them, here or one folder down (VizWiz, nocaps, many tools)."""
+    """The files with COCO's lists and captions in them, here or one folder down (VizWiz, nocaps, many tools)."""
     return [path for pattern in ("*.json", "*/*.json") for path in sorted(root.glob(pattern)) if _has_cocos_lists(path)]
 
 
 def _has_cocos_lists(path: Path) -> bool:
-    """Searched for, since reading a gigabyte of instances as JSON takes half a minute."""
+    """Whether a file has COCO's lists. Searches the text: parsing a gigabyte of JSON takes half a minute."""
     try:
         with open_file(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             lists = all(re.search(rb'"%s"\s*:\s*\[' % key, content) for key in (b"images", b"annotations"))
@@ -69,25 +69,25 @@ def _has_cocos_lists(path: Path) -> bool:
 
 
 def _read_coco(root: Path, files: list[Path], columns: Columns) -> Iterator[Row | LeftOut]:
-    """Pictures in the order of the file's "images", each one's captions in the order of their ids; in the file's order
-    where some have no number for an id. Captions that VizWiz rejects are skipped."""
+    """Yield pictures in the order of the file's "images", with their captions in the order of the captions' ids; in the
+    file's order if some ids are not numbers. Captions that VizWiz rejects are skipped."""
     reading.one_of_each(root, files, (split_of(path.stem) for path in files))
     known_names = Names(root)
     listed = cache(lambda folder: reading.file_names(root / folder))
     for source in files:
-        split, part = split_of(source.stem), source.stem.removeprefix("captions_")
-        own_folders = [base + own for own in (part, *reading.WORDS.get(split, "").split()) for base in ("", "images/")]
-        there = [each for each in (*own_folders, "images", "Images", ".") if (root / each).is_dir()]
-        # COCO's own names of files say where the pictures are, or would be.
-        said = [each for each in there if each in own_folders[:2]] or [part] if part != source.stem else []
-        folders = list(dict.fromkeys([*said[:1], *there]))
+        split, name = split_of(source.stem), source.stem.removeprefix("captions_")
+        of_split = [base + each for each in (name, *reading.WORDS.get(split, "").split()) for base in ("", "images/")]
+        there = [each for each in (*of_split, "images", "Images", ".") if (root / each).is_dir()]
+        # COCO's file names tell where the pictures are, or should be.
+        named = [each for each in there if each in of_split[:2]] or [name] if name != source.stem else []
+        folders = list(dict.fromkeys([*named[:1], *there]))
         images, annotations = reading.lists_of(parse_json(read_text(source), source), source, "images", "annotations")
         names: dict[int | str, str] = {}
         domains: dict[int | str, str] = {}
         for i, image in enumerate(images):
             image_id = reading.field_of(image, "id", (int, str), f"{source}: images[{i}]")
             if image_id in names:
-                raise UserError(f"{source}: image {image_id!r} is there twice: leave one of them out")
+                raise UserError(f"{source}: image {image_id!r} occurs twice: remove one of them")
             names[image_id] = known_names.checked(image.get("file_name"), f"{source}: image {image_id!r}")
             domains[image_id] = reading.domain_of(image)
         numbered = all(isinstance(each, dict) and type(each.get("id")) is int for each in annotations)
@@ -99,21 +99,21 @@ def _read_coco(root: Path, files: list[Path], columns: Columns) -> Iterator[Row 
             if image_id not in captions:
                 raise UserError(
                     f"{where}: its image {image_id!r} is not among the {len(names):,} 'images': the file is cut, get it "
-                    "anew or leave the annotation out"
+                    "again or remove the annotation"
                 )
             if reading.is_rejected(annotation):
                 yield LeftOut("rejected captions", where.removeprefix(f"{source}: "))
             else:
                 captions[image_id] += [(number, caption) for caption in clean_all(annotation.get("caption"), where)]
         del images, annotations
-        for image_id, own in captions.items():
+        for image_id, numbered_captions in captions.items():
             picture = _coco_picture(names[image_id], folders, listed)
-            texts = [caption for _, caption in sorted(own)]
+            texts = [caption for _, caption in sorted(numbered_captions)]
             yield Row(split, picture, image_id, texts, domain=domains[image_id])
 
 
 def _coco_picture(name: str, folders: list[str], listed: Callable[[str], set[str]]) -> str:
-    """Where the picture is: in the part's folder, in images/ or at the root, with or without the folder in its name."""
+    """A picture's path: in the split's folder, in images/ or in the root, with or without the folder in its name."""
     tried = [f"{folder}/{each}" for each in dict.fromkeys((name, name.rpartition("/")[2])) for folder in folders]
     found = (path for path in tried if path.rpartition("/")[2] in listed(path.rpartition("/")[0]))
     return next(found, tried[0]).removeprefix("./")
@@ -128,8 +128,8 @@ FLICKR_FOLDERS = (
 
 
 def _read_karpathy(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
-    """Karpathy & Fei-Fei (2015, arXiv:1412.2306). COCO's pictures are looked for in the 2014 folders and, by their
-    number, in the 2017 folders; their id is that number, the others' is the file name."""
+    """Read the files of Karpathy & Fei-Fei (2015, arXiv:1412.2306). COCO's pictures are searched in the 2014 folders
+    and, by their number, in the 2017 folders; their id is that number. The id of others is the file name."""
     reading.one_of_each(root, files, [""])
     source, known_names = files[0], Names(root)
     (images,) = reading.lists_of(parse_json(read_text(source), source), source, "images")
@@ -146,9 +146,9 @@ def _read_karpathy(root: Path, files: list[Path], columns: Columns) -> Iterator[
         if "cocoid" in image:
             number = reading.field_of(image, "cocoid", int, where)
             old, new = known_names.checked(image.get("filepath", "val2014"), where), f"{number:012d}.jpg"
-            places = [(base + old, name) for base in ("", "images/")]
-            places += [(base + year, new) for base in ("", "images/") for year in ("val2017", "train2017")]
-            folder, file = next((place for place in places if place[1] in listed(place[0])), ("train2017", new))
+            paths = [(base + old, name) for base in ("", "images/")]
+            paths += [(base + year, new) for base in ("", "images/") for year in ("val2017", "train2017")]
+            folder, file = next((path for path in paths if path[1] in listed(path[0])), ("train2017", new))
             yield Row(split, f"{folder}/{file}", number, captions)
         else:
             yield Row(split, flickr + name, name, captions)
@@ -158,23 +158,23 @@ def _read_karpathy(root: Path, files: list[Path], columns: Columns) -> Iterator[
 
 
 def _token_captions(source: Path, known_names: Names) -> dict[str, list[str]]:
-    """{picture: its captions} of the authors' own files: name.jpg#0, a tab, a caption."""
+    """{picture: its captions} from the authors' files: name.jpg#0, a tab, a caption."""
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(read_text(source).split("\n"), start=1):
         match = re.fullmatch(r"(.+?)#\d+\s+(.*)", line)
         if match:
-            own = captions.setdefault(known_names.checked(match[1], f"{source}:{number}"), [])
-            own.extend(clean_all(match[2], f"{source}:{number}"))
+            texts = captions.setdefault(known_names.checked(match[1], f"{source}:{number}"), [])
+            texts.extend(clean_all(match[2], f"{source}:{number}"))
         elif line.strip():
-            raise UserError(f"{source}:{number}: not 'name#number caption': mend the line or get the file anew")
+            raise UserError(f"{source}:{number}: not 'name#number caption': fix the line or get the file again")
     return captions
 
 
-FLICKR30K_PLACES = [f"{place}/results.csv" for place in (".", "flickr30k_images", "flickr30k_images/flickr30k_images")]
+FLICKR30K_PATHS = [f"{folder}/results.csv" for folder in (".", "flickr30k_images", "flickr30k_images/flickr30k_images")]
 
 
 def _read_flickr30k(root: Path, files: list[Path], columns: Columns) -> Iterator[Row]:
-    """The authors' results_20130124.token, or Kaggle's results.csv."""
+    """Read the authors' results_20130124.token, or Kaggle's results.csv."""
     source, known_names = files[0], Names(root)
     if source.suffix == ".token":
         captions = _token_captions(source, known_names)
@@ -183,27 +183,27 @@ def _read_flickr30k(root: Path, files: list[Path], columns: Columns) -> Iterator
         captions = _kaggle_captions(source, known_names)
         base = source.parent.relative_to(root)
         folder = known_names.first_folder((f"{base}/flickr30k_images", f"{base}", f"{base}/images", "."), captions)
-    for name, own in captions.items():
-        yield Row("", (folder or "flickr30k_images/").removeprefix("./") + name, name, own)
+    for name, texts in captions.items():
+        yield Row("", (folder or "flickr30k_images/").removeprefix("./") + name, name, texts)
 
 
 def _kaggle_captions(source: Path, known_names: Names) -> dict[str, list[str]]:
-    """{picture: its captions} of lines image_name| comment_number| comment, one of which lacks its second bar."""
-    lines = read_text(source).split("\n")  # and not at U+2028 or another break inside a caption
+    """{picture: its captions} from lines image_name| comment_number| comment; one line lacks its second bar."""
+    lines = read_text(source).split("\n")  # not at U+2028 or another break inside a caption
     if [word.strip() for word in lines[0].split("|")] != ["image_name", "comment_number", "comment"]:
         raise UserError(
-            f"{source}:1: the header is not 'image_name| comment_number| comment': get Kaggle's Flickr30k anew, or "
+            f"{source}:1: the header is not 'image_name| comment_number| comment': get Kaggle's Flickr30k again, or "
             "read another table with --dataset csv"
         )
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(lines[1:], start=2):
-        name, _, rest = line.partition("|")
-        match = re.fullmatch(r"\s*\d+\s*(?:\||\s)(.*)", rest)
+        name, _, after = line.partition("|")
+        match = re.fullmatch(r"\s*\d+\s*(?:\||\s)(.*)", after)
         if not match and line.strip():
-            raise UserError(f"{source}:{number}: not 'name| number| caption': mend the line or get the file anew")
+            raise UserError(f"{source}:{number}: not 'name| number| caption': fix the line or get the file again")
         if match:
-            own = captions.setdefault(known_names.checked(name.strip(), f"{source}:{number}"), [])
-            own.extend(clean_all(match[1], f"{source}:{number}"))
+            texts = captions.setdefault(known_names.checked(name.strip(), f"{source}:{number}"), [])
+            texts.extend(clean_all(match[1], f"{source}:{number}"))
     return captions
 
 
@@ -211,25 +211,25 @@ FLICKR8K_LISTS = {split: f"Flickr_8k.{split.replace('val', 'dev')}Images.txt" fo
 
 
 def _find_flickr8k(root: Path, *names: str) -> list[Path]:
-    """The first of the named files that is there, and the lists of its pictures' parts."""
+    """The first of the named files that is there, and the lists of its pictures' splits."""
     captions = reading.files_of(root, *names)[:1]
     return captions and [*captions, *reading.files_of(captions[0].parent, *FLICKR8K_LISTS.values())]
 
 
 def _read_flickr8k(root: Path, files: list[Path], columns: Columns) -> Iterator[Row | LeftOut]:
-    """Kaggle's captions.txt, or the authors' Flickr8k.token.txt. With the authors' split lists, pictures in the order of
-    the lists and none besides."""
+    """Read Kaggle's captions.txt, or the authors' Flickr8k.token.txt. With the authors' split lists, yield the lists'
+    pictures only, in their order."""
     source, known_names = files[0], Names(root)
     captions: dict[str, list[str]] = {}
     if source.name == "captions.txt":
         for where, record in csv_records(source, ","):
             if list(record) != ["image", "caption"]:
                 raise UserError(
-                    f"{source}:1: the header is {','.join(record)!r} where 'image,caption' is expected: mend it or get "
-                    "the file anew"
+                    f"{source}:1: the header is {','.join(record)!r} where 'image,caption' is expected: fix it or get "
+                    "the file again"
                 )
-            own = captions.setdefault(known_names.checked(record["image"], where), [])
-            own.extend(clean_all(record["caption"], where))
+            texts = captions.setdefault(known_names.checked(record["image"], where), [])
+            texts.extend(clean_all(record["caption"], where))
         usual = f"{source.parent.relative_to(root)}/Images/"
         folder = known_names.first_folder([usual[:-1], "."], captions) or usual
     else:
@@ -237,7 +237,7 @@ def _read_flickr8k(root: Path, files: list[Path], columns: Columns) -> Iterator[
         folder = known_names.first_folder([*FLICKR_FOLDERS.split(), "."], captions)
     folder = folder.removeprefix("./")
     if len(files) == 1:
-        yield from (Row("", folder + name, name, own) for name, own in captions.items())
+        yield from (Row("", folder + name, name, texts) for name, texts in captions.items())
         return
     taken: set[str] = set()
     for split, list_name in FLICKR8K_LISTS.items():
@@ -249,36 +249,36 @@ def _read_flickr8k(root: Path, files: list[Path], columns: Columns) -> Iterator[
         names = list(itertools.starmap(known_names.checked, named))
         if repeated := [name for name, times in Counter(names).items() if times > 1]:
             raise UserError(f"{listed}: listed more than once: {reading.some(repeated)}: list each picture once")
-        # The end of a cut CSV file looks like any other, so a picture that captions.txt does not know is an error.
+        # A truncated CSV file is still valid CSV, so a listed picture that is not in captions.txt is an error.
         if unknown := [name for name in names if name not in captions]:
             raise UserError(
                 f"{source}: no line for {reading.some(unknown)} of the {len(names):,} pictures in {list_name}: the file is cut "
-                "or another data set's, get it anew"
+                "or another data set's, get it again"
             )
         yield from (Row(split, folder + name, name, captions[name]) for name in names)
         taken.update(names)
     yield from (LeftOut("pictures in none of the lists", name) for name in captions if name not in taken)
 
 
-# A person's own folder: name.jpg with name.txt beside it
+# A user's folder: name.jpg with name.txt beside it
 
 
 def pictures_below(root: Path, kind: str | None = None) -> Iterator[tuple[Path, list[Path]]]:
-    """Every picture below root, hidden ones left out, with the texts beside it, first the one that counts."""
+    """Yield every picture below root, except hidden ones, with the texts beside it; the first one is to be used."""
     for _, inside in itertools.groupby(files_below(root), key=lambda file: file.parent):
         files = list(inside)
         yield from texts_beside([*filter(is_picture, files)], files, kind).items()
 
 
 def _read_sidecars(root: Path, files: list[Path], columns: Columns) -> Iterator[Row | LeftOut]:
-    """Every line of the text that is not empty is a caption. A folder train/, val/ or test/ says the part."""
+    """Read every line that is not empty as a caption. A folder train/, val/ or test/ gives the split."""
     unread = {file: None for file in files_below(root) if file.suffix.lower() in TEXT_SUFFIXES}
     for picture, texts in pictures_below(root, columns.caption):
         for text in texts:
             unread.pop(text, None)
         name = picture.relative_to(root).as_posix()
         if not reading.is_text(name):
-            raise UserError(f"{root}: {name!r} is no name in UTF-8: rename the picture")
+            raise UserError(f"{root}: {name!r} is not valid UTF-8: rename the picture")
         lines = [line for text in texts[:1] for line in read_text(text).split("\n") if line.strip()]
         captions = clean_all(lines, str(texts[0]) if texts else "")
         for text in filter(has_caption, texts[1:]):
@@ -299,7 +299,7 @@ LAYOUTS = {
     ),
     "flickr30k": Layout(
         "Flickr30k: flickr30k_images/results.csv",
-        lambda root, _: reading.files_of(root, *FLICKR30K_PLACES)[:1],
+        lambda root, _: reading.files_of(root, *FLICKR30K_PATHS)[:1],
         _read_flickr30k,
         lambda root, _: [file for at in (".", "*") for file in sorted(root.glob(f"{at}/results*.token"))][:1],
     ),
@@ -314,13 +314,13 @@ LAYOUTS = {
     "imagefolder": Layout(
         "imagefolder: metadata.jsonl, .csv or .parquet",
         lambda root, _: [
-            file for place in reading.split_folders(root) for file in reading.files_of(place, *IMAGEFOLDER_FILES)
+            file for folder in reading.split_folders(root) for file in reading.files_of(folder, *IMAGEFOLDER_FILES)
         ],
         read_columns,
     ),
     "webdataset": Layout("WebDataset: *.tar", find_shards, read_shards),
     "csv": Layout(
-        "a CSV, TSV or JSON file with a picture's and a caption's column",
+        "a CSV, TSV or JSON file with a picture column and a caption column",
         find_columns,
         read_columns,
         partial(find_columns, usual=False),

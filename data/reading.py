@@ -200,13 +200,13 @@ DOMAIN = re.compile("[a-z]{1,20}-domain")
 
 
 def domain_of(image: Any) -> str:
-    """The domain of an entry of nocaps's "images": in-domain, near-domain or out-domain; "" for others."""
+    """The domain of an entry of nocaps' "images": in-domain, near-domain or out-domain; "" for others."""
     domain = image.get("domain") if isinstance(image, dict) else None
     return domain if isinstance(domain, str) and DOMAIN.fullmatch(domain) else ""
 
 
 def is_rejected(annotation: Any) -> bool:
-    """Whether VizWiz leaves an annotation out: rejected, or one of its sentences for pictures that show nothing."""
+    """Whether VizWiz excludes an annotation: rejected, or one of its sentences for pictures that show nothing."""
     return isinstance(annotation, dict) and any(
         annotation.get(name) is True for name in ("is_rejected", "is_precanned")
     )

@@ -1,6 +1,6 @@
-"""The table of pictures and captions, packed: no Python object a caption, however many there are.
+"""The table of pictures and captions, in Arrow memory: no Python object per caption.
 
-data/sources.py fills it. A table is Arrow memory, mapped from a file where it is large, so that worker processes share it.
+data/sources.py fills it. A large table is mapped from a file, so that worker processes share it.
 """
 
 from __future__ import annotations
@@ -25,58 +25,59 @@ from config import UserError
 from utils import in_one_line
 
 SPLITS = ("train", "val", "test")
-SET_ASIDE, SET_ASIDE_AT_MOST = 0.05, 1000  # share and number of pictures for a part that the source does not have
-FLOOR, LARGEST_SHARE = 50, 6  # but at least so many pictures, or one in six where there are few
+SET_ASIDE, SET_ASIDE_AT_MOST = 0.05, 1000  # share and largest number of pictures for a split that the source lacks
+FLOOR, LARGEST_SHARE = 50, 6  # but at least this many pictures, or one in six of a small data set
 BATCH = 20_000  # rows packed at a time
-CHECKSUM = 4  # bytes at the end of a kept table
+CHECKSUM = 4  # bytes at the end of a cached table
 
 
 class Row(NamedTuple):
-    """One picture as a reader yields it, its captions cleaned ("" where there was nothing)."""
+    """One picture as a reader yields it, its captions cleaned ("" for an empty one)."""
 
     split: str
-    """train, val or test; "" where the source does not say."""
+    """train, val or test; "" if the source does not say."""
     picture: str
-    """Path below the table's root; of the shard, where the picture is inside a tar file."""
+    """Path below the table's root; the shard's path if the picture is inside a tar file."""
     id: int | str
     captions: list[str]
     offset: int = -1
-    """Of the picture's bytes in its shard, or its row in a Hugging Face data set; -1: the file is the picture."""
+    """Offset of the picture's bytes in its shard, or row in a Hugging Face data set; -1: the file is the picture."""
     size: int = -1
     """Bytes of the picture in its shard."""
     domain: str = ""
-    """What the benchmark calls its kind (nocaps: in-domain, near-domain, out-domain)."""
+    """The benchmark's domain (nocaps: in-domain, near-domain, out-domain); "" for none."""
 
 
 class LeftOut(NamedTuple):
-    """What a reader yields in place of a row that it leaves out."""
+    """What a reader yields in place of a row that it skips."""
 
     what: str
-    """In the plural, as it is counted."""
+    """What is skipped, in the plural, for counting."""
     first: str = ""
-    """Which one; the first of a kind is named."""
+    """Which one; messages name the first of its kind."""
 
 
 @dataclass(frozen=True)
 class CaptionTable:
-    """Pictures, counted from 0, each with an id and at least one caption (white space collapsed)."""
+    """Pictures, numbered from 0, each with an id and at least one caption (white space collapsed)."""
 
     rows: pa.Table
-    """Columns picture (string), id (int64 or string), captions (list of strings), offset and size (int64), domain (string)."""
+    """Columns picture (string), id (int64 or string), captions (list of strings), offset and size (int64), domain
+    (string)."""
     root: Path
-    """The folder that the pictures' names start from."""
+    """The folder that the pictures' paths are relative to."""
     name: str
     """The layout it was read from, or the data set's name on the Hub."""
     split: str
-    """train, val or test. Where a source has no test part its val part serves, and this says val."""
+    """train, val or test. If a source has no test split, val serves as test, and this is val."""
     about: str = ""
-    """How the data was recognised, and where its parts come from."""
+    """How the data was recognised, and where its splits come from."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """What the whole source has and no table holds: {what: how many}."""
+    """What was skipped in the source, over all splits: {what: how many}."""
     missing: tuple[str, ...] = ()
-    """Pictures of this part that are named but not there, and therefore not in the table."""
+    """Pictures of this split that are named but do not exist, and so are not in the table."""
     hub_rows: Any = None
-    """{part: rows of a Hugging Face data set's picture column}, where the pictures come from one."""
+    """{split: rows of the picture column}, if the pictures are in a Hugging Face data set."""
 
     def __len__(self) -> int:
         """The number of pictures."""
@@ -84,15 +85,15 @@ class CaptionTable:
 
     @property
     def num_captions(self) -> int:
-        """The captions of all pictures together."""
+        """The number of captions of all pictures."""
         return int(pc.sum(pc.list_value_length(self.rows["captions"])).as_py() or 0)
 
     def id_of(self, row: int) -> int | str:
-        """The picture's id: COCO's number, or what the source has, or its file name."""
+        """The picture's id: COCO's number, or the source's id, or its file name."""
         return self.rows["id"][row].as_py()  # type: ignore[no-any-return]
 
     def domains_of(self, rows: Sequence[int]) -> list[str]:
-        """The domain of each row's picture; [] where one of them has none."""
+        """The domain of each row's picture; [] if one of them has none."""
         domains: list[str] = self.rows["domain"].take(rows).to_pylist()
         return domains if all(domains) else []
 
@@ -105,12 +106,12 @@ class CaptionTable:
         return pc.list_flatten(self.rows["captions"])
 
     def name_of(self, row: int) -> str:
-        """What messages call the picture: its path, or its id and the larger file that it is part of."""
+        """The picture's name in messages: its path, or the path of the larger file that holds it, and its id."""
         picture, offset = str(self.root / self.rows["picture"][row].as_py()), self.rows["offset"][row].as_py()
         return picture if offset < 0 else f"{picture}: {self.id_of(row)}"
 
     def picture(self, row: int) -> Path | bytes:
-        """Where the picture is, or its bytes where it is part of a larger file. Raises UserError when those are gone."""
+        """The picture's path, or its bytes if it is inside a larger file. Raises UserError if those cannot be read."""
         picture, offset = self.rows["picture"][row].as_py(), self.rows["offset"][row].as_py()
         if self.hub_rows is not None:
             value = self.hub_rows[picture][offset]["picture"]
@@ -127,17 +128,17 @@ class CaptionTable:
             raise UserError(f"{self.name_of(row)}: cannot be read ({error.strerror})") from None
 
     def head(self, n: int) -> CaptionTable:
-        """The first n pictures (all of them where there are fewer). Raises UserError for n < 1."""
+        """The first n pictures (all of them if there are fewer). Raises UserError for n < 1."""
         if n < 1:
             raise UserError(f"the first {n} pictures were asked for: ask for at least 1")
         return dataclasses.replace(self, rows=self.rows.slice(0, n))
 
     def keys(self) -> np.ndarray:
-        """A 64-bit number for each picture, uint64 (rows,), by which it is known again in another table.
+        """A 64-bit key for each picture, uint64 (rows,), to find the same picture in another table.
 
         COCO's pictures have the same key in 2014, 2017 and Karpathy's split, and so have the photographs that Flickr8k
-        and Flickr30k share. Elsewhere, in people's own files of COCO's form too, it is made of the id and the captions,
-        since two data sets may both have a picture 1.
+        and Flickr30k share. Elsewhere, also in users' files in COCO's format, the key is a hash of the id and the
+        captions, since two data sets may both have a picture 1.
         """
         return np.fromiter((_hash(self._key(row)) for row in range(len(self))), np.uint64, len(self))
 
@@ -158,17 +159,18 @@ def _hash(text: str) -> int:
 def make_table(
     rows: Iterable[tuple[Path, int | str, list[str]]], name: str = "made", split: str = "train"
 ) -> CaptionTable:
-    """A table of (path, id, captions) at hand."""
+    """Make a table from (path, id, captions) in memory."""
     packed, left_out = pack(Row("", str(path.absolute()), i, captions) for path, i, captions in rows)
     return CaptionTable(packed.drop_columns("split"), Path("/"), name, split, left_out=left_out)
 
 
 def pack(rows: Iterable[Row | LeftOut]) -> tuple[pa.Table, dict[str, int]]:
-    """Rows as Arrow, and what was left out of them: empty captions, pictures that have no other, what a reader says."""
+    """Pack rows into an Arrow table. Also counts what is skipped: empty captions, pictures with no other caption, and
+    what a reader skips."""
     left_out: Counter[str] = Counter()
     first: dict[str, str] = {}
 
-    def kept() -> Iterator[Row]:
+    def with_captions() -> Iterator[Row]:
         for row in rows:
             if isinstance(row, LeftOut):
                 left_out[row.what] += 1
@@ -180,20 +182,20 @@ def pack(rows: Iterable[Row | LeftOut]) -> tuple[pa.Table, dict[str, int]]:
             if captions:
                 yield row._replace(captions=captions)
 
-    full, batches = kept(), []
+    full, batches = with_captions(), []
     while batch := list(itertools.islice(full, BATCH)):
         batches.append(_batch(batch))
     batches = batches or [_batch([])]
-    if len({batch.schema for batch in batches}) > 1:  # numbers here and names there: names all over
-        place = Row._fields.index("id")
-        batches = [batch.set_column(place, "id", pc.cast(batch["id"], pa.string())) for batch in batches]
+    if len({batch.schema for batch in batches}) > 1:  # some ids are numbers, some names: store all as names
+        column = Row._fields.index("id")
+        batches = [batch.set_column(column, "id", pc.cast(batch["id"], pa.string())) for batch in batches]
     return pa.concat_tables(batches).combine_chunks(), {
         what + first.get(what, ""): n for what, n in left_out.items() if n
     }
 
 
 def _batch(rows: list[Row]) -> pa.Table:
-    """Ids are numbers where all of the rows' are."""
+    """Pack rows. Ids are stored as numbers if all of these rows' ids are."""
     columns: dict[str, list[Any]] = {name: [row[i] for row in rows] for i, name in enumerate(Row._fields)}
     numbers = all(type(i) is int and abs(i) < 1 << 63 for i in columns["id"])
     columns["id"] = columns["id"] if numbers else list(map(str, columns["id"]))
@@ -204,11 +206,11 @@ def _batch(rows: list[Row]) -> pa.Table:
 
 
 def split_up(packed: pa.Table, floor: int = FLOOR) -> tuple[pa.Table, str]:
-    """The rows with every split filled in and in the order of SPLITS, and in words what was decided.
+    """Fill in every row's split and sort by SPLITS. Returns the rows, and a text about what was set aside.
 
-    Where no row says its part, 5 % of the pictures (at most 1,000; at least 50, or one in six where there are few) are
-    set aside for val and as many for test; where some do but none is val, val alone is taken from train so. Which ones
-    follows from the pictures' ids alone. Pictures that share a text stay together and count as one.
+    If no row has a split, 5 % of the pictures (at most 1,000; at least 50, or one in six of a small data set) are set
+    aside for val and as many for test; if some rows have one but none is val, only val is taken from train this way.
+    The choice depends on the pictures' ids alone. Pictures that share a text stay together and count as one.
     """
     codes = pc.fill_null(pc.index_in(packed["split"], pa.array(SPLITS)), -1).to_numpy().copy()
     named = set(codes.tolist()) - {-1}
@@ -230,9 +232,9 @@ def split_up(packed: pa.Table, floor: int = FLOOR) -> tuple[pa.Table, str]:
         np.minimum.at(least, same, drawn)
         order = np.lexsort((same, least[same]))
         rank = np.cumsum(np.diff(same[order], prepend=-1) != 0) - 1  # of each group, its rows side by side
-        for place, part in enumerate(wanted):
-            codes[pool[order[rank // number == place]]] = part
-        about = f"{number:,} pictures each set aside for {' and '.join(SPLITS[part] for part in wanted)}"
+        for index, code in enumerate(wanted):
+            codes[pool[order[rank // number == index]]] = code
+        about = f"{number:,} pictures each set aside for {' and '.join(SPLITS[code] for code in wanted)}"
         about += ", those of one text counted as one" if groups < len(pool) else ""
     column = pa.array(SPLITS).take(pa.array(codes))
     packed = packed.set_column(packed.schema.get_field_index("split"), "split", column)
@@ -240,11 +242,11 @@ def split_up(packed: pa.Table, floor: int = FLOOR) -> tuple[pa.Table, str]:
 
 
 def _sharing_a_text(packed: pa.Table, pool: np.ndarray) -> np.ndarray:
-    """For each row of the pool the place of the first that differs from it in the picture's suffix only, as a.jpg and a.png
-    beside one a.txt do; for nearly all their own."""
+    """For each row of the pool, the index of the first row with the same captions and the same picture name except for
+    its suffix (a.jpg and a.png beside one a.txt); for nearly all rows, their own index."""
     rows = packed.select(["picture", "captions", "offset"]).take(pool)
     stems = pc.replace_substring_regex(rows["picture"], r"\.[^./]*$", "").to_pylist()
-    inside = pc.greater_equal(rows["offset"], 0).to_pylist()  # of a shard, whose name many rows have
+    inside = pc.greater_equal(rows["offset"], 0).to_pylist()  # inside a shard, whose name many rows have
     times = Counter(stems)
     first: dict[tuple[str, ...], int] = {}
     same = np.arange(len(pool))
@@ -255,7 +257,7 @@ def _sharing_a_text(packed: pa.Table, pool: np.ndarray) -> np.ndarray:
 
 
 def write_table(packed: pa.Table, path: Path, about: dict[str, Any]) -> None:
-    """Packed rows as an Arrow file, with what is to be known about them."""
+    """Write packed rows to an Arrow file, with metadata about them."""
     packed = packed.replace_schema_metadata({"about": json.dumps(about)})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, packed.schema) as writer:
         writer.write_table(packed)
@@ -265,8 +267,8 @@ def write_table(packed: pa.Table, path: Path, about: dict[str, Any]) -> None:
 
 
 def read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """The inverse of write_table; the rows stay on disk and are mapped. Raises OSError, pa.ArrowException, and ValueError
-    where the file has changed since it was written."""
+    """Read write_table's file; the rows stay on disk and are mapped. Raises OSError, pa.ArrowException, and ValueError
+    if the file has changed since it was written."""
     content = pa.memory_map(str(path)).read_buffer()
     content, checksum = content[:-CHECKSUM], content[-CHECKSUM:]
     if zlib.crc32(content) != int.from_bytes(checksum):

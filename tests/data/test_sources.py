@@ -1120,7 +1120,7 @@ COCO_VAL = "annotations/captions_val2017.json"
         ('{"images": [{"id": 4}], "annotations": []}', "image 4: no picture is named"),
         (coco_json([(4, 5)], []), "image 4: no picture is named"),
         (coco_json([(4, "\ud800.jpg")], []), "image 4: '\\ud800.jpg' is not valid"),
-        (coco_json([(4, "a"), (4, "b")], []), "image 4 is there twice"),
+        (coco_json([(4, "a"), (4, "b")], []), "image 4 occurs twice"),
         ('{"images": [], "annotations": [{}]}', "annotations[0]: 'image_id'"),
         (coco_json([(4, "a")], [(8, 99, "text")]), "annotation 8: its image 99 is not among the 1 'images'"),
         (coco_json([(4, "a")], [(8, None, "text")]), "annotation 8: 'image_id'"),
@@ -1132,7 +1132,7 @@ def test_damaged_coco_files(tmp_path: Path, content: str | bytes, part: str) -> 
     fill(tmp_path, {COCO_VAL: content})
     message = error_of(lambda: load_table("coco", tmp_path, "val"))
     assert message.startswith(str(tmp_path / COCO_VAL)) and part in message
-    assert re.search(r"fix|get (it|the file) again|this is another kind|leave|rename", message)
+    assert re.search(r"fix|get (it|the file) again|this is another kind|leave|remove|rename", message)
 
 
 @pytest.mark.parametrize("image_id", [2**70, "x1", "007", "a(b["])
