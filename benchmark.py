@@ -1,18 +1,18 @@
-"""Speed, and what it costs, side by side with transformers and pycocoevalcap, on the machine at hand.
+"""Measure speed and its cost on this machine, next to transformers and pycocoevalcap.
 
-    python benchmark.py data          the loader against the plain transformers path, and how the table grows
-    python benchmark.py machine       this computer in ten minutes: what it has, captions and training steps, as a table
+    python benchmark.py data          the data loader against plain transformers, and the cost of large caption tables
+    python benchmark.py machine       this computer in ten minutes: hardware, captions and training steps, as a table
     python benchmark.py generate      captions by our decoding and by transformers', from the same weights
-    python benchmark.py folder        captions of a folder, against the model alone and decoding alone
-    python benchmark.py precision     what fewer bits cost: CIDEr-D of a model in each precision
-    python benchmark.py train         training steps by our loop and by transformers' model in an ordinary one
+    python benchmark.py folder        captions of a folder, against the model alone and picture decoding alone
+    python benchmark.py precision     the cost of lower precision: CIDEr-D of a model in each precision
+    python benchmark.py train         training steps by our loop, and by a plain loop with transformers' model
     python benchmark.py race          Flickr8k in equal time: five captions a step, one, and transformers
-    python benchmark.py golden        the same small run by two commits: is all that it leaves the same?
-    python benchmark.py gpu           all that only a GPU can show, in eight minutes, beside what was predicted
-    python benchmark.py metrics       BLEU, ROUGE-L, CIDEr-D and rewards by our arrays and by pycocoevalcap
+    python benchmark.py golden        the same small run by two commits: are all its files equal?
+    python benchmark.py gpu           everything that needs a GPU, in eight minutes, next to predicted figures
+    python benchmark.py metrics       BLEU, ROUGE-L, CIDEr-D and rewards by our code and by pycocoevalcap
 
-Prints its figures and writes them as JSON. Peers run in turn in one process, so that ratios mean something where
-absolute figures do not.
+Prints the figures and writes them as JSON. Compared programs run in turn in one process, so that ratios are meaningful
+even where absolute figures are not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from config import UserError
 from utils import parse_flags, run_script, write_json
 
-COMMANDS = {  # in which file of benchmarks/ each is; the others, and torch, need not be imported for it
+COMMANDS = {  # file in benchmarks/ and class; only that file is imported, so that --help does not wait for torch
     "data": ("loader", "DataBenchmark"),
     "machine": ("machine", "MachineBenchmark"),
     "generate": ("captions", "GenerateBenchmark"),
@@ -39,10 +39,10 @@ COMMANDS = {  # in which file of benchmarks/ each is; the others, and torch, nee
 
 
 def main() -> None:
-    """The command line."""
+    """Run the benchmark that the command line names."""
     name, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if name not in COMMANDS:
-        raise UserError(f"usage: python benchmark.py {'|'.join(COMMANDS)} (--help after it shows the flags)")
+        raise UserError(f"usage: python benchmark.py {'|'.join(COMMANDS)} (add --help for its flags)")
     file, command = COMMANDS[name]
     kind = getattr(importlib.import_module(f"benchmarks.{file}"), command)
     config: Any = kind.parsed(arguments) if name == "gpu" else parse_flags(kind, __doc__, arguments)

@@ -1,1 +1,1 @@
-"""Benchmarks: speed side by side with others, on the machine at hand."""
+"""Benchmarks: speed on this machine, next to other libraries."""

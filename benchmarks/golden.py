@@ -1,4 +1,4 @@
-"""benchmark.py golden: whether a change leaves training, captions and what is published as they were, to the bit."""
+"""benchmark.py golden: check that a change keeps training, captions and published files equal to the bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GOLDEN = [
     *("--vision-num-layers", "2", "--decoder-num-layers", "1", "--dropout", "0.1", "--word-dropout", "0.1"),
     *("--device", "cpu", "--seed", "1"),
 ]
-"""The flags of a small run that has been the same in all versions."""
+"""Flags of a small run, which mean the same in all versions."""
 
 
 OPTIMIZERS = ("adamw", "muon")
@@ -28,7 +28,7 @@ EXACT = ("--device", "cpu", "--precision", "fp32")
 
 
 def golden_code(commit: str | None, directory: Path) -> Path:
-    """The folder of a commit's files, written there; of the files as they are, theirs. Raises UserError."""
+    """Write a commit's files to the directory and return it; for None, return the working tree. Raises UserError."""
     if commit is None:
         return ROOT
     directory.mkdir()
@@ -40,17 +40,17 @@ def golden_code(commit: str | None, directory: Path) -> Path:
 
 
 def golden_script(code: Path, directory: Path, *arguments: str) -> None:
-    """Runs a checkout's script in a directory. Raises UserError where it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # sums do not depend on how many cores
+    """Run a checkout's script in a directory. Raises UserError where it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # or sums depend on the number of cores
     command = [sys.executable, str(code / arguments[0]), *arguments[1:]]
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()[-1]
-        raise UserError(f"the golden run of {code} failed in {arguments[0]}: {said}")
+        reason = (done.stderr or done.stdout).strip().splitlines()[-1]
+        raise UserError(f"the golden run of {code} failed in {arguments[0]}: {reason}")
 
 
 def golden_run(code: Path, directory: Path, optimizer: str) -> tuple[list[float], str]:
-    """The losses that the golden run of a checkout logs, every ten steps, and the SHA-256 of its model."""
+    """Run a checkout's golden run; return the losses it logs every ten steps, and the SHA-256 of its model."""
     flags = [*GOLDEN, "--optimizer", optimizer, "--output-dir", "golden", "--resume", "never"]
     golden_script(code, directory, "main.py", *flags)
     losses = [line["loss"] for line in read_log(directory / "golden" / "metrics.jsonl") if "loss" in line]
@@ -58,16 +58,16 @@ def golden_run(code: Path, directory: Path, optimizer: str) -> tuple[list[float]
 
 
 def golden_files(code: Path, directory: Path) -> dict[str, str]:
-    """What the golden run and its model leave, by name, as SHA-256: captions by three beams, greedy ones and drawn ones,
-    metrics, and what is published of them beside the code."""
-    from publishing.hub import MANIFEST  # late: it needs tyro, which benchmark.py gpu goes without
+    """Name -> SHA-256 of the files that the golden run and its model write: captions (three beams, greedy, sampled),
+    metrics, and the published files other than code."""
+    from publishing.hub import MANIFEST  # imported late: it needs tyro, and benchmark.py gpu must run without it
 
     greedy = ("--num-beams", "1", "--scores", "--output", "greedy.jsonl")
     golden_script(code, directory, "example_usage.py", "golden/scenes/val2017", MODEL_FILE, *greedy, *EXACT)
     drawn = ("--do-sample", "--output-dir", "sampled")
     golden_script(code, directory, "evaluate.py", MODEL_FILE, "--data-dir", "golden/scenes", *drawn, *EXACT)
     about = directory / "golden" / "run.json"
-    write_json(about, json.loads(about.read_text(encoding="utf-8")) | {"seconds": 60})  # never the same
+    write_json(about, json.loads(about.read_text(encoding="utf-8")) | {"seconds": 60})  # the real time always differs
     upload = ("user/name", "--dry-run", "--model-path", MODEL_FILE, "--run", "golden")
     golden_script(code, directory, "upload_to_hf.py", *upload)
     files = [directory / "greedy.jsonl"]
@@ -79,20 +79,20 @@ def golden_files(code: Path, directory: Path) -> dict[str, str]:
 
 @dataclass(kw_only=True)
 class GoldenBenchmark:
-    """The same small run by two versions of the code on this machine: a change that is none must give the same bits, of
-    the training, and of the captions, metrics and published files that follow from it."""
+    """Do the same small run with two versions of the code on this machine: a refactoring must give equal bits in
+    training, captions, metrics and published files."""
 
     before: str = "HEAD"
-    """A commit."""
+    """Commit to compare with."""
     after: str | None = None
-    """Another one (default: the files as they are)."""
+    """Commit to check (default: the working tree)."""
     output: Path = Path("benchmark-golden.json")
-    """Where the losses and hashes are written to."""
+    """JSON file to write the losses and hashes to."""
     debug: bool = False
     """Show tracebacks of errors."""
 
     def run(self) -> dict[str, Any]:
-        """The losses of both, by optimizer, and hashes of files. Raises UserError where they differ."""
+        """Return losses by optimizer and hashes of files. Raises UserError where the two versions differ."""
         different: list[str] = []
         found: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,9 @@
-"""benchmark.py gpu: all that only a GPU can show, in a few minutes, each figure beside the one that was predicted.
+"""benchmark.py gpu: everything that needs a GPU, in a few minutes, each figure next to a predicted one.
 
-For a GPU that is lent for minutes: what matters most comes first; every section is a process of its own, with a time limit
-and a memory that it gives back; and the JSON is written at every row, so that a machine that is lost keeps what it has
-measured. Needs torch and transformers; a section that needs more says so and is left out.
+Made for a GPU that is available for minutes only. The most important sections come first. Each section runs in a
+separate process with a time limit, which frees its memory. The JSON is written after every row, so that nothing that
+was measured is lost with the machine. Needs torch and transformers; a section that needs another package is skipped
+and names it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ PREDICTED = {
     "1 pictures, 1 beams": "14 to 18",
     "1 pictures, 3 beams": "22 to 26",
     "product of 8192^3": "500 to 600",
-    # after the rows above had been measured, and before these were
+    # Predicted after the rows above had been measured:
     "ours 256 x 5 bf16": "215 to 240",
     "ours 256 x 5 bf16 compiled": "160 to 170",
     "ours 128 x 5 fp16": "120 to 130",
@@ -65,15 +66,15 @@ PREDICTED = {
     "8 pictures, 3 beams": "30 to 34",
     "64 pictures, 3 beams": "40 to 48",
 }
-"""Of an H100 with 80 GB and torch 2.11, in the unit of the row, from operations, bytes and numbers of kernels: written
-down before the row was measured."""
+"""Predictions for an H100 with 80 GB and torch 2.11, in the unit of the row, from operations, bytes and numbers of
+kernels. Each was written down before its row was measured."""
 
 
-# Sections: generators of rows, given the flags and a folder that all of them share
+# Sections: generators of rows, called with the flags and a folder that all sections share
 
 
 def tests(config: GpuBenchmark, folder: Path) -> Iterator[Row]:
-    """The tests that need a GPU, from the files that have some: collecting the others would take longer."""
+    """Run the tests that need a GPU, only from files that have some: collecting all files would take too long."""
     files = [
         str(path)
         for path in sorted(ROOT.glob("tests/**/test_*.py"))
@@ -96,13 +97,14 @@ def tests(config: GpuBenchmark, folder: Path) -> Iterator[Row]:
 
 
 def kernels(config: GpuBenchmark, folder: Path) -> Iterator[Row]:
-    """What products, copies and the head cost, and attention by every kernel."""
+    """Time matrix products, copies, the head, and attention by every kernel."""
     yield from rates(config.where, config.tiny)
     yield from attentions(config.where, config.tiny)
 
 
 def base_model(config: GpuBenchmark, folder: Path, theirs: bool) -> Path:
-    """The file of random weights that all loops start from, made by the first; and transformers' folder beside it."""
+    """The file of random weights that all loops start from; the first call creates it. theirs: also create its copy in
+    transformers' format, in the folder theirs."""
     path = folder / "model.safetensors"
     if not path.exists():
         torch.manual_seed(0)
@@ -115,8 +117,8 @@ def base_model(config: GpuBenchmark, folder: Path, theirs: bool) -> Path:
 
 
 def steps(config: GpuBenchmark, folder: Path, *loops: tuple[Any, ...], **more: Any) -> Iterator[Row]:
-    """Training steps one kind after another: (whose, pictures, captions, precision, compiled). Loops that differ in
-    pictures and captions alone share what learns, so that it is compiled once."""
+    """Time training steps, one loop after another: (whose, pictures, captions, precision, compiled). Consecutive loops
+    that differ only in pictures and captions share one learner, so that it is compiled once."""
     file = base_model(config, folder, theirs=any(whose == "transformers" for whose, *_ in loops))
     learner, kind = None, None
     for whose, pictures, captions, precision, compiled in loops:
@@ -131,26 +133,26 @@ def steps(config: GpuBenchmark, folder: Path, *loops: tuple[Any, ...], **more: A
             torch.cuda.empty_cache()
         source = f"{' compiled' if compiled else ''}{' from JPEGs' if loop.jpegs else ''}"
         name = f"{whose} {pictures} x {captions} {precision}{source}"
-        began = time.perf_counter()
+        started = time.perf_counter()
         try:
-            with tempfile.TemporaryDirectory() as own:
-                running = Running(loop, Path(own), file, learner)
-                ready = time.perf_counter() - began
+            with tempfile.TemporaryDirectory() as pictures_folder:
+                running = Running(loop, Path(pictures_folder), file, learner)
+                ready = time.perf_counter() - started
                 turns = [running.turn(1 if config.tiny else 20) for _ in range(3)]
         except torch.OutOfMemoryError as error:
             yield Row(name, more=f"does not fit ({first_line(error)[:60]})")
             continue
         rate = matmul_rate(config.where, dtypes()[precision], 256 if config.tiny else 8192)
         found = loop.figures(turns, running.first_loss, max(rate, 1.0)) | {"ready": ready}
-        said = "{pairs_per_second:,.0f} pairs/s, {utilisation:.1%} of the product's rate, {memory_gb:.1f} GB, waiting for data "
-        said += "{data_wait:.1%}, ready after {ready:.0f} s, first loss {first_loss:.4f}"
-        yield Row(name, 1e3 * found["seconds_per_pair"] * loop.pairs, "ms", said.format(**found), found)
+        line = "{pairs_per_second:,.0f} pairs/s, {utilisation:.1%} of the product's rate, {memory_gb:.1f} GB, waiting for data "
+        line += "{data_wait:.1%}, ready after {ready:.0f} s, first loss {first_loss:.4f}"
+        yield Row(name, 1e3 * found["seconds_per_pair"] * loop.pairs, "ms", line.format(**found), found)
         learner = running.learner
         del running
 
 
 def captions(config: GpuBenchmark, folder: Path) -> Iterator[Row]:
-    """Captions by greedy search and three beams, transformers beside the smallest and the largest batch."""
+    """Time captions by greedy search and by three beams; transformers only at the smallest and the largest batch."""
     smallest, largest = (1, 3) if config.tiny else (1, 512)
     job = GenerateBenchmark(device=config.where, length=4 if config.tiny else 20, rounds=1 if config.tiny else 5)  # type: ignore[arg-type]
     model, theirs = job.models(config.sizes)
@@ -158,19 +160,19 @@ def captions(config: GpuBenchmark, folder: Path) -> Iterator[Row]:
     for beams in (1, 3):
         for pictures in (smallest, largest, *between):
             peer = theirs if pictures in (smallest, largest) else None
-            with contextlib.redirect_stdout(io.StringIO()):  # rows say it
+            with contextlib.redirect_stdout(io.StringIO()):  # the rows say the same
                 found = job.compare(model, peer, pictures, beams)
-            own = found["bf16" if config.where == "cuda" else "fp32"]
+            one = found["bf16" if config.where == "cuda" else "fp32"]
             name = f"{pictures} pictures, {beams} beams"
             equal = f", tokens equal to transformers': {found['equal']}" if "equal" in found else ""
-            yield Row(name, 1e3 * own["seconds"], "ms", f"{pictures / own['seconds']:,.0f} captions/s{equal}", found)
-            if "ratio" in own:
-                yield Row(f"{name}, transformers", 1e3 * own["transformers"], "ms", f"{own['ratio']:.2f} times as long")
+            yield Row(name, 1e3 * one["seconds"], "ms", f"{pictures / one['seconds']:,.0f} captions/s{equal}", found)
+            if "ratio" in one:
+                yield Row(f"{name}, transformers", 1e3 * one["transformers"], "ms", f"{one['ratio']:.2f} times as long")
 
 
 def from_jpegs(config: GpuBenchmark, folder: Path) -> Iterator[Row]:
-    """A step whose pictures are decoded beside it."""
-    import simplejpeg  # noqa: F401  # named, where it is lacking
+    """Time steps whose JPEGs are decoded at the same time by other processes."""
+    import simplejpeg  # noqa: F401  # fails here, with the package's name, where it is not installed
 
     return steps(config, folder, ("ours", 128, 5, "bf16", False), ("ours", 128, 1, "bf16", False), jpegs=True)
 
@@ -181,7 +183,7 @@ def training(*loops: tuple[Any, ...]) -> Callable[[GpuBenchmark, Path], Iterator
 
 
 def ours(precision: str, compiled: bool) -> list[tuple[Any, ...]]:
-    """Our steps, the ones that matter most first."""
+    """Our training steps, the most important ones first."""
     return [("ours", n, k, precision, compiled) for n, k in ((128, 5), (128, 1), (256, 5))]
 
 
@@ -189,7 +191,7 @@ SECTIONS: dict[str, tuple[Callable[[GpuBenchmark, Path], Iterator[Row]], float]]
     "tests": (tests, 120),
     "kernels": (kernels, 60),
     "eager": (training(*ours("bf16", False)), 75),
-    "compiled": (training(*ours("bf16", True)), 240),  # each number of captions is compiled for, 86 s the first
+    "compiled": (training(*ours("bf16", True)), 240),  # compiles for each number of captions, 86 s for the first
     "transformers": (training(*(("transformers", n, 1, "bf16", False) for n in (128, 320, 640))), 75),
     "captions": (captions, 90),
     "scst": (training(("self-critical", 128, 5, "bf16", False)), 60),
@@ -197,13 +199,13 @@ SECTIONS: dict[str, tuple[Callable[[GpuBenchmark, Path], Iterator[Row]], float]]
     "jpegs": (from_jpegs, 60),
     "adapters": (training(("LoRA", 128, 5, "bf16", False), ("QLoRA", 128, 5, "bf16", False)), 75),
 }
-"""In the order of their worth, with the seconds that each may take."""
+"""The most important first, with the seconds that each may take."""
 
 
 def serve(name: str, config: GpuBenchmark, folder: Path, pipe: Connection) -> None:
-    """A section's process: its rows one by one, then None."""
-    os.setsid()  # what it starts is ended with it
-    # A compiler that is ended leaves half a file, which the next one to look into the user's own cache would load.
+    """A section's process: send its rows one by one, then None."""
+    os.setsid()  # so that its child processes can be killed with it
+    # A compiler that is killed leaves half a file, which later programs would load from the user's cache.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / name)
     try:
         for row in SECTIONS[name][0](config, folder):
@@ -220,7 +222,7 @@ def serve(name: str, config: GpuBenchmark, folder: Path, pipe: Connection) -> No
 
 @dataclass(kw_only=True)
 class GpuBenchmark:
-    """The sections that are to run, where, and how long."""
+    """The sections to run, on which device, and for how long."""
 
     device: str = "auto"
     tiny: bool = False
@@ -230,30 +232,30 @@ class GpuBenchmark:
 
     @classmethod
     def parsed(cls, arguments: list[str]) -> GpuBenchmark:
-        """From a command line, without tyro, which a bare machine lacks."""
+        """Parse a command line without tyro, which a bare machine lacks."""
         parser = argparse.ArgumentParser("benchmark.py gpu", description=__doc__, allow_abbrev=False)
-        parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default=cls.device, help="where to run")
-        parser.add_argument("--tiny", action="store_true", help="a tiny model and small batches: does every line run?")
+        parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default=cls.device, help="device to run on")
+        parser.add_argument("--tiny", action="store_true", help="a tiny model, to check that every line runs")
         parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=cls.sections, help="default: all")
-        parser.add_argument("--minutes", type=float, default=cls.minutes, help="for all sections (default: 8)")
-        parser.add_argument("--output", type=Path, default=cls.output, help="where the figures are written to")
+        parser.add_argument("--minutes", type=float, default=cls.minutes, help="limit for all sections (default: 8)")
+        parser.add_argument("--output", type=Path, default=cls.output, help="JSON file to write the figures to")
         parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
         flags = vars(parser.parse_args(arguments))
-        del flags["debug"]  # run_script's
+        del flags["debug"]  # run_script reads it from the command line
         return cls(**flags | {"sections": tuple(flags["sections"])})
 
     @property
     def where(self) -> str:
-        """The kind of device."""
+        """The type of device: cuda or cpu."""
         return choose_device(self.device)[0].type
 
     @property
     def sizes(self) -> ViTGPT2Config:
-        """Of the model."""
+        """Sizes of the model."""
         return sizes(self.tiny)
 
     def run(self) -> dict[str, Any]:
-        """The rows of all sections, printed and written as they come."""
+        """Run all sections; print and write each row as it comes."""
         quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
         for name, value in ({"HF_HUB_OFFLINE": "1"} | quiet).items():
             os.environ.setdefault(name, value)
@@ -264,23 +266,23 @@ class GpuBenchmark:
         ends = time.monotonic() + 60 * self.minutes
         with tempfile.TemporaryDirectory() as folder:
             for name in self.sections:
-                began = time.monotonic()
+                started = time.monotonic()
                 print(name, flush=True)
-                for row in self.rows_of(name, Path(folder), min(self.seconds(name), ends - began)):
-                    beside = predicted.get(row.name, "")
-                    print(row.line(beside), flush=True)
-                    found["rows"].append({"section": name, "predicted": beside} | asdict(row))
-                    found["seconds"][name] = time.monotonic() - began
+                for row in self.rows_of(name, Path(folder), min(self.seconds(name), ends - started)):
+                    prediction = predicted.get(row.name, "")
+                    print(row.line(prediction), flush=True)
+                    found["rows"].append({"section": name, "predicted": prediction} | asdict(row))
+                    found["seconds"][name] = time.monotonic() - started
                     write_json(self.output, found)
-                print(f"  {name} took {time.monotonic() - began:.0f} s", flush=True)
+                print(f"  {name} took {time.monotonic() - started:.0f} s", flush=True)
         return found
 
     def seconds(self, name: str) -> float:
-        """That a section may take: a CPU compiles for minutes."""
+        """Seconds that a section may take; more on a CPU, which compiles for minutes."""
         return SECTIONS[name][1] * (1 if self.where == "cuda" else 5)
 
     def rows_of(self, name: str, folder: Path, seconds: float) -> Iterator[Row]:
-        """The rows of a section, whose process ends with it or with its time."""
+        """Yield the rows of a section from its process, which is killed when its time is over."""
         if seconds <= 0:
             yield Row("skipped", more="no time is left")
             return
@@ -292,9 +294,9 @@ class GpuBenchmark:
                     process.join(5)
                     return
                 yield row
-            yield Row("stopped", more=f"after {seconds:.0f} s, which is all that it has")
+            yield Row("stopped", more=f"after {seconds:.0f} s, its time limit")
         except EOFError:
-            yield Row("ended", more="its process ended before it was done")
+            yield Row("ended", more="its process ended before it had finished")
         finally:
             process.kill()
             with contextlib.suppress(ProcessLookupError):

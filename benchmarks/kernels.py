@@ -1,4 +1,4 @@
-"""benchmark.py gpu's kernels: what the products, copies and attentions of a training step cost one by one."""
+"""Kernel timings for benchmark.py gpu: the matrix products, copies and attentions of a training step, one by one."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ BACKENDS = {
     "FA3": SDPBackend.FLASH_ATTENTION,
 }
 KERNELS = ("cuDNN", "flash-attn", "flash", "efficient", "math", "torch's choice", "FA3")
-"""A plan of cuDNN's is made for the first that asks; FlashAttention-3, once there, stays."""
+"""In this order: cuDNN builds its plan for the first caller, and FlashAttention-3 cannot be switched off again."""
 
 
 @functools.cache
 def activate_flash_3() -> None:
-    """From here on this process's flash attention is FlashAttention-3. Raises where it is not installed."""
+    """Make FlashAttention-3 this process's flash attention from now on. Raises where it is not installed."""
     torch.nn.attention.activate_flash_attention_impl("FA3")
 
 
@@ -47,7 +47,7 @@ def attend(kernel: str, states: list[Tensor], causal: bool) -> Tensor:
 
 
 def attention_row(name: str, kernel: str, sizes: tuple[int, int, int], causal: bool, device: str) -> Row:
-    """Forward and backward of one kernel at one shape: how far from fp32, and how fast."""
+    """Run one kernel forward and backward at one shape; return its error against fp32 and its time."""
     (rows, queries, keys), made = sizes, torch.Generator().manual_seed(0)
     states = [torch.randn(rows, length, 12, 64, generator=made).to(device) for length in (queries, keys, keys)]
     slope = torch.randn(rows, queries, 12, 64, generator=made).to(device)
@@ -67,7 +67,8 @@ def attention_row(name: str, kernel: str, sizes: tuple[int, int, int], causal: b
 
 
 def rates(device: str, tiny: bool) -> Iterator[Row]:
-    """A product and a copy, which others are shares of; the head with GPT-2's odd vocabulary and a multiple of 64."""
+    """Time a matrix product and a copy, as reference rates, and the head: with GPT-2's odd vocabulary size, and with a
+    multiple of 64."""
     side = 256 if tiny else 8192
     yield Row(f"product of {side}^3", matmul_rate(device, torch.bfloat16, side) / 1e12, "TFLOP/s")
     numbers = torch.zeros(1 << (20 if tiny else 30), dtype=torch.uint8, device=device)
@@ -89,13 +90,13 @@ def head(hidden: Tensor, weight: Tensor, slope: Tensor) -> None:
 
 
 def attentions(device: str, tiny: bool) -> Iterator[Row]:
-    """Every kernel at the encoder's, the text's and the cross-attention's shape: rows, queries, keys."""
+    """Time every kernel at the shapes (rows, queries, keys) of the encoder, the text and the cross-attention."""
     rows = 2 if tiny else 128
-    shapes = {"encoder": (rows, 197, 197), "text": (5 * rows, 16, 16), "look": (rows, 80, 197)}
+    shapes = {"encoder": (rows, 197, 197), "text": (5 * rows, 16, 16), "cross-attention": (rows, 80, 197)}
     for kernel in KERNELS:
-        for place, sizes in shapes.items():
-            name = f"{kernel}, {place} {' x '.join(map(str, sizes))}"
+        for part, sizes in shapes.items():
+            name = f"{kernel}, {part} {' x '.join(map(str, sizes))}"
             try:
-                yield attention_row(name, kernel, sizes, place == "text", device)
-            except Exception as error:  # what torch raises for a kernel that is not here is not said anywhere
+                yield attention_row(name, kernel, sizes, part == "text", device)
+            except Exception as error:  # torch does not document what it raises for a kernel that is not available
                 yield Row(name, more=f"not here ({type(error).__name__}: {first_line(error)[:80]})")

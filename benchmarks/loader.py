@@ -1,4 +1,4 @@
-"""benchmark.py data: the loader against the plain transformers path, and how the table of captions grows."""
+"""benchmark.py data: the data loader against plain transformers, and time and memory of large caption tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from utils import ROOT
 
 
 def photographs(folder: Path, number: int) -> list[Path]:
-    """640 x 480 JPEGs of quality 90 that cost a decoder what photographs do: noise whose strength falls with frequency."""
+    """Write 640 x 480 JPEGs of quality 90 that decode as slowly as photographs: noise, weaker at high frequencies."""
     rng = np.random.default_rng(0)
     paths = [folder / f"{i}.jpg" for i in range(number)]
     for path in tqdm(paths, "making pictures", unit="picture", leave=False):
@@ -38,7 +38,7 @@ def photographs(folder: Path, number: int) -> list[Path]:
     return paths
 
 
-# Run in a process without torch, so that what it holds is the table.
+# Run in a process without torch, so that its memory is that of the table.
 TABLE_PROBE = """
 import json, multiprocessing, sys, time
 from data.sources import load_tables
@@ -73,25 +73,25 @@ print(json.dumps(figures))
 
 @dataclass(kw_only=True)
 class DataBenchmark:
-    """The loader's speed, the share of padding, and the growth of the table."""
+    """Measure the loader's speed, the share of padding, and the time and memory of caption tables by size."""
 
     pictures: int = 256
     """Pictures of 640 x 480 to read."""
     rounds: int = 5
-    """Times that each path reads them; the best counts."""
+    """Rounds in which each loader reads them; the best time of each counts."""
     captions: tuple[int, ...] = (5_000, 50_000, 500_000)
-    """Sizes of the table to measure, in captions."""
+    """Sizes of the tables to measure, in captions."""
     data_dir: Path | None = None
-    """Captions whose share of padding is measured, such as Flickr8k's (default: none)."""
+    """Data set whose share of padding is measured, such as Flickr8k (default: none)."""
     tokenizer: str = "gpt2"
-    """GPT-2's tokenizer, for the share of padding: from the Hub, or a folder with vocab.json and merges.txt."""
+    """GPT-2's tokenizer, for the share of padding: gpt2 (from the Hub), or a folder with vocab.json and merges.txt."""
     output: Path = Path("benchmark-data.json")
-    """Where the figures are written to."""
+    """JSON file to write the figures to."""
     debug: bool = False
     """Show tracebacks of errors."""
 
     def run(self) -> dict[str, Any]:
-        """All figures."""
+        """Return all figures."""
         with tempfile.TemporaryDirectory() as folder:
             os.environ["VIT_GPT2_CACHE"] = f"{folder}/cache"
             figures: dict[str, Any] = {"loader": self.loader(Path(folder))}
@@ -101,7 +101,7 @@ class DataBenchmark:
         return figures
 
     def loader(self, folder: Path) -> dict[str, float]:
-        """Pictures/s on one core: transformers' processor, our loader decoding, and our loader from its cache."""
+        """Pictures per second on one core: transformers' processor, our loader decoding, our loader from its cache."""
         from transformers import ViTImageProcessorPil
 
         torch.set_num_threads(1)
@@ -134,14 +134,14 @@ class DataBenchmark:
         return rates
 
     def padding(self, data_dir: Path) -> list[dict[str, float]]:
-        """The share of a batch's positions that are padding, and the least possible: batches of one picture."""
+        """The share of padding among a batch's positions, and its floor: the share with batches of one picture."""
         table = load_tables("auto", data_dir)["train"]
         tokenizer = load_tokenizer(self.tokenizer, [], PRESETS["coco"].model.vocab_size)
         print(f"padding of {len(table):,} pictures, one epoch")
         return [self.padding_of(table, tokenizer, *sizes) for sizes in ((5, 32), (5, 128), (1, 32), (1, 128))]
 
     def padding_of(self, table: CaptionTable, tokenizer: Any, captions: int, batch_size: int) -> dict[str, float]:
-        """The same for one batch size and number of captions a picture."""
+        """Both shares for one batch size and number of captions per picture."""
         data = CaptionDataset(table, tokenizer, PRESETS["coco"].model, captions_per_image=captions)
 
         def share(size: int, shuffle: bool) -> float:
@@ -158,7 +158,8 @@ class DataBenchmark:
         return figures
 
     def growth(self, folder: Path, captions: int) -> dict[str, float]:
-        """Time and memory of a table of so many captions in COCO's layout, the second time it is loaded."""
+        """Load a table of that many captions in COCO's layout twice; return both times, and the memory of the second
+        load, which reads the cache."""
         pictures = captions // 5
         (folder / "annotations").mkdir(parents=True)
         for part, number in (("train2017", pictures), ("val2017", 1)):
@@ -174,14 +175,12 @@ class DataBenchmark:
         figures = {"captions": captions, "first_seconds": first["seconds"]} | second
         print(
             "table of {captions:9,} captions: loaded in {first_seconds:6.2f} s, then in {seconds:.2f} s; adds {added_mb:.1f} "
-            "MB to a process (all of it: {process_mb:.0f} MB), {worker_mb:.1f} MB to each of 4 workers".format(
-                **figures
-            )
+            "MB to a process (in all {process_mb:.0f} MB), {worker_mb:.1f} MB to each of 4 workers".format(**figures)
         )
         return figures
 
     def load_elsewhere(self, folder: Path) -> dict[str, float]:
-        """Loads a table in a process of its own, and reads all of it in four more that it forks."""
+        """Load a table in a separate process, which forks four workers that read all of it."""
         command = [sys.executable, "-c", TABLE_PROBE, str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:

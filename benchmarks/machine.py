@@ -1,4 +1,4 @@
-"""benchmark.py machine: what this computer has, and what captions and training cost on it, as a table to paste."""
+"""benchmark.py machine: this computer's hardware, and its times for captions and training, as a Markdown table."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ SETS = ("avx2", "avx_vnni", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_int8"
 
 @dataclass(kw_only=True)
 class MachineBenchmark:
-    """This computer's CPU: its rates, captions of base size and a training step beside transformers', in every precision that
-    it has kernels for. About seven minutes on two cores; ends with a table in Markdown."""
+    """Measure this computer's CPU: its rates, and captions and a training step of a base-size model next to
+    transformers, in every precision that it has kernels for. Takes about seven minutes on two cores, and ends with a
+    table in Markdown."""
 
     rounds: int = 5
-    """Pairs of turns that a caption's ratio is the median of."""
+    """Rounds of captioning, in each of which both take a turn; a ratio is the median over rounds."""
     train: bool = True
-    """Also the training step, half of the time."""
+    """Also measure the training step, which takes half of the time."""
     tiny: bool = False
-    """A tiny model: does every line run?"""
+    """Use a tiny model, to check that every line runs."""
     output: Path = Path("benchmark-machine.json")
-    """Where the figures are written to."""
+    """JSON file to write the figures to."""
     debug: bool = False
     """Show tracebacks of errors."""
 
     def run(self) -> dict[str, Any]:
-        """All figures."""
+        """Measure everything, print the table, and return all figures."""
         about = {"processor": processor(), "sets": instruction_sets(), "memory": available_memory()}
         rates = {name: product_rate(name) for name in packed_precisions()}
         found: dict[str, Any] = {"about": about, "rates": rates | {"memory": memory_rate()}}
@@ -52,7 +53,7 @@ class MachineBenchmark:
 
 
 def processor() -> str:
-    """The CPU's name, as its maker gives it."""
+    """The CPU's product name."""
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -63,14 +64,14 @@ def processor() -> str:
 
 
 def instruction_sets() -> str:
-    """What torch takes for its own kernels, and what the CPU has that matters here."""
-    own = torch.backends.cpu.get_cpu_capability()
+    """The instruction set that torch's kernels use, and those of SETS that the CPU has."""
+    used = torch.backends.cpu.get_cpu_capability()
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.12 and later
-    return ", ".join([f"torch uses {own}", *(name for name in SETS if has.get(name))])
+    return ", ".join([f"torch uses {used}", *(name for name in SETS if has.get(name))])
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    """Lines of Markdown."""
+    """The figures as lines of Markdown."""
     about, rates, machine = found["about"], dict(found["rates"]), about_machine()
     memory = rates.pop("memory")
     cores = f"{machine['cores']} cores ({torch.get_num_threads()} threads)"
@@ -84,28 +85,28 @@ def table(found: dict[str, Any]) -> list[str]:
         some = f"{row['pictures']} picture{'s' * (row['pictures'] > 1)}, "
         name = some + ("greedy" if row["beams"] == 1 else f"{row['beams']} beams")
         cells = [
-            f"{own['seconds']:.2f} s, {own['ratio']:.2f}x, {own['floor'] / own['seconds']:.0%} of the floor"
-            for own in (row[precision] for precision in rates)
+            f"{ours['seconds']:.2f} s, {ours['ratio']:.2f}x, {ours['floor'] / ours['seconds']:.0%} of the floor's speed"
+            for ours in (row[precision] for precision in rates)
         ]
         lines.append(f"| {name} | {row['fp32']['transformers']:.2f} s | {' | '.join(cells)} |")
     return lines + training_rows(found.get("train", {"loops": [], "ratios": {}}), list(rates))
 
 
 def training_rows(train: dict[str, Any], precisions: list[str]) -> list[str]:
-    """A line for each of transformers' numbers of pairs a step."""
+    """A table row for each number of pairs per step that transformers was measured with."""
     loops = {(loop["whose"], loop["precision"], loop["pairs"]): loop for loop in train["loops"]}
     lines = []
     for whose, precision, pairs in loops:
         if (whose, precision) == ("transformers", "fp32"):
             theirs, cells = loops[whose, precision, pairs], []
             for name in precisions:
-                own = next((loop for key, loop in loops.items() if key[:2] == ("ours", name)), None)
-                ratio = own and theirs["seconds_per_pair"] / own["seconds_per_pair"]
+                ours = next((loop for key, loop in loops.items() if key[:2] == ("ours", name)), None)
+                ratio = ours and theirs["seconds_per_pair"] / ours["seconds_per_pair"]
                 cells.append(
-                    f"{own['seconds_per_pair']:.3f} s, {ratio:.2f}x, {own['utilisation']:.0%} of the product's rate"
-                    if own
+                    f"{ours['seconds_per_pair']:.3f} s, {ratio:.2f}x, {ours['utilisation']:.0%} of the product's rate"
+                    if ours
                     else ""
                 )
-            said = f"{theirs['seconds_per_pair']:.3f} s, {theirs['utilisation']:.0%}"
-            lines.append(f"| a pair in training, beside steps of {pairs} pairs | {said} | {' | '.join(cells)} |")
+            peer = f"{theirs['seconds_per_pair']:.3f} s, {theirs['utilisation']:.0%}"
+            lines.append(f"| a pair in training, transformers' steps of {pairs} pairs | {peer} | {' | '.join(cells)} |")
     return lines

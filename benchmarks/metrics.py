@@ -1,4 +1,4 @@
-"""benchmark.py metrics: scores and rewards by our arrays and by pycocoevalcap."""
+"""benchmark.py metrics: time scores and rewards by scoring/metrics.py and by pycocoevalcap."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from scoring.metrics import CiderD, score_captions
 
 
 def made_up_captions(pictures: int, references: int) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """A candidate and some references for each picture, as words: 8 to 14 of 8,000, as often as Zipf's law has it, half
-    of them from a dozen that the picture's captions share."""
+    """A candidate and some references for each picture, as lists of words: 8 to 14 words of a vocabulary of 8,000 with
+    frequencies by Zipf's law, half of them from a dozen words that the picture's captions share."""
     rng = np.random.default_rng(0)
     vocabulary = np.array([f"word{i}" for i in range(8000)])
     often = 1 / np.arange(1, len(vocabulary) + 1)
     often /= often.sum()
 
     def caption(shared: np.ndarray) -> list[str]:
-        own = rng.choice(len(vocabulary), rng.integers(8, 15), p=often)
-        words = np.where(rng.random(len(own)) < 0.5, rng.choice(shared, len(own)), own)
+        free = rng.choice(len(vocabulary), rng.integers(8, 15), p=often)
+        words = np.where(rng.random(len(free)) < 0.5, rng.choice(shared, len(free)), free)
         return vocabulary[words].tolist()  # type: ignore[no-any-return]
 
     topics = [rng.choice(len(vocabulary), 12, p=often) for _ in range(pictures)]
@@ -33,20 +33,20 @@ def made_up_captions(pictures: int, references: int) -> tuple[list[list[str]], l
 
 @dataclass(kw_only=True)
 class MetricsBenchmark:
-    """BLEU, ROUGE-L and CIDEr-D, and CIDEr-D as a reward, by pycocoevalcap and by metrics.py, from the same words."""
+    """Time BLEU, ROUGE-L, CIDEr-D, and CIDEr-D as a reward, by pycocoevalcap and by metrics.py, on the same words."""
 
     pictures: int = 5_000
     """Pictures to score, each with one candidate."""
     references: int = 5
-    """References of each picture."""
+    """References per picture."""
     rewarded: int = 50
-    """Pictures of a batch to reward."""
+    """Pictures in the batch that is rewarded."""
     samples: int = 5
-    """Sampled captions of each picture of the batch; at most `pictures` in all."""
+    """Sampled captions per picture of that batch; at most `pictures` in all."""
     rounds: int = 3
-    """Times that each scores them; the best counts."""
+    """Rounds in which each scores them; the best time counts."""
     output: Path = Path("benchmark-metrics.json")
-    """Where the figures are written to."""
+    """JSON file to write the figures to."""
     debug: bool = False
     """Show tracebacks of errors."""
 
@@ -56,7 +56,7 @@ class MetricsBenchmark:
             raise UserError(f"{batch}: their product must be from 1 to pictures, {self.pictures}")
 
     def run(self) -> dict[str, Any]:
-        """Seconds, ratios, and the largest difference of any score."""
+        """Return seconds, ratios, and the largest difference of any score."""
         try:
             import pycocoevalcap.cider.cider  # noqa: F401
         except ImportError:
@@ -66,7 +66,7 @@ class MetricsBenchmark:
         return {"scores": self.scores(*captions), "reward": self.reward(*captions)}
 
     def scores(self, candidates: list[list[str]], references: list[list[list[str]]]) -> dict[str, float]:
-        """All metrics of all pictures."""
+        """Time all metrics of all pictures."""
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
@@ -85,13 +85,13 @@ class MetricsBenchmark:
         return self.report("BLEU, ROUGE-L, CIDEr-D", {"pycocoevalcap": peer, "metrics": ours}, difference)
 
     def reward(self, candidates: list[list[str]], references: list[list[list[str]]]) -> dict[str, float]:
-        """The reward of a batch. pycocoevalcap is timed with the batch's own frequencies, as it takes no others; to
-        compare scores, its scorer is handed those of all pictures."""
+        """Time the reward of a batch. pycocoevalcap is timed with document frequencies of the batch, as it accepts no
+        others; to compare scores, its scorer is given those of all pictures."""
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs, cook_test
 
         pictures = [i for i in range(self.rewarded) for _ in range(self.samples)]
-        # A sample begins as a reference of its picture does and goes on as any candidate, from far off to nearly right.
+        # A sample starts like a reference and ends like a candidate, so that samples range from wrong to nearly right.
         samples = [references[i][0][: n % 9] + candidates[n][n % 9 :] for n, i in enumerate(pictures)]
         results, truth = as_sentences(samples, [references[i] for i in pictures])
         cider = CiderD(references)
@@ -100,7 +100,7 @@ class MetricsBenchmark:
         everything = [cook_refs([" ".join(words) for words in captions]) for captions in references]
         scorer.crefs = everything
         scorer.compute_doc_freq()
-        # It pairs candidates with as many entries of crefs, and takes the length of crefs for the number of pictures.
+        # It pairs the candidates with the first entries of crefs, and takes len(crefs) as the number of pictures.
         scorer.ctest = [cook_test(sentence) for [sentence] in results.values()]
         scorer.crefs = [everything[i] for i in pictures] + everything[len(pictures) :]
         difference = np.abs(scorer.compute_cider() - cider.reward(pictures, samples)).max()
@@ -112,7 +112,7 @@ class MetricsBenchmark:
         return self.report(f"reward of {len(samples)} captions", work, difference)
 
     def report(self, name: str, work: dict[str, Callable[[], Any]], difference: float) -> dict[str, float]:
-        """Times both, prints and returns the figures; scores that differ are an error."""
+        """Time both, print and return the figures. Raises UserError where their scores differ."""
         if not difference < 1e-9:
             raise UserError(f"{name}: scores differ from pycocoevalcap's by {difference:.1e}: metrics.py is wrong")
         seconds = fastest(work, self.rounds)
@@ -125,6 +125,6 @@ class MetricsBenchmark:
 def as_sentences(
     candidates: list[list[str]], references: list[list[list[str]]]
 ) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """Candidates and references the way pycocoevalcap takes them."""
+    """Candidates and references in pycocoevalcap's form: {number: [sentence, ...]}."""
     results = {i: [" ".join(words)] for i, words in enumerate(candidates)}
     return results, {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}

@@ -1,4 +1,4 @@
-"""Seconds of pieces of work, measured in turn, the machine that they were measured on, and a table's lines."""
+"""Timing of functions that take turns, facts about the machine, and rows of the printed tables."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from config import ViTGPT2Config
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: a figure, or None and why there is none."""
+    """A row of a table: a figure, or None with the reason in more."""
 
     name: str
     value: float | None = None
     unit: str = ""
     more: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
-    """All figures behind it, for the JSON."""
+    """All figures of this row, for the JSON."""
 
     def line(self, predicted: str) -> str:
-        """With what was predicted."""
+        """The row as text, with its prediction."""
         value = "-" if self.value is None else f"{self.value:.2f}"
         return f"  {self.name:48} {value:>9} {self.unit:8} {predicted:>13}  {self.more}".rstrip()
 
 
 def about_machine() -> dict[str, Any]:
-    """What figures depend on: versions, cores, the GPU."""
+    """Facts that the figures depend on: versions, cores, the GPU."""
     import torch
 
     about = {"python": sys.version.split()[0], "torch": torch.__version__, "cores": os.cpu_count()}
@@ -40,7 +40,7 @@ def about_machine() -> dict[str, Any]:
 
 
 def sizes(tiny: bool = False) -> ViTGPT2Config:
-    """A model of base size; or a tiny one, with which every line can be run."""
+    """The sizes of a base model, or of a tiny one to check that every line runs."""
     if not tiny:
         return ViTGPT2Config(dropout=0.0)
     vision: Any = {"image_size": 32, "vision_embed_dim": 64, "vision_num_layers": 1, "vision_num_heads": 2}
@@ -49,7 +49,7 @@ def sizes(tiny: bool = False) -> ViTGPT2Config:
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds that a piece of work takes, on a GPU to its end."""
+    """Seconds that a call takes, including its work on the GPU."""
     import torch
 
     settle = torch.cuda.synchronize if torch.cuda.is_available() else int
@@ -61,7 +61,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def fastest(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Seconds of each piece of work: its best of several rounds, in which all take turns."""
+    """The best time of each function in seconds, over several rounds in which all take turns."""
     seconds = dict.fromkeys(work, float("inf"))
     for _ in tqdm(range(rounds), "rounds", leave=False):
         for name, piece in work.items():

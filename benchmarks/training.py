@@ -1,7 +1,7 @@
-"""benchmark.py train and race: a training step beside transformers', and what equal time teaches.
+"""benchmark.py train and race: a training step next to transformers', and scores after equal training time.
 
-Every loop has a process of its own. On a CPU they take turns; on a GPU, whose memory would not hold them all, one begins
-when the one before it has ended.
+Every loop runs in a separate process. On a CPU the loops take turns. On a GPU, whose memory would not hold them all,
+each starts when the one before it has ended.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 @dataclass(frozen=True)
 class Loop:
-    """One way to train: whose loop, how many pictures a step with how many captions each, and in which precision."""
+    """One way to train: whose loop, pictures per step, captions per picture, precision."""
 
     whose: Literal["ours", "self-critical", "LoRA", "QLoRA", "transformers"]
     pictures: int
@@ -63,23 +63,23 @@ class Loop:
     compile: bool
     model: ViTGPT2Config
     jpegs: bool = False
-    """Photographs of COCO's size, decoded at every step by other processes, instead of pictures kept on the device."""
+    """Decode photographs of COCO's size at every step in worker processes, instead of using pictures on the device."""
 
     @property
     def pairs(self) -> int:
-        """Pairs of a picture and a caption in a step."""
+        """(picture, caption) pairs per step."""
         return self.pictures * self.captions
 
     def operations(self) -> float:
-        """Floating-point operations of a step: transformers encodes a picture again for each of its captions, and weights
-        that rest need no gradients, a third of the work."""
+        """Floating-point operations per step. transformers encodes a picture again for each caption; frozen weights
+        need no gradients, which are a third of the work."""
         if self.whose == "transformers":
             return self.pairs * step_operations(self.model, 1, self.tokens)
-        rest = 2 / 3 if self.whose in ("LoRA", "QLoRA") else 1
-        return rest * self.pictures * step_operations(self.model, self.captions, self.tokens)
+        share = 2 / 3 if self.whose in ("LoRA", "QLoRA") else 1
+        return share * self.pictures * step_operations(self.model, self.captions, self.tokens)
 
     def data(self, folder: Path) -> CaptionDataset:
-        """Noise with captions of exactly so many tokens, kept in memory, or as JPEGs; on a GPU, there."""
+        """Pictures of noise with captions of exactly `tokens` tokens: as JPEGs, or cached on the GPU or in memory."""
         rng = np.random.default_rng(0)
         paths = [folder / f"{n}.{'jpg' if self.jpegs else 'png'}" for n in range(4 * self.pictures)]
         for path in paths:
@@ -89,7 +89,7 @@ class Loop:
         table = make_table((path, n, ["a picture"] * self.captions) for n, path in enumerate(paths))
         tokenizer, config = load_tokenizer("train", ["a picture"], 300), self.model
         data = CaptionDataset(table, tokenizer, config, captions_per_image=self.captions, keep=keep, progress=False)
-        length, number = self.tokens - 1, table.num_captions  # one more position is the start's, or the end's
+        length, number = self.tokens - 1, table.num_captions  # the start or end token takes one more position
         data.tokens.ids = rng.integers(0, config.vocab_size - 1, number * length, dtype=np.int32)
         data.tokens.offsets = np.arange(number + 1, dtype=np.int64) * length
         if self.device == "cuda" and not self.jpegs:
@@ -97,8 +97,8 @@ class Loop:
         return data
 
     def steps(self, data: CaptionDataset, step: Callable[[Any, int], torch.Tensor]) -> Iterator[tuple[float, float]]:
-        """Steps without end: the first one's loss (of the others it is not read back), and the seconds that were spent
-        waiting for data."""
+        """Make steps without end. Yields the loss, but 0 after the first step (not read back from the device), and
+        the seconds spent waiting for data."""
         workers = min(16, os.cpu_count() or 1) if self.jpegs else 0
         options: dict[str, Any] = {"num_workers": workers, "pin_memory": self.device == "cuda"}
         loader = make_dataloader(data, self.pictures, last_step=1 << 30, shuffle=True, **options)
@@ -110,19 +110,19 @@ class Loop:
             first, asked = False, time.perf_counter()
 
     def ours(self, learner: Learner, data: CaptionDataset) -> Any:
-        """The step that training makes, by a learner that another loop may have used before."""
+        """Our training step, by a learner that an earlier loop may have used."""
         config = dataclasses.replace(learner.job.config, batch_size=self.pictures)
         learner.job = dataclasses.replace(learner.job, config=config, datasets={"train": data})
         return lambda batch, step: learner.step(batch, step, RATE).loss
 
     def learner(self, folder: Path, model_file: Path, data: CaptionDataset) -> Learner:
-        """What learns: a model of its own from the file, made ready as training does it."""
+        """A learner with a new model from the file, prepared as training does it."""
         device, dtype = torch.device(self.device), PRECISIONS[self.precision]
         model = ImageCaptionModel.from_pretrained(model_file)
         if device.type == "cpu":
             keep_freed_memory()
         use_flash_attention(True)
-        choose_attention(device.type, dtype)  # looked for once, before anything is compiled
+        choose_attention(device.type, dtype)  # choose once, before anything is compiled
         config = TrainConfig(
             batch_size=self.pictures,
             captions_per_image=self.captions,
@@ -156,7 +156,7 @@ class Loop:
         return Learner(job)
 
     def theirs(self, model_file: Path, data: CaptionDataset) -> Any:
-        """An ordinary step with transformers' model, a picture for each caption."""
+        """A plain training step of transformers' model, with one copy of the picture per caption."""
         device, dtype = torch.device(self.device), PRECISIONS[self.precision]
         model = load_peer(model_file.parent / "theirs", data.config).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
@@ -179,7 +179,7 @@ class Loop:
         return step
 
     def figures(self, turns: list[Turn], first_loss: float, rate: float) -> dict[str, Any]:
-        """Medians over turns; utilisation is the share of a rate in floating-point operations a second."""
+        """Medians over turns. utilisation is the share of rate, in floating-point operations per second."""
         spent, waited, memory = (float(np.median(values)) for values in zip(*turns, strict=True))
         return {
             **asdict(self),
@@ -195,7 +195,7 @@ class Loop:
 
 
 def load_peer(folder: Path, sizes: ViTGPT2Config) -> Any:
-    """transformers' model from a folder that transformers loads, ready to be trained on captions with labels."""
+    """Load transformers' model from a folder in its format, ready to be trained on captions with labels."""
     from transformers import VisionEncoderDecoderModel
 
     model: Any = VisionEncoderDecoderModel.from_pretrained(folder).train()
@@ -204,7 +204,7 @@ def load_peer(folder: Path, sizes: ViTGPT2Config) -> Any:
 
 
 def start_process(target: Callable[..., None], *arguments: Any, daemon: bool = False) -> tuple[Any, Connection]:
-    """A process that was not forked, and the pipe to it, whose other end is the target's last argument."""
+    """Start a process by spawning (not forking); return it and a pipe, whose other end is target's last argument."""
     context = multiprocessing.get_context("spawn")
     pipe, end = context.Pipe()
     process = context.Process(target=target, args=(*arguments, end), daemon=daemon)
@@ -214,22 +214,22 @@ def start_process(target: Callable[..., None], *arguments: Any, daemon: bool = F
 
 
 def receive(pipe: Connection, name: str) -> Any:
-    """What a loop's process has sent. Raises UserError where it ended instead, NoRoomError where its memory did."""
+    """Receive a loop's answer. Raises NoRoomError where it ran out of memory, UserError where its process ended."""
     try:
         answer = pipe.recv()
     except EOFError:
-        raise UserError(f"{name}: its process ended before it was done") from None
+        raise UserError(f"{name}: its process ended before it had finished") from None
     if isinstance(answer, NoRoomError):
         raise answer
     return answer
 
 
 class NoRoomError(UserError):
-    """The GPU's memory does not hold a loop's step."""
+    """A loop's step does not fit into the GPU's memory."""
 
 
 class Turn(NamedTuple):
-    """Seconds a step, the share of them spent waiting for data, and the most memory held so far, in bytes."""
+    """Seconds per step, the share of them spent waiting for data, and the peak memory so far, in bytes."""
 
     seconds: float
     waited: float
@@ -237,7 +237,7 @@ class Turn(NamedTuple):
 
 
 class Running:
-    """A loop that has made its first steps, on which kernels are chosen and compiled."""
+    """A loop that has made its first steps, in which kernels are chosen and compiled."""
 
     def __init__(self, loop: Loop, folder: Path, model_file: Path, learner: Learner | None = None) -> None:
         torch.manual_seed(0)
@@ -256,7 +256,7 @@ class Running:
             next(self.steps)
 
     def turn(self, steps: int) -> Turn:
-        """So many steps more."""
+        """Make that many more steps and time them."""
         settle = torch.cuda.synchronize if self.loop.device == "cuda" else int
         settle()
         start = time.perf_counter()
@@ -267,7 +267,8 @@ class Running:
 
 
 def serve(loop: Loop, model_file: Path, steps: int, pipe: Connection) -> None:
-    """A loop's process: at each word from the pipe a turn of so many steps. The first answer is the first step's loss."""
+    """A loop's process. Sends the first step's loss, then a Turn of that many steps for every True it receives; ends at
+    False."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             running = Running(loop, Path(folder), model_file)
@@ -279,7 +280,7 @@ def serve(loop: Loop, model_file: Path, steps: int, pipe: Connection) -> None:
 
 
 def most_memory(device: str) -> int:
-    """Bytes that this process has held at most, on a GPU there."""
+    """This process's peak memory in bytes, on the GPU where it uses one."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):
@@ -290,41 +291,41 @@ def most_memory(device: str) -> int:
 
 @dataclass(kw_only=True)
 class TrainBenchmark:
-    """A training step, of base size unless told, from the same weights, by our loop and by transformers' model in an
-    ordinary one: in turn on a CPU, one loop after another on a GPU. Theirs has as many pairs as ours has pictures, and as many as ours has pairs; it has no model
-    with a prefix."""
+    """Time training steps from the same weights (by default of base size) by our loop, and by a plain loop with
+    transformers' model: in turn on a CPU, one loop after another on a GPU. The plain loop runs with as many pairs as
+    ours has pictures, and with as many as ours has pairs. It is skipped for prefix models, which transformers lacks."""
 
     batch_size: int | None = None
     """Pictures in our step (default: 4 on a CPU, 128 on a GPU)."""
     captions: tuple[int, ...] = ()
-    """Captions of each picture in our step (default: 5 on a CPU, 5 and 1 on a GPU)."""
+    """Captions per picture in our step (default: 5 on a CPU, 5 and 1 on a GPU)."""
     tokens: int = 16
-    """Tokens of a caption."""
+    """Tokens per caption."""
     precisions: tuple[Precision, ...] = ()
-    """Of matrix products (default: fp32 and bf16 on a CPU, bf16 on a GPU)."""
+    """Precisions of matrix products (default: fp32 and bf16 on a CPU, bf16 on a GPU)."""
     transformers: bool = True
-    """Also transformers' steps."""
+    """Also time transformers' steps."""
     scst: bool = False
-    """Also a step of self-critical training, whose samples are as long."""
+    """Also time a step of self-critical training, with samples of the same length."""
     adapters: bool = False
-    """Also a step that learns adapters: LoRA, and QLoRA."""
+    """Also time a step that trains adapters: LoRA, and QLoRA."""
     compile: bool = False
     """Compile our step."""
     steps: int | None = None
-    """Steps in a turn (default: 3 on a CPU, 20 on a GPU)."""
+    """Steps per turn (default: 3 on a CPU, 20 on a GPU)."""
     rounds: int = 3
     """Turns; figures are medians over them."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to run."""
+    """Device to run on."""
     output: Path = Path("benchmark-train.json")
-    """Where the figures are written to."""
+    """JSON file to write the figures to."""
     debug: bool = False
     """Show tracebacks of errors."""
     model: ViTGPT2Config = field(default_factory=sizes)
     """Sizes of the model."""
 
     def run(self) -> dict[str, Any]:
-        """The figures of each loop, and ratios."""
+        """Return the figures of each loop, and ratios."""
         device, about = choose_device(self.device)
         cuda = device.type == "cuda"
         pictures = self.batch_size or (128 if cuda else 4)
@@ -357,22 +358,22 @@ class TrainBenchmark:
                     for found in self.turns(together, model_file, peak):
                         figures["loops"].append(found)
                         seconds[found["whose"], precision, found["pairs"]] = found["seconds_per_pair"]
-        for (whose, own, pairs), spent in seconds.items():
+        for (whose, kind, pairs), spent in seconds.items():
             if whose not in ("ours", "transformers"):
-                figures["ratios"][f"{whose}, {pairs} pairs {own}"] = ratio = spent / seconds["ours", own, pairs]
-                print(f"{whose}, {pairs} pairs {own}: a picture costs {ratio:.2f} times as much as with ours")
-            for (other, theirs_own, theirs_pairs), theirs_spent in seconds.items():
-                if (whose, other) == ("ours", "transformers") and theirs_own in (own, "fp32"):
-                    name = f"{pairs} pairs {own} against {theirs_pairs} pairs {theirs_own}"
+                figures["ratios"][f"{whose}, {pairs} pairs {kind}"] = ratio = spent / seconds["ours", kind, pairs]
+                print(f"{whose}, {pairs} pairs {kind}: a picture costs {ratio:.2f} times as much as with ours")
+            for (other, their_kind, their_pairs), theirs_spent in seconds.items():
+                if (whose, other) == ("ours", "transformers") and their_kind in (kind, "fp32"):
+                    name = f"{pairs} pairs {kind} against {their_pairs} pairs {their_kind}"
                     figures["ratios"][name] = theirs_spent / spent
                     print(f"ours, {name}: a pair costs 1/{theirs_spent / spent:.2f}")
         return figures
 
     def turns(self, loops: list[Loop], model_file: Path, peak: float) -> list[dict[str, Any]]:
-        """The figures of loops that take turns, each in a process of its own; of those that fit into memory."""
+        """Run loops in turn, each in a separate process; return the figures of those that fit into memory."""
         steps = self.steps or (20 if loops[0].device == "cuda" else 3)
         running: list[tuple[Loop, Any, Connection, float]] = []
-        for loop in loops:  # one after the other
+        for loop in loops:  # start them one after the other
             process, pipe = start_process(serve, loop, model_file, steps, daemon=True)
             try:
                 running.append((loop, process, pipe, receive(pipe, loop.whose)))
@@ -401,14 +402,14 @@ class TrainBenchmark:
         return found
 
 
-# Five captions a step, one, and transformers, in equal time
+# Five captions per step, one, and transformers, in equal time
 
 RACERS = {"five captions a step": 5, "one caption a step": 1, "transformers": 1}
 
 
 def race(racer: str, config: TrainConfig, seconds: float, folder: Path, pipe: Connection) -> None:
-    """A racer's process: trains for so many seconds of a core, the schedule running with them, then captions the
-    validation pictures; sends its figures."""
+    """A racer's process: train for that many seconds of CPU time, which the learning rate's schedule follows, then
+    caption the validation pictures and send the figures."""
     torch.set_num_threads(1)
     keep_freed_memory()
     device, dtype = torch.device("cpu"), PRECISIONS[config.precision]
@@ -419,12 +420,12 @@ def race(racer: str, config: TrainConfig, seconds: float, folder: Path, pipe: Co
     if racer == "transformers":
         step, model = transformers_step(job, folder)
     batches = iter(make_dataloader(train_set, job.pictures_a_step, last_step=1 << 30, shuffle=True))
-    began, share = time.process_time(), 0.0
+    started, share = time.process_time(), 0.0
     while share < 1:
         batch = next(batches)
         step(batch, steps, learning_rate_at(int(share * 10_000), 10_000, dataclasses.replace(config, warmup_steps=500)))
         steps, pairs = steps + 1, pairs + int((batch.lengths > 0).sum())
-        share = (time.process_time() - began) / seconds
+        share = (time.process_time() - started) / seconds
     if racer == "transformers":
         model.save_pretrained(folder / "trained")
         job.model.tokenizer.save_pretrained(folder / "trained")
@@ -439,7 +440,7 @@ def race(racer: str, config: TrainConfig, seconds: float, folder: Path, pipe: Co
 
 
 def transformers_step(job: Job, folder: Path) -> tuple[Any, Any]:
-    """The same recipe on transformers' model, from the same weights: a step like Learner's, and the model."""
+    """The same training recipe with transformers' model from the same weights: a step like Learner's, and the model."""
     config, sizes = job.config, job.model.config
     write_transformers(job.model.saved(), folder / "theirs")
     model = load_peer(folder / "theirs", sizes)
@@ -469,22 +470,22 @@ def transformers_step(job: Job, folder: Path) -> tuple[Any, Any]:
 
 @dataclass(kw_only=True)
 class RaceBenchmark:
-    """The flickr8k preset in equal time from the same weights: with five captions of each picture a step, with one, and
-    with one by transformers' model; then their captions of the validation pictures, by three beams."""
+    """Train the flickr8k preset in equal time from the same weights: with five captions per picture and step, with one,
+    and with one by transformers' model. Then score their captions of the validation pictures, by three beams."""
 
     data_dir: Path
-    """Flickr8k."""
+    """Folder of Flickr8k."""
     core_minutes: float = 40.0
-    """Time of one core that each has to train, in minutes."""
+    """Training time of each, in minutes of one CPU core."""
     at_a_time: int = 1
-    """How many race beside each other, each on one core."""
+    """How many to train at the same time, each on one core."""
     output: Path = Path("benchmark-race.json")
-    """Where the figures are written to."""
+    """JSON file to write the figures to."""
     debug: bool = False
     """Show tracebacks of errors."""
 
     def run(self) -> dict[str, Any]:
-        """Each racer's steps, pairs seen and scores."""
+        """Return each racer's steps, pairs trained on, and scores."""
         found, waiting = {}, dict(RACERS)
         running: dict[str, tuple[Any, Connection]] = {}
         chosen, reason = choose_precision("auto", torch.device("cpu"))
@@ -498,13 +499,13 @@ class RaceBenchmark:
                     config = dataclasses.replace(
                         PRESETS["flickr8k"], data_dir=self.data_dir, captions_per_image=captions, precision=precision
                     )
-                    (own := Path(folder) / str(len(waiting))).mkdir()
-                    running[racer] = start_process(race, racer, config, 60 * self.core_minutes, own)
+                    (run_folder := Path(folder) / str(len(waiting))).mkdir()
+                    running[racer] = start_process(race, racer, config, 60 * self.core_minutes, run_folder)
                 ready = multiprocessing.connection.wait([pipe for _, pipe in running.values()])
                 for racer in [name for name, (_, pipe) in running.items() if pipe in ready]:
-                    process, own_pipe = running.pop(racer)
-                    found[racer] = receive(own_pipe, racer)
+                    process, pipe = running.pop(racer)
+                    found[racer] = receive(pipe, racer)
                     process.join()
-                    said = "{steps:,} steps, {pairs:,} pairs ({epochs:.1f} epochs), validation loss {val_loss:.3f}, BLEU-4 {bleu_4:.4f}, CIDEr-D {cider_d:.4f}, different captions {unique_captions:.1%}"
-                    print(f"  {racer:20} {said.format(**found[racer])}", flush=True)
+                    line = "{steps:,} steps, {pairs:,} pairs ({epochs:.1f} epochs), validation loss {val_loss:.3f}, BLEU-4 {bleu_4:.4f}, CIDEr-D {cider_d:.4f}, different captions {unique_captions:.1%}"
+                    print(f"  {racer:20} {line.format(**found[racer])}", flush=True)
         return {"core_minutes": self.core_minutes, "race": found}

@@ -97,7 +97,7 @@ def test_the_folder_benchmark(scenes_dir, scenes_tokenizer, tmp_path, capsys):
     assert figures["pictures"] == 20 and figures["share"] == figures["folder"] / min(
         figures["decoding"], figures["model"]
     )
-    assert "of its slower part (20 pictures, 8 at a time, cpu)" in capsys.readouterr().out
+    assert "of the speed of its slower part (20 pictures, 8 at a time, cpu)" in capsys.readouterr().out
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/a.png").touch()
     with pytest.raises(UserError, match="no picture can be read"):
@@ -144,7 +144,7 @@ def test_the_precision_benchmark(scenes_dir, scenes_tokenizer, tmp_path, capsys)
     for image in images:
         image["sentences"] = [{"raw": "nothing of the kind"}]
     (tmp_path / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
-    with pytest.raises(UserError, match="no caption has a word of its references"):
+    with pytest.raises(UserError, match="no caption shares a word with its references"):
         PrecisionBenchmark(**job, num_beams=(1,), allow_overlap=True).run()
     with pytest.raises(UserError, match="need an entry each"):
         PrecisionBenchmark(**job, splits=())
@@ -175,7 +175,7 @@ def test_the_metrics_benchmark_names_a_batch_that_is_too_large(tmp_path):
 def test_unknown_benchmarks_get_one_line(tmp_path):
     done = run("nothing", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.strip() == (
-        "error: usage: python benchmark.py data|machine|generate|folder|precision|metrics|train|race|golden|gpu (--help after it shows the flags)"
+        "error: usage: python benchmark.py data|machine|generate|folder|precision|metrics|train|race|golden|gpu (add --help for its flags)"
     )
 
 
@@ -203,7 +203,7 @@ def test_the_training_benchmark(tmp_path):
     assert "self-critical, 10 pairs bf16: a picture costs" in done.stdout
     rows = training_rows(figures, ["fp32", "bf16", "int8"])  # of the machine's table
     assert [row.split("|")[1].strip() for row in rows] == [
-        f"a pair in training, beside steps of {n} pairs" for n in (2, 10)
+        f"a pair in training, transformers' steps of {n} pairs" for n in (2, 10)
     ]
     assert all(f"{figures['loops'][0]['seconds_per_pair']:.3f} s, " in row.split("|")[3] for row in rows)
 
