@@ -1,1 +1,1 @@
-"""Scoring: captions beside their references, as the COCO evaluation counts."""
+"""Scoring: metrics of captions against their references, as in the COCO evaluation."""

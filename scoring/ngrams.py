@@ -1,7 +1,6 @@
-"""The n-gram core: which n-grams captions have, and which of them a candidate shares with its picture's references.
+"""Count the n-grams of captions, and those that a candidate shares with its picture's references.
 
-BLEU, CIDEr-D and self-CIDEr are sums over the arrays made here. All n-grams are numbered by Vocabulary and met by
-Table.
+BLEU, CIDEr-D and self-CIDEr are sums over these arrays. Vocabulary numbers the n-grams, Table matches them.
 """
 
 from __future__ import annotations
@@ -21,39 +20,39 @@ MAX_N = 4
 
 
 class Counts(NamedTuple):
-    """How often each n-gram of one length stands in each caption: E entries, no (caption, n-gram) twice."""
+    """How often each n-gram of one length is in each caption: E entries, each (caption, n-gram) at most once."""
 
-    caption: Integers  # (E,)
-    gram: Integers  # (E,) its number
+    caption: Integers  # (E,) number of the caption
+    gram: Integers  # (E,) number of the n-gram
     times: Integers  # (E,)
 
 
 class Vocabulary:
-    """Numbers the n-grams it has learnt, those of each length by themselves.
+    """Numbers n-grams, separately for each length.
 
-    An n-gram's key is 2^32 times the number of the (n - 1)-gram that it begins with, plus the number of its last word:
-    exact while there are fewer than 2^31 n-grams.
+    An n-gram's key is 2^32 times the number of the (n - 1)-gram that it starts with, plus the number of its last word.
+    Keys are unique while there are fewer than 2^31 n-grams.
     """
 
     def __init__(self) -> None:
         self.words: dict[str, int] = {}
         self.keys: list[Integers] = [np.empty(0, np.int64)] * MAX_N
-        """[n - 1] (n-grams,) ascending."""
+        """[n - 1] (n-grams,) the keys, ascending."""
         self.numbers = self.keys[:]
-        """[n - 1] (n-grams,) the number for each key."""
+        """[n - 1] (n-grams,) the number of each key's n-gram."""
 
     def copy(self) -> Vocabulary:
-        """One that can learn without this one's learning it too."""
+        """A copy that can learn n-grams without changing this vocabulary."""
         copied = Vocabulary()
         copied.words, copied.keys, copied.numbers = dict(self.words), self.keys[:], self.numbers[:]
         return copied
 
     def count(self, captions: Sequence[Sequence[str]]) -> list[Counts]:
-        """The n-grams of 1 ... MAX_N words; those never learnt have numbers above all others, in this answer alone."""
+        """Count the n-grams of 1 ... MAX_N words. Unknown ones get numbers above all others, valid in this result."""
         return self._count(captions)[0]
 
     def learn(self, captions: Sequence[Sequence[str]]) -> list[Counts]:
-        """The same, and keeps the numbers."""
+        """Count the n-grams and add the unknown ones to the vocabulary."""
         counts, new_words, new_keys = self._count(captions)
         self.words |= new_words
         for n, new in enumerate(new_keys):
@@ -66,23 +65,23 @@ class Vocabulary:
         return counts
 
     def _count(self, captions: Sequence[Sequence[str]]) -> tuple[list[Counts], dict[str, int], list[Integers]]:
-        """The counts, and what was not known: words with their numbers, and keys, ascending."""
+        """The counts, the unknown words with their new numbers, and the unknown keys (ascending)."""
         known, different = self.words, dict.fromkeys(chain.from_iterable(captions))
         new_words = {word: number for number, word in enumerate((w for w in different if w not in known), len(known))}
         number_of = {word: known[word] if word in known else new_words[word] for word in different}
         words = np.fromiter(map(number_of.__getitem__, chain.from_iterable(captions)), np.int64)
-        # Behind the last word stand words of no caption, so that looking ahead needs no care.
+        # Padding words of no caption (-1) after the last word, so that reading ahead stays inside the array.
         word = np.append(words, [0] * MAX_N)
         caption = np.append(np.repeat(np.arange(len(captions)), _lengths(captions)), [-1] * MAX_N)
 
-        start = np.arange(len(words))  # where an n-gram begins
-        gram = np.zeros_like(words)  # and which one it is
+        start = np.arange(len(words))  # position of each n-gram's first word
+        gram = np.zeros_like(words)  # and the n-gram's number
         counts, new_keys = [], []
         for n in range(MAX_N):
             inside = caption[start + n] == caption[start]
             start = start[inside]
             key = gram[inside] << 32 | word[start + n]
-            # Equal n-grams come together, within them the captions in their order.
+            # Sort equal n-grams next to each other; the stable sort keeps the order of captions.
             order = np.argsort(key, kind="stable")
             owner, ordered = caption[start[order]], key[order]
             first = _first_of_run(ordered)
@@ -96,40 +95,40 @@ class Vocabulary:
         return counts, new_words, new_keys
 
     def _numbers_of(self, n: int, keys: Integers) -> tuple[Integers, Integers]:
-        """The number of each key, all different, and those of them that were not known."""
-        place = _find(self.keys[n], keys)
-        new = place < 0
+        """The number of each of the keys, which are all different, and the unknown ones among them."""
+        index = _find(self.keys[n], keys)
+        new = index < 0
         numbers = np.empty_like(keys)
-        numbers[~new] = self.numbers[n][place[~new]]
+        numbers[~new] = self.numbers[n][index[~new]]
         numbers[new] = len(self.keys[n]) + np.arange(np.count_nonzero(new))
         return numbers, keys[new]
 
 
 class Runs(NamedTuple):
-    """The entries of all references for one n, in runs of the same n-gram at the same picture: U runs, E entries."""
+    """The entries of all references for one n, in runs of the same n-gram and picture: U runs, E entries."""
 
     key: Integers  # (U,) n-gram * N + picture, ascending
-    start: Integers  # (U + 1,) where each run begins, and the end
-    reference: Integers  # (E,) which reference, 0..R-1
+    start: Integers  # (U + 1,) index of each run's first entry, and the end
+    reference: Integers  # (E,) number of the reference, 0..R-1
     times: Integers  # (E,)
 
     def most(self) -> Integers:
-        """(U,) how often the n-gram stands in the picture's reference that has it most."""
+        """(U,) the largest number of times that one of the picture's references has the n-gram."""
         return np.maximum.reduceat(self.times, self.start[:-1]) if len(self.times) else self.times
 
 
 class References:
-    """The R references of N pictures, counted."""
+    """N-gram counts of the R references of N pictures."""
 
     def __init__(self, references: Sequence[Sequence[Sequence[str]]], vocabulary: Vocabulary) -> None:
-        """The vocabulary learns their n-grams."""
+        """Adds the references' n-grams to the vocabulary."""
         captions = list(chain.from_iterable(references))
         self.vocabulary = vocabulary
         self.num_pictures = len(references)
-        self.number = np.array([len(own) for own in references])  # (N,) references of each picture
-        self.first = np.cumsum(self.number) - self.number  # (N,)
+        self.number = np.array([len(known) for known in references])  # (N,) references per picture
+        self.first = np.cumsum(self.number) - self.number  # (N,) index of each picture's first reference
         self.picture = np.repeat(np.arange(self.num_pictures), self.number)  # (R,)
-        self.length = _lengths(captions)  # (R,)
+        self.length = _lengths(captions)  # (R,) in words
         self.counts = vocabulary.learn(captions)
         self.runs = [self._runs(counts) for counts in self.counts]
 
@@ -142,7 +141,7 @@ class References:
 
 
 class Pairs(NamedTuple):
-    """Where a candidate and a reference of its picture share an n-gram: P times."""
+    """P matches: an n-gram that a candidate shares with a reference of its picture."""
 
     candidate: Integers  # (P,)
     reference: Integers  # (P,)
@@ -152,10 +151,10 @@ class Pairs(NamedTuple):
 
 
 class Table:
-    """C candidates, counted, beside the references of their pictures."""
+    """N-gram counts of C candidates, matched with the references of their pictures."""
 
     def __init__(self, candidates: Sequence[Sequence[str]], picture: Integers, references: References) -> None:
-        """picture (C,) is the picture of each candidate."""
+        """picture (C,) is the number of each candidate's picture."""
         self.picture, self.references = picture, references
         self.length = _lengths(candidates)  # (C,)
         self.counts = references.vocabulary.count(candidates)
@@ -163,7 +162,7 @@ class Table:
             _find(runs.key, counts.gram * references.num_pictures + picture[counts.caption])
             for counts, runs in zip(self.counts, references.runs, strict=True)
         ]
-        """[n - 1] (E,) which of the references' runs has the candidates' entry, -1 for none."""
+        """[n - 1] (E,) for each entry of the candidates, the index of the references' run with it, or -1."""
 
     def pairs(self) -> Iterator[Pairs]:
         """The shared n-grams of 1 ... MAX_N words."""
@@ -171,19 +170,19 @@ class Table:
             hit = np.flatnonzero(run >= 0)
             first = runs.start[run[hit]]
             size = runs.start[run[hit] + 1] - first
-            mine = np.repeat(hit, size)
-            theirs = np.arange(len(mine)) + np.repeat(first - (np.cumsum(size) - size), size)
+            ours = np.repeat(hit, size)
+            theirs = np.arange(len(ours)) + np.repeat(first - (np.cumsum(size) - size), size)
             yield Pairs(
-                counts.caption[mine], runs.reference[theirs], counts.gram[mine], counts.times[mine], runs.times[theirs]
+                counts.caption[ours], runs.reference[theirs], counts.gram[ours], counts.times[ours], runs.times[theirs]
             )
 
 
 def _find(keys: Integers, wanted: Integers) -> Integers:
-    """Where each wanted key stands among keys, which ascend; -1 for one that is not there."""
-    place = np.searchsorted(keys, wanted)
-    there = place < len(keys)
-    there[there] = keys[place[there]] == wanted[there]
-    return np.where(there, place, -1)
+    """The index of each wanted key in keys (ascending), or -1 where it is missing."""
+    index = np.searchsorted(keys, wanted)
+    there = index < len(keys)
+    there[there] = keys[index[there]] == wanted[there]
+    return np.where(there, index, -1)
 
 
 def _first_of_run(values: Integers) -> NDArray[np.bool_]:
@@ -192,7 +191,7 @@ def _first_of_run(values: Integers) -> NDArray[np.bool_]:
 
 
 def sum_by(owner: Integers, values: Floats | Integers, num_owners: int) -> Floats:
-    """(num_owners,) sum of the values of each owner."""
+    """(num_owners,) the sum of the values of each owner."""
     return np.asarray(np.bincount(owner, values, minlength=num_owners), dtype=np.float64)
 
 
