@@ -1,8 +1,8 @@
-"""METEOR, which needs no Java, with SPICE and the Java tokenizer, which do.
+"""METEOR, which needs no Java, and SPICE and the Java tokenizer, which do.
 
-Java runs the jars that lie inside an installed pycocoevalcap (requirements/full.txt), driven from here because its own
-drivers know no time limit, let the machine's language into the numbers and may block on a full pipe. What a metric needs
-and does not find is said in one line, and then the metric is left out; nothing is downloaded.
+Java runs the jars of an installed pycocoevalcap (requirements/full.txt). They are started from here because
+pycocoevalcap's drivers have no time limit, let the system's language change the number format, and can block on a full
+pipe. A metric that lacks something is skipped with a one-line note; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ from scoring.meteor import meteor_scores, packaged
 from scoring.tokens import tokenize
 from utils import in_one_line
 
-SECONDS = (
-    1800.0  # that one Java program may run unless told otherwise; SPICE, which parses every caption, needs the most
-)
+SECONDS = 1800.0  # default time limit of one Java program; SPICE needs the most, as it parses every caption
 
-# METEOR reads back the numbers it has written, which fails where the language puts a comma for the point.
+# METEOR reads the numbers that it has written, which fails in languages with a decimal comma.
 _LOCALE = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
 _PUNCTUATION = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
@@ -41,11 +39,11 @@ _SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.ja
 
 
 class JavaScores(NamedTuple):
-    """METEOR and SPICE, those of them that could be had, under the names "meteor" and "spice"."""
+    """METEOR and SPICE, as far as they are available, under the names "meteor" and "spice"."""
 
-    corpus: dict[str, float]  # the numbers papers report, fractions
-    per_picture: dict[str, list[float]]  # the same metrics for each of the N pictures by itself
-    notes: list[str]  # one line for what was left out, with the reason
+    corpus: dict[str, float]  # the numbers that papers report, as fractions
+    per_picture: dict[str, list[float]]  # the same metrics for each of the N pictures
+    notes: list[str]  # one line for each skipped metric, with the reason
 
 
 def java_scores(
@@ -53,12 +51,13 @@ def java_scores(
 ) -> JavaScores:
     """METEOR 1.5 (Denkowski and Lavie 2014, WMT), without Java, and SPICE 1.0 (Anderson et al. 2016, arXiv:1607.08822).
 
-    candidates[i] is the caption under test of picture i, references[i] what people wrote for it; both are tokenized
-    first, as in the COCO evaluation, for SPICE by Java. METEOR's number for the corpus is its own aggregate, SPICE's
-    the mean over the pictures. One that fails leaves the other alone, and without `spice` no Java is started. SPICE has `seconds` for each Java program, and
-    needs Stanford's models, which pycocoevalcap leaves to be fetched, and a Java below 15.
+    candidates[i] is the caption under test of picture i, references[i] are its references. Both are tokenized first, as
+    in the COCO evaluation; for SPICE by Java. METEOR's corpus score comes from counts summed over the pictures, SPICE's
+    is the mean over the pictures. If one fails, the other is still computed. Without `spice` no Java is started. Each
+    Java program may take `seconds`. SPICE needs Java 8 to 14, and Stanford's models, which pycocoevalcap does not
+    include.
 
-    Raises UserError only for lists that do not fit together.
+    Raises UserError only for lists that do not match.
     """
     if not candidates or len(candidates) != len(references):
         raise UserError(
@@ -72,7 +71,7 @@ def java_scores(
         found = meteor_scores([tokenize(caption) for caption in candidates], known)
         scores.corpus["meteor"], scores.per_picture["meteor"] = found
     except UserError as error:
-        scores.notes.append(f"METEOR left out: {error}")
+        scores.notes.append(f"METEOR skipped: {error}")
     if not spice:
         return scores
     try:
@@ -81,15 +80,15 @@ def java_scores(
         found = _spice(tested, [[" ".join(next(words)) for _ in captions] for captions in references], seconds)
         scores.corpus["spice"], scores.per_picture["spice"] = found
     except UserError as error:
-        scores.notes.append(f"SPICE left out: {error}")
+        scores.notes.append(f"SPICE skipped: {error}")
     return scores
 
 
 def java_tokenize(captions: Sequence[str], seconds: float = SECONDS) -> list[list[str]]:
-    """Each caption's words by Stanford's PTBTokenizer 3.4.1, less the COCO evaluation's list of punctuation.
+    """Each caption's words by Stanford's PTBTokenizer 3.4.1, without the COCO evaluation's list of punctuation.
 
-    metrics.tokenize gives the same words without Java but for one caption in thousands. White space is collapsed
-    first, as a line separator inside one caption would shift all after it. Raises UserError where Java or
+    metrics.tokenize gives the same words without Java, except for one caption in thousands. White space is collapsed
+    first, as a line separator inside a caption would shift all captions after it. Raises UserError where Java or
     pycocoevalcap is missing, fails, or takes longer than `seconds`.
     """
     jar = packaged("tokenizer", "stanford-corenlp-3.4.1.jar")
@@ -103,12 +102,12 @@ def java_tokenize(captions: Sequence[str], seconds: float = SECONDS) -> list[lis
 def _meteor(
     candidates: Sequence[str], references: Sequence[Sequence[str]], seconds: float
 ) -> tuple[float, list[float]]:
-    """METEOR of tokenized captions by its jar, against which meteor.py is tested: the corpus, and each picture."""
+    """METEOR of tokenized captions by its jar: the corpus, and each picture. The tests compare meteor.py with it."""
     jar = packaged("meteor", "meteor-1.5.jar")
     pictures = [" ||| ".join([*known, tested]) for tested, known in zip(candidates, references, strict=True)]
     with _java(["-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"], seconds, jar.parent) as program:
         counts = program.ask([f"SCORE ||| {captions}" for captions in pictures], len(pictures))
-        # Answers with every picture's number, then with that of their summed counts.
+        # The answer is every picture's score, then the score of their summed counts.
         *each, corpus = map(float, program.ask([" ||| ".join(["EVAL", *counts])], len(pictures) + 1, last=True))
     return corpus, each
 
@@ -119,12 +118,12 @@ def _spice(candidates: Sequence[str], references: Sequence[Sequence[str]], secon
     missing = [name for name in _SPICE_MODELS if not (jar.parent / "lib" / name).is_file()]
     if missing:
         raise UserError(
-            f"{missing[0]} is not in {jar.parent / 'lib'}: fetch Stanford's models once with "
+            f"{missing[0]} is not in {jar.parent / 'lib'}: download Stanford's models once with "
             "python -m pycocoevalcap.spice.get_stanford_models"
         )
     if (version := _java_version()) >= 15:
-        # Its results are written through the JavaScript engine that Java 15 dropped: it would fail at the very end.
-        raise UserError(f"its jar needs a Java from 8 to 14, and the one on the PATH is {version}")
+        # It writes its results with the JavaScript engine that Java 15 removed, so it would fail at the very end.
+        raise UserError(f"its jar needs Java 8 to 14, but the java on the PATH is version {version}")
     pictures = [
         {"image_id": i, "test": tested, "refs": list(known)}
         for i, (tested, known) in enumerate(zip(candidates, references, strict=True))
@@ -141,29 +140,29 @@ def _spice(candidates: Sequence[str], references: Sequence[Sequence[str]], secon
 
 
 def _java_version() -> int:
-    """8 for "1.8.0_392", 17 for "17.0.15"."""
+    """Java's major version: 8 for "1.8.0_392", 17 for "17.0.15"."""
     with _java(["-version"], 60) as program:
         program.wait()
         found = re.search(r'version "(?:1\.)?(\d+)', program.complaints())
         if not found:
-            raise ValueError("java does not tell its version")
+            raise ValueError("java does not print its version")
         return int(found[1])
 
 
 @contextlib.contextmanager
 def _java(arguments: Sequence[str], seconds: float, directory: Path | None = None) -> Iterator[_Program]:
-    """A Java program that is ended, with all its children, on leaving the block or after `seconds`.
+    """Run a Java program, which is killed with all its children at the end of the block, or after `seconds`.
 
-    Raises UserError, in one line, where there is no Java, where time ran out, and for any OSError, ValueError or
-    KeyError in the block: what an answer that is cut off leads to.
+    Raises UserError where Java is missing or the time is over, and for any OSError, ValueError or KeyError in the
+    block, as an incomplete answer causes these.
     """
     java = shutil.which("java")
     if java is None:
         raise UserError("there is no java on the PATH")
     environment = dict(os.environ)
-    if "_JAVA_OPTIONS" in environment:  # it beats the command line
+    if "_JAVA_OPTIONS" in environment:  # it overrides the command line
         environment["_JAVA_OPTIONS"] += " " + " ".join(_LOCALE)
-    with tempfile.TemporaryFile() as errors:  # a file, because a pipe that nobody reads fills up
+    with tempfile.TemporaryFile() as errors:  # a file, as a pipe that nobody reads would fill up and block
         try:
             process = subprocess.Popen(
                 [java, *_LOCALE, *arguments],
@@ -174,7 +173,7 @@ def _java(arguments: Sequence[str], seconds: float, directory: Path | None = Non
                 errors="replace",
                 env=environment,
                 cwd=directory,
-                start_new_session=True,  # a group of its own, so that its children can be ended with it
+                start_new_session=True,  # a new process group, so that its children can be killed with it
             )
         except OSError as error:
             raise UserError(f"{java} cannot be started ({error.strerror})") from error
@@ -194,12 +193,12 @@ def _java(arguments: Sequence[str], seconds: float, directory: Path | None = Non
             program.end()
             process.wait()
             for pipe in (program.stdin, program.stdout):
-                with contextlib.suppress(OSError):  # what was still to be sent
+                with contextlib.suppress(OSError):  # unsent lines cannot be flushed to a killed program
                     pipe.close()
 
 
 class _Program:
-    """A running program whose pipes cannot block it or us."""
+    """A running program, with pipes that can block neither it nor this process."""
 
     def __init__(self, process: subprocess.Popen[str], errors: IO[bytes]) -> None:
         assert process.stdin is not None and process.stdout is not None
@@ -207,7 +206,7 @@ class _Program:
         self.errors, self.late = errors, False
 
     def ask(self, lines: Sequence[str], number: int, last: bool = False) -> list[str]:
-        """Sends lines, then end of file if these are the last, and reads `number` lines of answer meanwhile."""
+        """Send lines (then end of file, if these are the last) and read `number` lines of answer at the same time."""
         writer = threading.Thread(target=self._send, args=(lines, last), daemon=True)
         writer.start()
         answers = [line.rstrip("\n") for line in itertools.islice(self.stdout, number)]
@@ -217,7 +216,7 @@ class _Program:
         return answers
 
     def _send(self, lines: Sequence[str], last: bool) -> None:
-        # A program that has died is noticed where its answers are read.
+        # ask() notices a program that has died.
         with contextlib.suppress(OSError, ValueError):
             self.stdin.writelines(f"{line}\n" for line in lines)
             self.stdin.flush()
@@ -225,14 +224,14 @@ class _Program:
                 self.stdin.close()
 
     def wait(self) -> None:
-        """Until it ends by itself; what it prints is thrown away. Raises ValueError for a status other than 0."""
+        """Wait until it ends by itself, and ignore its output. Raises ValueError for an exit status other than 0."""
         for _ in self.stdout:
             pass
         if status := self.process.wait():
             raise ValueError(f"exit status {status}")
 
     def end(self, late: bool = False) -> None:
-        """Ends it and its children; late: as its time is over."""
+        """Kill it and its children; late means that its time is over."""
         self.late |= late
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.name == "posix":
@@ -241,12 +240,12 @@ class _Program:
                 self.process.kill()
 
     def complaints(self) -> str:
-        """What it has written to the standard error so far, the first 64 KiB of it."""
+        """The first 64 KiB of what it has written to standard error so far."""
         self.errors.seek(0)
         return self.errors.read(1 << 16).decode("utf-8", "replace")
 
     def why(self, error: Exception) -> str:
-        """Why it failed: the line of its own in which an error is named, or its last, or else what happened here."""
+        """Why it failed: its first line that names an error, else its last line, else the error raised here."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)  # it may still be writing
         lines = [line.strip() for line in self.complaints().splitlines() if not line.startswith("Picked up ")]

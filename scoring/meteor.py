@@ -1,8 +1,8 @@
-"""METEOR 1.5 for English without Java, with the official jar's numbers.
+"""METEOR 1.5 for English without Java, with the same scores as the official jar.
 
 Denkowski and Lavie 2014, "Meteor Universal: Language Specific Translation Evaluation for Any Target Language" (WMT).
-Where the paper is silent or the jar does otherwise the jar decided, run beside this file on thousands of captions.
-WordNet, the list of function words and the paraphrases are read where an installed pycocoevalcap has them.
+Where the jar differs from the paper, or the paper gives no detail, this file does what the jar does; both were compared
+on thousands of captions. WordNet, the function words and the paraphrases are read from an installed pycocoevalcap.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from scoring.paraphrases import LONGEST, Paraphrases
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 EXACT, STEM, SYNONYM, PARAPHRASE = range(4)
 WEIGHTS = (1.0, 0.6, 0.8, 0.6)
-"""What a word counts that was matched by each stage."""
+"""Weight of a matched word, by the stage that matched it."""
 BEAM = 40
-"""Partial alignments that are followed further."""
+"""Width of the beam search: partial alignments that are extended."""
 
-# Letters to the jar, of those in lower case. All else but digits, periods, commas and hyphens is a word by itself.
+# What the jar takes as lower-case letters. Everything else is a separate word, except digits . , and -
 _LETTER = "a-zß-öø-ž\u0430-\u052f\u1d00-\u1d7f"
 _NORMALIZED = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         ("--", "-"),
-        (rf"([{_LETTER}\d.])-([{_LETTER}\d.])", r"\1 \2"),  # t-shirt, but bar-b-que is cut only once
+        (rf"([{_LETTER}\d.])-([{_LETTER}\d.])", r"\1 \2"),  # t-shirt; bar-b-que is cut only once, as matches overlap
         (rf"([^{_LETTER}\d\s.'`,-])", r" \1 "),
         (r"(?<!\d),|,(?!\d)", " , "),
-        (rf"(?<![{_LETTER}\d])'|'(?![{_LETTER}])", " ' "),  # 's is two words,
+        (rf"(?<![{_LETTER}\d])'|'(?![{_LETTER}])", " ' "),  # 's becomes two words
         (r"(\d)'s", r"\1 's"),
-        (rf"([{_LETTER}])'([{_LETTER}])", r"\1 '\2"),  # but o'clock: o 'clock
+        (rf"([{_LETTER}])'([{_LETTER}])", r"\1 '\2"),  # o'clock becomes o 'clock
     ]
 ]
 _PLAIN = str.maketrans({"‘": "'", "’": "'", "`": "'", "“": '"', "”": '"', "–": " - "})
 _ACRONYM = re.compile(rf"[{_LETTER}\d]+(?:\.[{_LETTER}\d]+)+\.")
 
-# WordNet's rules of detachment: of the bases that are in it the first counts.
+# WordNet's rules of detachment (ending/replacement): the first base form that is in WordNet counts.
 _SUFFIXES = [
     rule.split("/")
     for rule in (
@@ -55,47 +55,46 @@ _SUFFIXES = [
     )
 ]
 
-# What partial alignments are ordered by, in one number: most words, then fewest chunks, then the least distance.
+# Partial alignments are ordered by one number: most words first, then fewest chunks, then the least distance.
 _CHUNK, _WORD = 1 << 40, 1 << 60
 
 
 class Match(NamedTuple):
-    """Words of a reference for which words of the candidate may stand."""
+    """Words of the reference that match words of the candidate."""
 
-    start: int  # the first of them
+    start: int  # position of the first word in the reference
     length: int
-    other: int  # the candidate's first
+    other: int  # position of the first word in the candidate
     other_length: int
     stage: int
 
 
 class Caption(NamedTuple):
-    """What is looked up of a caption's words: W of them."""
+    """A caption's W words and what the tables say about them."""
 
     words: list[str]  # (W,)
     is_function: list[bool]  # (W,)
-    phrases: list[tuple[int, int, str]]  # those that have paraphrases, with the first word and the number of words
-    places: dict[str, list[int]]  # where each phrase begins, of those that have paraphrases or are some
+    phrases: list[tuple[int, int, str]]  # phrases that have paraphrases: (position, number of words, phrase)
+    places: dict[str, list[int]]  # positions of each phrase that has paraphrases or is one
 
 
 def meteor_scores(
     candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> tuple[float, list[float]]:
-    """METEOR of the corpus, by its summed counts, and of each of the N pictures, fractions.
+    """METEOR of the corpus (from counts summed over pictures) and of each of the N pictures, as fractions.
 
-    candidates[i] holds the words of the caption under test of picture i, references[i] those of what people wrote for
-    it, by tokens.tokenize; of these the one counts that gives the best score.
-    Raises UserError, in one line, where pycocoevalcap or nltk (requirements/full.txt) is missing, or the cache cannot
-    be written to.
+    candidates[i] holds the words of the caption under test of picture i, references[i] those of its references, by
+    tokens.tokenize. Only the reference with the best score counts.
+    Raises UserError where pycocoevalcap or nltk (requirements/full.txt) is missing, or the cache cannot be written to.
     """
     normalized = {(key := " ".join(words)): normalize(key) for words in itertools.chain(candidates, *references)}
     english = English(normalized.values())
     captions = {key: english.caption(words) for key, words in normalized.items()}
     counts, scores = np.zeros(11), []
     for candidate, known in zip(candidates, references, strict=True):
-        said = captions[" ".join(candidate)]
+        tested = captions[" ".join(candidate)]
         others = [captions[" ".join(reference)] for reference in known]
-        each = [count(said, other, align(said, other, english)) for other in others]
+        each = [count(tested, other, align(tested, other, english)) for other in others]
         best = max(each, key=score)
         scores.append(score(best))
         counts += best
@@ -103,7 +102,7 @@ def meteor_scores(
 
 
 def packaged(*parts: str) -> Path:
-    """A file inside the installed pycocoevalcap."""
+    """Path of a file inside the installed pycocoevalcap. Raises UserError where it is missing."""
     package = importlib.util.find_spec("pycocoevalcap")
     if package is None or not package.submodule_search_locations:
         raise UserError("pycocoevalcap is not installed: pip install -r requirements/full.txt")
@@ -114,7 +113,7 @@ def packaged(*parts: str) -> Path:
 
 
 def normalize(caption: str) -> list[str]:
-    """The words of a tokenized caption as METEOR's -norm cuts them once more: t-shirt, 's and 5:30 are several."""
+    """Split a tokenized caption further, as METEOR's -norm does: t-shirt, 's and 5:30 are several words."""
     text = caption.lower().translate(_PLAIN)
     for pattern, replacement in _NORMALIZED:
         text = pattern.sub(replacement, text)
@@ -123,7 +122,7 @@ def normalize(caption: str) -> list[str]:
 
 
 def _period(word: str, following: str) -> list[str]:
-    """A period at the end is a word by itself where a sentence may end; p.m. is pm."""
+    """Make a final period a separate word where a sentence may end; p.m. becomes pm."""
     if len(word) < 2 or word[-1] != "." or word[-2] == ".":
         return [word]
     if "." in word[:-1] and not word.replace(".", "").isdigit():
@@ -132,14 +131,14 @@ def _period(word: str, following: str) -> list[str]:
 
 
 def phrases_of(words: Sequence[str]) -> Iterator[tuple[int, int, str]]:
-    """All phrases that the table may hold: the first word, the number of words, and the phrase."""
+    """All phrases that the table can hold: (position, number of words, phrase)."""
     for start in range(len(words)):
         for end in range(start + 1, min(start + LONGEST, len(words)) + 1):
             yield start, end - start, " ".join(words[start:end])
 
 
 class English:
-    """Stems, synonyms, paraphrases and function words, of the captions that it is made for."""
+    """Stems, synonyms, paraphrases and function words for a given set of captions."""
 
     def __init__(self, captions: Iterable[Sequence[str]]) -> None:
         try:
@@ -152,7 +151,7 @@ class English:
                 parts = ("function/english.words", "synonym/english.synsets", "synonym/english.exceptions")
                 function, synsets, exceptions = (jar.read(part).decode().split("\n") for part in parts)
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} cannot be read ({error}): install pycocoevalcap anew") from error
+            raise UserError(f"{path} cannot be read ({error}): reinstall pycocoevalcap") from error
         self.function = frozenset(function)
         self.synsets = dict(zip(synsets[::2], synsets[1::2], strict=False))
         self.bases: dict[str, list[str]] = defaultdict(list)
@@ -167,12 +166,12 @@ class English:
         self.stages: dict[tuple[str, str], list[int]] = {}
 
     def stem(self, word: str) -> str:
-        """The Snowball stem. nltk leaves an e at the end of realization and rotational that Snowball takes off."""
+        """The Snowball stem. nltk keeps a final e in realization and rotational, which Snowball removes."""
         stem: str = self.stemmer.stem(word)
         return stem[:-1] if stem.endswith(("ize", "ate")) and re.search("ization|izer|ational", word) else stem
 
     def senses(self, word: str) -> frozenset[str]:
-        """WordNet's synsets of a word and of its base form."""
+        """Numbers of WordNet's synsets of a word and of its base form."""
         if word in self.bases or len(word) <= 2 or word.endswith("ss"):
             bases = self.bases.get(word, [])
         else:
@@ -181,7 +180,7 @@ class English:
         return frozenset(" ".join(self.synsets.get(one, "") for one in (word, *bases)).split())
 
     def stages_of(self, one: str, other: str) -> list[int]:
-        """The stages that match a word with another."""
+        """The stages at which two words match."""
         if one == other:
             return [EXACT]
         if (one, other) not in self.stages:
@@ -194,7 +193,7 @@ class English:
         return self.stages[one, other]
 
     def caption(self, words: list[str]) -> Caption:
-        """A caption's words, looked up."""
+        """Look up a caption's words and phrases."""
         phrases, places = [], defaultdict(list)
         for start, length, phrase in phrases_of(words):
             if phrase in self.phrases:
@@ -205,9 +204,9 @@ class English:
 
 
 def matches(candidate: Caption, reference: Caption, english: English) -> list[list[Match]]:
-    """All matches of all stages, for each word of the reference those that begin there.
+    """All matches of all stages, listed by the reference's word at which they start.
 
-    Their order decides between alignments that are equally good. A pair of phrases that the table holds both ways
+    Their order decides between equally good alignments. A pair of phrases that the table lists in both directions
     matches twice.
     """
     found = [
@@ -232,21 +231,21 @@ def matches(candidate: Caption, reference: Caption, english: English) -> list[li
 
 
 def align(candidate: Caption, reference: Caption, english: English) -> list[Match]:
-    """The matches, none overlapping another, that a beam search finds best, in the order of the reference.
+    """Find the best set of matches without overlap by beam search; return it in the order of the reference.
 
-    Most words are best, then fewest chunks, then the least distance. The jar departs from the paper, and so does this:
-    a match that is not exact counts half of its words, rounded down, so that a stem counts nothing and is left out
-    where it would begin a chunk; distance is that of the matches listed before the one that is made, or of all where
-    none is made; and a match that no other competes with is always made.
+    The best set has the most words, then the fewest chunks, then the least distance. Like the jar, this differs from
+    the paper in three points. A match that is not exact counts half of its words, rounded down, so a stem counts
+    nothing and is skipped where it would start a chunk. Making a match costs the distances of those listed before it,
+    and making none costs the distances of all. A match that overlaps no other is always made.
     """
     beginning = matches(candidate, reference, english)
     covered, other_covered = [0] * len(reference.words), [0] * len(candidate.words)
     for match in itertools.chain.from_iterable(beginning):
-        for place in range(match.start, match.start + match.length):
-            covered[place] += 1
-        for place in range(match.other, match.other + match.other_length):
-            other_covered[place] += 1
-    # Order, next word of the reference, word of the candidate after the last match or -1, its words taken, matches.
+        for position in range(match.start, match.start + match.length):
+            covered[position] += 1
+        for position in range(match.other, match.other + match.other_length):
+            other_covered[position] += 1
+    # (order, next word of the reference, word of the candidate after the last match or -1, its used words, matches)
     partials: list[tuple[int, int, int, int, tuple]] = [(0, 0, -1, 0, ())]
     for position, here in enumerate(beginning):
         options = [_option(match) for match in here]
@@ -277,33 +276,33 @@ def align(candidate: Caption, reference: Caption, english: English) -> list[Matc
 
 
 def _option(match: Match) -> tuple[Match, int, int, int]:
-    """A match, the candidate's words that it takes as bits, what it adds to the order, and its distance."""
+    """(match, bits of the candidate's words that it uses, what it adds to the order, its distance)."""
     divisor = 1 if match.stage == EXACT else 2
     counted = match.length // divisor + match.other_length // divisor
     return match, (1 << match.other_length) - 1 << match.other, counted * _WORD, abs(match.start - match.other)
 
 
 def _is_alone(match: Match, covered: list[int], other_covered: list[int]) -> bool:
-    """Whether no other match has a word of this one."""
-    own = covered[match.start : match.start + match.length]
-    return max(own + other_covered[match.other : match.other + match.other_length]) == 1
+    """Whether this match shares no word with another match."""
+    counts = covered[match.start : match.start + match.length]
+    return max(counts + other_covered[match.other : match.other + match.other_length]) == 1
 
 
 def count(candidate: Caption, reference: Caption, alignment: list[Match]) -> list[float]:
-    """(11,) what a score is made of, which may be summed over pictures.
+    """(11,) counts that a score is computed from; they may be summed over pictures.
 
-    For the candidate and then for the reference: the content words, the function words, the weights of those of them
-    that are matched, and the number of words matched; then the number of chunks, of which a match of all words has none.
+    For the candidate, then for the reference: number of content words, number of function words, total weight of the
+    matched ones of each, and number of matched words. Last, the number of chunks: 0 where all words match in one chunk.
     """
     counts: list[float] = []
     for side, length, caption in (("other", "other_length", candidate), ("start", "length", reference)):
-        own = [len(caption.words) - sum(caption.is_function), sum(caption.is_function), 0.0, 0.0, 0]
+        five = [len(caption.words) - sum(caption.is_function), sum(caption.is_function), 0.0, 0.0, 0]
         for match in alignment:
             first = getattr(match, side)
             for is_function in caption.is_function[first : first + getattr(match, length)]:
-                own[2 + is_function] += WEIGHTS[match.stage]
-                own[4] += 1
-        counts += own
+                five[2 + is_function] += WEIGHTS[match.stage]
+                five[4] += 1
+        counts += five
     breaks = [
         last.start + last.length != match.start or last.other + last.other_length != match.other
         for last, match in itertools.pairwise(alignment)
@@ -313,7 +312,7 @@ def count(candidate: Caption, reference: Caption, alignment: list[Match]) -> lis
 
 
 def score(counts: Sequence[float]) -> float:
-    """The score of what count counted: a mean of precision and recall, less what falling into chunks costs."""
+    """The score of the counts: a weighted harmonic mean of precision and recall, minus a penalty for chunks."""
     content, function, content_matched, function_matched, words = counts[:5]
     known_content, known_function, known_content_matched, known_function_matched, known_words = counts[5:10]
     chunks = counts[10]

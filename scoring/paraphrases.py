@@ -1,4 +1,4 @@
-"""METEOR's table of paraphrases: 5.3 million pairs of phrases, searched in a memory-mapped index that is made once."""
+"""METEOR's table of paraphrases: 5.3 million pairs of phrases, in a memory-mapped index that is cached on disk."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from utils import forget_older, kept_file, key_of, locked, stamps, whole
 
 LONGEST = 7
 """Longest phrase of the table, in words."""
-VERSION = 1  # of the index: one more when its layout changes
+VERSION = 1  # of the index: add one when its layout changes
 
 
 class Paraphrases:
-    """Which phrase may stand for which, by the table that comes with METEOR: three lines for each pair, a probability
-    (which METEOR does not look at), a phrase, and a paraphrase of it. The other way round it counts only if listed so.
+    """The paraphrases of phrases, by the table that comes with METEOR. It has three lines for each pair: a probability
+    (which METEOR ignores), a phrase, and a paraphrase. The opposite direction counts only if it is listed too.
     """
 
     def __init__(self, table: Path) -> None:
-        """Maps the table's index, which is made first where the cache has none: in about 20 seconds, with 0.5 GB.
+        """Map the table's index into memory. If the cache has none, build it first: about 20 seconds, 0.5 GB of memory.
 
-        Raises UserError, in one line, where the table cannot be read or its index cannot be kept.
+        Raises UserError where the table cannot be read or the index cannot be written to the cache.
         """
         try:
             path = kept_file("paraphrases", str(table.absolute()), key_of(VERSION, stamps([table])))
@@ -42,12 +42,12 @@ class Paraphrases:
                     self._map(path)
         except (OSError, EOFError, ValueError, zlib.error) as error:
             raise UserError(
-                f"METEOR's paraphrases ({table.name}) cannot be indexed ({error}): install pycocoevalcap anew, or set "
+                f"METEOR's paraphrases ({table.name}) cannot be indexed ({error}): reinstall pycocoevalcap, or set "
                 "VIT_GPT2_CACHE to a folder that can be written to"
             ) from error
 
     def _map(self, path: Path) -> bool:
-        """Whether the index is there, whole: two sizes, then the three arrays of _write_index."""
+        """Map the index; return whether it exists and is complete: two sizes, then the three arrays of _write_index."""
         if not path.exists() or path.stat().st_size < 16:
             return False
         content = np.memmap(path, np.uint8, "r")
@@ -61,13 +61,13 @@ class Paraphrases:
         return True
 
     def among(self, phrases: Iterable[str]) -> dict[str, list[str]]:
-        """Each phrase's paraphrases that are themselves among the phrases, in the table's order; none has no entry."""
+        """Phrase -> those of its paraphrases that are among the phrases, in the table's order; no entry for none."""
         different = list(dict.fromkeys(phrases))
         keys = np.array([_key(phrase.encode()) for phrase in different], np.int64)
         order = np.argsort(keys)
         place = np.searchsorted(self.keys, keys[order])
         known = self.keys[np.minimum(place, len(self.keys) - 1)] == keys[order]
-        order, place = order[known], place[known]  # the place ascends
+        order, place = order[known], place[known]  # place is ascending
         first = self.starts[place].astype(np.int64)
         size = self.starts[place + 1] - first
         source = np.repeat(np.arange(len(place)), size)
@@ -81,12 +81,13 @@ class Paraphrases:
 
 
 def _key(phrase: bytes) -> int:
-    """64 bits of a phrase: two of three million are the same once in four million tables."""
+    """A 64-bit hash of a phrase. Of three million phrases, two collide in one of four million tables."""
     return int.from_bytes(blake2b(phrase, digest_size=8).digest(), "little", signed=True)
 
 
 def _write_index(table: Path, path: Path) -> None:
-    """The number of phrases and of pairs, the phrases' keys, where each one's paraphrases start, and which they are."""
+    """Write the number of phrases and of pairs, the phrases' keys, where each phrase's paraphrases start, and the
+    paraphrases."""
     number: dict[bytes, int] = {}
     phrase, paraphrase = array("I"), array("I")
     with gzip.open(table) as lines:

@@ -94,7 +94,7 @@ def test_nothing_in_a_caption_shifts_the_next():
 def test_without_java(monkeypatch, tmp_path):
     fake_package(tmp_path, monkeypatch)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert java_scores(["a"], [["a"]]).notes[-1] == "SPICE left out: there is no java on the PATH"
+    assert java_scores(["a"], [["a"]]).notes[-1] == "SPICE skipped: there is no java on the PATH"
     with pytest.raises(UserError, match="no java on the PATH"):
         java_tokenize(["a"])
 
@@ -104,7 +104,7 @@ def test_without_pycocoevalcap(monkeypatch):
     scores = java_scores(["a"], [["a"]])
     assert not scores.corpus and not scores.per_picture
     assert scores.notes == [
-        f"{name} left out: pycocoevalcap is not installed: pip install -r requirements/full.txt"
+        f"{name} skipped: pycocoevalcap is not installed: pip install -r requirements/full.txt"
         for name in ("METEOR", "SPICE")
     ]
 
@@ -167,14 +167,14 @@ def test_each_scorer_on_its_own(tmp_path, monkeypatch):
     scores = java_scores(["a", "b"], [["a"], ["b", "c", "d"]])
     assert scores.corpus == {"spice": pytest.approx(0.2)} and scores.per_picture == {"spice": [0.1, 0.3]}
     (note,) = scores.notes
-    assert note.startswith("METEOR left out: ") and note.endswith("install pycocoevalcap anew")
+    assert note.startswith("METEOR skipped: ") and note.endswith("reinstall pycocoevalcap")
     assert "meteor-1.5.jar" in note and "\n" not in note
 
 
 def test_a_java_that_fails_says_why(tmp_path, monkeypatch):
     fake_java(tmp_path, monkeypatch, FAILS)
     assert java_scores(["a"], [["a"]]).notes[1] == (
-        'SPICE left out: java failed (Exception in thread "main" java.lang.OutOfMemoryError: too small)'
+        'SPICE skipped: java failed (Exception in thread "main" java.lang.OutOfMemoryError: too small)'
     )
 
 
@@ -182,7 +182,7 @@ def test_spice_says_which_java_it_needs(tmp_path, monkeypatch):
     """Its jar would parse everything, and then die of the JavaScript engine that Java 15 dropped."""
     fake_java(tmp_path, monkeypatch, FAKE.replace("VERSION", "17.0.15"))
     note = java_scores(["a"], [["a"]]).notes[1]
-    assert note == "SPICE left out: its jar needs a Java from 8 to 14, and the one on the PATH is 17"
+    assert note == "SPICE skipped: its jar needs Java 8 to 14, but the java on the PATH is version 17"
 
 
 def test_pipes_never_block(tmp_path, monkeypatch):
@@ -203,7 +203,7 @@ def test_the_time_limit_ends_the_program_and_its_children(tmp_path, monkeypatch)
     )
     start = time.monotonic()
     scores = java_scores(["a"], [["a"]], seconds=2)
-    assert scores.notes[1] == "SPICE left out: it took longer than 2 seconds"
+    assert scores.notes[1] == "SPICE skipped: it took longer than 2 seconds"
     assert time.monotonic() - start < 30
     pids = (tmp_path / "pids").read_text().split()
     assert len(pids) == 2
