@@ -1,4 +1,4 @@
-"""samples.png: pictures in a grid, each with its caption and references, in whatever scripts the installed fonts have."""
+"""samples.png: pictures in a grid, each with its caption and references, in any script that an installed font has."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from utils import shown, whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLUMNS, SIDE, GAP = 4, 2.8, 0.3  # of the grid; a picture's side and the room around it, in inches
-CAPTION, REFERENCE = 9.5, 8.0  # sizes of letters, in points
-LINE, TALL = 1.35, 1.05  # height of a line and of "lp", which matplotlib counts in, in sizes
-REFERENCES = 2  # shown of each picture
-FONT = "DejaVu Sans"  # comes with matplotlib
+COLUMNS, SIDE, GAP = 4, 2.8, 0.3  # columns of the grid; a picture's side and the space around it, in inches
+CAPTION, REFERENCE = 9.5, 8.0  # font sizes, in points
+LINE, TALL = 1.35, 1.05  # height of a line and of "lp" (matplotlib's unit of line spacing), relative to the font size
+REFERENCES = 2  # shown per picture
+FONT = "DejaVu Sans"  # installed with matplotlib
 
 
 def contact_sheet(
     path: Path, pictures: Sequence[Tensor], captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> None:
-    """Pictures (uint8 (3, S, S)) in a grid, each with its caption and, in grey, two references."""
+    """Write pictures (uint8 (3, S, S)) in a grid, each with its caption and, in grey, two references, to a PNG file."""
     with whole(path) as unfinished:
         draw_sheet(pictures, captions, references).savefig(unfinished, format="png", dpi=90)
 
 
 def draw_sheet(pictures: Sequence[Tensor], captions: Sequence[str], references: Sequence[Sequence[str]]) -> Figure:
-    """The figure, each row as high as its longest texts need."""
+    """Draw the figure; each row is as high as its longest texts need."""
     from matplotlib.figure import Figure
 
     few = [list(known[:REFERENCES]) for known in references]
     bold = min((Letters(captions, weight) for weight in ("bold", "normal")), key=lambda letters: len(letters.missing))
     plain = Letters((text for known in few for text in known), "normal")
-    own = [bold.lines(caption, 32, 6) for caption in captions]
+    titles = [bold.lines(caption, 32, 6) for caption in captions]
     others = [[line for text in known for line in plain.lines(text, 46, 4, "· ")] for known in few]
-    below = [LINE * (CAPTION * len(a) + REFERENCE * len(b)) / 72 for a, b in zip(own, others, strict=True)]
+    below = [LINE * (CAPTION * len(a) + REFERENCE * len(b)) / 72 for a, b in zip(titles, others, strict=True)]
     starts = range(0, len(pictures), COLUMNS)
     heights = [SIDE + GAP + max(below[start : start + COLUMNS]) for start in starts]
     width, height = min(COLUMNS, len(pictures)) * (SIDE + GAP) + GAP, sum(heights) + GAP
@@ -52,32 +52,32 @@ def draw_sheet(pictures: Sequence[Tensor], captions: Sequence[str], references: 
         axis.axis("off")
         axis.imshow(picture.permute(1, 2, 0).numpy())
         for letters, lines, size, color, above in (
-            (bold, own[i], CAPTION, "black", 0.0),
-            (plain, others[i], REFERENCE, "0.35", LINE * CAPTION * len(own[i])),
+            (bold, titles[i], CAPTION, "black", 0.0),
+            (plain, others[i], REFERENCE, "0.35", LINE * CAPTION * len(titles[i])),
         ):
             how: dict[str, Any] = {"family": letters.families, "weight": letters.weight, "size": size, "color": color}
             how |= {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "linespacing": LINE / TALL}
-            axis.annotate("\n".join(lines), (0, 0), (0, -5 - above), parse_math=False, **how)  # a $ is no formula
+            axis.annotate("\n".join(lines), (0, 0), (0, -5 - above), parse_math=False, **how)  # "$" starts no formula
     return figure
 
 
 class Letters:
-    """The fonts that some texts need, and the letters that no installed font has."""
+    """The fonts that the given texts need, and the letters that no installed font has."""
 
     def __init__(self, texts: Iterable[str], weight: str) -> None:
         from matplotlib.font_manager import fontManager, get_font, weight_dict
 
         self.weight, self.families = weight, [FONT]
         self.missing = {letter for text in texts for letter in shown(text)}
-        files = {  # of just this weight, or matplotlib warns that it took another; the first of a name is its choice
+        files = {  # of exactly this weight, or matplotlib warns; it takes the first font of a name, hence reversed
             font.name: font.fname
             for font in reversed(fontManager.ttflist)
             if font.weight in (weight, weight_dict[weight])
             and (font.style, font.stretch) == ("normal", "normal")
-            and not font.name.startswith("Last Resort")  # whose letters are boxes
+            and not font.name.startswith("Last Resort")  # it draws every letter as a box
         }
         for name in sorted(files, key=lambda name: (name != FONT, "Sans" not in name, name)):
-            with contextlib.suppress(OSError, RuntimeError):  # a font that is listed and gone, or damaged
+            with contextlib.suppress(OSError, RuntimeError):  # a listed font may be deleted or damaged
                 known = get_font(files[name]).get_charmap()
                 if found := {letter for letter in self.missing if ord(letter) in known}:
                     self.families += [name] * (name != FONT)
@@ -86,7 +86,7 @@ class Letters:
                 break
 
     def lines(self, text: str, width: int, most: int, mark: str = "") -> list[str]:
-        """A text in lines of so many letters, of which a Chinese one takes the room of two."""
+        """Wrap a text into lines of at most `width` letters, where a wide letter (such as Chinese) counts as two."""
         text = self.readable(shown(text))
         room = len(text) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
         width, indent = width * len(text) // room if room else width, " " * len(mark)
@@ -94,7 +94,7 @@ class Letters:
         return textwrap.wrap(text, width, initial_indent=mark, subsequent_indent=indent, **cut) or [f"{mark}(nothing)"]
 
     def readable(self, text: str) -> str:
-        """The text, with one word in place of letters side by side that would be boxes."""
+        """Replace each run of letters that no font has by one note, as they would be drawn as boxes."""
         if not self.missing:
             return text
         one = f"[{''.join(map(re.escape, sorted(self.missing)))}]"
@@ -103,5 +103,5 @@ class Letters:
 
 
 def script(letter: str) -> str:
-    """What a letter belongs to: DEVANAGARI, CJK, emoji."""
+    """The name of a letter's script, such as DEVANAGARI or CJK, or emoji."""
     return "emoji" if unicodedata.category(letter) == "So" else unicodedata.name(letter, "unknown").split()[0]

@@ -258,7 +258,7 @@ def test_odd_captions(tmp_path):
     history = [{"step": 0, "loss": float("nan")}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": None}, {"x": 1}]
     said = Page(written(tmp_path, number=len(captions), history=history, **odd)).said()
     assert "(nothing)" in said and "half ?" in said and "كلب يجري" in said and "7.5000" in said
-    assert "Captions given to more than one picture" in said
+    assert "Captions of more than one picture" in said
 
 
 def test_lists_of_unequal_lengths_are_refused():
