@@ -1,4 +1,4 @@
-"""CLIPScore and PAC-S, with references or without, and self-retrieval: by a CLIP of transformers'."""
+"""CLIPScore and PAC-S, with or without references, and self-retrieval, by a CLIP in transformers' format."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from utils import hub_folder, in_one_line
 
 
 class ClipScores(NamedTuple):
-    """clip_score, clip_retrieval and, with references, ref_clip_score of N pictures; or pac_score and so on."""
+    """Scores of N pictures: clip_score, clip_retrieval and, with references, ref_clip_score; or pac_score and so on."""
 
-    corpus: dict[str, float]  # the means
+    corpus: dict[str, float]  # means over the pictures
     per_picture: dict[str, NDArray[np.float64]]  # (N,) each
 
 
@@ -42,20 +42,20 @@ def clip_scores(
     progress: bool = True,
     metric: Literal["clip", "pac"] = "clip",
 ) -> ClipScores:
-    """CLIPScore and RefCLIPScore (Hessel et al. 2021, arXiv:2104.08718); or, with a CLIP that learned from captions and
-    pictures made by models, PAC-S and RefPAC-S (Sarto et al. 2023, arXiv:2303.12112).
+    """CLIPScore and RefCLIPScore (Hessel et al. 2021, arXiv:2104.08718); or, with a CLIP that was also trained on
+    generated captions and pictures, PAC-S and RefPAC-S (Sarto et al. 2023, arXiv:2303.12112).
 
-    With CLIP's embeddings c of the caption, r of a reference and v of the picture, CLIPScore is 2.5 max(cos(c, v), 0),
-    PAC-S 2 max(cos(c, v), 0), and with references the harmonic mean of it and max(0, the largest cos(c, r)). The
-    retrieval is 1 where, of all N pictures, the caption's is nearest to it, else 0; its mean is R@1. Captions and
-    references start with "A photo depicts ", and what is longer than CLIP's text is cut. model names a CLIP on the Hub or a
-    folder with its weights (safetensors) and processor; the papers' are ViT-B/32, and numbers of another one do not
-    compare with theirs. The arithmetic is fp32.
+    c, r and v are CLIP's embeddings of the caption, a reference and the picture. CLIPScore is 2.5 max(cos(c, v), 0),
+    PAC-S is 2 max(cos(c, v), 0). With references, the score is the harmonic mean of that and max(0, the largest
+    cos(c, r)). The retrieval is 1 where the caption's picture is the nearest to it of all N, else 0; its mean is R@1.
+    Captions and references start with "A photo depicts ", and are cut at CLIP's longest text. model is a CLIP on the
+    Hub, or a folder with its weights (safetensors) and processor. The papers use ViT-B/32; numbers of other models do
+    not compare with theirs. CLIP runs in fp32.
 
-    Raises UserError where the weights cannot be had, a picture cannot be read, or the lists do not fit together.
+    Raises UserError where the weights are not available, a picture cannot be read, or the lists do not match.
     """
     if not candidates or len(candidates) != len(pictures) or len(candidates) != len(references or candidates):
-        raise UserError("CLIPScore needs a caption, and where there are references some of them, for every picture")
+        raise UserError("CLIPScore needs one caption, and with references at least one of them, for every picture")
     if references is not None and not all(references):
         raise UserError(f"picture {[bool(captions) for captions in references].index(False)} has no reference")
     clip = Clip(model, torch.device(device), batch_size, progress)
@@ -79,12 +79,12 @@ def clip_scores(
 
 
 def similarity(text: Tensor, image: Tensor, metric: Literal["clip", "pac"]) -> Tensor:
-    """CLIPScore or PAC-S (N,) of captions' and pictures' embeddings, (N, D) each, of length 1."""
+    """CLIPScore or PAC-S (N,) from embeddings of captions and pictures, (N, D) each, of length 1."""
     return FACTORS[metric] * (text * image).sum(-1).clamp(min=0)
 
 
 class Clip:
-    """A CLIP of transformers' that gives embeddings of length 1, float64 (N, D), on the CPU."""
+    """A CLIP in transformers' format. Its embeddings have length 1 and are float64 (N, D), on the CPU."""
 
     def __init__(self, name: str | Path, device: torch.device, batch_size: int = 64, progress: bool = False) -> None:
         from transformers import AutoModel, CLIPProcessor
@@ -97,7 +97,7 @@ class Clip:
         self.device, self.batch_size, self.progress = device, batch_size, progress
 
     def captions(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings of captions, the prefix put before each."""
+        """Embeddings of captions, each with CLIP_PREFIX before it."""
         longest = self.model.config.text_config.max_position_embeddings
 
         def embed(batch: Sequence[str]) -> Tensor:
@@ -107,7 +107,7 @@ class Clip:
             ).to(self.device)
             return self.model.text_projection(self.model.text_model(**inputs).pooler_output)
 
-        return self._in_batches(texts, embed, "CLIP reads")
+        return self._in_batches(texts, embed, "CLIP, captions")
 
     def pictures(self, sources: Sequence[PictureSource]) -> Tensor:
         """Embeddings of pictures."""
@@ -117,7 +117,7 @@ class Clip:
             pixel_values = inputs["pixel_values"].to(self.device)
             return self.model.visual_projection(self.model.vision_model(pixel_values).pooler_output)
 
-        return self._in_batches(sources, embed, "CLIP looks")
+        return self._in_batches(sources, embed, "CLIP, pictures")
 
     @torch.no_grad()
     def _in_batches(self, items: Sequence[Any], embed: Any, what: str) -> Tensor:
@@ -127,9 +127,9 @@ class Clip:
 
 
 def _pixels(source: PictureSource) -> NDArray[np.uint8]:
-    """A picture as uint8 (H, W, 3) at its full size, as CLIP's own preprocessing wants it."""
+    """A picture as uint8 (H, W, 3) in full size, as CLIP's preprocessing expects it."""
     try:
         return decode(source, 1 << 15)
-    except Exception as error:  # Pillow raises a dozen kinds for damaged files
+    except Exception as error:  # Pillow raises many kinds for damaged files
         name = "picture" if isinstance(source, bytes) or not isinstance(source, str | os.PathLike) else str(source)
         raise UserError(in_one_line(f"{name}: not a picture that can be read ({reason(error)})")) from error

@@ -1,4 +1,4 @@
-"""Captions and their references out of two files, in whatever form people have them, matched picture by picture."""
+"""Read captions and references from two files, in any of several formats, and match them picture by picture."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from utils import in_one_line, json_of
 
 
 def read_results(results: Path, references: Path) -> tuple[list[int | str], list[str], list[list[str]]]:
-    """Image ids, candidates and their references; see matched."""
+    """Image ids, candidates and references of two files (see matched)."""
     found = matched(results, references)
     return found.names, found.captions, found.references
 
 
 class Matched(NamedTuple):
-    """Captions and their references, picture by picture."""
+    """Captions and their references, matched picture by picture."""
 
     names: list[int | str]
     captions: list[str]
     references: list[list[str]]
     facts: dict[str, str]
-    """What tables are to say of the matching."""
+    """Notes on the matching, for the table of results."""
     domains: list[str]
-    """Of each picture, where the references have domains."""
+    """Domain of each picture, or empty where the references have none."""
 
 
 def matched(results: Path, references: Path, subset: bool = False) -> Matched:
-    """Image ids, candidates and their references from two files.
+    """Match the captions of two files.
 
-    A candidate that is there again, as distributed samplers fill up with, is dropped and counted. Raises UserError unless
-    each picture of the references (with subset: any of them) has one candidate, and no other picture has one; but
-    candidates of pictures whose references were all rejected (VizWiz) are dropped as well.
+    Repeated equal candidates, with which distributed samplers fill up, are dropped and counted. Candidates of pictures
+    whose references were all rejected (VizWiz) are dropped too. Raises UserError unless each picture of the references
+    (with subset: at least one of them) has exactly one candidate, and no other picture has one.
     """
     known: dict[int | str, list[str]] = defaultdict(list)
     for image, caption in read_captions(references):
         known[image].append(caption)
     domains, rejected, unscored = read_pictures(references, known)
     if not known:
-        raise UserError(f"{references}: no captions in it: name a file of references")
+        raise UserError(f"{references}: it holds no captions: name a file of references")
     entries = [(image, caption) for image, caption in read_captions(results) if image not in unscored]
     times = Counter(image for image, _ in dict.fromkeys(entries))
     if len(times) < times.total():
         image, number = times.most_common(1)[0]
-        raise UserError(f"{results}: {number} captions for picture {in_one_line(str(image))}: give one for each")
+        raise UserError(f"{results}: {number} captions for picture {in_one_line(str(image))}: give one per picture")
     partners = _partners(times, known)
     captions = {partners[image]: caption for image, caption in entries if image in partners}
     lacking = [image for image in known if image not in captions]
     odd = [image for image in times if image not in partners]
-    advice = "both need the same pictures" + (", or say --subset" if captions and not odd else "")
+    advice = "both need the same pictures" + (", or add --subset" if captions and not odd else "")
     others = lacking or list(known)
     if odd and {*map(type, odd)} != {*map(type, others)}:
         advice = in_one_line(f"the types of the ids differ, {odd[0]!r} here and {others[0]!r} there")
@@ -75,8 +75,8 @@ def matched(results: Path, references: Path, subset: bool = False) -> Matched:
 
 
 def read_pictures(path: Path, known: Collection[int | str]) -> tuple[dict[int | str, str], int, set[int | str]]:
-    """Of a file of references: {picture: its domain}, how many references are rejected, and the pictures whose references
-    all are."""
+    """From a file of references: {picture: its domain}, the number of rejected references, and the pictures whose
+    references are all rejected."""
     try:
         content = json_of(path.read_bytes())
     except ValueError:  # JSON lines
@@ -90,32 +90,33 @@ def read_pictures(path: Path, known: Collection[int | str]) -> tuple[dict[int | 
 
 
 def _partners(ids: Collection[int | str], known: Collection[int | str]) -> dict[int | str, int | str]:
-    """{id: the known one that it means}: the same, or, where either is the only one of its kind, the one alike."""
+    """{id: the known id that it matches}: the same id, or the one with the same number or name (see _number), where
+    both are unique."""
     partners = {image: image for image in ids if image in known}
     alike: dict[int | str, tuple[list[int | str], list[int | str]]] = defaultdict(lambda: ([], []))
     for side, images in enumerate((ids, known)):
         for image in images:
             if image not in partners:
                 alike[_number(image)][side].append(image)
-    return partners | {own[0]: others[0] for own, others in alike.values() if len(own) == len(others) == 1}
+    return partners | {here[0]: there[0] for here, there in alike.values() if len(here) == len(there) == 1}
 
 
 def _number(image: int | str) -> int | str:
-    """The number in "042", "42.0", COCO_val2014_000000000042.jpg; of other names what is between folder and suffix."""
+    """The number in "042", "42.0" or COCO_val2014_000000000042.jpg; else the name without folder and suffix."""
     name = re.sub(r".*[/\\]|\.[A-Za-z]\w*$", "", str(image))
     number = re.fullmatch(r"(?:COCO_\w+_)?(\d{1,99})(?:\.0+)?", name)
     return int(number[1]) if number else name
 
 
 def read_captions(path: Path) -> list[tuple[int | str, str]]:
-    """Image id (or file name) and caption of each entry of COCO's results or annotations, JSON lines, {id: caption}."""
+    """(image id or file name, caption) of each entry of COCO results or annotations, JSON lines, or {id: caption}."""
     try:
         entries = []
         for image, caption in _entries(path.read_bytes()):
             image = int(image) if type(image) is float and image.is_integer() else image
             if type(image) not in (int, str) or not isinstance(caption, str):
                 raise TypeError(f"picture {image!r}, caption {caption!r}")
-            f"{image}{caption}".encode()  # half a character is refused here, as no file can hold it
+            f"{image}{caption}".encode()  # refuses half a character, which no file can hold
             entries.append((image, caption))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
@@ -126,16 +127,16 @@ def read_captions(path: Path) -> list[tuple[int | str, str]]:
 
 
 def _entries(data: bytes) -> Iterator[tuple[Any, Any]]:
-    """(image, caption) of each entry, whatever they are."""
+    """(image, caption) of each entry, of unchecked types."""
 
     def fields(pairs: list[tuple[str, Any]]) -> Any:
-        """A dictionary, or the pairs where a key is there twice: of these json keeps the last one only."""
+        """A dictionary, or the pairs where a key is repeated, as json would drop all but the last one."""
         return dict(pairs) if len(dict(pairs)) == len(pairs) else pairs
 
     text, decoder = data.decode(json.detect_encoding(data)).strip(), json.JSONDecoder(object_pairs_hook=fields)
     values: list[Any] = []
     end = 0
-    while end < len(text) or not values:  # one value, or one a line
+    while end < len(text) or not values:  # one value, or one per line
         value, end = decoder.raw_decode(text, re.compile(r"\s*").match(text, end).end())  # type: ignore[union-attr]
         values.append(value)
     content = values[0] if len(values) == 1 else values
@@ -143,7 +144,7 @@ def _entries(data: bytes) -> Iterator[tuple[Any, Any]]:
         named = content.get("annotations", content.get("data"))  # TextCaps calls them data
         content = named if isinstance(named, list) else [content] if "caption" in content else content.items()
     for entry in content:
-        if isinstance(entry, tuple):  # id and caption, or captions
+        if isinstance(entry, tuple):  # id and caption, or id and list of captions
             yield from ((entry[0], caption) for caption in (entry[1] if isinstance(entry[1], list) else entry[1:]))
         elif list(entry) != [MADE_BY] and not is_rejected(entry):
             yield entry.get("image_id", entry.get("file_name")), entry.get("caption", entry.get("caption_str"))

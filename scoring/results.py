@@ -1,7 +1,7 @@
-"""Captions beside their references, whoever wrote them: scored, compared, written to files.
+"""Score captions of any origin against references, compare them, and write the results to files.
 
-A folder of results holds captions.json and references.json (COCO's formats), per_picture.csv and report.html. Knows
-nothing of models.
+A folder of results holds captions.json and references.json (COCO's formats), per_picture.csv and report.html. This file
+does not depend on models.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from scoring.tokens import TOKENIZERS, without_spaces
 from utils import file_hash, json_of, read_log, shown, write_csv, write_json
 
 ENDS = ("low", "high")  # of a 95 % interval
-FEWEST = 30  # pictures that a p is given for
-LONG = 40  # words of a caption
+FEWEST = 30  # smallest number of pictures for which p is given
+LONG = 40  # longer captions, in words, get a warning
 ABOUT_WORDS = {
     "ptb": "PTB, by metrics.tokenize",
     "characters": "PTB and characters, by metrics.characters",
@@ -46,49 +46,49 @@ NO_CIDER = "cannot be computed, as each word is in every picture's references"
 
 @dataclass
 class Captioned:
-    """Captions of a loader's pictures, in its order: rows of its table, captions, their references, which were cut."""
+    """Captions of a loader's pictures, in its order: rows of its table, captions, references, which were cut off."""
 
     rows: list[int]
     captions: list[str]
     references: list[list[str]]
     cut: list[bool]
     several: list[list[str]] = field(default_factory=list)
-    """Where more than one caption a picture was asked for, all of them; the first is the one in captions."""
+    """All captions of each picture, if several were generated; the first is the one in captions."""
     frequencies: CiderD | None = None
-    """Document frequencies to score with, else those of the references."""
+    """Document frequencies to score with (default: those of the references)."""
     tokenizer: str = "ptb"
-    """What makes words of captions: one of TOKENIZERS."""
+    """Splits captions into words: one of TOKENIZERS."""
     domains: list[str] = field(default_factory=list)
-    """Where the benchmark has several (nocaps: in-domain, near-domain, out-domain), that of each picture."""
+    """Domain of each picture, if the benchmark has several (nocaps: in-domain, near-domain, out-domain)."""
     confidences: list[float] = field(default_factory=list)
-    """Where asked for, the geometric mean of the probabilities of each caption's tokens."""
+    """Geometric mean of the probabilities of each caption's tokens, if requested."""
 
     @cached_property
     def statistics(self) -> Statistics:
-        """All n-grams, counted once."""
+        """The counts behind all metrics, computed once."""
         words = TOKENIZERS[self.tokenizer]
-        known = [list(map(words, own)) for own in self.references]
+        known = [list(map(words, captions)) for captions in self.references]
         return Statistics(list(map(words, self.captions)), known, self.frequencies)
 
     def by_domain(self) -> Iterator[tuple[str, Statistics]]:
-        """Of each domain by itself, with its own document frequencies, as nocaps' server has it."""
+        """(name, statistics) of each domain, with document frequencies of that domain only, as on nocaps' server."""
         words, known = (
             self.statistics.candidates,
-            [list(map(TOKENIZERS[self.tokenizer], own)) for own in self.references],
+            [list(map(TOKENIZERS[self.tokenizer], captions)) for captions in self.references],
         )
         for domain in sorted(set(self.domains)):
-            rows = [row for row, own in enumerate(self.domains) if own == domain]
-            own_words, own_known = [words[row] for row in rows], [known[row] for row in rows]
-            yield domain.replace("-", "_"), Statistics(own_words, own_known, self.frequencies)
+            rows = [row for row, other in enumerate(self.domains) if other == domain]
+            domain_words, domain_known = [words[row] for row in rows], [known[row] for row in rows]
+            yield domain.replace("-", "_"), Statistics(domain_words, domain_known, self.frequencies)
 
     @cached_property
     def self_cider(self) -> Scores | None:
-        """How different the captions of a picture are, where there are several."""
-        several = [list(map(TOKENIZERS[self.tokenizer], own)) for own in self.several]
+        """How different the captions of a picture are; None where there is only one."""
+        several = [list(map(TOKENIZERS[self.tokenizer], captions)) for captions in self.several]
         return self_cider(several, self.statistics.frequencies) if several else None
 
     def metrics(self) -> dict[str, float]:
-        """BLEU-1..4, ROUGE-L and CIDEr-D, how varied the captions are, and the share cut off at max_length."""
+        """BLEU-1 to 4, ROUGE-L, CIDEr-D, diversity, and the share of captions cut off at max_length."""
         scores = self.statistics.scores() | diversity(self.statistics.candidates)
         if self.self_cider:
             scores["self_cider"] = self.self_cider.corpus
@@ -97,8 +97,9 @@ class Captioned:
 
 @dataclass(frozen=True)
 class MoreScores:
-    """What is wanted besides: METEOR, and SPICE by Java; CHAIR with COCO's instances, CLIPScore and PAC-S by a CLIP each;
-    CIDEr-D with other document frequencies; other words; the share of captions that are not among those trained on."""
+    """Further scores that are requested: METEOR; SPICE, by Java; CHAIR, with COCO's instances; CLIPScore and PAC-S, by
+    a CLIP each; the share of captions that are not among the training captions. Also the document frequencies for
+    CIDEr-D, and the tokenizer."""
 
     meteor: bool = False
     java: bool = False
@@ -116,7 +117,7 @@ class MoreScores:
         references: Sequence[Sequence[str]],
         picture: Callable[[int], PictureSource] | None,
     ) -> tuple[dict[str, float], dict[str, Sequence[float]], list[str]]:
-        """The numbers, those of each picture, and a line for each metric that was left out."""
+        """Corpus scores, scores of each picture, and a note for each metric that was skipped."""
         from scoring.chair import chair
         from scoring.clip import clip_scores
         from scoring.java import java_scores
@@ -145,7 +146,7 @@ class MoreScores:
                     corpus |= found.corpus
                     each |= {name: scores.tolist() for name, scores in found.per_picture.items()}
                 elif model:
-                    notes.append(f"{name}: no pictures at hand, name a model and --data-dir")
+                    notes.append(f"{name}: no pictures, name a model and --data-dir")
             except UserError as error:
                 notes.append(f"{name}: {error}")
         if self.training_captions is None:
@@ -158,12 +159,12 @@ class MoreScores:
 def about_scores(
     number: int, references: Sequence[Sequence[str]], frequencies: CiderD | None, tokenizer: str = "ptb"
 ) -> dict[str, Any]:
-    """What numbers must share to be compared, whoever wrote the captions."""
+    """Facts that must be equal for numbers to be compared, whatever wrote the captions."""
     counted = f"of the {number:,} picture{'s' * (number > 1)} evaluated"
     if frequencies:
         counted = f"of {frequencies.num_pictures:,} pictures, from {frequencies.path}"
     known, words = [text for own in references for text in own], TOKENIZERS[tokenizer]
-    length = sum(len(text.split() if words is tokenize else words(text)) for text in known)  # near enough, and quick
+    length = sum(len(text.split() if words is tokenize else words(text)) for text in known)  # split() is close enough
     return {
         "tokenizer": ABOUT_WORDS[tokenizer],
         "document_frequencies": counted,
@@ -175,15 +176,15 @@ def about_scores(
 
 
 def about_results(results: Path) -> dict[str, Any]:
-    """What the evaluation that wrote a file of captions said of their making; unknown for anybody else's."""
+    """How a file of captions was made, by the metrics.json of the evaluation that wrote it; else "unknown"."""
     facts: dict[str, Any] = {"decoding": "unknown", "weights_sha256": "unknown"}
     try:
-        said = json_of((results.parent / "metrics.json").read_text(encoding="utf-8"))
-        if said["captions_sha256"] == file_hash(results):
+        found = json_of((results.parent / "metrics.json").read_text(encoding="utf-8"))
+        if found["captions_sha256"] == file_hash(results):
             names = ("data", "split", *facts, "precision", "pictures_trained_on")
-            return {n: said[n] for n in names if isinstance(said.get(n), int if n == "pictures_trained_on" else str)}
+            return {n: found[n] for n in names if isinstance(found.get(n), int if n == "pictures_trained_on" else str)}
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # no evaluation's folder
+        pass  # not the folder of an evaluation
     return facts
 
 
@@ -197,11 +198,11 @@ def write_evaluation(
     more: MoreScores,
     picture: Callable[[int], PictureSource] | None = None,
 ) -> dict[str, Any]:
-    """Writes captions.json and references.json (COCO's formats), per_picture.csv and report.html into the folder, and
-    all_captions.json where a picture has several.
+    """Write captions.json and references.json (COCO's formats), per_picture.csv and report.html to the folder, and
+    all_captions.json where pictures have several captions.
 
-    Returns everything a table says: the metrics (those known before and all others), how they were made, and the 95 %
-    interval of each.
+    Returns everything for the table of results: the metrics (those in known, and those computed here), the facts about
+    them, and their 95 % intervals.
     """
     captions, references = captioned.captions, captioned.references
     added, added_each, left_out = more.score(names, captions, references, picture)
@@ -209,8 +210,8 @@ def write_evaluation(
     numbers = captioned.metrics() | known | added
     intervals = captioned.statistics.intervals()
     intervals |= mean_intervals(
-        {n: own for n, own in added_each.items() if n != "meteor"}
-    )  # which is no mean of pictures
+        {n: values for n, values in added_each.items() if n != "meteor"}
+    )  # METEOR of the corpus is not the mean over pictures
     if not captioned.statistics.has_cider:
         left_out = [f"CIDEr-D {NO_CIDER}", *left_out]
         del numbers["cider_d"], intervals["cider_d"]
@@ -227,7 +228,7 @@ def write_evaluation(
         "left_out": "; ".join(left_out) or "nothing",
     }
     scored = captioned.statistics.per_picture()
-    first = ("cider_d",) if captioned.statistics.has_cider else ()  # as pictures are ranked by it
+    first = ("cider_d",) if captioned.statistics.has_cider else ()  # first, as pictures are ranked by it
     names_of = dict.fromkeys((*first, *(name for name in scored if name != "cider_d")))
     each: dict[str, Sequence[float]] = {name: scored[name].tolist() for name in names_of} | added_each
     if captioned.self_cider:
@@ -238,7 +239,7 @@ def write_evaluation(
     write_csv(directory / "per_picture.csv", [("picture", "caption", *each), *rows])
     report = Report(
         title=title,
-        facts={name.replace("_", " "): f"{said:,}" if isinstance(said, int) else said for name, said in facts.items()},
+        facts={name.replace("_", " "): f"{fact:,}" if isinstance(fact, int) else fact for name, fact in facts.items()},
         warnings=warnings_about(facts | numbers),
         metrics=numbers,
         intervals=intervals,
@@ -255,47 +256,50 @@ def write_evaluation(
 
 
 def write_captions(directory: Path, captioned: Captioned, names: Sequence[int | str]) -> None:
-    """captions.json, references.json, and all_captions.json where a picture has several."""
-    own = zip(names, captioned.captions, strict=True)
-    write_json(directory / "captions.json", [{"image_id": name, "caption": caption} for name, caption in own])
-    texts = [(name, text) for name, own in zip(names, captioned.references, strict=True) for text in own]
+    """Write captions.json, references.json, and all_captions.json where pictures have several captions."""
+    pairs = zip(names, captioned.captions, strict=True)
+    write_json(directory / "captions.json", [{"image_id": name, "caption": caption} for name, caption in pairs])
+    texts = [(name, text) for name, known in zip(names, captioned.references, strict=True) for text in known]
     annotations = [{"id": i, "image_id": name, "caption": text} for i, (name, text) in enumerate(texts)]
     write_json(directory / "references.json", {"images": [{"id": i} for i in names], "annotations": annotations})
     if captioned.several:
         several = zip(names, captioned.several, strict=True)
-        write_json(directory / "all_captions.json", [{"image_id": name, "captions": own} for name, own in several])
+        write_json(directory / "all_captions.json", [{"image_id": name, "captions": each} for name, each in several])
 
 
 def warnings_about(metrics: dict[str, Any]) -> list[str]:
-    """What to know before the numbers are believed."""
+    """Warnings about the numbers, for the user."""
     number, found = metrics["pictures"], []
     if number < FEW:
         found.append(
-            f"These numbers rest on {number:,} picture{'s' * (number > 1)}: below {FEW} they are mostly chance."
+            f"These numbers come from {number:,} picture{'s' * (number > 1)}: below {FEW} they are mostly chance."
         )
-    if seen := metrics.get("pictures_trained_on"):
+    if trained := metrics.get("pictures_trained_on"):
         found.append(
-            f"{seen:,} of the {number:,} pictures were trained on: these numbers say nothing about new pictures."
+            f"{trained:,} of the {number:,} pictures were trained on: these numbers do not show how good the model is "
+            "on new pictures."
         )
     if part := metrics.get("subset"):
-        found.append(f"Only {part} of the references are scored: these numbers do not compare with those of all.")
+        found.append(f"Only {part} of the references are scored: do not compare them with numbers of all references.")
     if metrics.get("references_per_picture") == "1":
-        found.append("One reference a picture: the metrics were made for five, and compare with others of one only.")
+        found.append(
+            "One reference per picture: the metrics were made for five. Compare only with numbers of one reference."
+        )
     if metrics.get("without_blanks", 0) > 0:
         found.append(
-            f"{metrics['without_blanks']:,} references are of a script without spaces between words and count as one word "
-            "each, so that nearly right is wrong: add --tokenizer icu, or --tokenizer characters."
+            f"{metrics['without_blanks']:,} references are in a script without spaces between words and count as one word "
+            "each, so nearly right captions score 0: add --tokenizer icu, or --tokenizer characters."
         )
     elif float(metrics.get("words_per_reference", 2)) < 2:
         found.append("Most references are one word: these metrics compare sentences.")
     if max(float(metrics.get("words_per_reference", 0)), metrics.get("mean_length", 0)) > LONG:
         found.append(
-            f"Captions of more than {LONG} words: these metrics were made for one sentence, and say little of several."
+            f"Captions of more than {LONG} words: these metrics were made for one sentence, and mean little for several."
         )
     if NO_CIDER in metrics.get("left_out", ""):
         found.append(f"CIDEr-D {NO_CIDER}.")
     if not math.isfinite(metrics.get("loss", 0.0)):
-        found.append("The loss is no number: the model, or a picture, holds one that is not finite.")
+        found.append("The loss is not finite: the model or a picture holds a value that is not finite.")
     if "loss" in metrics and metrics["loss_shuffled_pictures"] - metrics["loss"] < 0.02:
         found.append(
             "The model ignores the picture: with the pictures shuffled its loss is "
@@ -305,7 +309,9 @@ def warnings_about(metrics: dict[str, Any]) -> list[str]:
     if number >= 20 and different <= max(1, 0.02 * number):
         found.append(f"Nearly the same caption for every picture: {different:,} for {number:,} pictures.")
     if metrics.get("cut_captions", 0) > 0.1:
-        found.append(f"{metrics['cut_captions']:.0%} of the captions never ended and were cut off: raise --max-length.")
+        found.append(
+            f"{metrics['cut_captions']:.0%} of the captions were cut off at the length limit: raise --max-length."
+        )
     return found
 
 
@@ -317,19 +323,19 @@ def compare(
     subset: bool = False,
     tokenizer: str = "ptb",
 ) -> dict[str, Any]:
-    """Whether results b are better than results a on the same pictures: prints a table, and returns it."""
+    """Compare results b with results a on the same pictures; print a table and return it."""
     names, ours, known, facts, _ = matched(a, references, subset)
     others, theirs, _, other_facts, _ = matched(b, references, subset)
     if names != others:
-        raise UserError(f"{a} and {b}: captions of other pictures: name files for the same ones")
+        raise UserError(f"{a} and {b}: captions of different pictures: name files of the same pictures")
     words = TOKENIZERS[tokenizer]
     known_words = [list(map(words, captions)) for captions in known]
-    first, second = (Statistics(list(map(words, own)), known_words, frequencies) for own in (ours, theirs))
+    first, second = (Statistics(list(map(words, captions)), known_words, frequencies) for captions in (ours, theirs))
     table: dict[str, Any] = about_scores(len(known), known, frequencies, tokenizer)
     sides = {"a": (a, facts), "b": (b, other_facts)}
     table |= {side: {"captions": str(path), **about_results(path), **more} for side, (path, more) in sides.items()}
-    for name, said in table.items():
-        text = ", ".join(f"{k} {v}" for k, v in said.items()) if isinstance(said, dict) else said
+    for name, fact in table.items():
+        text = ", ".join(f"{k} {v}" for k, v in fact.items()) if isinstance(fact, dict) else fact
         print(f"{name:22} {shown(text)}")
     print("differences with 95 % intervals by paired bootstrap")
     print(f"{'':10} {'A':>8} {'B':>8} {'B - A':>9}  {'95 % interval':^19} {'p':>6}")
@@ -346,15 +352,15 @@ def compare(
     if "left_out" in table:
         print(f"WARNING: {table['left_out']}")
     if few:
-        print(f"WARNING: no p for fewer than {FEWEST} pictures: what {len(known)} show is chance")
+        print(f"WARNING: no p for fewer than {FEWEST} pictures: differences on {len(known)} are mostly chance")
     for side in ("a", "b"):
-        if seen := table[side].get("pictures_trained_on"):
-            print(f"WARNING: {side.upper()}: {seen:,} of the {len(known):,} pictures were trained on")
+        if trained := table[side].get("pictures_trained_on"):
+            print(f"WARNING: {side.upper()}: {trained:,} of the {len(known):,} pictures were trained on")
     return table
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
-    """One line a metric, with its 95 % interval where there is one; then what to know before they are believed."""
+    """Print one line per metric, with its 95 % interval where there is one, then the warnings."""
     for name, value in metrics.items():
         if name.rsplit("_", 1)[-1] in ENDS:
             continue

@@ -1,4 +1,4 @@
-"""Words of a caption as the COCO evaluation counts them: the Stanford tokenizer's rules as one regular expression."""
+"""Split captions into words as the COCO evaluation does: the Stanford tokenizer's rules as one regular expression."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from config import UserError
 
-# Typography that the Stanford tokenizer writes in ASCII (it does call a pound "#" and a euro "$").
+# Typographic characters that the Stanford tokenizer writes in ASCII (it does turn a pound into "#", a euro into "$").
 _PLAIN = {
     **dict.fromkeys("\u2018\u0091", "`"),
     **dict.fromkeys("\u201c\u201d\u0093\u0094\u00ab\u00bb", '"'),
@@ -20,18 +20,18 @@ _PLAIN = {
     **{"\u2026": "...", "\u00a3": " # ", "\u00a2": " cents ", "\u00ad": ""},
     **{"\u00bc": " 1/4 ", "\u00bd": " 1/2 ", "\u00be": " 3/4 ", "\u2153": " 1/3 ", "\u2154": " 2/3 "},
 }
-# Entities of HTML that it reads; those that it takes for letters, and those that it leaves as they are.
+# HTML entities: those that it decodes, those that it takes as letters, and those that it leaves unchanged.
 _ENTITIES = {"amp": "&", "lt": " < ", "gt": " > ", "quot": '"', "apos": "'", "nbsp": " "}
 _ENTITIES |= dict.fromkeys(("mdash", "ndash", "md"), " -- ")
 _ENTITY = re.compile("&(AMP|MDASH|amp|quot|apos|nbsp|[mn]dash|(?i:lt|gt|md));")
-_HYPHENS = "\u058a\u2010\u2011"  # parts of a word inside it alone
+_HYPHENS = "\u058a\u2010\u2011"  # belong to a word only inside it
 _JOINER = re.compile(rf"&[aeiouAEIOU](?:acute|grave|uml);|(?<=\w)[{_HYPHENS}](?=\w)")
 _UNREAD = r"\#\d+ | (?i: ht | lr | q[clr] | tl | ur | [oc]dq | quot | apos | nbsp )"
-# Brackets become words: the evaluation's list of punctuation has -LRB-, but only after everything is lower case.
+# Brackets stay as words: the evaluation's list of punctuation has -LRB-, but the words are in lower case by then.
 _BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"})
 _TWO_WORDS = {whole: (whole[:3], whole[3:]) for whole in ("cannot", "gonna", "gotta", "wanna", "gimme", "lemme")}
 
-# Abbreviations that own their period anywhere, only when capitalized, and only before a number.
+# Abbreviations that include their period: always, only when capitalized, only before a number.
 _ABBREVIATIONS = r"""
     jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu(?:rs)?|fri|mr|mrs|ms|drs?|prof|sr|jr|esq|rev|hon
     |pres|govs?|sens?|reps?|gen|lt|col|maj|capt|cpl|sgt|pvt|cmdr|comdr|adm|brig|messrs|mme|mlle|insp|supt|treas|asst
@@ -40,7 +40,7 @@ _ABBREVIATIONS = r"""
     |etc|al|cf|vs|ph|ph\.d|tel|ext|est|seq|adj|adv|det|wm|jos|alex"""
 _CAPITALIZED = "Ark|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
 _NUMBERED = "nos?|figs?|pp|art|ca|op|prop"
-# After a single letter and a period these open a new sentence, and the period is the end of the old one.
+# After a single letter and a period, these words start a new sentence, so the period ends the previous one.
 _OPENERS = """
     An?|The|There|This|That|These|It|He|She|They|We|You|In|At|One|Some|Many|Her|But|As|If|When|While|What|Here|Other
     |Our|Their|Then|After|However|Once|Since|So"""
@@ -50,11 +50,11 @@ _CURLY, _ANY = "[\u2019\u0092]", "['\u2019\u0092]"
 _STRAIGHT = re.compile(rf"(?i:(?<!\S){_CURLY}(?=(?:[smd]|ll|re|ve)(?!\S))|(?<=\bn){_CURLY}(?=t(?!\S)))")
 _TOKEN = re.compile(
     rf"""
-    # Most words. All that stands next to a mark meets the rules below.
+    # most words; a word next to a mark is left to the rules below
       {_LETTER}++(?=\s)
     # <unk>, http://flickr.com, me@flickr.com
     | </?[A-Za-z][^<>\s]*> | (?i:https?://\S*[\w/]) | [\w.]++@[\w.]*\w
-    # rock 'n' roll, 's 'll 'em '50s '08, 't is, is n't; a curly one needs no end of a word behind it
+    # rock 'n' roll, 's 'll 'em '50s '08, 't is, is n't; after a curly apostrophe the word need not end
     | (?i:{_ANY}n{_ANY} | {_ANY}n(?!\S) | {_ANY}em | {_ANY}(?:till?|cause|[2-9]0s|\d\d(?!["']))(?!\w) | 't(?=(?:is|was)\b))
     | (?i:(?<!')'(?:[smd]|ll|re|ve)(?!\w) | {_CURLY}(?:[smdn]|ll|re|ve))
     | (?i:n{_ANY}t(?!\w) | {_LETTER}+?(?=n{_ANY}t(?!\w)))
@@ -68,14 +68,14 @@ _TOKEN = re.compile(
     | [A-Z]+(?:[&+][A-Z]+)+ | [Cc](?:\+\+|\#)
     # 1,000 3.5 5:30, then 22nd 4x4 50s, then -5
     | (?:[-+]?\d*(?:[.,:]\d+)+ | \d+{_LETTER}\w* | [-+]?\d+)(?:\.(?=[,;:]))?
-    # periods that stay: u.s. p.m, then j. smith (but not the last word of "plan b."), then mr.
+    # words that include their period: u.s. p.m, then j. smith (but not the last word of "plan b."), then mr.
     | {_LETTER}(?:\.{_LETTER})+\.?(?!\.?\w)
     | {_LETTER}\.(?!\w|$|\s(?:{_OPENERS})\b)
     | (?:(?i:{_ABBREVIATIONS})|{_CAPITALIZED}|(?i:{_NUMBERED})(?=\.\s?\d))\.(?!{_LETTER})
     # any other word: "mat" of "mat.", all of flickr.com, wow!what and, before a comma, mat.
     | {_LETTER}\w*(?<!_)(?:[.!?]{_LETTER}\w*(?<!_))*(?:\.(?=[,;:]))?
     | &(?:{_UNREAD});
-    # :) #tag @name ?! << and single symbols, among which dropped punctuation is left out
+    # :) #tag @name ?! << and single symbols, except punctuation, which is dropped
     | << | >>
     | [:;=]-?[()DPp](?!\w) | [#@]{_LETTER}+ | \#+ | \*+ | _+ | [?!]{{2,}}
     | [^\w\s.,:;?!'"`\u2019\x00-\x1f\x7f\x92-]
@@ -85,12 +85,12 @@ _TOKEN = re.compile(
 
 
 def tokenize(caption: str) -> list[str]:
-    """Words of a caption as the COCO evaluation counts them: lower case, clitics apart, punctuation dropped.
+    """Words of a caption as in the COCO evaluation: in lower case, clitics separated, punctuation dropped.
 
     The rules are those of Stanford's PTBTokenizer 3.4.1 with -preserveLines -lowerCase (Marcus et al. 1993, "Building
     a Large Annotated Corpus of English", and its tokenization sheet) and the list of punctuation of Chen et al. 2015,
-    "Microsoft COCO Captions", arXiv:1504.00325. White space is collapsed first, so that no odd line separator inside
-    a caption can cut it in two.
+    "Microsoft COCO Captions", arXiv:1504.00325. White space is collapsed first, so that a rare line separator inside a
+    caption cannot split it.
 
     >>> tokenize("A man's dog isn't at the U.S. Open (5:30 p.m.)...")
     ['a', 'man', "'s", 'dog', 'is', "n't", 'at', 'the', 'u.s.', 'open', '-lrb-', '5:30', 'p.m.', '-rrb-']
@@ -110,7 +110,7 @@ _UNSPACED_RUN = re.compile(f"((?:{_UNSPACED.pattern})+)")
 
 
 def characters(caption: str) -> list[str]:
-    """Words as tokenize has them, but each character of a script without spaces by itself, and no punctuation.
+    """Words as by tokenize, but each character of a script without spaces is a word; no punctuation.
 
     >>> characters("两只dogs在雪地。")
     ['两', '只', 'dogs', '在', '雪', '地']
@@ -119,8 +119,8 @@ def characters(caption: str) -> list[str]:
 
 
 def icu(caption: str) -> list[str]:
-    """Words as tokenize has them, but those of scripts without spaces as the dictionaries of ICU, the Unicode Consortium's
-    library (package icu4py), have them, and no punctuation.
+    """Words as by tokenize, but in scripts without spaces by the dictionaries of ICU, the Unicode Consortium's library
+    (package icu4py); no punctuation. Raises UserError where icu4py is missing.
 
     >>> icu("两只dogs在雪地里奔跑。")
     ['两', '只', 'dogs', '在', '雪地', '里', '奔跑']
@@ -133,8 +133,8 @@ def icu(caption: str) -> list[str]:
 
 
 def _segmented(caption: str, words_of: Callable[[str], Iterable[str]]) -> list[str]:
-    """Words of a caption, by words_of where its script has no spaces."""
-    runs = enumerate(_UNSPACED_RUN.split(caption))  # every second one is of such a script
+    """Words of a caption, split by words_of in scripts without spaces, else by tokenize."""
+    runs = enumerate(_UNSPACED_RUN.split(caption))  # every second one is in such a script
     words = itertools.chain.from_iterable(words_of(run) if i % 2 else tokenize(run) for i, run in runs)
     return [word for word in words if word.isascii() or unicodedata.category(word[0])[0] != "P"]
 
@@ -145,13 +145,13 @@ def without_spaces(caption: str) -> bool:
 
 
 def tokenizer_for(captions: Sequence[str]) -> str:
-    """Name of the tokenizer that scores such captions where nobody chooses one: ptb, or characters where most have no
-    spaces between words."""
+    """Name of the default tokenizer to score these captions: ptb, or characters where most have no spaces between
+    words."""
     return "characters" if 2 * sum(map(without_spaces, captions)) > len(captions) else "ptb"
 
 
 class _Characters(dict[int, str]):
-    """What str.translate puts for characters: a blank for those that are not here, but ASCII as it is."""
+    """A table for str.translate: characters that it lacks become a space, except ASCII, which stays unchanged."""
 
     def __missing__(self, code: int) -> str:
         if code < 128:
@@ -160,8 +160,8 @@ class _Characters(dict[int, str]):
 
 
 def _in_letters(caption: str) -> tuple[str, dict[int, str]]:
-    """The caption with Python's letters for all that Stanford's tokenizer takes for letters, and without what it drops; and
-    what turns those that only stand in back."""
+    """Make a caption fit for Python's regular expressions: what Stanford's tokenizer takes as letters becomes letters
+    of Python, and what it drops is removed. Also return the table for str.translate that turns stand-ins back."""
     caption = _ENTITY.sub(lambda entity: _ENTITIES[entity[1].lower()], caption)
     table, stand_ins, back = _characters()
     caption = _JOINER.sub(lambda joiner: stand_ins[joiner[0]], caption)
@@ -170,8 +170,9 @@ def _in_letters(caption: str) -> tuple[str, dict[int, str]]:
 
 @functools.cache
 def _characters() -> tuple[_Characters, dict[str, str], dict[int, str]]:
-    """The table for str.translate; the letters that stand in for what is none to Python's regular expressions, which are rare
-    Chinese ones, as Stanford's tokenizer drops all characters above U+FFFF; and the table that turns these back."""
+    """(table for str.translate, stand-in letters, table that turns these back). The stand-ins replace what is a letter
+    for Stanford's tokenizer, but not for Python's regular expressions. They are rare Chinese characters above U+FFFF,
+    which are never in a caption by then, as Stanford's tokenizer drops them."""
     lines = Path(__file__).with_suffix(".txt").read_text(encoding="ascii").splitlines()
     kinds: dict[str, list[str]] = {"joins": [], "stands alone": []}
     for line in lines:

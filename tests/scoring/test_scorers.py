@@ -392,7 +392,7 @@ def test_an_evaluation_says_them_with_intervals(clip_folder, photos, tmp_path):
     header = (tmp_path / "per_picture.csv").read_text().splitlines()[0]
     assert header.endswith("clip_score,clip_retrieval,ref_clip_score,pac_score,pac_retrieval,ref_pac_score")
     found = write_evaluation(tmp_path, *arguments)
-    assert "CLIPScore: no pictures at hand" in found["left_out"] and "PAC-S: no pictures" in found["left_out"]
+    assert "CLIPScore: no pictures, name" in found["left_out"] and "PAC-S: no pictures" in found["left_out"]
 
 
 def test_clip_errors_are_one_line(clip_folder, photos, tmp_path):
