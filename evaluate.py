@@ -1,12 +1,12 @@
-"""A model, or a file of captions, against references: numbers, captions, a report, a contact sheet.
+"""Score a model, or a file of captions, against references: metrics, captions, a report, a contact sheet.
 
     python evaluate.py MODEL --data-dir flickr8k
     python evaluate.py MODEL --data-dir flickr8k --split test
     python evaluate.py --results captions.json --references captions_val2014.json
     python evaluate.py --compare a/captions.json b/captions.json --references a/references.json
 
-Models and settings are chosen on the val part, which is the default; the test part is for the number at the end.
-Decodes with 3 beams and no sampling unless told.
+Choose models and settings on the val split, which is the default. Use the test split once, for the final number.
+By default captions are generated with 3 beams and without sampling.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from utils import (
 )
 from weights.file import weights_hash
 
-with contextlib.suppress(ImportError):  # only the command line needs it, and a host for training may lack it
+with contextlib.suppress(ImportError):  # only the command line needs it; a training machine may lack it
     import tyro
 
 SEED = 0  # of sampling
@@ -64,11 +64,11 @@ def caption_loader(
     world: World = ALONE,
     **decoding: Any,
 ) -> Captioned:
-    """Captions every picture of the loader; `decoding` goes to model.generate, with 3 beams unless it samples.
+    """Caption every picture of the loader. `decoding` goes to model.generate; the default without sampling is 3 beams.
 
-    Samples are the same every time. With num_return_sequences all captions of a picture are kept beside the first, with
-    return_scores the confidence in the first. With a world the loader has this process's share, and every process gets the
-    captions of all, in the table's order.
+    Samples are the same every time. With num_return_sequences the result also has all captions of each picture, with
+    return_scores the confidence of the first one. With a world, the loader has this process's share of the pictures,
+    and every process gets the captions of all, in the table's order.
     """
     decoding = default_decoding(decoding)
     if decoding.get("do_sample"):
@@ -76,19 +76,19 @@ def caption_loader(
     number = decoding.get("num_return_sequences", 1)
     result = Captioned([], [], [], [])
     was_training = model.training
-    model.eval()  # for all of them: in training mode generate keeps nothing from batch to batch
+    model.eval()  # once for all batches: in training mode generate keeps no packed copies between batches
     for batch in map(Batch.of, tqdm(dataloader, "captioning", unit="batch", disable=not progress)):
         with autocast(device, dtype):
             found = model.generate(batch.pixel_values.to(device), **decoding)
         sequences = found.sequences.cpu()
         bad = {row for row, _ in batch.bad}
-        good = [place for place, row in enumerate(batch.rows) if row not in bad]
+        good = [index for index, row in enumerate(batch.rows) if row not in bad]
         texts = decode(tokenizer, sequences)
-        captions = [texts[number * place : number * (place + 1)] for place in good]
-        result.rows += [batch.rows[place] for place in good]
-        result.captions += [own[0] for own in captions]
+        captions = [texts[number * index : number * (index + 1)] for index in good]
+        result.rows += [batch.rows[index] for index in good]
+        result.captions += [each[0] for each in captions]
         result.several += captions if number > 1 else []
-        result.references += [batch.captions[place] for place in good]
+        result.references += [batch.captions[index] for index in good]
         result.cut += sequences[::number][good].ne(model.config.end_token_id or 0).all(-1).tolist()
         if decoding.get("return_scores"):
             result.confidences += found.mean_log_probs.exp()[::number].cpu()[good].tolist()
@@ -97,10 +97,10 @@ def caption_loader(
 
 
 def gathered(shares: list[Captioned]) -> Captioned:
-    """Several processes' captions as one, in the table's order."""
+    """Join the captions of several processes, in the table's order."""
     names = [name for name in COLUMNS if any(getattr(share, name) for share in shares)]
     columns = [[getattr(share, name) for name in names] for share in shares]
-    entries = sorted((entry for own in columns for entry in zip(*own, strict=True)), key=lambda entry: entry[0])
+    entries = sorted((entry for share in columns for entry in zip(*share, strict=True)), key=lambda entry: entry[0])
     together: Any = zip(names, map(list, zip(*entries, strict=True)), strict=True)
     return Captioned(**dict(together)) if entries else shares[0]
 
@@ -112,7 +112,7 @@ def evaluate_captions(
     device: torch.device | str,
     **decoding: Any,
 ) -> dict[str, float]:
-    """All metrics of a model on a loader, as fractions (CIDEr-D on its scale of 0 to 10)."""
+    """All metrics of a model on a loader, as fractions (CIDEr-D on its own scale of 0 to 10)."""
     device = torch.device(device)
     dtype, _ = choose_precision("auto", device)
     return caption_loader(model.to(device), dataloader, tokenizer, device, dtype, **decoding).metrics()
@@ -138,10 +138,11 @@ def caption_loss(
     shuffle_pictures: bool = False,
     world: World = ALONE,
 ) -> float:
-    """Mean negative log likelihood of a reference token, in nats.
+    """Mean negative log likelihood per reference token, in nats.
 
-    With a world the loader has this process's share, and the mean is that of all.
-    With shuffle_pictures each picture gets its neighbour's captions: a model that looks at pictures must lose by it.
+    With a world, the loader has this process's share, and the mean is over all shares.
+    With shuffle_pictures each picture gets its neighbour's captions. This must raise the loss, unless the model ignores
+    pictures.
     """
     was_training = model.training
     model.eval()
@@ -162,7 +163,7 @@ def caption_loss(
 
 
 def sample_sheet(path: Path, captioned: Captioned, table: CaptionTable) -> None:
-    """A contact sheet of a dozen pictures spread over the set: good and bad as they fall."""
+    """Write a contact sheet of up to 12 pictures, evenly spread over the set, whatever their scores."""
     number = len(captioned.captions)
     chosen = range(0, number, max(1, number // 12))[:12]
     contact_sheet(
@@ -185,12 +186,12 @@ def evaluate_dataset(
     world: World = ALONE,
     **decoding: Any,
 ) -> tuple[Captioned, dict[str, Any]]:
-    """Captions and scores a data set; writes what write_evaluation does, and samples.png, into the folder.
+    """Caption and score a data set; write the files of write_evaluation, and samples.png, to the folder.
 
-    The processes of a world share the work, and its first one scores and writes; the others get no metrics.
+    The processes of a world share the captioning. The first one scores and writes; the others get no metrics.
 
-    The metrics hold, besides the caption metrics, the loss with the right pictures and with each other's. Pictures that
-    are missing or damaged are left out, counted, and named in the folder's bad_samples.csv.
+    The metrics also include the loss, with the right pictures and with shuffled ones. Missing or damaged pictures are
+    skipped, counted, and listed in the folder's bad_samples.csv.
     """
     table, more = dataset.table, more or MoreScores()
     bad = bad or BadPictures(directory / "bad_samples.csv", [dataset.table])
@@ -204,7 +205,7 @@ def evaluate_dataset(
     captioned.domains = table.domains_of(captioned.rows)
     bad.add_known(dataset.table, dataset.pixels.bad)
     if not captioned.captions:
-        raise UserError(f"{table.root}: no picture of the {table.split} part can be read")
+        raise UserError(f"{table.root}: no picture of the {table.split} split can be read")
     rows, computed = captioned.rows, str(dtype).removeprefix("torch.")
     metrics = write_evaluation(
         directory,
@@ -231,66 +232,66 @@ def evaluate_dataset(
 
 
 def weights_sha256(model: ImageCaptionModel) -> str:
-    """Of the weights in the model's file: of adapters these alone, also where they have been merged."""
+    """SHA-256 of the weights in the model's file; for adapters only of these, even if they have been merged."""
     return model.merged["sha256"] if model.merged else weights_hash(model.own_state())
 
 
 def about_decoding(model: ImageCaptionModel, decoding: dict[str, Any]) -> dict[str, str]:
-    """Which weights wrote captions, and how."""
+    """The weights and decoding options that generated captions."""
     options = {"max_length": min(LONGEST, model.config.text_positions)} | default_decoding(decoding)
     if options.get("do_sample"):
         options["seed"] = SEED
-    said = ", ".join(f"{name} {value}" for name, value in options.items() if value is not False)
-    return {"weights_sha256": weights_sha256(model), "decoding": said}
+    text = ", ".join(f"{name} {value}" for name, value in options.items() if value is not False)
+    return {"weights_sha256": weights_sha256(model), "decoding": text}
 
 
 @dataclass(kw_only=True)
 class Scored:
-    """What is scored, against what, and by which metrics."""
+    """Options: what to score, against what, and by which metrics."""
 
     model: Annotated[str | None, tyro.conf.Positional] = None
     """The model: a file, a folder or a Hub name."""
     data_dir: Path | None = None
     """Folder of the data."""
     dataset: str = "auto"
-    """Layout of the data, recognised from the folder with auto; or user/name on the Hugging Face Hub."""
+    """Layout of the data; auto detects it from the folder. Or user/name on the Hugging Face Hub."""
     image_column: str | None = None
-    """Column of the pictures, where a table's has no usual name."""
+    """Column of the pictures, if a table has an unusual name for it."""
     caption_column: str | None = None
-    """Column of the captions, where a table's has no usual name; txt, where name.txt is to count and not name.caption."""
+    """Column of the captions, if a table has an unusual name for it; txt to read name.txt instead of name.caption."""
     max_bad_share: float = 0.01
-    """Largest share of pictures that may be missing or damaged; they are left out and counted."""
+    """Largest allowed share of missing or damaged pictures, 0 to 1; they are skipped and counted."""
     allow_overlap: bool = False
-    """Score the model although it was trained on some of the pictures."""
+    """Score the model even if it was trained on some of the pictures."""
     split: Literal["train", "val", "test"] = "val"
-    """Which part of the data; test is for the number at the end, once all choices are made."""
+    """Split of the data to score; use test once, for the final number, after all choices are made."""
     results: Path | None = None
-    """Captions in COCO's results format, from anybody's model."""
+    """Captions of any model, in COCO's results format."""
     references: Path | None = None
-    """COCO annotations that results are scored against, or the references.json of an evaluation."""
+    """COCO annotations to score results against, or the references.json of an evaluation."""
     subset: bool = False
-    """Score results that have captions for a part of the references only; every table says so."""
+    """Accept results that have captions for only some of the references' pictures; every table notes it."""
     compare: tuple[Path, Path] | None = None
-    """Two files of captions in COCO's results format: is the second better?"""
+    """Two files of captions in COCO's results format, to test whether the second is better."""
     document_frequencies: Path | None = None
-    """A .npz of metrics.CiderD(...).save: CIDEr-D with its frequencies, not those of the pictures evaluated."""
+    """An .npz file of metrics.CiderD(...).save, whose frequencies CIDEr-D uses instead of those of the references."""
     tokenizer: Literal["ptb", "characters", "icu"] = "ptb"
-    """What a word is: ptb, as in all published numbers; in scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer,
-    Burmese) also each character, or the words of ICU's dictionaries (requirements/full.txt)."""
+    """How to split captions into words: ptb, as in all published numbers; in scripts without spaces (Chinese, Japanese,
+    Thai, Lao, Khmer, Burmese) also characters, or icu for the words of its dictionaries (requirements/full.txt)."""
     meteor: bool = False
-    """Also METEOR 1.5, by pycocoevalcap's data (requirements/full.txt)."""
+    """Also compute METEOR 1.5, with pycocoevalcap's data (requirements/full.txt)."""
     java: bool = False
-    """Also METEOR, and SPICE where Java is."""
+    """Also compute METEOR, and SPICE if Java is installed."""
     instances: Path | None = None
-    """COCO's instances_*.json of the pictures, for CHAIR: objects that are named and not there."""
+    """COCO's instances_*.json of the pictures, to compute CHAIR: objects that are named but not in the picture."""
     clip: str | None = None
-    """A CLIP by its Hub name or folder, such as openai/clip-vit-base-patch32, for CLIPScore."""
+    """Hub name or folder of a CLIP, such as openai/clip-vit-base-patch32, to compute CLIPScore."""
     pac: str | None = None
-    """The same for PAC-S: a folder with weights of PAC-S as transformers has CLIP's, in safetensors."""
+    """Folder of PAC-S's weights in transformers' CLIP format (safetensors), to compute PAC-S."""
     output_dir: Path = Path("evaluation")
     """Folder for metrics.json, captions.json, per_picture.csv, report.html and samples.png."""
     batch_size: int = 64
-    """Pictures decoded at a time."""
+    """Pictures per batch."""
 
 
 @dataclass(kw_only=True)
@@ -298,17 +299,17 @@ class EvaluateConfig(Captioning, Scored):  # dataclass takes the last one's fiel
     """Score a model on a data set, or a file of captions against references."""
 
     num_captions: int = 1
-    """Captions of each picture: the first is scored, and self-CIDEr says how much they differ."""
+    """Captions per picture: the first is scored, and self-CIDEr measures how much they differ."""
     do_sample: bool = False
-    """Draw each token by its probability, the same way every time."""
+    """Sample each token from its probabilities, with a fixed seed."""
 
 
 def main() -> None:
-    """The command line."""
+    """Run the evaluation that the command line describes."""
     config = parse_flags(EvaluateConfig, __doc__)
     frequencies = CiderD.load(config.document_frequencies) if config.document_frequencies else None
     if frequencies and config.tokenizer != "ptb":
-        raise UserError(f"document frequencies are of PTB's words, not of {config.tokenizer}: leave one of them out")
+        raise UserError(f"--document-frequencies needs --tokenizer ptb, not {config.tokenizer}: remove one of them")
     if config.compare and config.references:
         differences = compare(*config.compare, config.references, frequencies, config.subset, config.tokenizer)
         write_json(writable_directory(config.output_dir) / "comparison.json", differences)
@@ -328,7 +329,7 @@ def main() -> None:
 
 
 def score_results(config: EvaluateConfig, results: Path, references: Path, more: MoreScores) -> dict[str, Any]:
-    """Scores a file of captions; writes what write_evaluation does."""
+    """Score a file of captions; write the files of write_evaluation."""
     names, captions, known, facts, domains = matched(results, references, config.subset)
     title = f"{results.name} against {references.name}"
     about = {"results": str(results), "references": str(references), **facts}
@@ -338,15 +339,15 @@ def score_results(config: EvaluateConfig, results: Path, references: Path, more:
 
 
 def earlier_parts(model: ImageCaptionModel, load: Callable[..., CaptionTable]) -> bool:
-    """Whether a model was trained by an earlier version, which set fewer of a few pictures aside to validate."""
-    with contextlib.suppress(UserError):  # no such part, or none of its pictures
+    """Whether a model was trained by an earlier version, which took fewer pictures for val from small data sets."""
+    with contextlib.suppress(UserError):  # no such split, or no pictures in it
         now, before = (pictures_seen(model.trained_on, load("val", floor=floor)) for floor in (FLOOR, 0))
         return bool(now) and not before
     return False
 
 
 def score_model(config: EvaluateConfig, source: str, more: MoreScores) -> dict[str, Any]:
-    """Scores a model on a part of a data set; writes what evaluate_dataset does."""
+    """Score a model on a split of a data set; write the files of evaluate_dataset."""
     model = ImageCaptionModel.from_pretrained(source, config.base_dir)
     columns: Any = {"image_column": config.image_column, "caption_column": config.caption_column}
     load: Any = partial(load_table, config.dataset, config.data_dir or Path(), **columns)
@@ -356,9 +357,9 @@ def score_model(config: EvaluateConfig, source: str, more: MoreScores) -> dict[s
         table = load(config.split)
     check_overlap(model.trained_on, table, config.allow_overlap)
     if table.split == "test":
-        print("the test part is for the number at the end: choose models and settings on val")
+        print("the test split is for the final number: choose models and settings on val")
     if table.split != "train":
-        with contextlib.suppress(UserError):  # no such part, or none of its pictures: then it is left out
+        with contextlib.suppress(UserError):  # no such split, or no pictures in it: then novelty is skipped
             trained = load("train")
             more = dataclasses.replace(more, training_captions=trained.captions().to_pylist())
     device, _ = choose_device(config.device)
