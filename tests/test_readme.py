@@ -1,68 +1,145 @@
-"""The README keeps its word: its flags exist, its files exist, its commands run in an empty folder."""
+"""The README and docs/ keep their word: flags, files and links exist, and commands run in an empty folder."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, tiny_config, write_bases
 
+from config import UserError
 from convert import save_transformers
 from dataset import train_tokenizer
 from model import ImageCaptionModel
+from utils import parse_flags
 
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-SHELL = [block for language, block in re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.S | re.M) if not language]
-LINES = [line.split("  #")[0].strip() for block in SHELL for line in block.splitlines()]
-COMMANDS = [line for line in LINES if line.startswith("python ") or "| python " in line] + re.findall(
-    r"`(python [^`]+)`", TEXT
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+TEXT = "\n".join(PAGES.values())
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.S | re.M)
+SHELL = [block.replace("\\\n", " ") for language, block in BLOCKS if not language]
+SNIPPETS = [block for language, block in BLOCKS if language == "python"]
+INLINE = re.findall(r"`(python [^`]+)`", TEXT)
+LINES = [re.split(r"\s# ", line)[0].strip() for block in SHELL for line in block.splitlines()]
+COMMANDS = [line for line in LINES if line.startswith("python ") or "| python " in line] + INLINE
+NAMED = {"python main.py", "python dataset.py check"}  # in a sentence, without arguments
+# Everything that starts one of the scripts, under torchrun too: (script, arguments).
+STARTED = dict.fromkeys(
+    (found[1], (found[2] or "").strip())
+    for line in (*LINES, *INLINE)
+    if line not in NAMED and "--help" not in line and (found := re.search(r"(?:^|\s)(\w+)\.py(?:\s(.*))?$", line))
 )
 
 
-def test_every_flag_and_file_it_names_exists():
+def parsed(script: str, arguments: list[str]) -> Any:
+    """What a script makes of its arguments, without doing it."""
+    if script == "main":
+        return importlib.import_module("main").parse_arguments(arguments)
+    if script == "benchmark":
+        file, kind = importlib.import_module("benchmark").COMMANDS[arguments[0]]
+        command = getattr(importlib.import_module(f"benchmarks.{file}"), kind)
+        return command.parsed(arguments[1:]) if arguments[0] == "gpu" else parse_flags(command, None, arguments[1:])
+    if script == "dataset":
+        assert arguments.pop(0) == "check"
+    if script == "convert":
+        convert = importlib.import_module("convert")
+        kinds: Any = convert.ToTransformers | convert.FromTransformers | convert.Onnx | convert.Merge
+        return parse_flags(kinds, None, arguments)
+    if script == "example_usage":  # which takes pictures behind its flags, too
+        config = importlib.import_module("example_usage").CaptionConfig
+        found: Any = parse_flags(config, None, arguments, return_unknown_args=True)
+        assert not [argument for argument in found[1] if argument.startswith("--")], found[1]
+        return found[0]
+    file, kind = {
+        "evaluate": ("evaluate", "EvaluateConfig"),
+        "dataset": ("data.check", "CheckConfig"),
+        "app": ("app", "AppConfig"),
+        "upload_to_hf": ("publishing.config", "UploadConfig"),
+        "auto_upload": ("auto_upload", "AutoConfig"),
+    }[script]
+    return parse_flags(getattr(importlib.import_module(file), kind), None, arguments)
+
+
+@pytest.mark.parametrize(("script", "arguments"), STARTED)
+def test_every_command_is_one_that_its_script_takes(script, arguments):
+    try:
+        parsed(script, shlex.split(arguments))
+    except (SystemExit, UserError) as error:
+        pytest.fail(f"{script}.py {arguments}: {error}")
+
+
+def test_every_flag_and_file_that_is_named_exists():
     assert len(COMMANDS) >= 8
-    sources = {
-        name: (ROOT / name).read_text(encoding="utf-8")
-        for name in (
-            "config.py",
-            "evaluate.py",
-            "data/check.py",
-            *(path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").iterdir() if path.suffix == ".py"),
-            "convert.py",
-            "publishing/config.py",
-            "publishing/hub.py",
-            "auto_upload.py",
-            "example_usage.py",
-            "app.py",
-        )
-    }
-    fields = set(re.findall(r"^    (\w+): ", "".join(sources.values()), re.M))
+    files = ["config.py", "evaluate.py", "data/check.py", "convert.py", "publishing/config.py", "publishing/hub.py"]
+    files += ["auto_upload.py", "example_usage.py", "app.py"]
+    paths = [*map(ROOT.joinpath, files), *(ROOT / "benchmarks").glob("*.py")]
+    sources = "".join(path.read_text(encoding="utf-8") for path in paths)
+    fields = set(re.findall(r"^    (\w+): ", sources, re.M))
     fields |= {"help", "no_build_isolation", "ignore_scripts", "prefix"}  # tyro's own, pip's and npm's
     fields |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}  # torchrun's
     fields |= {"nodes", "ntasks_per_node", "signal"}  # srun's
     for flag in set(re.findall(r"(?<=[\s`])--([a-z][a-z0-9-]*[a-z0-9])", TEXT)):
         name = flag.replace("-", "_")
         assert name in fields or name.removeprefix("no_") in fields, flag
-    for name in set(re.findall(r"`([\w/]+\.(?:py|md))`", TEXT)) | set(re.findall(r"python (\w+\.py)", TEXT)):
+    names = set(re.findall(r"`([\w/]+\.(?:py|md))`", TEXT)) | set(re.findall(r"python (\w+\.py)", TEXT))
+    names |= set(re.findall(r"requirements/\w+\.txt", TEXT)) | set(re.findall(r"tests/[\w/]+\.py", TEXT))
+    for name in names:
         assert (ROOT / name).is_file(), name
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    prose = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.S | re.M)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        path = ((ROOT / page).parent / name).resolve() if name else ROOT / page
+        assert path.is_file(), link
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), link
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    assert len(PAGES["README.md"].split()) <= 2300
+    for page in PAGES:
+        assert page == "README.md" or f"]({page}" in PAGES["README.md"], page
+
+
+def test_the_map_has_every_file():
+    """Of the scripts and the wings; benchmarks/ is named as a whole."""
+    wings = [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("benchmarks", "tests")]
+    for path in (*ROOT.glob("*.py"), *(path for wing in wings for path in wing.glob("*.py"))):
+        if path.name != "__init__.py":
+            assert f"`{path.relative_to(ROOT).as_posix()}`" in PAGES["docs/how_it_works.md"], path
 
 
 def test_every_dependency_has_its_reason():
     files = [ROOT / "requirements.txt", *(ROOT / "requirements").iterdir()]
     requirements = "".join(path.read_text() for path in files)
-    section = TEXT.split("## Dependencies")[1].split("## ")[0]
     for name in re.findall(r"^([\w-]+)>=", requirements, re.M):
-        assert name in section, name
+        assert name in PAGES["docs/dependencies.md"], name
 
 
-def test_ci_runs_the_test_command_as_it_stands_here():
+def test_ci_runs_the_readmes_test_command():
     """And ends where it fails: `set -e` does not see a failure before the last && of a list."""
     command = next(command for command in COMMANDS if "requirements/dev.txt" in command)
     assert f"{command} || exit 1" in (ROOT / ".ci" / "run").read_text().splitlines()
@@ -79,14 +156,17 @@ def clean_copy(directory: Path) -> Path:
 
 TINY = "--image-size 32 --patch-size 8 --vision-embed-dim 32 --vision-num-layers 1 --vision-num-heads 2 --decoder-embed-dim 32"
 TINY += " --decoder-num-layers 1 --decoder-num-heads 2 --device cpu"
-# Commands that no machine without a network, or with two cores and minutes, can run: what follows begins one of them.
+# Commands that need more than two cores, minutes and no network: each entry is the beginning of one.
 ELSEWHERE = {
     "python main.py --preset demo": "the slow test below",
     "python main.py --preset img2gpt": "Flickr30k, pretrained models: test_adapters.py",
     "python main.py --precision bf16 --compile": "COCO",
     "python main.py --dataset karpathy": "COCO",
     "python main.py --data-dir my_photos --init pretrained": "pretrained models: test_pretrained.py",
+    "python main.py --objective scst --reward": "PAC-S: test_scst.py",
     "python evaluate.py vit-gpt2-captioning.safetensors --dataset karpathy": "COCO",
+    "python evaluate.py vit-gpt2-captioning.safetensors --data-dir nocaps": "nocaps: test_evaluate.py",
+    "python evaluate.py vit-gpt2-captioning.safetensors --data-dir my_photos --tokenizer icu": "icu4py: test_words.py",
     "python convert.py from-transformers nlpconnect": "the Hub",
     "python upload_to_hf.py": "the Hub: test_upload.py",
     "python app.py": "it serves until it is stopped: test_app.py",
@@ -97,7 +177,7 @@ ELSEWHERE = {
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory, scenes_dir) -> Path:
-    """A user's folder, with all that the README's commands name."""
+    """A user's folder, with everything that the commands name."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("user")
     pictures = sorted((scenes_dir / "train2017").iterdir())
@@ -135,18 +215,11 @@ def user(tmp_path_factory, scenes_dir) -> Path:
     return folder
 
 
-NAMED = {
-    "python main.py",
-    "python convert.py merge",
-    "python dataset.py check",
-}  # in a sentence, with nothing behind it
-
-
 def runs_here(command: str) -> bool:
     return not any(command.startswith(beginning) for beginning in ELSEWHERE) and command not in NAMED
 
 
-def test_what_is_left_out_is_there():
+def test_every_exception_is_still_needed():
     assert [beginning for beginning in ELSEWHERE if not any(line.startswith(beginning) for line in COMMANDS)] == []
 
 
@@ -155,7 +228,7 @@ HERE = list(dict.fromkeys(filter(runs_here, COMMANDS)))
 
 @pytest.mark.parametrize("command", HERE)
 def test_every_other_command_runs(user, command):
-    """As it stands in the README, in a user's folder and without a network; trainings are cut short."""
+    """As it is printed, in a user's folder and without a network; trainings are cut short."""
     if "onnx" in command:
         pytest.importorskip("onnxscript", reason="needs requirements/onnx.txt")
     if "main.py" in command:
@@ -169,6 +242,16 @@ def test_every_other_command_runs(user, command):
         written = user / ("photos/one.txt" if wanted[1] == "sidecar" else wanted[1])
         assert written.read_bytes().strip()
         assert written.suffix != ".csv" or len(written.read_text().splitlines()) == 3  # a header and two pictures
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_every_snippet_runs(user, snippet, monkeypatch, capsys):
+    """But the page's, whose endpoint test_app.py asks: that one has to compile."""
+    code = compile(snippet, "snippet", "exec")
+    if "gradio_client" not in snippet:
+        monkeypatch.chdir(user)
+        exec(code, {})
+        assert "print(" not in snippet or capsys.readouterr().out
 
 
 @pytest.mark.slow
