@@ -45,7 +45,7 @@ def check_numbers(config: Any) -> None:
         least = 0 if f.name.endswith(("_id", "_ids", "_registers")) else 1
         most = 1000 if f.name.endswith("_layers") else (1 << 31) - 1
         for number in value if isinstance(value, tuple) else [value]:
-            if number is None and kind.endswith("None"):
+            if number is None and f.default is None:
                 continue
             wrong = ""
             if "int" in kind and not (type(number) is int and least <= number <= most):
@@ -60,6 +60,8 @@ def check_numbers(config: Any) -> None:
                 raise UserError(f"{f.name} is {ascii(number)[:40]}: it must be {wrong}")
 
 
+FILLED_IN: Any = None
+"""Default of fields that __post_init__ computes from other fields, so that they always have a value."""
 NEWER = {"vision_mlp_dim", "vision_activation", "vision_norm_eps", "vision_norm_first", "vision_norm_last"}
 NEWER |= {"vision_class_token", "vision_registers", "vision_layer_scale", "vision_positions", "vision_patch_bias"}
 """Fields that did not exist in version 0.1: its files and fingerprints lack them."""
@@ -80,7 +82,7 @@ class ViTGPT2Config:
     """Side of the encoder's square input picture, in pixels."""
     patch_size: int = 16
     """Side of one patch, in pixels; must divide image_size."""
-    resize_size: int | None = None
+    resize_size: int = FILLED_IN
     """Pictures are resized to this side, then cropped to image_size (default: image_size, no crop)."""
     resample: Literal["bicubic", "bilinear"] = "bicubic"
     """How pictures are resized; pretrained encoders bring their setting."""
@@ -140,11 +142,11 @@ class ViTGPT2Config:
     """The transformers config (JSON) of another causal language model that replaces GPT-2; --decoder sets it."""
     prompt_ids: tuple[int, ...] = ()
     """Tokens of the prompt between the picture's prefix and every caption; --prompt sets them."""
-    end_token_id: int | None = None
+    end_token_id: int = FILLED_IN
     """Token that ends a caption (default: the vocabulary's last, as in GPT-2); training uses the tokenizer's."""
-    start_token_id: int | None = None
+    start_token_id: int = FILLED_IN
     """Token that starts a caption (default: end_token_id); training uses the tokenizer's."""
-    pad_token_id: int | None = None
+    pad_token_id: int = FILLED_IN
     """Token that pads short captions (default: end_token_id); training uses the tokenizer's."""
 
     def __post_init__(self) -> None:

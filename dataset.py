@@ -139,7 +139,6 @@ class CaptionDataset(Dataset[Sample]):
 
         `keep` says where the decoded pictures are cached: see pixels.Pixels.
         """
-        assert config.resize_size is not None
         self.table, self.config, self.captions_per_image, self.seed = table, config, captions_per_image, seed
         limit = config.text_positions - 1  # room for the start token of input_ids, or the end token of labels
         texts = table.captions()
@@ -345,7 +344,6 @@ def collate(
 ) -> Batch:
     """Collate samples into a batch. A process's share of the last batch may be empty: no samples give one black picture
     without captions, and no rows."""
-    assert config.start_token_id is not None and config.end_token_id is not None and config.pad_token_id is not None
     lengths = np.zeros((max(1, len(samples)), captions_per_image), dtype=np.int64)
     for n, sample in enumerate(samples):
         lengths[n, : len(sample.tokens)] = [len(tokens) + 1 for tokens in sample.tokens]

@@ -89,7 +89,7 @@ def caption_loader(
         result.captions += [each[0] for each in captions]
         result.several += captions if number > 1 else []
         result.references += [batch.captions[index] for index in good]
-        result.cut += sequences[::number][good].ne(model.config.end_token_id or 0).all(-1).tolist()
+        result.cut += sequences[::number][good].ne(model.config.end_token_id).all(-1).tolist()
         if decoding.get("return_scores"):
             result.confidences += found.mean_log_probs.exp()[::number].cpu()[good].tolist()
     model.train(was_training)

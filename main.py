@@ -10,10 +10,11 @@ import copy
 import dataclasses
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from config import PRESETS, TrainConfig, UserError
+from config import FILLED_IN, PRESETS, TrainConfig, UserError
 from utils import parse_flags, run_script, writable_directory
 
 # Defaults for you to edit. A preset's values and flags override them.
@@ -36,8 +37,8 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
         defaults = dataclasses.replace(defaults, batch_size=BATCH_SIZE, epochs=EPOCHS)
     model = copy.copy(defaults.model)  # fields that follow from others must follow from the flags' values
     if model.resize_size == model.image_size:
-        model.resize_size = None
-    model.end_token_id = model.start_token_id = model.pad_token_id = None
+        model.resize_size = FILLED_IN
+    model.end_token_id = model.start_token_id = model.pad_token_id = FILLED_IN
     defaults = dataclasses.replace(defaults, device=DEVICE, model=model)
     given = sys.argv[1:] if arguments is None else arguments
     return parse_in_groups(defaults, [SWITCHES.get(argument, argument) for argument in given])
@@ -53,7 +54,9 @@ def parse_in_groups(defaults: TrainConfig, arguments: list[str] | None) -> Train
     groups |= {"augmentation": defaults.augmentation, "model": defaults.model}
     described = [(name, type(group), dataclasses.field()) for name, group in groups.items()]
     kinds: type[Any] = dataclasses.make_dataclass("Flags", described, kw_only=True)
-    flags = parse_flags(kinds, __doc__, arguments, default=kinds(**groups), config=(OmitArgPrefixes,))
+    with warnings.catch_warnings():  # tyro's, of defaults that are None until they are filled in
+        warnings.filterwarnings("ignore", "The field .* is annotated with type")
+        flags = parse_flags(kinds, __doc__, arguments, default=kinds(**groups), config=(OmitArgPrefixes,))
     values: dict[str, Any] = {}
     for name, group in vars(flags).items():
         values |= {name: group} if name in ("augmentation", "model") else vars(group)

@@ -222,7 +222,6 @@ def draw_words(path: Path, source: PictureSource, caption: Caption, config: ViTG
     from matplotlib.figure import Figure
 
     picture = Image.fromarray(decode(source, PANEL))
-    assert config.resize_size is not None
     margin = (1 - config.image_size / config.resize_size) / 2  # the model sees only the middle
     left, top = (round(side * margin) for side in picture.size)
     picture = picture.crop((left, top, picture.width - left, picture.height - top))

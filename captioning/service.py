@@ -200,7 +200,7 @@ def show(captioner: Captioner, sources: Sequence[Source], options: dict[str, Any
         config = captioner.model.config  # type: ignore[union-attr]
         try:
             shown = decoder.shared().preview(content, name)
-            cards.append(card(name, shown, config.image_size / (config.resize_size or 1), captions.result()))
+            cards.append(card(name, shown, config.image_size / config.resize_size, captions.result()))
         except UserError as error:
             errors.append(str(error))
     return results(cards, errors)

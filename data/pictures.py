@@ -75,7 +75,6 @@ def load_picture(source: PictureSource, size: int, name: str | None = None, resa
 
 def prepare_picture(source: PictureSource, config: ViTGPT2Config, name: str | None = None) -> Tensor:
     """Load a picture for validation or captioning: resized and centre-cropped, uint8 (3, S, S)."""
-    assert config.resize_size is not None
     margin = (config.resize_size - config.image_size) // 2
     return crop(load_picture(source, config.resize_size, name, config.resample), margin, margin, config.image_size)
 

@@ -182,7 +182,7 @@ def generate(
             # A fast copy's layers set their dtypes; autocast would convert shared weights again at every token.
             with contextlib.nullcontext() if fast is model else torch.autocast(model.device.type, enabled=False):
                 hidden = fast.encode(pixel_values)
-                start = torch.tensor([model.config.start_token_id or 0, *prefix], device=hidden.device)
+                start = torch.tensor([model.config.start_token_id, *prefix], device=hidden.device)
                 find = beam_search if search.num_beams > 1 else token_by_token
                 decoder = engine(model, fast, rows) if engine else fast.decoder
                 threads = torch.get_num_threads()
@@ -231,7 +231,6 @@ def token_by_token(
     """Search greedily or by sampling, for encoder states (N, S, D)."""
     rows = len(hidden) * search.num_return_sequences
     end = decoder.config.end_token_id
-    assert end is not None
     cache = decoder.new_cache(hidden, rows, len(start) + max_length)
     written = torch.full((rows, len(start) + max_length), end, device=hidden.device)
     written[:, : len(start)] = start
@@ -391,7 +390,7 @@ def beam_search(
     """
     pictures, num_beams, first = len(hidden), search.num_beams, len(start)
     cache = decoder.new_cache(hidden, pictures * num_beams, first + max_length)
-    beams = Beams(decoder.config.end_token_id or 0, pictures, search, start, max_length)
+    beams = Beams(decoder.config.end_token_id, pictures, search, start, max_length)
     tokens = beams.running[:, :, :first].flatten(0, 1)
     for length in range(1, max_length + 1):  # length of a caption that ends in this step
         log_probs = decoder.next_logits(tokens, cache).log_softmax(-1)
@@ -473,9 +472,8 @@ class Beams:
 def read_again(decoder: Decoder, hidden: Tensor, found: Generated, prefix: int, search: Search) -> None:
     """Run the decoder on the finished captions, all tokens at once, to fill in token_log_probs and attention."""
     sequences, end = found.sequences, decoder.config.end_token_id
-    read = torch.cat(
-        [sequences.new_full((len(sequences), 1), decoder.config.start_token_id or 0), sequences[:, :-1]], 1
-    )
+    start = sequences.new_full((len(sequences), 1), decoder.config.start_token_id)
+    read = torch.cat([start, sequences[:, :-1]], 1)
     cross = decoder.look(hidden)
     weights: list[Tensor] = []
 
@@ -492,7 +490,7 @@ def read_again(decoder: Decoder, hidden: Tensor, found: Generated, prefix: int, 
     if search.return_scores:
         steps = zip(states.unbind(1), sequences.unsqueeze(-1).unbind(1), strict=True)  # (R, D), (R, 1) of each token
         each = torch.cat([decoder.head(row).float().log_softmax(-1).gather(-1, token) for row, token in steps], 1)
-        is_end = sequences.eq(end or 0).long()
+        is_end = sequences.eq(end).long()
         unscored = is_end.cumsum(1) > is_end  # after the first end token
         unscored[:, :prefix] = True
         found.token_log_probs, found.lengths = each.masked_fill(unscored, 0.0), (~unscored).sum(1)

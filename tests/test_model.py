@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import types
+import typing
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from conftest import tiny_config
 from safetensors.torch import load_file, save_file
 
 import model as attention_module
-from config import UserError
+from config import UserError, ViTGPT2Config
 from model import ImageCaptionModel, attention, choose_attention
 from weights.file import METADATA_KEY
 from weights.huggingface import UNUSED, take, tensor_names
@@ -321,3 +322,11 @@ def test_bad_model_files_get_one_line(tmp_path):
 def test_configs_that_cannot_be_are_refused_in_one_line(changes, words):
     with pytest.raises(UserError, match=words):
         tiny_config(**changes)
+
+
+def test_what_follows_from_other_fields_is_always_a_number():
+    """By their types they could be absent, so that `or 0` stood for a token in a dozen places; old files may say null."""
+    absent = dict.fromkeys(("resize_size", "end_token_id", "start_token_id", "pad_token_id"))
+    assert all(typing.get_type_hints(ViTGPT2Config)[name] is int for name in absent)
+    for config in (tiny_config(), tiny_config(**absent), ViTGPT2Config.from_dict(tiny_config().to_dict() | absent)):
+        assert [getattr(config, name) for name in absent] == [16, 49, 49, 49]

@@ -258,7 +258,6 @@ def make_datasets(
 ) -> dict[str, CaptionDataset]:
     """The train, val and test data sets. Splits with the same table share one data set."""
     sizes = model.config
-    assert sizes.resize_size is not None
     different = {id(table): (split, table) for split, table in reversed(tables.items())}  # val may serve as test
     pixels = 3 * sizes.resize_size**2 * sum(len(table) for _, table in different.values())
     small = pixels < KEPT_SHARE_OF_MEMORY * available_memory() / world.local_size

@@ -210,4 +210,4 @@ def blank_words(input_ids: Tensor, share: float, config: ViTGPT2Config) -> Tenso
         return input_ids
     blank = torch.rand(input_ids.shape, device=input_ids.device) < share
     blank[..., 0] = False
-    return input_ids.masked_fill(blank, config.pad_token_id or 0)
+    return input_ids.masked_fill(blank, config.pad_token_id)

@@ -47,7 +47,7 @@ class SelfCritic:
 
         mix adds CIDEr-D (0 to 10) and PAC-S (0 to 2) as they are.
         """
-        ended = sequences.eq(model.config.end_token_id or 0).any(-1).tolist()
+        ended = sequences.eq(model.config.end_token_id).any(-1).tolist()
         texts = decode(model.tokenizer, sequences)
         rewards = np.zeros(len(rows))
         if self.cider:
@@ -96,7 +96,7 @@ class SelfCritic:
 
 def as_captions(sequences: Tensor, model: ImageCaptionModel) -> dict[str, Tensor]:
     """Generated tokens (N, K, L) as the collate would give them: input_ids, labels, lengths and positions."""
-    start, end = model.config.start_token_id or 0, model.config.end_token_id or 0
+    start, end = model.config.start_token_id, model.config.end_token_id
     ended = sequences.eq(end)
     lengths = torch.where(ended.any(-1), ended.int().argmax(-1) + 1, sequences.shape[-1])
     real = torch.arange(sequences.shape[-1]) < lengths[..., None]

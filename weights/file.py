@@ -225,7 +225,6 @@ def tokenizer_from_json(text: str, config: ViTGPT2Config) -> PreTrainedTokenizer
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    assert config.start_token_id is not None and config.end_token_id is not None and config.pad_token_id is not None
     with refused("the model's tokenizer cannot be read"):
         check_ids(text)
         tokenizer = Tokenizer.from_str(text)

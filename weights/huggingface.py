@@ -159,7 +159,6 @@ def write_their_files(saved: Saved, folder: Path) -> None:
 def their_files(config: ViTGPT2Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, dict[str, Any]]:
     """The contents of a transformers folder's JSON files, by name."""
     start, end, pad = config.start_token_id, config.end_token_id, config.pad_token_id
-    assert start is not None and end is not None and pad is not None
     ids = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad}
     decoder = {name: allowed[0] for name, allowed in GPT2_SETTINGS.items()} | ids
     decoder |= {theirs: getattr(config, ours) for ours, (theirs, _) in GPT2_FIELDS.items()}

@@ -19,7 +19,7 @@ from weights.huggingface import their_files
 
 MODULE = "modeling_img2gpt"
 SOURCES: dict[str, tuple[str, ...]] = {"config": ("UserError", "check_fields", "check_numbers", "ViTGPT2Config")}
-SOURCES["config"] += ("NEWER", "CHOICES")
+SOURCES["config"] += ("FILLED_IN", "NEWER", "CHOICES")
 SOURCES |= dict.fromkeys(("decoding.cache", "model", "decoding.search"), ())  # (): all of it
 # Functions that a PreTrainedModel does not call: they read and write this project's files, or make fast copies.
 SKIPPED = {"fast_copy", "own_state", "load_own_state", "saved", "from_saved", "save_file", "save_pretrained"}
