@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # or the workers' threads fight for the
 os.environ["VIT_GPT2_CACHE"] = tempfile.mkdtemp(prefix="vit-gpt2-tests-")
 
 import torch
+from tiny import tiny_config
 
 from config import ViTGPT2Config
 from data.scenes import draw_scenes
@@ -34,23 +35,6 @@ LONGEST += ["test_evaluate.py", "test_distributed.py", "test_benchmark.py", "tes
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-
-
-def tiny_config(**changes) -> ViTGPT2Config:
-    fields = dict(
-        image_size=16,
-        patch_size=8,
-        vision_embed_dim=32,
-        vision_num_layers=2,
-        vision_num_heads=2,
-        vocab_size=50,
-        max_length=24,
-        decoder_embed_dim=32,
-        decoder_num_layers=2,
-        decoder_num_heads=2,
-        dropout=0.0,
-    )
-    return ViTGPT2Config(**(fields | changes))
 
 
 def random_model(config: ViTGPT2Config, std: float = 0.3) -> ImageCaptionModel:

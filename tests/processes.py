@@ -1,7 +1,8 @@
-"""Training runs as processes of their own, which tests can stop, kill and compare.
+"""Scripts of this project as processes, and training runs that tests can stop, kill and compare.
 
-`start` runs main.py as users do, under torchrun where there is more than one rank. `fork` calls train.train in a child of a
-server that has imported everything already: a run of a few dozen steps takes a second or two.
+`launch` starts a script as users do, `finished` waits for its end. `start` and `run` do so with main.py, under torchrun
+where there is more than one rank. `fork` calls train.train in a child of a server that has imported everything already: a
+run of a few dozen steps takes a second or two.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import tiny_config
 
 from config import PRESETS, TrainConfig, ViTGPT2Config
 from training.checkpoint import load_checkpoint, newest_whole
@@ -28,24 +30,61 @@ from weights.file import MODEL_FILE
 ROOT = Path(__file__).resolve().parents[1]
 # What children of the server do not have to import. It starts with the first of them, and has no sys.path of pytest's.
 PRELOADED = ["train", "processes", "matplotlib.pyplot", "torch._dynamo"]
+SECONDS = 900
+"""After which a script that should have ended by itself hangs."""
+IN_ORDER = {"PYTHONUNBUFFERED": "1"}
+"""For standard output and standard error in one stream."""
+
+
+def surroundings(changes: Mapping[str, object] | None = None) -> dict[str, str]:
+    """The environment of a script: this process's, no progress bars, and the changes; None takes a variable away."""
+    own = os.environ | {"TQDM_DISABLE": "1"} | (changes or {})
+    return {name: str(value) for name, value in own.items() if value is not None}
+
+
+def _options(
+    command: tuple[object, ...], environment: Mapping[str, object] | None, shell: str, more: dict[str, Any]
+) -> dict[str, Any]:
+    first, *rest = map(str, command)
+    words = [sys.executable, first if first.startswith("-") else str(ROOT / first), *rest]
+    line = ["bash", "-c", shell, "bash", *words] if shell else words
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return pipes | more | {"args": line, "env": surroundings(environment)}
+
+
+def launch(
+    *command: object, environment: Mapping[str, object] | None = None, shell: str = "", **more: Any
+) -> subprocess.Popen[str]:
+    """A script of this project and its arguments as a process; or `-c`, `-m`, `-I` and what else Python takes.
+
+    environment: changes, see surroundings. shell: a line of bash in which "$@" stands for the command. more: for Popen.
+    """
+    return subprocess.Popen(**_options(command, environment, shell, more))
+
+
+def finished(
+    *command: object,
+    code: int | None = 0,
+    environment: Mapping[str, object] | None = None,
+    shell: str = "",
+    **more: Any,
+) -> subprocess.CompletedProcess[str]:
+    """The same, at its end, which must be with this exit code (None: with any)."""
+    done = subprocess.run(**_options(command, environment, shell, more), timeout=SECONDS)
+    assert code in (None, done.returncode), f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
 
 
 def small_config(scenes: Path, **changes: Any) -> TrainConfig:
     """A run of 24 steps, 6 an epoch, on the pictures of the fixture scenes_dir."""
-    model = dataclasses.replace(
-        PRESETS["demo"].model,
-        vision_embed_dim=32,
-        vision_num_layers=2,
-        vision_num_heads=2,
-        decoder_embed_dim=32,
-        decoder_num_layers=1,
-        decoder_num_heads=2,
-        **{name: changes.pop(name) for name in list(changes) if name in ViTGPT2Config.__dataclass_fields__},
-    )
+    demo = PRESETS["demo"].model
+    sizes: dict[str, Any] = {name: getattr(demo, name) for name in ("image_size", "vocab_size", "max_length")}
+    sizes |= {"decoder_num_layers": 1}
+    sizes |= {name: changes.pop(name) for name in list(changes) if name in ViTGPT2Config.__dataclass_fields__}
     fields: dict[str, Any] = {"dataset": "coco", "data_dir": scenes, "output_dir": Path("out"), "batch_size": 16}
     fields |= {"max_steps": 24, "device": "cpu", "precision": "fp32", "optimizer": "adamw", "wandb": "off"}
     fields |= {"val_pictures": 1000}
-    return dataclasses.replace(PRESETS["demo"], model=model, **(fields | changes))
+    return dataclasses.replace(PRESETS["demo"], model=tiny_config(**sizes), **(fields | changes))
 
 
 def flags(config: TrainConfig) -> list[str]:
@@ -62,27 +101,24 @@ def flags(config: TrainConfig) -> list[str]:
     return ["--preset", config.preset, *given]
 
 
+def training_line(arguments: list[str], ranks: int) -> list[str]:
+    """main.py with these arguments; torchrun's where there are several ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), str(ROOT / "main.py")]
+    return [*(torchrun if ranks > 1 else ["main.py"]), *arguments]
+
+
 def start(
     arguments: list[str], cwd: Path, ranks: int = 1, environment: dict[str, str] | None = None, **more: Any
 ) -> subprocess.Popen[str]:
-    """main.py with these arguments; torchrun's where there are several ranks."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | more
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "main.py"), *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"} | (environment or {}),
-        text=True,
-        **options,
-    )
+    """main.py with these arguments, what it prints in one stream and at once."""
+    own = IN_ORDER | (environment or {})
+    return launch(*training_line(arguments, ranks), cwd=cwd, environment=own, **{"stderr": subprocess.STDOUT} | more)
 
 
 def run(arguments: list[str], cwd: Path, ranks: int = 1, code: int = 0) -> str:
     """Runs main.py to its end, which must be with this exit code; returns what it printed."""
-    process = start(arguments, cwd, ranks)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    return output
+    more: dict[str, Any] = {"environment": IN_ORDER, "stderr": subprocess.STDOUT}
+    return finished(*training_line(arguments, ranks), code=code, cwd=cwd, **more).stdout
 
 
 def await_step(step: int, process: subprocess.Popen[str] | BaseProcess, out: Path) -> None:

@@ -6,13 +6,13 @@ import contextlib
 import csv
 import io
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, needs_shared, tiny_config
+from conftest import needs_shared, tiny_config
+from processes import finished
 
 from config import UserError
 from data.sources import load_table
@@ -267,9 +267,8 @@ def test_bad_results_end_the_command_line(tmp_path):
     for name, content in (("good", GOOD), ("few", GOOD[:1])):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     for files in (("--results", "few.json"), ("--compare", "good.json", "few.json")):
-        command = [sys.executable, str(ROOT / "evaluate.py"), *files, "--references", "refs.json"]
-        done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
-        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+        done = finished("evaluate.py", *files, "--references", "refs.json", cwd=tmp_path, code=2)
+        assert done.stdout == "" and done.stderr.count("\n") == 1
         assert "no caption for 1 pictures" in done.stderr and not (tmp_path / "evaluation").exists()
 
 
@@ -448,9 +447,8 @@ def test_overlap_is_marked_in_every_table(model_and_loader, scenes_dir, tmp_path
     model.trained_on = load_table("auto", scenes_dir, "val").keys()[:5]
     model.save_file(tmp_path / "m.safetensors")
     arguments = ("m.safetensors", "--data-dir", scenes_dir, "--max-length", "5")
-    command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, arguments)]
-    refused = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
-    assert refused.returncode == 2 and "5 of the 12 val pictures" in refused.stderr.splitlines()[-1]
+    refused = finished("evaluate.py", *arguments, cwd=tmp_path, code=2)
+    assert "5 of the 12 val pictures" in refused.stderr.splitlines()[-1]
     ours, known = "evaluation/captions.json", "evaluation/references.json"
     for output in (
         run_evaluate(tmp_path, *arguments, "--allow-overlap"),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from processes import ending, flags, forked, small_config
+from processes import ending, finished, flags, forked, small_config
 
 from config import UserError
 from utils import Printed, locked, read_log
@@ -29,9 +28,8 @@ FEW = ["reader left", "nothing at all"]
 
 def shell(cwd: Path, arguments: list[str], redirected: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A script's command line, its streams as said, on a console that knows ASCII only."""
-    own = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"} | environment
-    command = ["bash", "-c", f'"$@" {redirected}', "bash", sys.executable, *arguments]
-    return subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, timeout=300)
+    own = {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"} | environment
+    return finished(*arguments, cwd=cwd, environment=own, shell=f'"$@" {redirected}', code=None)
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +110,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def watched(cwd: Path, script: str, arguments: list[str], log: Path) -> set[Path]:
     """Runs a script; the names, relative to where it ran, that it has opened to write, renamed to, or linked."""
     cwd.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", WATCHED, str(log), str(ROOT / f"{script}.py"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    finished("-c", WATCHED, log, ROOT / f"{script}.py", *arguments, cwd=cwd, environment=environment)
     names = {Path(line) for line in log.read_text().splitlines()}
     return {name.relative_to(cwd) for name in names if name.is_relative_to(cwd)}
 

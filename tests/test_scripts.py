@@ -6,10 +6,7 @@ import dataclasses
 import functools
 import http.server
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -17,6 +14,8 @@ import pytest
 import torch
 from conftest import ROOT, needs_shared
 from PIL import Image
+from processes import finished
+from tiny import tiny_flags
 
 import evaluate
 import example_usage
@@ -49,23 +48,14 @@ finally:
 def test_help_does_not_wait_for_torch(command):
     """`--help` took three seconds, most of which went into importing torch and transformers."""
     name, *command = command.split()
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    shown = subprocess.run(
-        [sys.executable, "-c", HELP, ROOT / f"{name}.py", *command, "--help"],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert shown.returncode == 0 and "show this help message" in shown.stdout, shown.stderr
+    shown = finished("-c", HELP, ROOT / f"{name}.py", *command, "--help", environment={"PYTHONPATH": ROOT})
+    assert "show this help message" in shown.stdout, shown.stderr
 
 
 def script(cwd: Path, *arguments: str | Path, code: int = 0) -> str:
     """Runs a script; returns its standard output, or its standard error when it is meant to fail."""
-    command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
-    environment = os.environ | {"TQDM_DISABLE": "1"}
-    result = subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=900)
-    assert result.returncode == code, result.stdout + result.stderr
-    return result.stderr if code else result.stdout
+    done = finished(*arguments, cwd=cwd, code=code)
+    return done.stderr if code else done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +207,7 @@ def test_flickr8k_preset_cut_short(tmp_path):
 
 # Data as people have it
 
-SMALL = "--image-size 16 --patch-size 8 --vision-num-layers 1 --decoder-num-layers 1 --vision-embed-dim 32"
-SMALL = f"{SMALL} --decoder-embed-dim 32 --vision-num-heads 2 --decoder-num-heads 2 --max-length 32".split()
+SMALL = tiny_flags(max_length=32)
 
 
 def own_photos(folder: Path, scenes_dir: Path, number: int, damaged: int = 0) -> Path:
@@ -322,11 +311,9 @@ def test_a_run_from_the_cache_is_the_same_run(tmp_path, scenes_dir):
         *SMALL,
     ]
     arguments += ["--resize-size", "20", "--tokenizer", "train"]
-    environment = os.environ | {"VIT_GPT2_CACHE": str(tmp_path / "cache")}
+    environment = {"VIT_GPT2_CACHE": tmp_path / "cache"}
     for name, flags in (("plain", ()), ("kept", ("--cache",)), ("again", ("--cache",))):
-        command = [sys.executable, ROOT / "main.py", *map(str, arguments[1:]), "--output-dir", name, *flags]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
-        assert done.returncode == 0, done.stderr
+        done = finished(*arguments, "--output-dir", name, *flags, cwd=tmp_path, environment=environment)
         assert ("cache  " in done.stdout) == (name == "kept")  # made once
     models = {(tmp_path / name / MODEL).read_bytes() for name in ("plain", "kept", "again")}
     assert len(models) == 1

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_model, tiny_config
+from processes import finished
+from tiny import tiny_flags
 
 from benchmarks import captions
 from benchmarks import training as loops
@@ -26,15 +28,14 @@ from benchmarks.machine import training_rows
 from benchmarks.metrics import MetricsBenchmark
 from benchmarks.training import Loop, Running, TrainBenchmark
 from captioning.pipeline import caption_pictures
-from config import UserError, ViTGPT2Config
+from config import UserError
 from dataset import load_table, load_tokenizer
 from decoding.packed import available
 from model import ImageCaptionModel
 
 
 def run(*arguments: str, cwd) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmark.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=900)
+    return finished("benchmark.py", *arguments, cwd=cwd, code=None)
 
 
 def test_the_data_benchmark(tmp_path):
@@ -179,11 +180,7 @@ def test_unknown_benchmarks_get_one_line(tmp_path):
     )
 
 
-TINY = [
-    *("--model.image-size", "32", "--model.vocab-size", "300", "--model.max-length", "16"),
-    *(f for name in ("start", "end", "pad") for f in (f"--model.{name}-token-id", "299")),
-    *(f for p in ("vision", "decoder") for f in (f"--model.{p}-num-layers", "1", f"--model.{p}-embed-dim", "48")),
-]
+TINY = tiny_flags("model.", vocab_size=300, max_length=16, end_token_id=299, start_token_id=299, pad_token_id=299)
 
 
 @pytest.mark.slow
@@ -239,9 +236,9 @@ def test_two_versions_are_compared_to_the_bit(tmp_path):
     git = ["git", "-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "before"]):
         subprocess.run([*git, *command], cwd=repository, check=True)
-    command = [sys.executable, "benchmark.py", "golden"]
-    done = subprocess.run(command, cwd=repository, text=True, capture_output=True)
-    assert done.returncode == 0 and done.stdout.count("the same to the bit") == 2, done.stderr
+    command = (repository / "benchmark.py", "golden")
+    done = finished(*command, cwd=repository)
+    assert done.stdout.count("the same to the bit") == 2, done.stderr
     assert "differs" not in done.stdout
     files = set(re.findall(r"the same  (\S+)", done.stdout))
     assert {f"{run}/{name}.json" for run in ("golden", "sampled") for name in ("captions", "metrics")} < files
@@ -249,8 +246,8 @@ def test_two_versions_are_compared_to_the_bit(tmp_path):
     assert not any(name.endswith(".py") for name in files)
     path = repository / "training/optimizers.py"
     path.write_text(path.read_text().replace("(0.9, 0.95)", "(0.9, 0.951)"))
-    done = subprocess.run(command, cwd=repository, text=True, capture_output=True)
-    assert done.returncode == 2 and "   differs\n" in done.stdout and "not the same to the bit" in done.stderr
+    done = finished(*command, cwd=repository, code=2)
+    assert "   differs\n" in done.stdout and "not the same to the bit" in done.stderr
     different = set(re.findall(r"differs   (\S+)", done.stdout))
     assert {"greedy.jsonl", "golden/metrics.json", "upload/user/name/model.safetensors"} < different
     assert "upload/user/name/config.json" not in different
@@ -261,11 +258,7 @@ BARE = "import sys\nfor name in ('tyro', 'simplejpeg', 'bitsandbytes', 'peft', '
 
 def gpu_benchmark(folder, *flags: str, **environment: str) -> tuple[str, dict[str, list[dict]]]:
     """What `benchmark.py gpu` prints on a CPU and with tiny sizes, and its rows by section."""
-    command = [sys.executable, str(ROOT / "benchmark.py"), "gpu", "--device", "cpu", "--tiny", *flags]
-    done = subprocess.run(
-        command, cwd=folder, env=os.environ | environment, text=True, capture_output=True, timeout=1800
-    )
-    assert done.returncode == 0, done.stderr
+    done = finished("benchmark.py", "gpu", "--device", "cpu", "--tiny", *flags, cwd=folder, environment=environment)
     rows: dict[str, list[dict]] = {}
     for row in json.loads((folder / "benchmark-gpu.json").read_text())["rows"]:
         rows.setdefault(row["section"], []).append(row)
@@ -318,15 +311,7 @@ def test_every_line_of_the_gpu_benchmark_runs(tmp_path):
 def test_a_loop_that_does_not_fit_is_a_line(monkeypatch, tmp_path, capsys):
     """transformers' step with as many pictures as ours has captions needs more memory than a GPU has; it once took all
     figures with it."""
-    sizes = ViTGPT2Config(
-        image_size=32,
-        vocab_size=300,
-        max_length=16,
-        vision_num_layers=1,
-        vision_embed_dim=48,
-        decoder_num_layers=1,
-        decoder_embed_dim=48,
-    )
+    sizes = tiny_config(vocab_size=300)
     model = ImageCaptionModel(sizes)
     model.tokenizer = load_tokenizer("train", ["a picture"], 300)
     model.save_file(tmp_path / "model.safetensors")

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -23,7 +22,7 @@ import pytest
 import torch
 from conftest import ROOT, free_port, needs_shared, tiny_config
 from PIL import Image
-from processes import flags, small_config
+from processes import finished, flags, launch, small_config
 
 import app
 from captioning import service
@@ -481,8 +480,7 @@ def test_without_a_model_the_page_trains_the_demo(browser, open_page, scenes_dir
 
 
 def test_the_endpoint_gives_what_the_command_line_gives(client, model_file, pictures):
-    command = [sys.executable, ROOT / "example_usage.py", *pictures[:4], model_file, "--precision", "fp32"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = finished("example_usage.py", *pictures[:4], model_file, "--precision", "fp32")
     said = [line.split("\t")[1] for line in done.stdout.splitlines()]
     found = [client.predict(handle_file(path), api_name="/caption") for path in pictures[:4]]
     assert [each[0]["caption"] for each in found] == said and len(set(said)) > 1
@@ -562,9 +560,8 @@ def test_two_minutes_of_32_clients(model_file, pictures, tmp_path, capsys):
     pixels = torch.stack([prepare_picture(path, model.config) for path in pictures])
     alone = [caption_batch(model, one[None], "fp32", num_beams=3)[0][0].text for one in pixels]
     port = free_port()
-    command = [sys.executable, ROOT / "app.py", "--model", model_file, "--port", str(port), "--precision", "fp32"]
-    environment = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+    command = ("app.py", "--model", model_file, "--port", port, "--precision", "fp32")
+    with launch(*command, environment={"GRADIO_TEMP_DIR": tmp_path}, stderr=None) as server:
         assert server.stdout.readline().startswith("model") and server.stdout.readline().startswith("page")
 
         def megabytes() -> float:
@@ -663,10 +660,10 @@ def test_nothing_in_a_card_is_markup():
 def test_the_command_line(model_file, pictures, tmp_path):
     """It says where it is, answers there and nowhere else, and ends when told to."""
     port = free_port()
-    command = [sys.executable, ROOT / "app.py", "--port", str(port), "--precision", "fp32"]
+    command = ("app.py", "--port", port, "--precision", "fp32")
     shutil.copy(model_file, tmp_path / MODEL_FILE)  # the newest model here
-    environment = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path / "gradio")}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
+    environment = {"GRADIO_TEMP_DIR": tmp_path / "gradio"}
+    with launch(*command, cwd=tmp_path, environment=environment, stderr=None) as process:
         said = process.stdout.readline()
         assert said.startswith(f"model       {tmp_path / MODEL_FILE}, on cpu in float32; tokens by {in_words('fp32')}")
         assert process.stdout.readline().split()[1] == f"http://127.0.0.1:{port}/"
@@ -674,15 +671,14 @@ def test_the_command_line(model_file, pictures, tmp_path):
         assert found[0]["caption"] == caption_image(
             pictures[0], model_file, "cpu", do_sample=False, num_beams=3, precision="fp32"
         )
-        second = subprocess.run([*command, "--model", model_file], capture_output=True, text=True)
-        assert second.returncode == 2 and second.stderr.count("\n") == 1 and f"port {port}" in second.stderr
+        second = finished(*command, "--model", model_file, code=2)
+        assert second.stderr.count("\n") == 1 and f"port {port}" in second.stderr
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
 
 
 def test_a_missing_gradio_is_one_line(tmp_path):
     (tmp_path / "gradio.py").write_text("raise ImportError")
-    command = [sys.executable, ROOT / "app.py"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    done = finished("app.py", environment={"PYTHONPATH": tmp_path}, code=2)
+    assert done.stderr.count("\n") == 1
     assert "pip install -r requirements/app.txt" in done.stderr

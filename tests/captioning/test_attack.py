@@ -13,8 +13,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -25,8 +23,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, free_port, tiny_config
+from conftest import free_port, tiny_config
 from PIL import Image
+from processes import launch
 
 from model import ImageCaptionModel
 from weights.file import MODEL_FILE
@@ -208,19 +207,9 @@ def test_honest_clients_beside_hostile_ones(scenes_tokenizer, tmp_path, capsys):
     pictures = [jpeg(quality=quality) for quality in range(60, 90, 3)]
     kinds = hostile_kinds(pictures[0])
     port, uploads = free_port(), tmp_path / "uploads"
-    command = [
-        sys.executable,
-        ROOT / "app.py",
-        "--model",
-        tmp_path / MODEL_FILE,
-        "--port",
-        str(port),
-        "--precision",
-        "fp32",
-    ]
-    environment = os.environ | {"GRADIO_TEMP_DIR": str(uploads)}
+    command = ("app.py", "--model", tmp_path / MODEL_FILE, "--port", port, "--precision", "fp32")
     log = (tmp_path / "log").open("wb")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as server:
+    with launch(*command, stderr=log, environment={"GRADIO_TEMP_DIR": uploads}) as server:
         assert server.stdout.readline().startswith("model") and server.stdout.readline().startswith("page")
         memory, disk, ended = [], [], threading.Event()
 

@@ -25,6 +25,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_config
 from PIL import Image
+from processes import SECONDS, finished, launch
 
 import example_usage
 from captioning import pipeline as captioning
@@ -64,17 +65,14 @@ def picture(seed: int) -> bytes:
 def start(model: ImageCaptionModel, cwd: Path, *arguments: str | Path, **options) -> subprocess.Popen:
     """example_usage.py with this model, in fp32, so that captions do not depend on the batch."""
     inputs = list(itertools.takewhile(lambda argument: not str(argument).startswith("--"), arguments))
-    command = [sys.executable, ROOT / "example_usage.py", *inputs, model.path, *arguments[len(inputs) :]]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    environment = os.environ | {"TQDM_DISABLE": "1"}
-    command += ["--precision", "fp32", "--max-length", "8"]
-    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, text=True, **pipes, **options)
+    command = [*inputs, model.path, *arguments[len(inputs) :], "--precision", "fp32", "--max-length", "8"]
+    return launch("example_usage.py", *command, cwd=cwd, stdin=subprocess.PIPE, **options)
 
 
 def run(model: ImageCaptionModel, cwd: Path, *arguments: str | Path, code: int = 0, stdin: str = "") -> tuple[str, str]:
     """The same to its end; standard output and standard error."""
     process = start(model, cwd, *arguments)
-    output, error = process.communicate(stdin, timeout=300)
+    output, error = process.communicate(stdin, timeout=SECONDS)
     assert process.returncode == code, output + error
     return output, error
 
@@ -356,11 +354,10 @@ def test_what_a_console_cannot_show_is_replaced(model, tmp_path):
     for seed, name in enumerate(["a.png", "é🐶.png", "猫.png", "z.png"]):
         (tmp_path / name).write_bytes(picture(seed))
     arguments = ["a.png", "é🐶.png", "猫.png", "z.png", str(model.path), "--batch-size", "1", "--num-beams", "1"]
-    command = [sys.executable, str(ROOT / "example_usage.py"), *arguments]
-    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    encoded = {"environment": {"PYTHONIOENCODING": "cp1252"}, "text": False}
+    done = finished("example_usage.py", *arguments, cwd=tmp_path, **encoded)
     names = [line.split(b"\t")[0] for line in done.stdout.splitlines()]
-    assert (done.returncode, names) == (0, [b"a.png", b"\xe9?.png", b"?.png", b"z.png"]), done.stderr
+    assert names == [b"a.png", b"\xe9?.png", b"?.png", b"z.png"], done.stderr
 
 
 # Stopped and run again
@@ -489,10 +486,9 @@ raise AttributeError("half imported")
 def test_ctrl_c_while_packages_are_imported(package, model, tmp_path):
     """A traceback, or an error about a package that had swallowed it, and another exit code than later."""
     (tmp_path / f"{package}.py").write_text(STOPPED)
-    command = [sys.executable, ROOT / "example_usage.py", "a.png", model.path]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, text=True, capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+    command, environment = ("example_usage.py", "a.png", model.path), {"PYTHONPATH": tmp_path}
+    done = finished(*command, cwd=tmp_path, environment=environment, code=130)
+    assert (done.stdout, done.stderr) == ("", "stopped\n")
 
 
 def test_addresses_inside_are_fetched_only_when_asked(model, tmp_path, server):
@@ -569,12 +565,12 @@ def test_the_progress_bar(model, tmp_path):
         (tmp_path / f"{seed}.png").write_bytes(picture(seed) if seed else b"")
     ours, theirs = os.openpty()
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # or there would be no room for a bar
-    command = [sys.executable, ROOT / "example_usage.py", ".", model.path, "--output", "captions.jsonl"]
-    done = subprocess.run(list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, timeout=300)
+    command = ("example_usage.py", ".", model.path, "--output", "captions.jsonl")
+    finished(*command, cwd=tmp_path, stderr=theirs, environment={"TQDM_DISABLE": None}, code=1)
     os.close(theirs)
     said = os.read(ours, 1 << 16).decode()
     os.close(ours)
-    assert done.returncode == 1 and "error: 0.png: not a picture" in said
+    assert "error: 0.png: not a picture" in said
     assert "| 20/20 [00:" in said and "pictures/s]" in said and "00:00<?" in said
 
 
@@ -687,8 +683,7 @@ assert [r.name for r in results] == list(map(str, range(160))) and all(r.caption
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a limit of the address space")
 def test_a_cpus_memory_that_does_not_suffice(tmp_path):
     """torch's real error, in a process that may not have more memory."""
-    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], cwd=ROOT, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = finished("-c", LITTLE_MEMORY, cwd=ROOT)
     assert "out of memory: continuing with 80 pictures at a time" in done.stderr
 
 

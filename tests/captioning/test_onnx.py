@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_config
 from PIL import Image
+from processes import finished
 
 from captioning.onnx import quantize, save_onnx, to_file
 from config import UserError
@@ -162,9 +162,9 @@ def test_a_missing_package_is_one_line(exported, tmp_path):
         "import importlib.util as u\n_find = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'onnxscript' else _find(name, *rest)\n"
     )
-    command = [sys.executable, ROOT / "convert.py", "onnx", tmp_path / "m.safetensors", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 2 and "requirements/onnx.txt" in done.stderr and done.stderr.count("\n") == 1
+    command = ("convert.py", "onnx", tmp_path / "m.safetensors", tmp_path / "out")
+    done = finished(*command, environment={"PYTHONPATH": tmp_path}, code=2)
+    assert "requirements/onnx.txt" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -16,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, needs_shared
+from conftest import needs_shared
 from PIL import Image
+from processes import finished, launch
 
 import dataset
 from config import UserError
@@ -79,11 +79,6 @@ def report_of(root: Path, **options) -> check.Report:
     return check_tables(load_tables("auto", root), progress=False, **options)
 
 
-def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=120)
-
-
 def rows_of(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -136,7 +131,7 @@ def test_pictures_in_no_part_are_counted_and_names_escaped(tmp_path, capsys):
 def test_an_unfit_set_exits_1_and_says_why_last(tmp_path):
     broken = [("cut.jpg", jpeg(photo(50))[:700], ["cut"]), ("empty.jpg", b"", ["empty"]), ("gone.jpg", None, ["gone"])]
     write(tmp_path / "data", train=some("train", 9, 0) + broken, val=some("val", 4, 100))
-    result = run(ROOT / "dataset.py", "check", "data", "--output-dir", "out", cwd=tmp_path)
+    result = finished("dataset.py", "check", "data", "--output-dir", "out", cwd=tmp_path, code=None)
     assert result.returncode == 1, result.stderr
     last = result.stdout.splitlines()[-1]
     assert last == "not fit: pictures missing or undecodable: 3 of 16 (allowed: 1.0%)"
@@ -155,8 +150,7 @@ def test_ctrl_c_ends_in_one_line(tmp_path):
     for i in range(2000):  # minutes of decoding
         os.link(tmp_path / "noise.png", root / f"{i}.png")
         (root / f"{i}.txt").write_text(f"picture {i}")
-    command = [sys.executable, str(ROOT / "dataset.py"), "check", "data", "--output-dir", "out"]
-    with subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with launch("dataset.py", "check", "data", "--output-dir", "out", cwd=tmp_path) as process:
         for _ in range(600):  # the folder is made when the reading begins
             if (tmp_path / "out").exists():
                 break

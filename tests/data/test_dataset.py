@@ -9,8 +9,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from unittest.mock import Mock
@@ -22,6 +20,7 @@ from conftest import ROOT, needs_shared, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import finished
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import utils
@@ -592,9 +591,7 @@ def test_reading_a_large_table_copies_nothing():
     """Python objects are copied into every worker as their reference counts change: these captions in lists cost each
     worker 10 MB, and COCO's 100."""
     code = PROBE.format(root=str(ROOT), captions=60_000)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 3
+    assert float(finished("-c", code).stdout) < 3
 
 
 def test_kept_files_notice_their_sources(tmp_path):

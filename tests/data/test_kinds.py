@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from PIL import Image
+from processes import finished
 
 from captioning.pipeline import picture_names
 from config import UserError
@@ -68,9 +67,8 @@ def test_without_pillow_heif_heic_is_left_out_and_said(tmp_path):
         (folder / name).write_bytes(b"anything")
     for path in list(folder.iterdir()):
         path.with_suffix(".txt").write_text(f"this is {path.stem}")
-    command = [sys.executable, "-c", WITHOUT, str(ROOT / "dataset.py"), "check", "data"]
-    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = ("-c", WITHOUT, ROOT / "dataset.py", "check", "data")
+    done = finished(*command, cwd=tmp_path, environment={"PYTHONPATH": ROOT})
     assert "skipped     2 .heic (pip install pillow-heif)\nskipped     1 .cr2\n" in done.stdout
     figures = json.loads((tmp_path / "check/check.json").read_text())
     texts = {"texts without a picture (the first: x.txt)": 3}

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, tiny_config
 from PIL import Image
+from processes import finished
 
-from config import UserError, ViTGPT2Config
+from config import UserError
 from data import pictures
 from data.pictures import FORMATS, MAX_PIXELS, load_picture, open_picture, prepare_picture
 
@@ -329,7 +330,7 @@ def test_sources_agree_and_are_left_alone(tmp_path):
 
 
 def test_prepare_picture_cuts_out_the_middle():
-    config = ViTGPT2Config(image_size=16, patch_size=8, resize_size=20)
+    config = tiny_config(resize_size=20)
     assert torch.equal(
         prepare_picture(Image.fromarray(SMOOTH), config), load_picture(Image.fromarray(SMOOTH), 20)[:, 2:18, 2:18]
     )
@@ -389,16 +390,10 @@ def test_running_out_of_memory_is_no_crash(monkeypatch):
         assert "memory" in failure(Image.fromarray(SMOOTH), name="p")
 
 
-def in_a_process(code: str, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def in_a_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Python code on its own, so that a crash is only its own, with the tests importable."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/data")])
-    return subprocess.run(
-        [sys.executable, "-W", "always", "-c", code, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    return finished("-W", "always", "-c", code, *arguments, environment={"PYTHONPATH": paths}, code=None)
 
 
 def test_no_warning_is_printed():
@@ -766,7 +761,7 @@ def test_a_picture_is_prepared_in_one_thread(tmp_path):
     """torch's copies of pictures started a second one, which waits for work by spinning: folders were captioned at 59 % of
     the model's speed. Also where the picture has the model's size, as then a resize was a copy."""
     Image.effect_noise((256, 256), 50).convert("RGB").save(tmp_path / "photo.jpg")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-    command = [sys.executable, "-c", THREADS, tmp_path / "photo.jpg", "256", "224", "512"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment = dict.fromkeys(name for name in os.environ if name.startswith("OMP_"))
+    command = ("-c", THREADS, tmp_path / "photo.jpg", "256", "224", "512")
+    done = finished(*command, cwd=ROOT, environment=environment)
     assert done.stdout == "0\n", done.stdout + done.stderr

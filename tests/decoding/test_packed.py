@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import ROOT, random_model, tiny_config
+from processes import finished
 
 from decoding import packed
 from decoding.packed import available, packed_model
@@ -77,10 +75,10 @@ if available("int8"):
 @pytest.mark.parametrize("stops", ["AVX2", "AVX512_CORE", ""])
 def test_int8_is_right_on_every_instruction_set(stops):
     """oneDNN's product for AVX2 adds two products in 16 bits: for large weights it was 21 to 92 % off."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = {"PYTHONPATH": ROOT}
     if stops:
         environment |= {"ONEDNN_MAX_CPU_ISA": stops, "ATEN_CPU_CAPABILITY": stops[:6].lower()}
-    out = subprocess.run([sys.executable, "-c", JUDGE], env=environment, capture_output=True, text=True, check=True)
+    out = finished("-c", JUDGE, environment=environment)
     lines = out.stdout.splitlines()
     assert len(lines) == 8 and all(float(line.split()[-1]) < 0.02 for line in lines), out.stdout
     assert all(line.startswith("63 " if stops else ("127 ", "63 ")) for line in lines)

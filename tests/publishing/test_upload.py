@@ -21,6 +21,8 @@ from conftest import ROOT, free_port, tiny_config, write_bases
 from hub import Hub, running_hub
 from huggingface_hub import ModelCard, SpaceCard, constants
 from PIL import Image
+from processes import SECONDS, launch, surroundings
+from tiny import tiny_flags
 
 import upload_to_hf
 from auto_upload import AutoConfig
@@ -37,27 +39,21 @@ from weights import adapters
 
 MODEL = "vit-gpt2-captioning.safetensors"
 CANARY = "hf_canaryCANARYcanary0123456789"
-SIZES = ["--image-size", "16", "--vision-embed-dim", "32", "--vision-num-layers", "1", "--vision-num-heads", "2"]
-SIZES += ["--decoder-embed-dim", "32", "--decoder-num-layers", "1", "--decoder-num-heads", "2"]
-
 
 STARTED: list[subprocess.Popen[str]] = []
 
 
-def environment(hub: Hub | None, home: Path, token: str | None) -> dict[str, str]:
-    """What a process sees: this Hub, an empty cache, a token or none."""
-    known = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHON"))}
-    known |= {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    known |= {"HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:9"} | ({"HF_TOKEN": token} if token else {})
-    return known
+def environment(hub: Hub | None, home: Path, token: str | None) -> dict[str, object]:
+    """What changes for a process: this Hub, an empty cache, a token or none."""
+    known: dict[str, object] = dict.fromkeys(name for name in os.environ if name.startswith(("HF_", "PYTHON")))
+    known |= {"HF_HOME": home, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", "HF_TOKEN": token}
+    return known | {"HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:9"}
 
 
 def start(hub: Hub | None, cwd: Path, *arguments: str | Path, token: str | None = CANARY) -> subprocess.Popen[str]:
     """A script as a process; `-I` and what follows are Python's own arguments."""
-    first = [] if arguments[0] == "-I" else [str(ROOT / arguments[0])]
-    command = [sys.executable, *first, *map(str, arguments[len(first) :])]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    STARTED.append(subprocess.Popen(command, cwd=cwd, env=environment(hub, cwd / "home", token), text=True, **pipes))
+    own = environment(hub, cwd / "home", token)
+    STARTED.append(launch(*arguments, cwd=cwd, environment=own, stdin=subprocess.DEVNULL))
     return STARTED[-1]
 
 
@@ -73,7 +69,7 @@ def leave_nothing_running():
 def script(hub: Hub | None, cwd: Path, *arguments: str | Path, token: str | None = CANARY, code: int = 0) -> str:
     """Runs one; returns what it printed, or its standard error when it is meant to fail. It goes to a log as well."""
     process = start(hub, cwd, *arguments, token=token)
-    output, errors = process.communicate(timeout=600)
+    output, errors = process.communicate(timeout=SECONDS)
     with open(cwd / "log.txt", "a") as log:
         log.write(output + errors)
     assert process.returncode == code, output + errors
@@ -91,7 +87,7 @@ def hub(tmp_path):
 def home(tmp_path_factory, scenes_dir) -> Path:
     """A folder in which a tiny model was trained, with a token in the environment."""
     cwd = tmp_path_factory.mktemp("home")
-    arguments = ["--preset", "demo", "--dataset", "coco", "--data-dir", scenes_dir, "--max-steps", "200", *SIZES]
+    arguments = ["--preset", "demo", "--dataset", "coco", "--data-dir", scenes_dir, "--max-steps", "200", *tiny_flags()]
     arguments += ["--precision", "fp32"]  # of a model that has hardly learned, captions hang on the last bits
     arguments += ["--output-dir", "runs/tiny", "--batch-size", "16", "--val-pictures", "0", "--wandb", "offline"]
     script(None, cwd, "main.py", *arguments)
@@ -601,7 +597,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 def test_a_real_run_is_not_disturbed_by_a_watcher_that_is_killed(tmp_path, hub):
     """Stopped and started again in between, the watcher delivers; the run has the bits of one that nobody watched."""
     arguments = ["--preset", "demo", "--num-scenes", "600", "--max-steps", "60", "--checkpoint-interval", "10"]
-    arguments += [*SIZES, "--output-dir", "out", "--batch-size", "16"]
+    arguments += [*tiny_flags(), "--output-dir", "out", "--batch-size", "16"]
     for name in ("alone", "watched"):
         (tmp_path / name).mkdir()
     script(None, tmp_path / "alone", "main.py", *arguments)
@@ -636,7 +632,8 @@ def test_after_training_it_is_asked_once_on_a_terminal_only(hub, cwd, monkeypatc
     number, terminal = pty.fork()
     if number == 0:
         os.chdir(cwd)
-        os.execve(sys.executable, [sys.executable, "-c", code], environment(hub, cwd / "home", CANARY))
+        known = surroundings(environment(hub, cwd / "home", CANARY))
+        os.execve(sys.executable, [sys.executable, "-c", code], known)
     shown = b""
     try:
         while b"no: " not in shown:

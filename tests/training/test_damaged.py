@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from processes import await_step, end, ending, flags, fork, forked, newest, run, small_config, start
+from processes import await_step, end, ending, finished, flags, fork, forked, newest, run, small_config, start
 from test_checkpoint import STATE, save_step, sign
 
 import train as training
@@ -219,15 +219,8 @@ def test_a_working_folder_is_tried_before_the_first_step(tmp_path, config, kind)
     elif kind == "read-only":
         cwd = Path("/proc")  # where root cannot write either
     command = f'cd {cwd} && {"rmdir ../here &&" if kind == "gone" else ""} exec "$@"'
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
-    done = subprocess.run(
-        ["bash", "-c", command, "bash", sys.executable, ROOT / "main.py", *flags(own)], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    done = finished("main.py", *flags(own), shell=command, code=2)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "cannot write there" in done.stderr or "has the finished model's name" in done.stderr
     assert not (tmp_path / "out").exists()
 

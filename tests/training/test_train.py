@@ -17,6 +17,7 @@ import torch
 from conftest import tiny_config
 from PIL import Image
 from processes import newest, run, small_config, start, stop_after
+from tiny import tiny_flags
 
 from config import PRESETS, TrainConfig, UserError
 from data.table import make_table
@@ -241,7 +242,7 @@ def test_estimates_are_of_the_right_size():
 
 SMALL = [
     *("--preset", "demo", "--num-scenes", "160", "--batch-size", "16", "--max-steps", "24"),
-    *("--vision-embed-dim", "32", "--vision-num-layers", "1", "--decoder-embed-dim", "32", "--decoder-num-layers", "1"),
+    *tiny_flags(image_size=48),
     *("--dropout", "0.1", "--word-dropout", "0.1", "--checkpoint-interval", "4"),
     # Two runs are compared to the bit: on a busy machine `auto` measured bf16 as faster for one and not for the other.
     *("--precision", "bf16"),
