@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -130,6 +131,12 @@ def write_language_model(kind: str, folder, tokenizer, **changes) -> str:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
+
+
+def needs_package(name: str, requirements: str) -> pytest.MarkDecorator:
+    """Skips tests where a package is not installed. It is not imported: the test or the fixture that needs it does that."""
+    absent = importlib.util.find_spec(name) is None
+    return pytest.mark.skipif(absent, reason=f"{name} is of requirements/{requirements}.txt")
 
 
 def needs_shared(name: str) -> Path:

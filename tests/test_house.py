@@ -1,8 +1,11 @@
-"""Which part of the house may stand on which: imports go down, never up and never to a neighbour."""
+"""Which part of the house may stand on which: imports go down, never up and never to a neighbour. What every file of its
+kind must keep to: papers, tests."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -40,3 +43,35 @@ def test_imports_go_down(path):
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for other in (name.split(".")[0] for name in names):
             assert other == part or other not in ROW or ROW[other] < ROW[part], f"line {node.lineno} imports {other}"
+
+
+HEAVY = """
+bitsandbytes datasets gradio gradio_client kagglehub matplotlib nltk onnx onnxruntime onnxscript pandas peft playwright
+pycocoevalcap scipy wandb webdataset
+"""
+
+
+def loaded(path: Path) -> Iterator[str]:
+    """The packages that come with importing a file; its functions' own imports come later, or never."""
+    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ):
+            continue
+        nodes += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "from transformers" if node.module == "transformers" else (node.module or "").split(".")[0]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip":
+            yield ast.literal_eval(node.args[0]).split(".")[0]
+
+
+def test_test_files_load_nothing_heavy():
+    """Every worker imports every test file, whichever tests it is given: gradio, playwright and onnxruntime came with each,
+    and many models of transformers. `import transformers` is light, and loads a class when it is asked for."""
+    files = [path for path in (ROOT / "tests").glob("**/test_*.py") if "node_modules" not in path.parts]
+    heavy = {path.name: found for path in files if (found := {*HEAVY.split(), "from transformers"} & set(loaded(path)))}
+    assert len(files) > 40 and not heavy

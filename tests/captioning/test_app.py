@@ -15,12 +15,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, free_port, needs_shared, tiny_config
+from conftest import ROOT, free_port, needs_package, needs_shared, tiny_config
 from PIL import Image
 from processes import finished, flags, launch, small_config
 
@@ -36,10 +36,10 @@ from example_usage import caption_image
 from model import ImageCaptionModel
 from weights.file import MODEL_FILE
 
-pytest.importorskip("gradio", reason="gradio is of requirements/app.txt")
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is of requirements/dev.txt")
-from gradio_client import Client, handle_file  # noqa: E402
-from gradio_client.exceptions import AppError  # noqa: E402
+if TYPE_CHECKING:
+    from gradio_client import Client
+
+pytestmark = [needs_package("gradio", "app"), needs_package("playwright", "dev")]
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MEGABYTES = 1
@@ -79,7 +79,16 @@ def pictures(tmp_path_factory, scenes_table) -> list[str]:
 
 def connect(address: str) -> Client:
     """A client. Without ssl_verify=False it would read the certificates of the world, 0.1 s of work, at every request."""
+    from gradio_client import Client
+
     return Client(address, verbose=False, ssl_verify=False, httpx_kwargs={"timeout": 300})
+
+
+def handle_file(path: str) -> dict[str, object]:
+    """A file as a client sends it."""
+    import gradio_client
+
+    return gradio_client.handle_file(path)
 
 
 class Server:
@@ -114,7 +123,9 @@ def client(server) -> Client:
 def browser():
     if CHROMIUM is None:
         pytest.skip("needs chromium (apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -292,6 +303,8 @@ def web(pictures):
 
 def test_the_address_of_a_picture(open_page, client, web, monkeypatch):
     """Private addresses are refused; with the refusal switched off, which only this test can, the way is the same."""
+    from gradio_client.exceptions import AppError
+
     page = open_page()
     url = f"{web}/picture%200.png"
     page.get_by_label("Or the address of a picture").fill(url)
@@ -310,6 +323,8 @@ def test_the_address_of_a_picture(open_page, client, web, monkeypatch):
 
 def test_a_path_is_not_an_address(client, pictures):
     """What stands in the address field is never opened as a file of the server's."""
+    from gradio_client.exceptions import AppError
+
     with pytest.raises(AppError, match="only http and https"):
         client.predict(picture=None, url=pictures[0], api_name="/caption")
 
@@ -446,6 +461,8 @@ def test_the_pages_of_gradio_are_offline_too(open_page):
 
 def test_without_a_model_the_page_trains_the_demo(browser, open_page, scenes_dir, pictures, tmp_path, monkeypatch):
     """By the very main.py, of a run small enough for a test, in the folder where the server was started."""
+    from gradio_client.exceptions import AppError
+
     monkeypatch.chdir(tmp_path)
     run = flags(small_config(scenes_dir, max_steps=6))
     monkeypatch.setattr(service, "DEMO", [sys.executable, str(ROOT / "main.py"), *run, "--no-upload"])
@@ -497,6 +514,9 @@ def test_the_endpoint_gives_what_the_command_line_gives(client, model_file, pict
 
 
 def test_what_the_endpoint_refuses_is_one_line(client, server, web, pictures, tmp_path):
+    import httpx
+    from gradio_client.exceptions import AppError
+
     def refused(*arguments, **named) -> str:
         with pytest.raises((AppError, ValueError)) as error:
             client.predict(*arguments, api_name="/caption", **named)

@@ -23,14 +23,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import free_port, tiny_config
+from conftest import free_port, needs_package, tiny_config
 from PIL import Image
 from processes import launch
 
 from model import ImageCaptionModel
 from weights.file import MODEL_FILE
 
-pytest.importorskip("gradio", reason="gradio is of requirements/app.txt")
+pytestmark = needs_package("gradio", "app")
 
 MINUTES = float(os.environ.get("ATTACK_MINUTES", "10"))
 CLIENTS = 32

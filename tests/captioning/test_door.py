@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port, tiny_config
+from conftest import ROOT, free_port, needs_package, tiny_config
 from PIL import Image
 
 import app
@@ -21,7 +21,7 @@ from captioning.door import Door, Uploads, host_names, is_local, upload_folder
 from config import UserError
 from model import ImageCaptionModel
 
-pytest.importorskip("gradio", reason="gradio is of requirements/app.txt")
+pytestmark = needs_package("gradio", "app")
 
 META = {"_type": "gradio.FileData"}
 OPTIONS = service.decoding_options("normal", "safe", 1)

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import random_model, tiny_config
+from conftest import needs_package, random_model, tiny_config
 
 from captioning import engine
 from captioning.engine import CALLS, MOST_ROWS, Graph, find_engine, in_words, make_session
@@ -14,8 +14,7 @@ from captioning.pipeline import caption_batch
 from decoding.search import fast_copy
 from model import ImageCaptionModel
 
-pytest.importorskip("onnx", reason="onnx is of requirements/onnx.txt")
-pytest.importorskip("onnxruntime", reason="onnxruntime is of requirements/onnx.txt")
+pytestmark = [needs_package("onnx", "onnx"), needs_package("onnxruntime", "onnx")]
 
 PICTURES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 

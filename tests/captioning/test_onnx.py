@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_config
+from conftest import ROOT, needs_package, tiny_config
 from PIL import Image
 from processes import finished
 
@@ -23,7 +23,7 @@ from dataset import decode, prepare_picture
 from decoding.cache import DecoderCache
 from model import GPT2Decoder, ImageCaptionModel
 
-onnxruntime = pytest.importorskip("onnxruntime")
+pytestmark = needs_package("onnxruntime", "onnx")
 PICTURES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
@@ -31,10 +31,12 @@ class Session(torch.nn.Module):
     """The files through onnxruntime, with as much of a decoder's face as decoding/search.py's loops look at."""
 
     def __init__(self, folder: Path, model: ImageCaptionModel, suffix: str = "") -> None:
+        from onnxruntime import InferenceSession
+
         super().__init__()
 
-        def open_file(name: str) -> onnxruntime.InferenceSession:
-            return onnxruntime.InferenceSession(folder / "onnx" / f"{name}{suffix}.onnx")
+        def open_file(name: str) -> InferenceSession:
+            return InferenceSession(folder / "onnx" / f"{name}{suffix}.onnx")
 
         self.encoder, self.decoder, self.config = (
             open_file("encoder_model"),
@@ -215,6 +217,7 @@ def test_eight_bits_do_not_overflow_without_vnni(exported, tmp_path):
     """A CPU with AVX2 alone adds two products of 8 bits in 16, which large weights of one sign overflow: logits were wrong
     by 26 %. So weights use 7 bits; the files say so on any machine, and where there is such a CPU its products do."""
     import onnx
+    import onnxruntime
 
     for name in ("encoder_model", "decoder_model_merged"):
         graph = onnx.load(exported[0] / "onnx" / f"{name}_quantized.onnx").graph

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 from conftest import tiny_config, write_language_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from config import UserError
 from model import ImageCaptionModel
@@ -97,7 +97,7 @@ def test_it_is_the_model_that_transformers_knows(kind, tmp_path, scenes_tokenize
     (phi, gptj, codegen), a transform (bert, electra). OPT-350m's narrow embeddings and models without a last position
     (bloom, mpt) stopped with an AttributeError or a wrong shape."""
     source, ours = start(kind, tmp_path, scenes_tokenizer, **RIGHT[kind])
-    theirs = AutoModelForCausalLM.from_pretrained(source).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
     with torch.no_grad():
         prefix = ours.encode(PICTURES)
         read = torch.cat([prefix.repeat_interleave(3, 0), ours.decoder.wte(IDS.flatten(0, 1))], 1)

@@ -14,7 +14,6 @@ import pytest
 from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nltk.translate.bleu_score import corpus_bleu  # type: ignore[import-untyped]
 
 from config import UserError
 from scoring.metrics import (
@@ -61,6 +60,8 @@ def test_published_counts(coco_eval: tuple[list[str], list[list[str]]]) -> None:
 
 
 def test_nltk_finds_the_same_bleu(coco_eval: tuple[list[str], list[list[str]]]) -> None:
+    from nltk.translate.bleu_score import corpus_bleu  # type: ignore[import-untyped]
+
     candidates = [tokenize(caption) for caption in coco_eval[0]]
     references = [[tokenize(caption) for caption in captions] for captions in coco_eval[1]]
     for n, score in enumerate(bleu(candidates, references), start=1):
@@ -234,6 +235,8 @@ def plain_rouge_l(candidate: list[str], captions: list[list[str]]) -> float:
 @quick
 @given(pictures)
 def test_arrays_count_like_the_plain_formulas(drawn: list[tuple[list[str], list[list[str]]]]) -> None:
+    from nltk.translate.bleu_score import corpus_bleu
+
     candidates, references = [candidate for candidate, _ in drawn], [captions for _, captions in drawn]
     assert cider_d(candidates, references).per_picture == pytest.approx(plain_cider_d(candidates, references), abs=1e-9)
     assert rouge_l(candidates, references).per_picture == pytest.approx([plain_rouge_l(*one) for one in drawn])

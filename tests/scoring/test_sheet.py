@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
 
 from scoring.sheet import COLUMNS, FONT, Letters, contact_sheet, draw_sheet
+
+if TYPE_CHECKING:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
 PICTURE = torch.zeros(3, 8, 8, dtype=torch.uint8)
 LONG = "a long reference with many words, all of which a reader wants to see below the picture"
@@ -30,6 +32,8 @@ SCRIPTS = [
 @pytest.fixture
 def one_font(monkeypatch):
     """A machine with no font but matplotlib's own."""
+    from matplotlib.font_manager import fontManager
+
     monkeypatch.setattr(fontManager, "ttflist", [font for font in fontManager.ttflist if font.name == FONT])
 
 
@@ -38,11 +42,17 @@ def texts(figure: Figure) -> list[list[str]]:
     return [[text.get_text() for text in axis.texts] for axis in figure.axes]
 
 
+def canvas(figure: Figure) -> FigureCanvasAgg:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    return FigureCanvasAgg(figure)
+
+
 def drawn(*arguments) -> Figure:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = draw_sheet(*arguments)
-        FigureCanvasAgg(figure).draw()
+        canvas(figure).draw()
     return figure
 
 
@@ -59,7 +69,7 @@ def test_rows_are_as_high_as_their_texts():
     captions[1] = LONG * 9
     figure = drawn([PICTURE] * 6, captions, references)
     assert len({round(axis.get_position().y0, 6) for axis in figure.axes}) == 2
-    renderer = FigureCanvasAgg(figure).get_renderer()
+    renderer = canvas(figure).get_renderer()
     boxes = [text.get_window_extent(renderer) for axis in figure.axes for text in axis.texts]
     below = [axis.get_window_extent(renderer) for axis in figure.axes[COLUMNS:]]
     assert not any(box.overlaps(picture) for box in boxes for picture in below)
@@ -79,6 +89,8 @@ def test_a_word_stands_for_letters_that_no_font_has(one_font, tmp_path, recwarn,
 
 def test_a_font_that_has_the_letters_is_taken(monkeypatch):
     """The first is gone, and the one of boxes for everything does not count."""
+    from matplotlib.font_manager import fontManager
+
     font = {font.name: font for font in fontManager.ttflist if (font.style, font.weight) == ("normal", 400)}
     gone = dataclasses.replace(font[FONT], name="A Sans", fname="/gone.ttf")
     boxes = [font for font in fontManager.ttflist if font.name.startswith("Last Resort")]

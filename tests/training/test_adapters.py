@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config, write_bases, write_language_model
+from conftest import needs_package, tiny_config, write_bases, write_language_model
 from processes import ending, fork, forked, losses, small_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -33,11 +33,14 @@ from weights import adapters
 from weights.adapters import find_base
 from weights.file import METADATA_KEY, MODEL_FILE
 
-pytest.importorskip("peft", reason="needs requirements/qlora.txt")
+pytestmark = needs_package("peft", "qlora")
 CPU = torch.device("cpu")
 PICTURES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 IDS = torch.randint(0, 61, (4, 2, 7), generator=torch.Generator().manual_seed(2))
-FOUR_BITS = pytest.param({"qlora": True}, marks=pytest.mark.skipif(bool(adapters.why_not_4_bits(CPU)), reason="no NF4"))
+# In quotes it is asked when such a test begins: bitsandbytes takes a while to import.
+FOUR_BITS = pytest.param(
+    {"qlora": True}, marks=pytest.mark.skipif("bool(adapters.why_not_4_bits(CPU))", reason="no NF4")
+)
 KINDS = pytest.mark.parametrize("kind", [{"lora": True}, FOUR_BITS], ids=["lora", "qlora"])
 BRIDGES = pytest.mark.parametrize("bridge", ["prefix", "cross_attention"])
 
@@ -158,7 +161,7 @@ def test_under_two_percent_learn_at_base_size(monkeypatch):
     assert learned / model.num_parameters < 0.02 and f"{learned:,} of {model.num_parameters:,}" in said
 
 
-@pytest.mark.skipif(bool(adapters.why_not_4_bits(CPU)), reason="no NF4 here")
+@pytest.mark.skipif("bool(adapters.why_not_4_bits(CPU))", reason="no NF4 here")
 def test_weights_in_4_bits_are_counted_unpacked(bases):
     model = adapted(bases, "prefix", settings(qlora=True))
     plain = adapted(bases, "prefix", settings(lora=True))

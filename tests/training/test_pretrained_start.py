@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import tiny_config
 from processes import run
-from transformers import SiglipConfig, SiglipModel
 
 from data.scenes import draw_scenes
 from dataset import CaptionDataset, load_table, train_tokenizer
@@ -22,23 +22,25 @@ VISION = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_at
 VISION |= dict(image_size=48, patch_size=8)
 
 
-def siglip(words: int) -> SiglipModel:
+def siglip(words: int) -> transformers.SiglipModel:
     torch.manual_seed(0)
     text = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, vocab_size=words)
-    model = SiglipModel(SiglipConfig(text_config=text | {"max_position_embeddings": 48}, vision_config=VISION))
+    model = transformers.SiglipModel(
+        transformers.SiglipConfig(text_config=text | {"max_position_embeddings": 48}, vision_config=VISION)
+    )
     with torch.no_grad():  # as the paper begins; transformers' own zeros learn nothing in so few steps
         model.logit_scale.fill_(math.log(10))
         model.logit_bias.fill_(-10)
     return model
 
 
-def save(model: SiglipModel, folder: Path) -> None:
+def save(model: transformers.SiglipModel, folder: Path) -> None:
     model.save_pretrained(folder)
     about = {"size": 48, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(about))
 
 
-def match(model: SiglipModel, data: CaptionDataset, tokenizer) -> float:
+def match(model: transformers.SiglipModel, data: CaptionDataset, tokenizer) -> float:
     """Trains it to tell which of a batch's captions belongs to which of its pictures (Zhai et al. 2023,
     arXiv:2303.15343). The share of the last batch's pictures whose own caption is the nearest."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)

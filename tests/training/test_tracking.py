@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from processes import flags, forked, small_config, start
 
@@ -187,6 +186,8 @@ def test_curves_differ_without_colours():
 )
 def test_curves_of_hardly_anything(lines):
     """Without a warning, and a single point is seen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = curves(lines)

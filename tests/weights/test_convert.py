@@ -12,19 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import needs_shared, tiny_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    GPT2Config,
-    VisionEncoderDecoderConfig,
-    VisionEncoderDecoderModel,
-    ViTConfig,
-    ViTImageProcessor,
-)
 
 import convert
 from config import UserError, ViTGPT2Config
@@ -65,17 +56,19 @@ def make_ours(tokenizer, **changes) -> ImageCaptionModel:
     return spread(model)
 
 
-def make_theirs(folder: Path, tokenizer, width: int = 32) -> VisionEncoderDecoderModel:
+def make_theirs(folder: Path, tokenizer, width: int = 32) -> transformers.VisionEncoderDecoderModel:
     """A model made, filled and saved by transformers alone, with its processor and tokenizer."""
     torch.manual_seed(1)
     sizes = dict(num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=16, patch_size=8)
-    vit = ViTConfig(hidden_size=32, **sizes)
+    vit = transformers.ViTConfig(hidden_size=32, **sizes)
     end = tokenizer.eos_token_id
     sizes = dict(n_embd=width, n_layer=2, n_head=4, n_positions=24, vocab_size=len(tokenizer))
-    gpt2 = GPT2Config(**sizes, bos_token_id=end, eos_token_id=end)
-    model = VisionEncoderDecoderModel(VisionEncoderDecoderConfig.from_encoder_decoder_configs(vit, gpt2))
+    gpt2 = transformers.GPT2Config(**sizes, bos_token_id=end, eos_token_id=end)
+    model = transformers.VisionEncoderDecoderModel(
+        transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vit, gpt2)
+    )
     spread(model).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 16, "width": 16}, resample=3).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}, resample=3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
 
@@ -124,8 +117,8 @@ def test_what_we_write_transformers_loads_whole(tmp_path, tokenizer, width):
     """A pooler was missing: transformers made one up at random and warned that the model needs training."""
     ours = make_ours(tokenizer, decoder_embed_dim=width)
     save_transformers(ours, tmp_path / "out")
-    theirs, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert isinstance(theirs, VisionEncoderDecoderModel) and not any(info.values()), info
+    theirs, info = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert isinstance(theirs, transformers.VisionEncoderDecoderModel) and not any(info.values()), info
     on_disk = set(load_file(tmp_path / "out" / "model.safetensors"))
     assert not any("lm_head" in name for name in on_disk)
     assert ("enc_to_dec_proj.weight" in on_disk) == (width != 32)
@@ -141,7 +134,7 @@ def test_transformers_generates_the_same_tokens(tmp_path, tokenizer):
     with torch.no_grad():
         ours.decoder.wte.weight[end] += 4 * ours.decoder.ln_f.bias
     save_transformers(ours, tmp_path / "out")
-    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     pixels = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     for options, asked in (({"num_beams": 1}, {"num_beams": 1}), ({"num_beams": 3}, {})):
         mine = ours.generate(pixels, max_length=24, **options).sequences
@@ -155,7 +148,7 @@ def test_transformers_can_train_it_further(tmp_path, tokenizer):
     """Its loss shifts labels with the start and padding tokens of config.json, not of generation_config.json."""
     ours = make_ours(tokenizer)
     save_transformers(ours, tmp_path / "out")
-    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     pixels, labels = torch.randn(2, 3, 16, 16), torch.randint(0, 200, (2, 6))
     ids = torch.cat([torch.full((2, 1), ours.config.start_token_id), labels[:, :-1]], 1)
     mine = ours(pixels, ids, labels=labels).loss
@@ -172,7 +165,11 @@ def test_there_and_back_is_bitwise(tmp_path, tokenizer, by_transformers):
     save_transformers(ours, source)
     if by_transformers:
         source = tmp_path / "again"
-        for kind in (AutoModelForImageTextToText, AutoImageProcessor, AutoTokenizer):
+        for kind in (
+            transformers.AutoModelForImageTextToText,
+            transformers.AutoImageProcessor,
+            transformers.AutoTokenizer,
+        ):
             kind.from_pretrained(tmp_path / "out").save_pretrained(source)
     back = load_transformers(source)
     assert back.config == ours.config and not back.training
@@ -197,7 +194,7 @@ def test_equal_models_give_equal_folders(tmp_path, tokenizer):
 def test_its_tokenizer_reads_and_writes_the_same_words(tmp_path, tokenizer):
     """transformers 4 forgot the space before the first word unless tokenizer_config.json asks for it."""
     save_transformers(make_ours(tokenizer), tmp_path / "out")
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs(TEXT).input_ids == tokenizer(TEXT).input_ids
     assert theirs.decode([*theirs(TEXT).input_ids, theirs.eos_token_id], skip_special_tokens=True).strip() == TEXT
     assert theirs.eos_token_id == theirs.pad_token_id == theirs.bos_token_id == tokenizer.eos_token_id
@@ -211,7 +208,10 @@ def test_gpt2s_own_tokenizer_goes_along(tmp_path):
     ours = ImageCaptionModel(tiny_config(vocab_size=50257))
     ours.tokenizer = gpt2_tokenizer(str(source))
     save_transformers(ours, tmp_path / "out")
-    for words in (AutoTokenizer.from_pretrained(tmp_path / "out"), load_transformers(tmp_path / "out").tokenizer):
+    for words in (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out"),
+        load_transformers(tmp_path / "out").tokenizer,
+    ):
         assert len(words) == 50257 and words.eos_token_id == 50256
         for vector in vectors:
             assert words(vector["text"]).input_ids == vector["ids"]
@@ -230,7 +230,7 @@ def test_its_processor_makes_the_same_pixels(tmp_path, tokenizer, resize_size, m
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
     picture = small.resize((61, 43), Image.Resampling.BICUBIC).convert(mode)
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
     kind = "ViTImageProcessor" if resize_size == 16 else "DeiTImageProcessor"
     assert type(processor).__name__ == kind
     theirs = processor(picture, return_tensors="pt").pixel_values[0]
@@ -337,7 +337,9 @@ def old_folder(folder, tokenizer) -> Path:
 
 
 def test_folders_of_transformers_4_load(old_folder, tokenizer, tmp_path, capsys):
-    theirs = VisionEncoderDecoderModel.from_pretrained(make_theirs(tmp_path / "new", tokenizer) and tmp_path / "new")
+    theirs = transformers.VisionEncoderDecoderModel.from_pretrained(
+        make_theirs(tmp_path / "new", tokenizer) and tmp_path / "new"
+    )
     ours = load_transformers(old_folder, allow_pickle=True)
     said = capsys.readouterr().err
     assert "10 tensors (" in said and ours.config.resample == "bilinear"
@@ -628,7 +630,7 @@ def test_base_size_has_every_tensor_and_number():
     with torch.device("meta"):
         ours = ImageCaptionModel(config).state_dict()
         files = huggingface.their_files(config, train_tokenizer(CAPTIONS, 290))["config.json"]
-        theirs = VisionEncoderDecoderModel(VisionEncoderDecoderConfig(**files))
+        theirs = transformers.VisionEncoderDecoderModel(transformers.VisionEncoderDecoderConfig(**files))
     assert sorted(name.ours for name in names) == sorted(ours)
     renamed = rename(ours, names)
     assert sum(tensor.numel() for tensor in renamed.values()) == 239_195_904 - 590_592

@@ -9,37 +9,11 @@ import re
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT, random_model, tiny_config
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_convert import change_json, change_weights, spread
-from transformers import (
-    AutoConfig,
-    CLIPConfig,
-    CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    DeiTConfig,
-    DeiTModel,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    DINOv3ViTConfig,
-    DINOv3ViTModel,
-    GPT2Config,
-    SiglipConfig,
-    SiglipModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-    VisionEncoderDecoderModel,
-    ViTConfig,
-    ViTMAEConfig,
-    ViTMAEModel,
-    ViTModel,
-    ViTMSNConfig,
-    ViTMSNModel,
-)
 
 from captioning.onnx import PictureEncoder, to_file
 from config import TrainConfig, UserError, ViTGPT2Config
@@ -56,18 +30,20 @@ from weights.vision import vision_fields
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
 MLP = SIZES | {"intermediate_size": 128}
 THEIRS = {
-    "vit": lambda: ViTModel(ViTConfig(**SIZES, intermediate_size=96)),
-    "deit": lambda: DeiTModel(DeiTConfig(**MLP)),
-    "mae": lambda: ViTMAEModel(ViTMAEConfig(**MLP, mask_ratio=0.0)),
-    "msn": lambda: ViTMSNModel(ViTMSNConfig(**MLP)),
-    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**MLP)),
-    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**MLP)),
-    "dinov2": lambda: Dinov2Model(Dinov2Config(**SIZES)),
-    "dinov2 with SwiGLU": lambda: Dinov2Model(Dinov2Config(**SIZES, use_swiglu_ffn=True)),
-    "dinov2 with registers": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SIZES)),
-    "dinov3": lambda: DINOv3ViTModel(DINOv3ViTConfig(**MLP, num_register_tokens=3)),
-    "dinov3 with SwiGLU": lambda: DINOv3ViTModel(
-        DINOv3ViTConfig(**SIZES, intermediate_size=104, use_gated_mlp=True, hidden_act="silu")
+    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**SIZES, intermediate_size=96)),
+    "deit": lambda: transformers.DeiTModel(transformers.DeiTConfig(**MLP)),
+    "mae": lambda: transformers.ViTMAEModel(transformers.ViTMAEConfig(**MLP, mask_ratio=0.0)),
+    "msn": lambda: transformers.ViTMSNModel(transformers.ViTMSNConfig(**MLP)),
+    "clip": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**MLP)),
+    "siglip": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**MLP)),
+    "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SIZES)),
+    "dinov2 with SwiGLU": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SIZES, use_swiglu_ffn=True)),
+    "dinov2 with registers": lambda: transformers.Dinov2WithRegistersModel(
+        transformers.Dinov2WithRegistersConfig(**SIZES)
+    ),
+    "dinov3": lambda: transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**MLP, num_register_tokens=3)),
+    "dinov3 with SwiGLU": lambda: transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(**SIZES, intermediate_size=104, use_gated_mlp=True, hidden_act="silu")
     ),
 }
 EXPORTED = ("clip", "siglip", "dinov2 with registers", "dinov3 with SwiGLU")
@@ -125,7 +101,9 @@ def test_a_captioner_with_it_is_trained_saved_and_published(theirs, scenes_token
         model.save_file(tmp_path / "m.safetensors")
         assert torch.equal(ImageCaptionModel.from_pretrained(tmp_path / "m.safetensors")(pixels, ids).logits, known)
         write_transformers(model.saved(), tmp_path / "theirs")
-        peer, about = VisionEncoderDecoderModel.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+        peer, about = transformers.VisionEncoderDecoderModel.from_pretrained(
+            tmp_path / "theirs", output_loading_info=True
+        )
         assert not any(about.values()), about
         found = peer.eval()(pixel_values=pixels, decoder_input_ids=ids).logits
         torch.testing.assert_close(found, known, rtol=1e-5, atol=1e-5)
@@ -190,44 +168,38 @@ def test_an_earlier_layers_states(kind, layer, tmp_path):
             initialise(tiny_config(image_size=32), str(tmp_path), None, wrong)
 
 
-@pytest.mark.parametrize(("kind", "config"), [(CLIPModel, CLIPConfig), (SiglipModel, SiglipConfig)])
-def test_of_two_towers_the_pictures_is_taken(kind, config, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_of_two_towers_the_pictures_is_taken(kind, tmp_path, capsys):
     """The folders that people name hold a text tower too, and their config the vision part inside; a Hub's older files call
     its tensors vision_model."""
     text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
-    both = spread(kind(config(text_config=text, vision_config=MLP)).eval())
+    about = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=MLP)
+    both = spread(getattr(transformers, f"{kind}Model")(about).eval())
     both.save_pretrained(tmp_path)
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         known = both.vision_model(pixels).last_hidden_state
         assert torch.allclose(started(tmp_path).eval().encoder(pixels), known, atol=1e-5)
     said = capsys.readouterr().out
-    assert "text_model" in said and f"mean ({0.5 if kind is SiglipModel else 0.48145466}" in said
+    assert "text_model" in said and f"mean ({0.5 if kind == 'Siglip' else 0.48145466}" in said
 
 
+DINOV3_BASE = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_register_tokens=4)
 REAL = {  # by the library's own defaults, but for one layer instead of twelve
-    "ViT-B/16": (ViTModel, ViTConfig(num_hidden_layers=1)),
-    "CLIP-B/16": (CLIPVisionModel, CLIPVisionConfig(patch_size=16, num_hidden_layers=1)),
-    "SigLIP2-B/16-384": (SiglipVisionModel, SiglipVisionConfig(image_size=384, num_hidden_layers=1)),
-    "DINOv2-B/14": (Dinov2Model, Dinov2Config(image_size=518, patch_size=14, num_hidden_layers=1)),
-    "DINOv3-B/16": (
-        DINOv3ViTModel,
-        DINOv3ViTConfig(
-            hidden_size=768,
-            intermediate_size=3072,
-            num_attention_heads=12,
-            num_register_tokens=4,
-            num_hidden_layers=1,
-        ),
-    ),
+    "ViT-B/16": ("ViT", {}),
+    "CLIP-B/16": ("CLIPVision", {"patch_size": 16}),
+    "SigLIP2-B/16-384": ("SiglipVision", {"image_size": 384}),
+    "DINOv2-B/14": ("Dinov2", {"image_size": 518, "patch_size": 14}),
+    "DINOv3-B/16": ("DINOv3ViT", DINOV3_BASE),
 }
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_at_its_real_size_no_key_is_left_over(name, tmp_path):
     """The names and shapes on disk, where transformers 5 has others in memory."""
-    kind, about = REAL[name]
-    kind(about).save_pretrained(tmp_path)
+    kind, sizes = REAL[name]
+    about = getattr(transformers, f"{kind}Config")(**sizes, num_hidden_layers=1)
+    getattr(transformers, f"{kind}Model")(about).save_pretrained(tmp_path)
     sizes = {"image_size": about.image_size, "patch_size": about.patch_size}
     config = ViTGPT2Config(**sizes, decoder_num_layers=1, vocab_size=300, max_length=8)
     parts = read_parts(config, str(tmp_path), None)
@@ -246,10 +218,12 @@ def test_at_its_real_size_no_key_is_left_over(name, tmp_path):
 
 def test_the_public_captioners_at_their_real_size(tmp_path):
     """ViT-B/16 with GPT-2, the form of the public ones: no key left over."""
-    decoder = GPT2Config(add_cross_attention=True, is_decoder=True, n_layer=1)
-    encoder = ViTConfig(num_hidden_layers=1)
-    about = AutoConfig.for_model("vision-encoder-decoder", encoder=encoder.to_dict(), decoder=decoder.to_dict())
-    VisionEncoderDecoderModel(about).save_pretrained(tmp_path)
+    decoder = transformers.GPT2Config(add_cross_attention=True, is_decoder=True, n_layer=1)
+    encoder = transformers.ViTConfig(num_hidden_layers=1)
+    about = transformers.AutoConfig.for_model(
+        "vision-encoder-decoder", encoder=encoder.to_dict(), decoder=decoder.to_dict()
+    )
+    transformers.VisionEncoderDecoderModel(about).save_pretrained(tmp_path)
     names = tensor_names(ViTGPT2Config(max_length=1024, vision_num_layers=1, decoder_num_layers=1))
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -263,25 +237,24 @@ def test_the_public_captioners_at_their_real_size(tmp_path):
 LARGE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
 SO400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16)
 DOCUMENTED = {
-    "google/vit-base-patch16-224-in21k": ViTConfig(),
-    "facebook/deit-base-distilled-patch16-224": DeiTConfig(),
-    "facebook/vit-mae-base, facebook/vit-msn-base": ViTMSNConfig(),
-    "openai/clip-vit-base-patch16": CLIPVisionConfig(patch_size=16),
-    "openai/clip-vit-large-patch14-336": CLIPVisionConfig(**LARGE, patch_size=14, image_size=336),
-    "google/siglip2-base-patch16-384": SiglipVisionConfig(image_size=384),
-    "google/siglip2-so400m-patch14-384": SiglipVisionConfig(**SO400M, patch_size=14, image_size=384),
-    "facebook/dinov2-base": Dinov2Config(patch_size=14),
-    "facebook/dinov2-with-registers-base": Dinov2WithRegistersConfig(patch_size=14, num_register_tokens=4),
-    "facebook/dinov3-vitb16-pretrain-lvd1689m": DINOv3ViTConfig(
-        hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_register_tokens=4
-    ),
+    "google/vit-base-patch16-224-in21k": ("ViT", {}),
+    "facebook/deit-base-distilled-patch16-224": ("DeiT", {}),
+    "facebook/vit-mae-base, facebook/vit-msn-base": ("ViTMSN", {}),
+    "openai/clip-vit-base-patch16": ("CLIPVision", {"patch_size": 16}),
+    "openai/clip-vit-large-patch14-336": ("CLIPVision", LARGE | {"patch_size": 14, "image_size": 336}),
+    "google/siglip2-base-patch16-384": ("SiglipVision", {"image_size": 384}),
+    "google/siglip2-so400m-patch14-384": ("SiglipVision", SO400M | {"patch_size": 14, "image_size": 384}),
+    "facebook/dinov2-base": ("Dinov2", {"patch_size": 14}),
+    "facebook/dinov2-with-registers-base": ("Dinov2WithRegisters", {"patch_size": 14, "num_register_tokens": 4}),
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": ("DINOv3ViT", DINOV3_BASE),
 }
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_the_documented_costs_are_calculated_ones(name):
     """With the sizes that the repositories have; nothing of them is loaded."""
-    about = json.loads(DOCUMENTED[name].to_json_string(use_diff=False))
+    kind, sizes = DOCUMENTED[name]
+    about = json.loads(getattr(transformers, f"{kind}Config")(**sizes).to_json_string(use_diff=False))
     config = ViTGPT2Config(**vision_fields(name, "", about))
     with torch.device("meta"):
         model = ImageCaptionModel(config)
