@@ -4,10 +4,12 @@ kind must keep to: papers, tests."""
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 ROWS = """
@@ -43,6 +45,16 @@ def test_imports_go_down(path):
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for other in (name.split(".")[0] for name in names):
             assert other == part or other not in ROW or ROW[other] < ROW[part], f"line {node.lineno} imports {other}"
+
+
+def test_a_release_has_one_version_and_date():
+    """The changelog's newest version is the one to cite, and what comes next has its place above it."""
+    titles = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    dates = [title.split(" - ")[1] for title in titles[1:]]
+    assert titles[0] == "Unreleased" and dates == sorted(dates, reverse=True)
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert f"{cited['version']} - {cited['date-released']}" == titles[1]
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys() and cited["license"] == "Apache-2.0"
 
 
 HEAVY = """
