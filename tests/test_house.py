@@ -47,6 +47,14 @@ def test_imports_go_down(path):
             assert other == part or other not in ROW or ROW[other] < ROW[part], f"line {node.lineno} imports {other}"
 
 
+def test_contributors_are_shown_around():
+    """The order of imports as this file has it, and a line for every script and wing."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert f"```{ROWS}```" in text
+    for part in ROW:
+        assert f"`{part}/`" in text if (ROOT / part).is_dir() else f"`{part}.py`" in text, part
+
+
 def test_a_release_has_one_version_and_date():
     """The changelog's newest version is the one to cite, and what comes next has its place above it."""
     titles = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
