@@ -65,6 +65,12 @@ def test_a_release_has_one_version_and_date():
     assert {"cff-version", "message", "title", "authors"} <= cited.keys() and cited["license"] == "Apache-2.0"
 
 
+def test_what_scripts_write_is_ignored_and_no_folder_of_this_house():
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert {"runs/", "/check/", "/evaluation/", "/upload/"} <= set(ignored)
+    assert not {part for part in ROW if {f"{part}/", f"/{part}/"} & set(ignored)}
+
+
 HEAVY = """
 bitsandbytes datasets gradio gradio_client kagglehub matplotlib nltk onnx onnxruntime onnxscript pandas peft playwright
 pycocoevalcap scipy wandb webdataset
