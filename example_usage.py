@@ -43,7 +43,7 @@ from utils import choose_device, parse_flags, printable, run_script, shown
 from weights.file import MODEL_FILE
 
 if TYPE_CHECKING:  # modules that import torch are imported late, so that --help does not wait for it
-    from captioning.outputs import CaptionFile, Sidecars
+    from captioning.outputs import CaptionFile, Sidecars, XmpFiles
     from captioning.pipeline import Result
     from data.pictures import PictureSource
     from model import ImageCaptionModel
@@ -94,8 +94,9 @@ class PictureOptions:
     model: str | None = None
     """The model: a .safetensors file, a folder or user/name (default: the last argument, or else the newest here)."""
     output: str | None = None
-    """captions.csv or captions.jsonl, a line for each picture, or sidecar, name.txt beside each name.jpg (default:
-    print the captions). Pictures that already have captions there are skipped."""
+    """captions.csv or captions.jsonl, a line for each picture; sidecar, name.txt beside each name.jpg; or xmp,
+    name.jpg.xmp beside it, where photo programs read descriptions (default: print the captions). Pictures that already
+    have captions there are skipped."""
     overwrite: bool = False
     """Replace all captions in --output, and print how many there were."""
     scores: bool = False
@@ -136,7 +137,7 @@ def caption_all(
     config: CaptionConfig,
     model: ImageCaptionModel,
     names: list[str],
-    output: CaptionFile | Sidecars | None,
+    output: CaptionFile | Sidecars | XmpFiles | None,
     source: Callable[[str], PictureSource],
 ) -> int:
     """Caption the pictures that the output does not have yet; write or print the captions. Returns an exit code."""

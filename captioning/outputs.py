@@ -26,6 +26,7 @@ from PIL import Image
 
 from captioning.models import is_url
 from captioning.pipeline import Caption
+from captioning.xmp import has_description, with_caption, xmp_path
 from config import UserError, ViTGPT2Config
 from data.kinds import is_picture
 from data.pictures import PictureSource, decode
@@ -36,15 +37,17 @@ from utils import first_line, in_one_line, json_of, shown, whole, write_json, wr
 PANEL = 360  # pixels of the longer side of a picture in a figure
 
 
-def open_output(name: str, names: Sequence[str], num_captions: int = 1, scores: bool = False) -> CaptionFile | Sidecars:
-    """Open the output of this name for these pictures: a .csv or .jsonl file, or the word sidecar."""
+def open_output(
+    name: str, names: Sequence[str], num_captions: int = 1, scores: bool = False
+) -> CaptionFile | Sidecars | XmpFiles:
+    """Open the output of this name for these pictures: a .csv or .jsonl file, or the word sidecar or xmp."""
     if Path(name).suffix.lower() in (".csv", ".jsonl"):
         return CaptionFile(Path(name), num_captions, scores)
-    if name != "sidecar":
-        raise UserError(f"output {name}: must be a .csv file, a .jsonl file or the word sidecar")
+    if name not in ("sidecar", "xmp"):
+        raise UserError(f"output {name}: must be a .csv file, a .jsonl file, or the word sidecar or xmp")
     if scores:
-        raise UserError("output sidecar cannot hold scores: use a .csv or a .jsonl file")
-    return Sidecars(names)
+        raise UserError(f"output {name} cannot hold scores: use a .csv or a .jsonl file")
+    return Sidecars(names) if name == "sidecar" else XmpFiles(names)
 
 
 class CaptionFile:
@@ -205,6 +208,35 @@ class Sidecars:
 
     def __str__(self) -> str:
         return "texts beside the pictures"
+
+
+class XmpFiles:
+    """name.jpg.xmp beside each name.jpg, with its captions as the description. A description that is there counts as done."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Raises UserError for URLs, and for an XMP file that is damaged."""
+        for name in filter(is_url, names):
+            raise UserError(
+                f"{name}: has no folder for an XMP file beside it: use --output with a .csv or a .jsonl file"
+            )
+        self._done = {name for name in names if has_description(xmp_path(name))}
+
+    def begin(self, made_by: dict[str, Any], overwrite: bool = False) -> int:
+        """With overwrite, descriptions do not count as done; returns how many there are."""
+        replaced, self._done = (len(self._done), set()) if overwrite else (0, self._done)
+        return replaced
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """The pictures without a description."""
+        return [name for name in names if name not in self._done]
+
+    def add(self, name: str, captions: Sequence[Caption]) -> None:
+        """Writes a picture's XMP file atomically."""
+        with _writing(path := xmp_path(name)):
+            write_text(path, with_caption(path, "\n".join(caption.text for caption in captions)))
+
+    def __str__(self) -> str:
+        return "XMP files beside the pictures"
 
 
 @contextlib.contextmanager

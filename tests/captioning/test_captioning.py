@@ -31,6 +31,7 @@ import example_usage
 from captioning import pipeline as captioning
 from captioning.outputs import CaptionFile, open_output
 from captioning.pipeline import Caption, caption_batch, caption_pictures, picture_names, prepared, words_seen
+from captioning.xmp import with_caption
 from config import UserError
 from data.layouts import pictures_below
 from data.sources import load_table
@@ -162,6 +163,30 @@ def test_sidecars(model, tmp_path):
     assert len(load_table("sidecar", photos, "train")) == 1
 
 
+def test_xmp_files(model, tmp_path):
+    """Where photo programs look. A description that is there is a person's own, and what else a file holds stays."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for seed in range(3):
+        (photos / f"{seed}.png").write_bytes(picture(seed))
+    xmp = [photos / f"{seed}.png.xmp" for seed in range(3)]
+    xmp[1].write_text(with_caption(xmp[1], "my own words"))
+    xmp[2].write_text(
+        with_caption(xmp[2], "").replace("<rdf:Description ", '<rdf:Description xmlns:r="x:" r:rating="4" ')
+    )
+    before = xmp[1].read_bytes()
+    output, _ = run(model, tmp_path, "photos", "--output", "xmp", "--num-captions", "2")
+    assert "2 pictures captioned" in output and "1 were there" in output
+    assert xmp[1].read_bytes() == before and 'r:rating="4"' in xmp[2].read_text()
+    text = "\n".join(caption.text for caption in caption_of(model, picture(2), num_return_sequences=2))
+    assert xmp[2].read_text().count(f">{text}</rdf:li>") == 2
+    output, _ = run(model, tmp_path, "photos", "--output", "xmp")
+    assert "0 pictures captioned" in output and "3 were there" in output
+    output, _ = run(model, tmp_path, "photos", "--output", "xmp", "--overwrite")
+    assert "3 pictures captioned" in output and "my own words" not in xmp[1].read_text()
+    assert len(list(photos.iterdir())) == 6
+
+
 TEXTS = {  # beside a.png -> whether that is what a reader takes for its captions
     "a.caption": True,
     "a.png.txt": True,
@@ -258,10 +283,12 @@ def test_a_heat_map(model, tmp_path):
 REFUSED = [
     ("a.png --output file/captions.csv", "file/captions.csv: cannot be written"),
     ("a.png --output notes.csv", "exists, but its columns are not file_name, caption"),
-    ("a.png --output captions.xlsx", "must be a .csv file, a .jsonl file or the word sidecar"),
+    ("a.png --output captions.xlsx", "must be a .csv file, a .jsonl file, or the word sidecar or xmp"),
     ("a.png --output sidecar --scores", "cannot hold scores"),
     ("a.png --overwrite", "overwrite has no effect without --output"),
     ("http://x/a.png --output sidecar", "no folder for a text beside it"),
+    ("http://x/a.png --output xmp", "no folder for an XMP file beside it"),
+    ("a.png --output xmp --scores", "output xmp cannot hold scores"),
     ("a.png --num-captions 0", "num_captions is 0"),
     ("a.png --batch-size 0", "batch_size is 0"),
     ("empty", "empty: no pictures in this folder"),

@@ -1,0 +1,125 @@
+"""Captions in XMP files beside the pictures, where photo programs read them: a.jpg.xmp beside a.jpg.
+
+A caption is the picture's description (dc:description) and its alternative text (IPTC's AltTextAccessibility), as digiKam,
+darktable, PhotoPrism and Immich read them. A file that is there keeps everything else; pictures are never written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+from xml.dom import minidom
+from xml.parsers.expat import ExpatError
+
+from config import UserError
+from utils import in_one_line
+
+RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+
+
+class Property(NamedTuple):
+    """A property of XMP: the namespace's URI and usual prefix, and the name in it."""
+
+    uri: str
+    prefix: str
+    local: str
+
+
+DESCRIPTION = Property("http://purl.org/dc/elements/1.1/", "dc", "description")
+ALT_TEXT = Property("http://iptc.org/std/Iptc4xmpCore/1.0/xmlns/", "Iptc4xmpCore", "AltTextAccessibility")
+MOST_BYTES = 16 << 20
+NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+EMPTY = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/">
+ <rdf:RDF xmlns:rdf="{RDF}">
+  <rdf:Description rdf:about=""/>
+ </rdf:RDF>
+</x:xmpmeta>
+<?xpacket end="w"?>"""
+
+
+def xmp_path(picture: str | os.PathLike[str]) -> Path:
+    """The XMP file of a picture."""
+    return Path(f"{os.fspath(picture)}.xmp")
+
+
+def has_description(path: Path) -> bool:
+    """Whether an XMP file is there and has a description. Raises UserError where the file is damaged."""
+    return path.exists() and bool(_text(_rdf(_read(path)), DESCRIPTION))
+
+
+def with_caption(path: Path, caption: str) -> str:
+    """The content of an XMP file with this description, also as alternative text unless another one is there. Raises
+    UserError where the file is damaged."""
+    document = _read(path) if path.exists() else minidom.parseString(EMPTY.encode())
+    rdf = _rdf(document)
+    names = [DESCRIPTION]
+    if _text(rdf, ALT_TEXT) in ("", _text(rdf, DESCRIPTION)):
+        names.append(ALT_TEXT)
+    for name in names:
+        _set(rdf, name, NOT_XML.sub("", caption))
+    return f"{document.toxml()}\n".removeprefix('<?xml version="1.0" ?>')
+
+
+def _read(path: Path) -> minidom.Document:
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"larger than {MOST_BYTES >> 20} MiB")
+        content = path.read_bytes()
+        if b"<!DOCTYPE" in content:  # entities may expand without end, or name other files
+            raise ValueError("it has a DOCTYPE")
+        document = minidom.parseString(content)
+        if not document.getElementsByTagNameNS(RDF, "RDF"):
+            raise ValueError("no rdf:RDF in it")
+    except (OSError, ValueError, ExpatError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(in_one_line(f"{path}: not an XMP file that can be read ({why}): move it away")) from error
+    return document
+
+
+def _rdf(document: minidom.Document) -> minidom.Element:
+    return document.getElementsByTagNameNS(RDF, "RDF")[0]
+
+
+def _items(rdf: minidom.Element, name: Property) -> list[minidom.Element]:
+    """The rdf:li of a property, one for each language, the default one first; or the property where it has none."""
+    found = rdf.getElementsByTagNameNS(name.uri, name.local)
+    items = [item for each in found for item in each.getElementsByTagNameNS(RDF, "li") or [each]]
+    return sorted(items, key=lambda item: item.getAttribute("xml:lang") != "x-default")
+
+
+def _text(rdf: minidom.Element, name: Property) -> str:
+    """A property's text in the default language, or in the first that there is; "" for none."""
+    short = [each.getAttributeNS(name.uri, name.local) for each in rdf.getElementsByTagNameNS(RDF, "Description")]
+    long = ["".join(node.nodeValue or "" for node in item.childNodes) for item in _items(rdf, name)]
+    return next((text.strip() for text in (*long, *short) if text.strip()), "")
+
+
+def _set(rdf: minidom.Element, name: Property, text: str) -> None:
+    """Sets a property's text in the default language; other languages stay."""
+    document, descriptions = rdf.ownerDocument, list(rdf.getElementsByTagNameNS(RDF, "Description"))
+    for each in descriptions:
+        if each.hasAttributeNS(name.uri, name.local):
+            each.removeAttributeNS(name.uri, name.local)
+    items = _items(rdf, name)
+    if items and (items[0].localName != "li" or items[0].getAttribute("xml:lang") in ("", "x-default")):
+        while items[0].firstChild:
+            items[0].removeChild(items[0].firstChild)
+    else:
+        if not items:
+            parent = descriptions[0] if descriptions else rdf.appendChild(_new(document, RDF, "rdf:Description"))
+            own = parent.appendChild(_new(document, name.uri, f"{name.prefix}:{name.local}"))
+            languages = own.appendChild(_new(document, RDF, "rdf:Alt"))
+        else:
+            languages = items[0].parentNode
+        items = [languages.insertBefore(_new(document, RDF, "rdf:li"), languages.firstChild)]
+        items[0].setAttribute("xml:lang", "x-default")
+    items[0].appendChild(document.createTextNode(text))
+
+
+def _new(document: minidom.Document, uri: str, name: str) -> minidom.Element:
+    element = document.createElementNS(uri, name)
+    element.setAttribute(f"xmlns:{name.partition(':')[0]}", uri)  # minidom declares no prefix by itself
+    return element
