@@ -1,9 +1,10 @@
 """Web page that captions pictures: python app.py [--model X] [--port N]. Drop or paste pictures, or give their URL.
 
 Every caption is shown with the model's confidence and, for each word, the model's attention to the picture; a folder of
-pictures becomes a CSV. Programs use the same model at the endpoint /caption, with gradio's client. Requests of many
-clients are captioned in batches. The page loads nothing from other servers and sends nothing to them. See also:
-captioning/service.py (answers), captioning/page.py (HTML), captioning/door.py (limits and access).
+pictures becomes a CSV. Programs use the same model at /v1/chat/completions in OpenAI's form, or at the endpoint
+/caption with gradio's client. Requests of many clients are captioned in batches. The page loads nothing from other
+servers and sends nothing to them. See also: captioning/service.py (answers), captioning/page.py (HTML),
+captioning/chat.py (OpenAI's form), captioning/door.py (limits and access).
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from captioning.chat import Chat
 from captioning.door import LEAST, Door, Uploads, host_names, is_local, upload_folder
 from captioning.models import newest_model
 from captioning.page import COLOURS, HEADER, NO_MODEL, PAGE, STYLE, WORDS, results, working
 from captioning.service import Captioner, Length, Source, Style, Training, caption_folder, decoding_options, show
 from config import NUM_BEAMS, UserError
 from utils import StopSignal, choose_precision, in_one_line, named, parse_flags, run_script
+from weights.file import MODEL_FILE
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -41,6 +44,8 @@ class AppConfig:
     """Port to listen at."""
     allowed_hosts: tuple[str, ...] = ()
     """More host names of the page, for example behind a proxy: page.example.org, with or without a port."""
+    api_key: str | None = None
+    """Key that programs must send to /v1/chat/completions (default: VIT_GPT2_API_KEY of the environment, or else none)."""
     max_megabytes: int = 20
     """Largest allowed picture file, in MiB."""
     max_upload_gigabytes: float = 4
@@ -327,11 +332,21 @@ def tidy(page: gr.Blocks, uploads: Uploads) -> None:
         file_upload_statuses._statuses.clear()
 
 
-def launch(page: gr.Blocks, host: str, port: int, most_bytes: int, allowed_hosts: tuple[str, ...] = ()) -> str:
-    """Serve the page until page.close(), and return its address. Raises UserError where it cannot listen there."""
+def launch(
+    page: gr.Blocks,
+    host: str,
+    port: int,
+    most_bytes: int,
+    allowed_hosts: tuple[str, ...] = (),
+    chat: dict[str, Any] | None = None,
+) -> str:
+    """Serve the page until page.close(), and return its address. chat: arguments of captioning.chat.Chat, to answer
+    programs too. Raises UserError where it cannot listen there."""
     gr = gradio()
     from starlette.middleware import Middleware
 
+    middleware = [Middleware(Door, names=host_names(host, allowed_hosts), most_bytes=most_bytes)]
+    middleware += [Middleware(Chat, most_bytes=most_bytes, **chat)] if chat else []
     theme = gr.themes.Base(
         primary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"]
     )
@@ -342,7 +357,7 @@ def launch(page: gr.Blocks, host: str, port: int, most_bytes: int, allowed_hosts
             server_port=port,
             max_file_size=most_bytes,
             state_session_capacity=MOST_SESSIONS,
-            app_kwargs={"middleware": [Middleware(Door, names=host_names(host, allowed_hosts))]},
+            app_kwargs={"middleware": middleware},
             prevent_thread_lock=True,
             quiet=True,
             share=False,
@@ -389,7 +404,9 @@ def serve(config: AppConfig, uploads: Uploads) -> int:
     stop = StopSignal()
     most_bytes = config.max_megabytes << 20
     page = build(captioner, most_bytes, training)
-    address = launch(page, config.host, config.port, most_bytes, config.allowed_hosts)
+    key = config.api_key or os.environ.get("VIT_GPT2_API_KEY")
+    chat = {"captioner": captioner, "model": Path(source or MODEL_FILE).stem, "key": key}
+    address = launch(page, config.host, config.port, most_bytes, config.allowed_hosts, chat)
     print(f"page        {address} (Ctrl-C stops it)", flush=True)
     try:
         while stop.received is None:

@@ -26,10 +26,10 @@ from utils import in_one_line, locked, named
 READ = re.compile(
     r"/|/config/?|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/(assets|static|svelte)/.*|/gradio_api/("
     r"theme\.css|info/?|openapi\.json|app_id/?|user/?|login_check/?|startup-events|queue/(status|data)|upload_progress"
-    r"|heartbeat/[^/]+|call/.+|file=(?!.*://).*)",  # gradio would fetch a file whose name is a URL
+    r"|heartbeat/[^/]+|call/.+|file=(?!.*://).*)|/v1/models",  # gradio would fetch a file whose name is a URL
     re.DOTALL,
 )
-WRITE = re.compile(r"/gradio_api/(upload|queue/join|cancel|reset/?|(run|api|call)/.+)")
+WRITE = re.compile(r"/gradio_api/(upload|queue/join|cancel|reset/?|(run|api|call)/.+)|/v1/chat/completions")
 
 PATIENCE = 30.0  # seconds without data after which a request is refused
 MOST_JSON = 4 << 20  # bytes of a request that is not an upload: enough for a folder of 9,000 files
@@ -67,8 +67,9 @@ class Door:
     """The page's ASGI application, behind all checks. Pages of other sites may neither read nor send: neither by a host
     name that resolves to this machine (DNS rebinding), nor by a browser that can reach it (cross-site requests)."""
 
-    def __init__(self, app: Any, names: set[str]) -> None:
-        self.app, self.names = app, names
+    def __init__(self, app: Any, names: set[str], most_bytes: int = MOST_JSON) -> None:
+        """most_bytes: largest picture, which a request in OpenAI's form contains."""
+        self.app, self.names, self.most_chat = app, names, MOST_JSON + 4 * most_bytes // 3
         self.hosts = {name.rsplit(":", 1)[0] if re.search(r"[^:]:\d+$", name) else name for name in names}
         self.held = 0
 
@@ -94,7 +95,10 @@ class Door:
                 print(f"page        {why}", file=sys.stderr, flush=True)
             with contextlib.suppress(Exception):  # the client may have left
                 if not started:
-                    head = [(b"content-type", b"text/plain; charset=utf-8"), (b"x-content-type-options", b"nosniff")]
+                    kind = b"text/plain; charset=utf-8"
+                    if scope["path"].startswith("/v1/"):  # in OpenAI's form
+                        kind, why = b"application/json", json.dumps({"error": {"message": why, "type": "refused"}})
+                    head = [(b"content-type", kind), (b"x-content-type-options", b"nosniff")]
                     await send({"type": "http.response.start", "status": status, "headers": head})
                 await send({"type": "http.response.body", "body": b"" if started else why.encode()})
 
@@ -144,22 +148,22 @@ class Door:
             if scope["path"] == "/gradio_api/upload":
                 return await self.app(scope, _patient(receive), send)
             if scope["method"] == "POST":
-                await self.take(_patient(receive), taken)
+                await self.take(_patient(receive), taken, chat=scope["path"].startswith("/v1/"))
             messages: list[Message] = [{"type": "http.request", "body": bytes(taken)}]
             await self.app(scope, read, send)
         finally:
             self.held -= len(taken)
 
-    async def take(self, receive: Receive, taken: bytearray) -> None:
+    async def take(self, receive: Receive, taken: bytearray, chat: bool = False) -> None:
         """Read the complete body into `taken`. Raises RefusedError where it is not a JSON object, or too large."""
-        more = True
+        more, most = True, self.most_chat if chat else MOST_JSON
         while more:
             message = await receive()
             self.held += len(message.get("body", b""))
             taken += message.get("body", b"")
             more = message.get("more_body", False)
-            if len(taken) > MOST_JSON:
-                raise RefusedError(413, f"the request is larger than {MOST_JSON >> 20} MiB")
+            if len(taken) > most:
+                raise RefusedError(413, f"the request is larger than {most >> 20} MiB")
             if self.held > MOST_HELD:
                 raise RefusedError(503, "busy: try again in a moment")
         try:
@@ -168,7 +172,8 @@ class Door:
             raise RefusedError(400, f"not JSON ({named(error)})") from None
         if not isinstance(sent, dict):
             raise RefusedError(400, "not a JSON object")
-        _check_values(sent)
+        if not chat:
+            _check_values(sent)
 
 
 def _check_values(sent: Any) -> None:

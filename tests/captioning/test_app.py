@@ -94,12 +94,13 @@ def handle_file(path: str) -> dict[str, object]:
 class Server:
     """The page at work in this process."""
 
-    def __init__(self, model: str | None, most_bytes: int = MEGABYTES << 20) -> None:
+    def __init__(self, model: str | None, most_bytes: int = MEGABYTES << 20, key: str | None = None) -> None:
         self.captioner, self.training = service.Captioner("cpu", "fp32"), service.Training()
         if model is not None:
             self.captioner.load(model)
         self.page = app.build(self.captioner, most_bytes, self.training)
-        self.address = app.launch(self.page, "127.0.0.1", free_port(), most_bytes)
+        chat = {"captioner": self.captioner, "model": "tiny", "key": key}
+        self.address = app.launch(self.page, "127.0.0.1", free_port(), most_bytes, chat=chat)
 
 
 @pytest.fixture(scope="module")
