@@ -3,6 +3,7 @@
     python example_usage.py photo.jpg vit-gpt2-captioning.safetensors
     python example_usage.py photos/ "more/*.png" https://example.org/cat.jpg user/model
     python example_usage.py photos/ --output captions.csv     if run again, it resumes
+    python example_usage.py "shards/*.tar" user/model --output out --format parquet
     find . -name "*.jpg" | python example_usage.py - --output sidecar
     python example_usage.py                                   a drawn scene with the newest local model
 
@@ -97,6 +98,15 @@ class PictureOptions:
     """captions.csv or captions.jsonl, a line for each picture; sidecar, name.txt beside each name.jpg; or xmp,
     name.jpg.xmp beside it, where photo programs read descriptions (default: print the captions). Pictures that already
     have captions there are skipped."""
+    format: Literal["tar", "parquet", "jsonl"] | None = None
+    """Caption shards (.tar or .parquet files, or a folder in parts) into the folder --output, one file of this format for
+    each shard. Shards whose file exists are skipped."""
+    shard_size: int = 1000
+    """Pictures of a folder per shard."""
+    engine: Literal["local", "ray"] = "local"
+    """What captions the shards: this process, or all processes of torchrun; or a Ray cluster (requirements/ray.txt)."""
+    address: str | None = None
+    """Address of the Ray cluster (default: start one on this machine)."""
     overwrite: bool = False
     """Replace all captions in --output, and print how many there were."""
     scores: bool = False
@@ -117,10 +127,16 @@ class CaptionConfig(Captioning, PictureOptions):  # dataclass takes the last one
     top_p: float = 0.95
 
     def __post_init__(self) -> None:
-        for name in ("num_captions", "num_beams", "max_length", "batch_size"):
+        for name in ("num_captions", "num_beams", "max_length", "batch_size", "shard_size"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
+        if self.format and not self.output:
+            raise UserError("format is for shards: name their folder with --output")
+        if self.format and (self.heatmap or self.overwrite):
+            raise UserError("format goes with neither --heatmap nor --overwrite: leave it out, or name another --output")
+        if not self.format and (self.engine != "local" or self.address):
+            raise UserError("engine and address are for shards: add --format")
         if self.overwrite and not self.output:
             raise UserError("overwrite has no effect without --output: add --output, or leave out --overwrite")
 
@@ -183,6 +199,42 @@ def caption_all(
     return 1 if failed else 0
 
 
+def caption_shards(config: CaptionConfig, inputs: list[str], model_source: str) -> int:
+    """Caption shards into a folder. Returns an exit code."""
+    from captioning.shards import Work, find_shards, run
+
+    shards = find_shards(inputs, config.shard_size)
+    size = None if config.batch_size == "auto" else config.batch_size
+    work = Work(
+        model_source,
+        Path(config.output or ""),
+        config.format or "parquet",
+        config.device,
+        config.precision,
+        config.base_dir,
+        size,
+        config.options(),
+    )
+    captioned, failed, there, broken, start = 0, 0, 0, 0, time.monotonic()
+    try:
+        with tqdm(total=len(shards), unit=" shards", mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+            for done in run(work, shards, config.engine, config.address):
+                bar.update()
+                captioned, failed, there = captioned + done.captioned, failed + done.failed, there + done.was_there
+                bar.set_postfix_str(f"{captioned / (time.monotonic() - start):.1f} pictures/s", refresh=False)
+                if done.error:
+                    broken += 1
+                    tqdm.write(f"error: {printable(done.error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"stopped: {captioned:,} pictures captioned; the same command resumes", file=sys.stderr)
+        return 130
+    rate = captioned / max(time.monotonic() - start, 1e-9)
+    before = f", {there:,} shards skipped" if there else ""
+    lost = f", {broken:,} shards could not be read" if broken else ""
+    print(f"{config.output}: {captioned:,} pictures captioned ({rate:.1f} a second){before}, {failed:,} failed{lost}")
+    return 1 if failed or broken else 0
+
+
 def main() -> int:
     """Run the command line. Returns 1 if some of the pictures could not be captioned, 130 if it was stopped."""
     parsed: Any = parse_flags(CaptionConfig, __doc__, return_unknown_args=True)
@@ -194,6 +246,8 @@ def main() -> int:
 
     inputs = [*config.inputs, *behind]
     model_source = config.model or (inputs.pop() if inputs and is_model(inputs[-1]) else newest_model())
+    if config.format:
+        return caption_shards(config, inputs, model_source)
     names, output = picture_names(inputs), None
     source: Callable[[str], PictureSource] = partial(picture_source, allow_private=config.allow_private_urls)
     if not inputs:

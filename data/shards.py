@@ -82,6 +82,16 @@ def read_shards(root: Path, files: list[Path], columns: Columns) -> Iterator[Row
         )
 
 
+def pictures_in(shard: Path) -> dict[str, Span]:
+    """{name without its suffix: span} of a tar file's pictures, in order; the name has its suffix where another picture has
+    the same one. Raises UserError where the file is damaged."""
+    pictures: dict[str, Span] = {}
+    for key, suffix, span in _members(shard):
+        if f".{suffix}" in PICTURE_SUFFIXES:
+            pictures[f"{key}.{suffix}" if key in pictures else key] = span
+    return pictures
+
+
 def _samples(shard: Path, wanted: str | None) -> Iterator[tuple[str, Span, dict[str, Any]] | LeftOut]:
     """Yield (key, the picture's span, the fields of its texts) for each picture, and what is skipped. The key is a name
     without its last suffix; of members with the same name the last one counts, as in unpacking."""

@@ -1,0 +1,58 @@
+"""Shards captioned by the actors of a Ray cluster: Ray Data holds the queue, restarts dead actors and scales their number."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from captioning.shards import Done, Shard, Work
+from config import UserError
+from utils import ROOT
+
+
+class Captioner:
+    """An actor: holds the model, and captions a shard at a time."""
+
+    def __init__(self, work: Work) -> None:
+        self.work, self.model = work, work.load()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A shard's fields -> those of Done."""
+        shard = Shard(row["name"], row["path"], tuple(row["pictures"]))
+        return dataclasses.asdict(self.work.run(shard, self.model))
+
+
+def run_on_ray(work: Work, shards: Sequence[Shard], address: str | None) -> Iterator[Done]:
+    """Captions shards on a Ray cluster, or on one that is started here. The nodes need this folder, the model, the shards and
+    the output under the same paths. An actor has a GPU where the cluster has some, else two CPUs or all that there are.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UserError("--engine ray needs Ray: pip install -r requirements/ray.txt") from error
+    work = dataclasses.replace(work, output=work.output.absolute())
+    if not ray.is_initialized():
+        try:
+            ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"no Ray cluster at {address}: start one (ray start --head), or leave --address out"
+            ) from error
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    each: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": max(1, min(2, cpus))}
+    most = max(1, gpus or cpus // each["num_cpus"])
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    rows = [dataclasses.asdict(shard) | {"path": shard.path and os.path.abspath(shard.path)} for shard in shards]
+    data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        Captioner,
+        fn_constructor_args=(work,),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, len(rows)), max_tasks_in_flight_per_actor=1),
+        **each,
+    )
+    for row in data.iter_rows():
+        yield Done(**row)

@@ -1,0 +1,297 @@
+"""Captions by the million: one shard in, one complete file out.
+
+    work = Work("M.safetensors", Path("out"), "parquet")
+    for done in run(work, find_shards(["shards/*.tar"])):
+        print(done)
+
+A shard is a WebDataset tar, a Parquet file, or a part of a list of pictures. Its output depends on the shard, the model and
+the settings alone, is written under another name and renamed at the end, and is not made again where it is there. So any
+engine may run shards, in any order, and again after a crash: this process, torchrun's processes, Ray.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from config import UserError
+from data.reading import MADE_BY
+from data.shards import pictures_in
+from utils import choose_device, in_one_line, whole, writable_directory
+
+if TYPE_CHECKING:  # torch is imported late: --help is not to wait for it
+    from captioning.pipeline import Result
+    from model import ImageCaptionModel
+
+Format = Literal["tar", "parquet", "jsonl"]
+FORMATS: tuple[Format, ...] = ("tar", "parquet", "jsonl")
+ROWS = 64  # of a Parquet file read at a time
+Reader = tuple[Iterator[str], Callable[[str], "bytes | str"]]  # keys, and the picture of each
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Pictures that are captioned into one file: those of a tar or Parquet file, or of a list."""
+
+    name: str
+    path: str = ""
+    pictures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a shard."""
+
+    name: str
+    captioned: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    was_there: bool = False
+    error: str | None = None
+    """Why the shard itself could not be read."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The model, the settings and the folder: all that a shard's output depends on besides the shard."""
+
+    model: str
+    output: Path
+    format: Format = "parquet"
+    device: str = "auto"
+    precision: str = "auto"
+    base_dir: Path | None = None
+    batch_size: int | None = None
+    decoding: dict[str, Any] = field(default_factory=dict)
+    """Options of model.generate."""
+
+    def path(self, shard: Shard) -> Path:
+        """Where the shard's output is."""
+        return self.output / f"{shard.name}.{self.format}"
+
+    def made_by(self, model: ImageCaptionModel) -> dict[str, Any]:
+        """The model's hash and the settings, as each output has them."""
+        from evaluate import weights_sha256
+
+        settings = {"precision": self.precision, **self.decoding}
+        return {"model": self.model, "weights": weights_sha256(model)[:16], **settings}
+
+    def load(self) -> ImageCaptionModel:
+        """The model, on this process's device."""
+        from captioning.models import load_model
+
+        device = str(choose_device(self.device)[0])
+        return load_model(self.model, f"{device}:{rank('LOCAL_')[0]}" if device == "cuda" else device, self.base_dir)
+
+    def run(self, shard: Shard, model: ImageCaptionModel) -> Done:
+        """Captions a shard, unless its output is there."""
+        from captioning.pipeline import caption_pictures
+
+        target, start = self.path(shard), time.monotonic()
+        if target.exists():
+            return Done(shard.name, was_there=True)
+        counts = {"captioned": 0, "failed": 0}
+
+        def counted(results: Iterator[Result]) -> Iterator[Result]:
+            for result in results:
+                counts["failed" if result.error else "captioned"] += 1
+                yield result
+
+        try:
+            keys, source = open_shard(shard)
+            options = {"precision": self.precision, "scores": True, **self.decoding}
+            results = caption_pictures(model, keys, batch_size=self.batch_size, source=source, **options)
+            with whole(target) as unfinished:
+                WRITERS[self.format](unfinished, shard, counted(results), self.made_by(model))
+        except UserError as error:  # the others are to be captioned
+            return Done(shard.name, error=str(error))
+        return Done(shard.name, seconds=time.monotonic() - start, **counts)
+
+
+def run(work: Work, shards: Sequence[Shard], engine: str = "local", address: str | None = None) -> Iterator[Done]:
+    """Captions shards, and yields what became of each as it is done. Under torchrun each process takes every n-th shard;
+    engine "ray" gives them to the actors of a Ray cluster (address: where it is; by default this machine)."""
+    writable_directory(work.output, "choose another --output")
+    if engine == "ray":
+        from captioning.cluster import run_on_ray
+
+        yield from run_on_ray(work, shards, address)
+        return
+    number, processes = rank()
+    model = work.load()
+    for shard in shards[number::processes]:
+        yield work.run(shard, model)
+
+
+def rank(kind: Literal["", "LOCAL_"] = "") -> tuple[int, int]:
+    """Which of how many processes this is, as torchrun says."""
+    return int(os.environ.get(f"{kind}RANK", 0)), int(os.environ.get(f"{kind}WORLD_SIZE", 1))
+
+
+# Reading
+
+
+def find_shards(inputs: Sequence[str], shard_size: int = 1000) -> list[Shard]:
+    """Tar and Parquet files as a shard each; folders, patterns and lists of pictures in parts of shard_size."""
+    from captioning.pipeline import picture_names
+
+    files, others = [], []
+    for name in inputs:
+        matches = sorted(map(str, Path().glob(name))) if "*" in name and not os.path.isabs(name) else [name]
+        packed = [each for each in matches if each.lower().endswith((".tar", ".parquet"))]
+        files += packed
+        others += [] if packed else [name]
+    shards = [Shard(Path(file).name.rsplit(".", 1)[0], path=file) for file in files]
+    pictures = picture_names(others) if others else []
+    parts = range(0, len(pictures), shard_size)
+    shards += [Shard(f"pictures-{i:05}", pictures=tuple(pictures[at : at + shard_size])) for i, at in enumerate(parts)]
+    names = [shard.name for shard in shards]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two shards are called {repeated[0]}: caption their folders into different outputs")
+    if not shards:
+        raise UserError("no shards: name .tar or .parquet files, or folders of pictures")
+    return shards
+
+
+def open_shard(shard: Shard) -> Reader:
+    """The keys of a shard's pictures in order, and what gives the picture of a key."""
+    if shard.pictures:
+        from captioning.pipeline import picture_source
+
+        return iter(shard.pictures), picture_source
+    return _open_tar(shard.path) if shard.path.lower().endswith(".tar") else _open_parquet(shard.path)
+
+
+def _open_tar(path: str) -> Reader:
+    places = pictures_in(Path(path))
+
+    def read(key: str) -> bytes:
+        offset, size = places[key]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    return iter(places), read
+
+
+def _open_parquet(path: str) -> Reader:
+    """The first column of pictures: bytes, or {bytes, path} as Hugging Face's data sets have them. A few rows are held."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        kinds = {column.name: column.type for column in file.schema_arrow}
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(in_one_line(f"{path}: not readable as Parquet ({error}): get it again")) from error
+    columns = [name for name, kind in kinds.items() if pa.types.is_struct(kind) or pa.types.is_binary(kind)]
+    if not columns:
+        raise UserError(f"{path}: no column of pictures among {', '.join(kinds)}: it needs one of bytes")
+    held: dict[str, bytes] = {}
+
+    def keys() -> Iterator[str]:
+        number = 0
+        for batch in file.iter_batches(ROWS, columns=columns[:1]):
+            for value in batch.column(0).to_pylist():
+                key = f"{number:08}"
+                held[key] = (value or {}).get("bytes") or b"" if isinstance(value, dict) or value is None else value
+                number += 1
+                yield key
+
+    return keys(), held.pop
+
+
+# Writing
+
+
+def record(result: Result) -> dict[str, Any]:
+    """A picture's line: caption and score, captions and scores where there are several, or the error."""
+    texts = [caption.text for caption in result.captions]
+    scores = [round(caption.score or 0.0, 4) for caption in result.captions]
+    if result.error:
+        return {"key": result.name, "caption": None, "score": None, "error": in_one_line(result.error)}
+    if len(texts) == 1:
+        return {"key": result.name, "caption": texts[0], "score": scores[0], "error": None}
+    return {"key": result.name, "captions": texts, "scores": scores, "error": None}
+
+
+def _write_jsonl(path: Path, shard: Shard, results: Iterator[Result], made_by: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps({MADE_BY: made_by}) + "\n")
+        for result in results:
+            line = {name: value for name, value in record(result).items() if value is not None}
+            file.write(json.dumps(line | {"weights": made_by["weights"]}, ensure_ascii=False) + "\n")
+
+
+def _write_parquet(path: Path, shard: Shard, results: Iterator[Result], made_by: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    several = made_by.get("num_return_sequences", 1) > 1
+    text, score = (pa.list_(pa.string()), pa.list_(pa.float64())) if several else (pa.string(), pa.float64())
+    ending, repeated = "s" if several else "", pa.dictionary(pa.int32(), pa.string())
+    columns = {"key": pa.string(), f"caption{ending}": text, f"score{ending}": score, "error": pa.string()}
+    schema = pa.schema(columns | {"weights": repeated, "settings": repeated}, {"made_by": json.dumps(made_by)})
+    about = {"weights": made_by["weights"], "settings": json.dumps(made_by)}
+    rows = [record(result) | about for result in results]
+    values = [pa.array([row.get(name) for row in rows], schema.field(name).type) for name in schema.names]
+    pq.write_table(pa.Table.from_arrays(values, schema=schema), path)
+
+
+def _write_tar(path: Path, shard: Shard, results: Iterator[Result], made_by: dict[str, Any]) -> None:
+    """The shard's own members, and behind each picture key.caption, and key.captioned.json with scores and settings."""
+    found = {result.name: record(result) for result in results}
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as out:
+
+        def add(name: str, content: bytes) -> None:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            out.addfile(member, io.BytesIO(content))
+
+        for key, name, content in _members(shard):
+            if name.endswith(".caption") and name.removesuffix(".caption") in found:  # replaced
+                continue
+            add(name, content)
+            if key in found:
+                line, base = found[key], os.path.splitext(name)[0]
+                texts = line.get("captions") or [line.get("caption")]
+                if line["error"] is None:
+                    add(f"{base}.caption", "".join(f"{text}\n" for text in texts).encode())
+                add(f"{base}.captioned.json", json.dumps(line | made_by, ensure_ascii=False).encode())
+
+
+def _members(shard: Shard) -> Iterator[tuple[str, str, bytes]]:
+    """(key of the picture or "", name, content) of each file that goes into the output."""
+    if shard.path.lower().endswith(".tar"):
+        keys = {offset: key for key, (offset, _) in pictures_in(Path(shard.path)).items()}
+        with tarfile.open(shard.path, "r:") as tar:
+            for member in tar:
+                if member.isfile() and (file := tar.extractfile(member)):
+                    yield keys.get(member.offset_data, ""), member.name.removeprefix("/"), file.read()
+        return
+    listed, source = open_shard(shard)
+    for i, key in enumerate(listed):
+        content = source(key)
+        if isinstance(content, str):
+            name = f"{i:08}{Path(content).suffix.lower()}"
+            yield key, name, Path(content).read_bytes()
+        else:
+            yield key, f"{key}.{_suffix(content)}", content
+
+
+def _suffix(content: bytes) -> str:
+    return "png" if content.startswith(b"\x89PNG") else "webp" if content[8:12] == b"WEBP" else "jpg"
+
+
+WRITERS: dict[str, Callable[[Path, Shard, Iterator[Result], dict[str, Any]], None]] = {
+    "jsonl": _write_jsonl,
+    "parquet": _write_parquet,
+    "tar": _write_tar,
+}
