@@ -9,6 +9,7 @@
     python benchmark.py race          Flickr8k in equal time: five captions a step, one, and transformers
     python benchmark.py golden        the same small run by two commits: are all its files equal?
     python benchmark.py gpu           everything that needs a GPU, in eight minutes, next to predicted figures
+    python benchmark.py plan          hours, money and traffic of hundreds of millions of pictures, from measured rates
     python benchmark.py metrics       BLEU, ROUGE-L, CIDEr-D and rewards by our code and by pycocoevalcap
 
 Prints the figures and writes them as JSON. Compared programs run in turn in one process, so that ratios are meaningful
@@ -35,6 +36,7 @@ COMMANDS = {  # file in benchmarks/ and class; only that file is imported, so th
     "race": ("training", "RaceBenchmark"),
     "golden": ("golden", "GoldenBenchmark"),
     "gpu": ("gpu", "GpuBenchmark"),
+    "plan": ("plan", "PlanBenchmark"),
 }
 
 
