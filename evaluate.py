@@ -31,6 +31,7 @@ from data.tokenizer import decode
 from dataset import Batch, CaptionDataset, load_picture, load_table, make_dataloader
 from decoding.packed import how_int8
 from model import ImageCaptionModel
+from scoring import calibration as calibrating
 from scoring.matching import matched
 from scoring.metrics import CiderD
 from scoring.results import Captioned, MoreScores, about_results, compare, print_metrics, write_evaluation
@@ -288,6 +289,13 @@ class Scored:
     """Hub name or folder of a CLIP, such as openai/clip-vit-base-patch32, to compute CLIPScore."""
     pac: str | None = None
     """Folder of PAC-S's weights in transformers' CLIP format (safetensors), to compute PAC-S."""
+    calibrate: float | None = None
+    """Precision that captions should have, 0 to 1: find the confidence for --min-confidence, and draw calibration.png. A
+    caption is right if its CIDEr-D (with --clip, its CLIPScore) reaches --right."""
+    min_confidence: float | None = None
+    """Print the precision and coverage of captions with at least this confidence."""
+    right: float = 0.5
+    """Score from which a caption is right, for --calibrate and --min-confidence."""
     output_dir: Path = Path("evaluation")
     """Folder for metrics.json, captions.json, per_picture.csv, report.html and samples.png."""
     batch_size: int = 64
@@ -323,9 +331,30 @@ def main() -> None:
         metrics = score_model(config, config.model, more)
     else:
         raise UserError("name a model and --data-dir, or --results (or --compare) and --references (see --help)")
-    write_json(config.output_dir / "metrics.json", metrics)
+    lines, calibrated = calibration(config)
+    write_json(config.output_dir / "metrics.json", metrics | calibrated)
     print_metrics(metrics)
+    print("".join(lines), end="")
     print(f"written to {config.output_dir}")
+
+
+def calibration(config: EvaluateConfig) -> tuple[list[str], dict[str, Any]]:
+    """The lines to print about precision and coverage, and the numbers for metrics.json."""
+    if config.calibrate is None and config.min_confidence is None:
+        return [], {}
+    score, lines, numbers = "clip_score" if config.clip else "cider_d", [], dict[str, Any]()
+    scores = *calibrating.read_scores(config.output_dir, score), config.right
+    if config.calibrate is not None:
+        points = calibrating.curve(*scores)
+        chosen = calibrating.threshold_for(points, config.calibrate)
+        calibrating.draw(config.output_dir / "calibration.png", points, chosen, config.right, score)
+        lines.append(f"calibrated  {calibrating.in_words(chosen, config.right, score)}\n")
+        numbers["calibrated"] = chosen._asdict()
+    if config.min_confidence is not None:
+        found = calibrating.at(*scores, config.min_confidence)
+        lines.append(f"at          {calibrating.in_words(found, config.right, score)}\n")
+        numbers["at_min_confidence"] = found._asdict()
+    return lines, numbers
 
 
 def score_results(config: EvaluateConfig, results: Path, references: Path, more: MoreScores) -> dict[str, Any]:
