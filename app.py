@@ -93,9 +93,10 @@ def build(captioner: Captioner, most_bytes: int, training: Training) -> gr.Block
                     pictures_tab(captioner, most_bytes, settings, answers)
                 with gr.Tab("Folder"):
                     folder_tab(captioner, settings, answers)
-            with gr.Row(elem_id="settings"):
-                for choice in settings:
-                    choice.render()
+            for row in (settings[:3], settings[3:]):
+                with gr.Row(elem_classes="settings"):
+                    for choice in row:
+                        choice.render()
             for field in answers:
                 field.render()
         endpoint(captioner, most_bytes, *settings[:2])
@@ -178,9 +179,12 @@ def pictures_tab(captioner: Captioner, most_bytes: int, settings: list[Any], ans
     """Single pictures, dropped or by URL, and the button that captions them again."""
     gr = gradio()
 
-    def show_sources(sources: list[Source], length: Length, style: Style, number: int) -> tuple[Any, ...]:
+    def show_sources(
+        sources: list[Source], length: Length, style: Style, number: int, prefix: str, without: str
+    ) -> tuple[Any, ...]:
         """Updates of the answers: the button "again", the results, no table, and the pictures."""
-        html = show(captioner, sources, decoding_options(length, style, number, attention=True), most_bytes)
+        options = decoding_options(length, style, number, attention=True, **text_controls(prefix, without))
+        html = show(captioner, sources, options, most_bytes)
         return gr.update(visible=bool(sources)), html, gr.update(visible=False), sources
 
     def show_files(files: list[Source], *settings: Any) -> tuple[Any, ...]:
@@ -206,19 +210,22 @@ def folder_tab(captioner: Captioner, settings: list[Any], answers: list[Any]) ->
     gr = gradio()
     folder = upload(label="Choose or drop a folder", file_count="directory", elem_id="folder", height=150)
 
-    def show_folder(files: list[Source], length: Length, style: Style) -> Iterator[tuple[Any, ...]]:
+    def show_folder(
+        files: list[Source], length: Length, style: Style, prefix: str, without: str
+    ) -> Iterator[tuple[Any, ...]]:
         """Yield progress, and at the end the CSV."""
         path = Path(tempfile.mkdtemp(dir=folder.GRADIO_CACHE)) / "captions.csv"  # deleted with the other uploads
-        for html in caption_folder(captioner, files, decoding_options(length, style, 1), path):
+        options = decoding_options(length, style, 1, **text_controls(prefix, without))
+        for html in caption_folder(captioner, files, options, path):
             yield None, gr.update(visible=False), html, gr.update(visible=False), []
         yield None, gr.update(visible=False), html, gr.update(value=str(path), visible=True), []
 
-    length, style, _ = settings
-    folder.upload(show_folder, [folder, length, style], [folder, *answers], show_progress="hidden", **PAGE_ONLY)
+    length, style, _, *texts = settings
+    folder.upload(show_folder, [folder, length, style, *texts], [folder, *answers], show_progress="hidden", **PAGE_ONLY)
 
 
 def choices() -> list[Any]:
-    """Fields for length, style and number of captions; .render() puts them on the page."""
+    """Fields for length, style and number of captions, and for their words; .render() puts them on the page."""
     gr = gradio()
     lengths = [("Short", "short"), ("Normal", "normal"), ("Long", "long")]
     styles = [("Safe", "safe"), ("Varied", "varied"), ("Creative", "creative")]
@@ -226,7 +233,14 @@ def choices() -> list[Any]:
         gr.Radio(lengths, value="normal", label="Length", info="how long the captions are", render=False),
         gr.Radio(styles, value="safe", label="Style", info="creative: more surprises, more errors", render=False),
         gr.Radio([1, 3, 5], value=3, label="Captions", info="for each picture", render=False),
+        gr.Textbox(label="Start with", placeholder="a photo of", render=False),
+        gr.Textbox(label="Without the words", placeholder="picture, image", render=False),
     ]
+
+
+def text_controls(prefix: str, without: str) -> dict[str, Any]:
+    """Options of model.generate for the text fields; words are separated by commas."""
+    return {"prefix": prefix.strip(), "bad_words": [word.strip() for word in without.split(",") if word.strip()]}
 
 
 def answer_fields() -> list[Any]:
@@ -259,13 +273,20 @@ def endpoint(captioner: Captioner, most_bytes: int, length: Any, style: Any) -> 
     gr = gradio()
 
     def caption(
-        picture: list[Source], url: str, length: Length, style: Style, captions: float, beams: float
+        picture: list[Source],
+        url: str,
+        length: Length,
+        style: Style,
+        captions: float,
+        beams: float,
+        prefix: str,
+        without: str,
     ) -> list[dict[str, Any]]:
         """Captions of one picture, a file or a URL, the best first: [{"caption": ..., "confidence": 0 to 1}, ...]."""
         if bool(picture) == bool(url):
             raise UserError("give either a picture or a url")
         source = Source(url, url=url) if url else picture[0]
-        options = decoding_options(length, style, int(captions), int(beams))
+        options = decoding_options(length, style, int(captions), int(beams), **text_controls(prefix, without))
         found = captioner.submit(source.read(most_bytes), source.name, options).result()
         return [{"caption": each.text, "confidence": round(each.score or 0, 4)} for each in found]
 
@@ -276,6 +297,8 @@ def endpoint(captioner: Captioner, most_bytes: int, length: Any, style: Any) -> 
         style,
         gr.Number(1, label="captions", minimum=1, maximum=5, precision=0, visible=False),
         gr.Number(NUM_BEAMS, label="beams", minimum=1, maximum=10, precision=0, visible=False),
+        gr.Textbox("", label="prefix", visible=False),
+        gr.Textbox("", label="without", visible=False),
     ]
     answer = gr.JSON(label="captions", visible=False)
     ask = gr.Button(visible=False)

@@ -282,6 +282,16 @@ class Captioning:
     """Above 0, beam search prefers longer captions."""
     max_length: int | None = None
     """Longest caption, in tokens (default: 32, or fewer if the model has fewer positions)."""
+    min_length: int = 0
+    """Shortest caption, in tokens."""
+    prefix: str = ""
+    """Text that every caption starts with, such as "a photo of"; the model continues it."""
+    bad_words: tuple[str, ...] = ()
+    """Words that no caption contains."""
+    no_repeat_ngram_size: int = 0
+    """No sequence of this many tokens occurs twice in a caption; 0: no limit."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that were already written become less likely."""
     do_sample: bool = False
     """Sample each token instead of beam search."""
     temperature: float = 1.0
@@ -302,7 +312,9 @@ class Captioning:
     def options(self, **more: Any) -> dict[str, Any]:
         """The flags and `more` as options of model.generate."""
         options = {name: getattr(self, name) for name in ("num_beams", "length_penalty", "max_length")}
-        options |= {"num_return_sequences": self.num_captions if self.num_captions > 1 else None} | more
+        options |= {"num_return_sequences": self.num_captions if self.num_captions > 1 else None}
+        controls = ("min_length", "prefix", "bad_words", "no_repeat_ngram_size", "repetition_penalty")
+        options |= {n: getattr(self, n) for n in controls if getattr(self, n) != getattr(Captioning, n)} | more
         if self.do_sample:
             options |= {name: getattr(self, name) for name in ("do_sample", "temperature", "top_k", "top_p")}
         return default_decoding(options)

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
+from captioning.controls import Finish, Length, length_options, read_words
 from captioning.models import is_model, load_model, newest_model
 from config import LONGEST, Captioning, UserError
 from data.scenes import draw, make_scene
@@ -107,6 +108,18 @@ class PictureOptions:
     """What captions the shards: this process, or all processes of torchrun; or a Ray cluster (requirements/ray.txt)."""
     address: str | None = None
     """Address of the Ray cluster (default: start one on this machine)."""
+    length: Length = "normal"
+    """Prefer shorter or longer captions."""
+    only_words: Path | None = None
+    """File of the only words that captions may contain, one on each line."""
+    prepend: str = ""
+    """Text to put before each caption, such as a trigger word: "ohwx style, "."""
+    append: str = ""
+    """Text to put after each caption."""
+    min_confidence: float = 0.0
+    """Leave out captions of less confidence than this, 0 to 1: evaluate.py --calibrate finds a good threshold."""
+    instead: str = ""
+    """Text in place of captions that min_confidence leaves out (default: an empty caption, or no file)."""
     overwrite: bool = False
     """Replace all captions in --output, and print how many there were."""
     scores: bool = False
@@ -131,22 +144,40 @@ class CaptionConfig(Captioning, PictureOptions):  # dataclass takes the last one
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
+        if not 0 <= self.min_confidence <= 1:
+            raise UserError(f"min_confidence is {self.min_confidence:g}: it must be from 0 to 1")
+        if self.instead and not self.min_confidence:
+            raise UserError("instead has no effect without --min-confidence: add it, or leave out --instead")
         if self.format and not self.output:
             raise UserError("format is for shards: name their folder with --output")
         if self.format and (self.heatmap or self.overwrite):
-            raise UserError("format goes with neither --heatmap nor --overwrite: leave it out, or name another --output")
+            raise UserError(
+                "format goes with neither --heatmap nor --overwrite: leave it out, or name another --output"
+            )
         if not self.format and (self.engine != "local" or self.address):
             raise UserError("engine and address are for shards: add --format")
         if self.overwrite and not self.output:
             raise UserError("overwrite has no effect without --output: add --output, or leave out --overwrite")
 
+    @property
+    def finish(self) -> Finish:
+        """What is done to captions before they are written."""
+        return Finish(self.prepend, self.append, self.min_confidence, self.instead)
 
-def print_captions(result: Result, several: bool) -> None:
+    def decoding(self) -> dict[str, Any]:
+        """Options of caption_batch, and through it of model.generate."""
+        words = {"only_words": read_words(self.only_words)} if self.only_words else {}
+        options = self.options(**words)
+        beams = options.get("num_beams", 1)
+        return options | length_options(self.length, self.num_captions, beams, self.do_sample)
+
+
+def print_captions(result: Result, several: bool, scores: bool) -> None:
     """Print a picture's captions, with its name where there are several pictures."""
     for caption in result.captions:
         about = [shown(result.name)] if several else []
-        score = [f"{caption.score:.4f}"] if caption.score is not None else []
-        tqdm.write("\t".join([*about, shown(caption.text), *score]), file=sys.stdout)
+        score = [f"{caption.score:.4f}"] if scores and caption.score is not None else []
+        tqdm.write("\t".join([*about, shown(caption.text) or "(not sure)", *score]), file=sys.stdout)
 
 
 def caption_all(
@@ -166,9 +197,10 @@ def caption_all(
         print(f"int8        {how_int8()}; tokens by {in_words('int8')}", file=sys.stderr)
     wanted = names if output is None else output.missing(names)
     size = None if config.batch_size == "auto" else config.batch_size
-    options = config.options(precision=config.precision, scores=config.scores, attention=config.heatmap is not None)
-    results = caption_pictures(model, wanted, batch_size=size, source=source, **options)
-    captioned = failed = 0
+    options = {"precision": config.precision, "attention": config.heatmap is not None, **config.decoding()}
+    scores = config.scores or config.min_confidence > 0
+    results = config.finish(caption_pictures(model, wanted, batch_size=size, source=source, scores=scores, **options))
+    captioned = failed = unsure = 0
     start, already, few = time.monotonic(), len(names) - len(wanted), len(wanted) <= 16
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds between updates of the bar, so that it does not fill a log
     try:
@@ -180,11 +212,12 @@ def caption_all(
                     failed += 1
                     continue
                 captioned += 1
+                unsure += not any(caption.text for caption in result.captions)
                 if output:
                     output.add(result.name, result.captions)
                 else:
-                    print_captions(result, len(names) > 1)
-                if config.heatmap:
+                    print_captions(result, len(names) > 1, config.scores)
+                if config.heatmap and result.captions[0].words:
                     draw_words(config.heatmap, source(result.name), result.captions[0], model.config)
     except KeyboardInterrupt:
         if output is None:
@@ -195,7 +228,9 @@ def caption_all(
     if output:
         before = f", {already:,} were there" if already else ""
         rate = captioned / max(time.monotonic() - start, 1e-9)
-        print(f"{output}: {captioned:,} pictures captioned ({rate:.1f} a second){before}, {failed:,} could not be read")
+        doubtful = f", {unsure:,} of them without a caption below the confidence" if unsure else ""
+        said = f"{captioned:,} pictures captioned ({rate:.1f} a second){doubtful}{before}"
+        print(f"{output}: {said}, {failed:,} could not be read")
     return 1 if failed else 0
 
 
@@ -213,7 +248,8 @@ def caption_shards(config: CaptionConfig, inputs: list[str], model_source: str) 
         config.precision,
         config.base_dir,
         size,
-        config.options(),
+        config.decoding(),
+        config.finish,
     )
     captioned, failed, there, broken, start = 0, 0, 0, 0, time.monotonic()
     try:
@@ -268,7 +304,8 @@ def main() -> int:
         from evaluate import weights_sha256
 
         made_by = {"model": model_source, "weights": weights_sha256(model)[:16], "precision": config.precision}
-        made_by |= {"max_length": min(LONGEST, model.config.text_positions)} | config.options()
+        made_by |= {"max_length": min(LONGEST, model.config.text_positions)}
+        made_by |= config.finish.recorded(config.decoding())
         if replaced := output.begin(made_by, config.overwrite):
             print(f"{output}: replacing the captions of {replaced:,} pictures")
     if not inputs:

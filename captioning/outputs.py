@@ -199,15 +199,21 @@ class Sidecars:
         return sorted(missing, key=lambda name: -len(name) if self._text(name).stem == Path(name).name else 0)
 
     def add(self, name: str, captions: Sequence[Caption]) -> None:
-        """Write a picture's text atomically."""
-        with _writing(text := self._text(name)):
-            write_text(text, "".join(f"{caption.text}\n" for caption in captions))
+        """Write a picture's text atomically; none where there is no caption."""
+        if lines := lines_of(captions):
+            with _writing(text := self._text(name)):
+                write_text(text, lines)
 
     def _text(self, name: str) -> Path:
         return self._texts.get(Path(name), Path(name).with_suffix(".txt"))
 
     def __str__(self) -> str:
         return "texts beside the pictures"
+
+
+def lines_of(captions: Sequence[Caption]) -> str:
+    """A caption on each line, without those that were left out."""
+    return "".join(f"{caption.text}\n" for caption in captions if caption.text)
 
 
 class XmpFiles:
@@ -231,9 +237,10 @@ class XmpFiles:
         return [name for name in names if name not in self._done]
 
     def add(self, name: str, captions: Sequence[Caption]) -> None:
-        """Writes a picture's XMP file atomically."""
-        with _writing(path := xmp_path(name)):
-            write_text(path, with_caption(path, "\n".join(caption.text for caption in captions)))
+        """Write a picture's XMP file atomically; none where there is no caption."""
+        if text := lines_of(captions):
+            with _writing(path := xmp_path(name)):
+                write_text(path, with_caption(path, text.rstrip("\n")))
 
     def __str__(self) -> str:
         return "XMP files beside the pictures"

@@ -130,10 +130,13 @@ def caption_batch(
     *,
     scores: bool = False,
     attention: bool = False,
+    keep: int | None = None,
+    longest_first: bool = False,
     **decoding: Any,
 ) -> list[list[Caption]]:
     """Caption pixels (N, 3, S, S) from prepare_picture -> N lists of num_return_sequences captions, with scores and the
-    words' attention if asked for. `decoding` is passed to model.generate."""
+    words' attention if asked for. With keep, only as many of the longest or shortest ones. `decoding` is passed to
+    model.generate."""
     dtype, _ = choose_precision(precision, model.device)
     kind = "int8" if precision == "int8" else "fp32" if dtype == torch.float32 else "half"
     engine = find_engine(kind) if model.device.type == "cpu" else None
@@ -148,7 +151,10 @@ def caption_batch(
         for caption, tokens, weights in zip(captions, found.sequences.cpu(), found.attention.cpu(), strict=True):
             caption.words = words_seen(model.tokenizer, tokens.tolist(), weights)
     number = len(captions) // len(pixels)
-    return [captions[start : start + number] for start in range(0, len(captions), number)]
+    answers = [captions[start : start + number] for start in range(0, len(captions), number)]
+    if keep:
+        answers = [sorted(own, key=lambda caption: len(caption.text), reverse=longest_first)[:keep] for own in answers]
+    return answers
 
 
 def words_seen(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from captioning import decoder
+from captioning.controls import Length, length_options
 from captioning.decoder import BusyError
 from captioning.models import load_model
 from captioning.page import card, progress, results
@@ -41,7 +42,6 @@ MOST_SHOWN = 24  # pictures at a time in the page, each with its heat maps; fold
 MOST_ERRORS = 100  # errors that are listed for a folder; the others are counted
 DEMO = [sys.executable, str(ROOT / "main.py"), "--preset", "demo", "--no-upload"]
 
-Length = Literal["short", "normal", "long"]
 Style = Literal["safe", "varied", "creative"]
 SAMPLED: dict[Style, dict[str, float]] = {
     "varied": {"temperature": 0.7, "top_p": 0.9},
@@ -126,40 +126,24 @@ class Captioner:
 
         assert self.model is not None
         options = requests[0].options.copy()
-        keep, longest_first = options.pop("keep"), options.pop("longest_first")
         pixels = torch.stack([request.pixels for request in requests])
         answers = caption_batch(self.model, pixels, self.precision, scores=True, **options)
         for captions in answers:
-            if longest_first is not None:
-                captions.sort(key=lambda caption: len(caption.text), reverse=longest_first)
-            del captions[keep:]
             if "do_sample" in options:  # beams are already sorted by score
                 captions.sort(key=lambda caption: caption.score or 0, reverse=True)
         return answers
 
 
 def decoding_options(
-    length: Length, style: Style, captions: int, beams: int = NUM_BEAMS, attention: bool = False
+    length: Length, style: Style, captions: int, beams: int = NUM_BEAMS, attention: bool = False, **controls: Any
 ) -> dict[str, Any]:
-    """Options for Captioner.submit. Safe captions are the best of a beam search (1 beam: greedy), with more beams and
-    another length_penalty for longer or shorter ones. The other styles sample; longer or shorter captions are then the
-    longest or shortest of three times as many."""
-    options: dict[str, Any] = {"attention": attention, "keep": captions, "longest_first": None}
-    if style == "safe":
-        penalty = {"short": 0.0, "normal": 1.0, "long": 2.0}[length]
-        return options | {
-            "num_beams": max(beams, captions * (1 if length == "normal" else 2)),
-            "num_return_sequences": captions,
-            "length_penalty": penalty,
-            "min_length": 12 if length == "long" else 0,
-        }
-    if length != "normal":
-        options["longest_first"] = length == "long"
-    return options | {
-        "do_sample": True,
-        "num_return_sequences": captions * (1 if length == "normal" else 3),
-        **SAMPLED[style],
-    }
+    """Options for Captioner.submit. Safe captions are the best of a beam search (1 beam: greedy); the other styles sample.
+    For length see controls.length_options. `controls` are more options of model.generate; empty ones are dropped."""
+    options: dict[str, Any] = {"attention": attention, "num_return_sequences": captions}
+    sampled = style != "safe"
+    options |= {"do_sample": True, **SAMPLED[style]} if sampled else {"num_beams": max(beams, captions)}
+    options |= {name: value for name, value in controls.items() if value}
+    return options | length_options(length, captions, beams, sampled)
 
 
 # Requests of the page

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from captioning.controls import Finish
 from config import UserError
 from data.reading import MADE_BY
 from data.shards import pictures_in
@@ -70,7 +71,8 @@ class Work:
     base_dir: Path | None = None
     batch_size: int | None = None
     decoding: dict[str, Any] = field(default_factory=dict)
-    """Options of model.generate."""
+    """Options of caption_batch, and through it of model.generate."""
+    finish: Finish = field(default_factory=Finish)
 
     def path(self, shard: Shard) -> Path:
         """Where the shard's output is."""
@@ -80,7 +82,7 @@ class Work:
         """The model's hash and the settings, as each output has them."""
         from evaluate import weights_sha256
 
-        settings = {"precision": self.precision, **self.decoding}
+        settings = {"precision": self.precision, **self.finish.recorded(self.decoding)}
         return {"model": self.model, "weights": weights_sha256(model)[:16], **settings}
 
     def load(self) -> ImageCaptionModel:
@@ -107,7 +109,7 @@ class Work:
         try:
             keys, source = open_shard(shard)
             options = {"precision": self.precision, "scores": True, **self.decoding}
-            results = caption_pictures(model, keys, batch_size=self.batch_size, source=source, **options)
+            results = self.finish(caption_pictures(model, keys, batch_size=self.batch_size, source=source, **options))
             with whole(target) as unfinished:
                 WRITERS[self.format](unfinished, shard, counted(results), self.made_by(model))
         except UserError as error:  # the others are to be captioned

@@ -19,6 +19,7 @@ from config import LONGEST, UserError
 from decoding.cache import Decoder
 from decoding.packed import packed_model
 from decoding.recorded import recorded_model
+from decoding.vocabulary import only_words
 
 PATIENCE = 4  # tokens between two checks, on a GPU, whether all captions have ended: a check makes the CPU wait for it
 NEVER = -1e9  # a score that no caption has; finite, so that sums and comparisons work
@@ -89,6 +90,8 @@ class Search:
     """The start of every caption: a text such as "a photo of", or token ids."""
     bad_words: Sequence[str | Sequence[int]] = ()
     """Words that no caption contains, each a text or token ids."""
+    only_words: Sequence[str] = ()
+    """The only words that captions may contain; (): all."""
     num_return_sequences: int = 1
     """Number of captions per picture."""
     return_scores: bool = False
@@ -121,8 +124,16 @@ class Search:
             raise UserError(f"min_length {self.min_length} is larger than max_length {longest}")
         return longest
 
-    def rules(self, prefix: int, end: int, banned: list[list[int]], known: Logits | None = None) -> list[Logits]:
-        """Functions that change logits before a token is chosen, in transformers' order. known: see known_tokens."""
+    def rules(
+        self,
+        prefix: int,
+        end: int,
+        banned: list[list[int]],
+        known: Logits | None = None,
+        vocabulary: Logits | None = None,
+    ) -> list[Logits]:
+        """Functions that change logits before a token is chosen, in transformers' order. known: see known_tokens;
+        vocabulary: see vocabulary.only_words."""
         rules: list[Logits] = []
         if self.repetition_penalty != 1:
             rules.append(lambda logits, written: penalise_repetition(logits, written, self.repetition_penalty))
@@ -133,6 +144,8 @@ class Search:
         if self.min_length:
             first_end = 1 + prefix + self.min_length
             rules.append(lambda logits, written: forbid_end(logits, end) if written.shape[1] < first_end else logits)
+        if vocabulary:
+            rules.append(vocabulary)
         if known:
             rules.append(known)
         if self.do_sample:
@@ -166,7 +179,12 @@ def generate(
     max_length = search.steps(model.config.text_positions - len(prefix), len(prefix))
     if search.return_attention and model.config.bridge != "cross_attention":
         raise UserError("return_attention needs cross-attention: a model that reads a prefix has none")
-    rules = search.rules(len(prefix), end, token_lists(model, search.bad_words), known_tokens(model))
+    vocabulary = None
+    if search.only_words:
+        first = 1 + len(prefix)  # position after the start token and the prefix
+        vocabulary = only_words(model, tuple(search.only_words), first, first + max_length)
+    banned = token_lists(model, search.bad_words)
+    rules = search.rules(len(prefix), end, banned, known_tokens(model), vocabulary)
 
     def choose_from(logits: Tensor, written: Tensor) -> Tensor:
         for rule in rules:

@@ -15,7 +15,6 @@ from test_app import Server, model_file, pictures, web
 from captioning.chat import RequestError, picture_and_text
 from captioning.pipeline import caption_batch
 from dataset import prepare_picture
-from example_usage import caption_image
 from model import ImageCaptionModel
 
 openai = pytest.importorskip("openai", reason="openai is of requirements/dev.txt")
@@ -40,6 +39,14 @@ def data_url(path: str) -> str:
     return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
 
 
+def caption_of(model_file: str, path: str, **options: Any) -> list[str]:
+    """What the server should answer; its model computes in fp32."""
+    model = ImageCaptionModel.from_pretrained(model_file)
+    pixels = prepare_picture(path, model.config)[None]
+    options = {"num_beams": 3, "max_length": 32} | options
+    return [caption.text for caption in caption_batch(model, pixels, "fp32", **options)[0]]
+
+
 def asked(url: str, text: str | None = None, **options: Any) -> dict[str, Any]:
     """The fields of a request."""
     content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}}]
@@ -49,7 +56,7 @@ def asked(url: str, text: str | None = None, **options: Any) -> dict[str, Any]:
 
 def test_a_caption_is_that_of_the_command_line(client, model_file, pictures):
     """Whatever instruction a program sends along, and whatever it says as the system."""
-    expected = caption_image(pictures[0], model_file, "cpu", do_sample=False, num_beams=3)
+    (expected,) = caption_of(model_file, pictures[0])
     for text in (None, "Describe this picture in one sentence.", "What is this?", "Caption it:"):
         request = asked(data_url(pictures[0]), text)
         request["messages"].insert(0, {"role": "system", "content": "You are a captioner"})
@@ -66,10 +73,7 @@ def test_options_are_the_models(client, model_file, pictures):
     """A text is the caption's beginning; n, max_tokens and temperature do what they do with generate."""
     url = data_url(pictures[1])
     begun = client.chat.completions.create(**asked(url, "there are", n=3, max_tokens=4))
-    pixels = prepare_picture(pictures[1], ImageCaptionModel.from_pretrained(model_file).config)[None]
-    model = ImageCaptionModel.from_pretrained(model_file)
-    options = {"num_beams": 3, "num_return_sequences": 3, "max_length": 4, "prefix": "there are"}
-    texts = [caption.text for caption in caption_batch(model, pixels, "fp32", **options)[0]]
+    texts = caption_of(model_file, pictures[1], num_return_sequences=3, max_length=4, prefix="there are")
     assert [choice.message.content for choice in begun.choices] == texts and texts[0].startswith("there are")
     assert [choice.index for choice in begun.choices] == [0, 1, 2] and begun.choices[0].finish_reason == "length"
     drawn = client.chat.completions.create(**asked(url, n=5, temperature=2.0))
@@ -96,7 +100,7 @@ def test_a_stream_of_one_piece(client, pictures):
 
 
 def test_sixteen_at_once_beside_the_page(client, server, model_file, pictures):
-    expected = [caption_image(path, model_file, "cpu", do_sample=False, num_beams=3) for path in pictures]
+    expected = [caption_of(model_file, path)[0] for path in pictures]
     with ThreadPoolExecutor(16) as pool:
         answers = pool.map(lambda i: client.chat.completions.create(**asked(data_url(pictures[i % 12]))), range(16))
         assert httpx.get(server.address).status_code == 200

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SHARED, random_model
 from test_captioning import caption_of, model, picture  # noqa: F401
 
 from captioning.shards import Done, Work, find_shards, run
-from config import UserError
+from config import PRESETS, UserError
 from data.sources import load_table
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -142,6 +147,143 @@ def command(folder: Path, *arguments: Any, ranks: int = 1, code: int = 0) -> str
     process = subprocess.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert process.returncode == code, process.stderr
     return process.stdout + process.stderr
+
+
+FLICKR = SHARED / "flickr8k" / "Images"
+PART = 400  # pictures in a shard
+
+
+@pytest.fixture(scope="module")
+def flickr8k(tmp_path_factory, scenes_tokenizer) -> Path:
+    """8,000 photographs in 20 shards, and a model of the preset's size with random weights."""
+    folder = tmp_path_factory.mktemp("flickr8k")
+    photos = sorted(FLICKR.iterdir())[: 20 * PART]
+    for i in range(0, len(photos), PART):
+        write_tar(folder / f"in/{i // PART:05}.tar", {path.name: path.read_bytes() for path in photos[i : i + PART]})
+    ids = dict.fromkeys(("start_token_id", "end_token_id", "pad_token_id"), scenes_tokenizer.eos_token_id)
+    sizes = dataclasses.replace(PRESETS["flickr8k"].model, vocab_size=len(scenes_tokenizer), **ids)
+    made = random_model(sizes, std=0.1)
+    made.tokenizer = scenes_tokenizer
+    made.save_file(folder / "m.safetensors")
+    return folder
+
+
+def killed(process: subprocess.Popen[str], output: Path, shards: int, victim: Callable[[], int]) -> int:
+    """Kills a worker with -9 as soon as so many shards are there; returns how many are when everything has ended."""
+    while len(list(output.glob("*.jsonl"))) < shards:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.kill(victim(), signal.SIGKILL)
+    process.communicate(timeout=600)
+    return len(list(output.glob("*.jsonl")))
+
+
+def descendants(pid: int, words: str) -> list[int]:
+    """Processes below this one whose command line has these words, the newest last."""
+    found, parents = [], {pid}
+    for line in subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines():
+        child, parent, args = line.split(None, 2)
+        if int(parent) in parents:
+            parents.add(int(child))
+            found += [int(child)] if words in args else []
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FLICKR.is_dir(), reason="needs Flickr8k's pictures")
+def test_8000_photographs_by_every_engine_with_a_worker_killed(flickr8k):
+    """The same captions and scores, nothing captioned twice beyond the shards in work, at the model's own speed."""
+    pytest.importorskip("ray", reason="ray is of requirements/ray.txt")
+    from ray.cluster_utils import Cluster
+
+    flags = [
+        "in/*.tar",
+        "m.safetensors",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--num-beams",
+        "1",
+        "--format",
+        "jsonl",
+    ]
+    script = str(ROOT / "example_usage.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    engines: dict[str, tuple[list[str], list[str], str]] = {
+        "one": ([sys.executable], [], script),
+        "torchrun": (torchrun, [], script),
+        "ray": ([sys.executable], ["--engine", "ray", "--address", cluster.address], "ray::"),
+    }
+    results = {}
+    try:
+        for name, (start, more, words) in engines.items():
+            command, output = [*start, script, *flags, "--output", name, *more], flickr8k / name
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            process = subprocess.Popen(command, cwd=flickr8k, env=environment, **pipes)
+
+            def victim(process: Any = process, words: str = words, name: str = name) -> int:
+                return process.pid if name == "one" else descendants(1 if name == "ray" else process.pid, words)[-1]
+
+            there = killed(process, output, 4, victim)
+            start_time = time.monotonic()
+            again = subprocess.run(command, cwd=flickr8k, env=environment, **pipes, timeout=1200).stdout
+            counts = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) pictures captioned", again)]
+            assert sum(counts) == PART * (20 - there), again
+            results[name] = lines(output)
+            seconds = time.monotonic() - start_time
+            print(f"{name}: {there} shards when it had ended, then {sum(counts):,} pictures in {seconds:.0f} s")
+    finally:
+        cluster.shutdown()
+    assert results["one"] == results["torchrun"] == results["ray"] and len(results["one"]) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FLICKR.is_dir(), reason="needs Flickr8k's pictures")
+def test_the_speed_is_the_models_own_and_memory_does_not_grow(flickr8k):
+    """8,000 photographs through shards beside the same model on pictures that are ready; 1,000, 10,000 and 100,000 stand-ins."""
+    own = f"""
+import resource, time, torch
+from pathlib import Path
+from captioning.models import load_model
+from captioning.pipeline import caption_batch
+from captioning.shards import Work, find_shards, run
+torch.set_num_threads(1)
+model = load_model("m.safetensors", "cpu")
+pixels = torch.randint(0, 256, (32, 3, 144, 144), dtype=torch.uint8)
+options = {{"num_beams": 1, "scores": True}}
+caption_batch(model, pixels, "fp32", **options)
+start = time.perf_counter()
+for _ in range(40):
+    caption_batch(model, pixels, "fp32", **options)
+rate = 32 * 40 / (time.perf_counter() - start)
+work = Work("m.safetensors", Path("speed"), "jsonl", "cpu", "fp32", decoding={{"num_beams": 1}})
+start, number = time.perf_counter(), 0
+for done in run(work, find_shards(["in/*.tar"])):
+    number += done.captioned
+ours = number / (time.perf_counter() - start)
+print(f"the model alone {{rate:.1f}} pictures/s, shards {{ours:.1f}}: {{ours / rate:.3f}}", flush=True)
+pictures = sorted(Path("in").glob("*.tar"))
+for copies in (1000, 10_000, 100_000):
+    for old in Path("growth").glob("*"):
+        old.unlink()
+    shards = find_shards([str(pictures[0])])
+    work = Work("m.safetensors", Path("growth"), "jsonl", "cpu", "fp32", decoding={{"num_beams": 1, "max_length": 2}})
+    for i in range(copies // {PART}):
+        for done in run(work, [type(shards[0])(f"{{i:05}}", path=str(pictures[i % 20]))]):
+            pass
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"{{copies:,}} pictures: {{kilobytes // 1024:,}} MiB at most", flush=True)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    said = subprocess.run([sys.executable, "-c", own], cwd=flickr8k, env=environment, capture_output=True, text=True)
+    print(said.stdout)
+    assert said.returncode == 0, said.stderr
+    most = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) MiB", said.stdout)]
+    assert most[-1] < most[0] + 100
 
 
 @pytest.mark.slow
