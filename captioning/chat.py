@@ -1,7 +1,7 @@
-"""The endpoint that other programs already speak: /v1/chat/completions and /v1/models in OpenAI's form.
+"""Endpoints in OpenAI's form for other programs: /v1/chat/completions and /v1/models.
 
-A request's picture is captioned together with everybody else's. A text is the beginning of the caption ("a photo of"); one
-that ends like a sentence is an instruction, which a captioner cannot follow, and is ignored.
+Pictures of all requests are captioned in common batches. A text is the start of the caption ("a photo of"). A text that ends
+like a sentence is an instruction; a captioner cannot follow it, so it is ignored.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from utils import in_one_line, named
 
 COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/models"
 MOST_CHOICES = 5
-MOST_TEXT = 400  # characters of a caption's beginning
+MOST_TEXT = 400  # characters of a caption's start
 
 
 class RequestError(Exception):
-    """What a request gets in place of captions: the HTTP status, OpenAI's type of error, and the field that it is about."""
+    """An error in OpenAI's form: the HTTP status, a code, and the field of the request that is wrong."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(in_one_line(message)[:500])
@@ -35,21 +35,21 @@ class RequestError(Exception):
 
     @property
     def content(self) -> dict[str, Any]:
-        """As OpenAI has it."""
+        """The body of the response."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 class Chat:
-    """Answers /v1/ in front of another application (ASGI)."""
+    """Answer requests to /v1/, and pass all others on to another ASGI application."""
 
     def __init__(self, app: Any, captioner: Captioner, model: str, most_bytes: int, key: str | None = None) -> None:
-        """model: the name that clients ask for; key: what they must send as a bearer token, if anything."""
+        """model: the name that clients use; key: the bearer token that they must send, if any."""
         self.app, self.captioner, self.model = app, captioner, model
         self.most_bytes, self.key, self.began = most_bytes, key, int(time.time())
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             return await self.app(scope, receive, send)
         from starlette.requests import Request
@@ -77,7 +77,7 @@ class Chat:
         await JSONResponse(answer)(scope, receive, send)
 
     def check_key(self, header: str) -> None:
-        """Raises RequestError where a key is needed and is not this one."""
+        """Raise RequestError if a key is needed and this one is wrong."""
         if self.key and not hmac.compare_digest(header.encode(), f"Bearer {self.key}".encode()):
             raise RequestError("the API key is missing or wrong", status=401, code="invalid_api_key")
 
@@ -86,13 +86,13 @@ class Chat:
         return {"id": self.model, "object": "model", "created": self.began, "owned_by": "vit-gpt2-captioning"}
 
     async def complete(self, sent: dict[str, Any]) -> dict[str, Any]:
-        """Captions for a request of /v1/chat/completions."""
+        """Answer a request to /v1/chat/completions."""
         asked = field(sent, "model", str, self.model)
         if asked != self.model:
             message = f"no model {asked!r} here, only {self.model!r}"
             raise RequestError(message, "model", 404, "model_not_found")
-        url, beginning = picture_and_text(sent.get("messages"))
-        options, longest = self.options(sent, beginning)
+        url, caption_start = picture_and_text(sent.get("messages"))
+        options, longest = self.options(sent, caption_start)
         submitted = await asyncio.to_thread(self.submit, url, options)
         captions = await asyncio.wrap_future(submitted)
         lengths = [self.tokens(caption.text) for caption in captions]
@@ -106,14 +106,14 @@ class Chat:
             for i, (caption, length) in enumerate(zip(captions, lengths, strict=True))
         ]
         model = self.captioner.model
-        read = self.tokens(beginning) + (model.config.num_patches if model else 0)
+        read = self.tokens(caption_start) + (model.config.num_patches if model else 0)
         usage = {"prompt_tokens": read, "completion_tokens": sum(lengths), "total_tokens": read + sum(lengths)}
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
         return about | {"model": self.model, "choices": choices, "usage": usage}
 
-    def options(self, sent: dict[str, Any], beginning: str) -> tuple[dict[str, Any], int]:
-        """Options of Captioner.submit, and the longest caption in tokens. With a temperature above 0 captions are sampled;
-        by default, and at 0, they are searched with beams."""
+    def options(self, sent: dict[str, Any], caption_start: str) -> tuple[dict[str, Any], int]:
+        """Options for Captioner.submit, and the longest caption in tokens. Captions are sampled if the temperature is above
+        0; by default, and at 0, beam search finds them."""
         number = field(sent, "n", int, 1)
         if not 1 <= number <= MOST_CHOICES:
             raise RequestError(f"n is {number}: ask for 1 to {MOST_CHOICES}", "n")
@@ -128,28 +128,28 @@ class Chat:
         model = self.captioner.model
         if model is None:
             raise RequestError("there is no model here yet: python main.py --preset demo trains one", status=503)
-        room = model.config.text_positions - self.tokens(beginning)
+        room = model.config.text_positions - self.tokens(caption_start)
         longest = field(sent, "max_completion_tokens", int, None) or field(sent, "max_tokens", int, None) or 32
         if longest < 1:
             raise RequestError(f"max_tokens is {longest}: it must be at least 1", "max_tokens")
         options["max_length"] = max(1, min(longest, room))
-        return options | ({"prefix": beginning} if beginning else {}), options["max_length"]
+        return options | ({"prefix": caption_start} if caption_start else {}), options["max_length"]
 
     def submit(self, url: str, options: dict[str, Any]) -> Any:
-        """The captions that the picture at this address will have; in a thread, as it may have to be fetched."""
+        """Read the picture at a URL and submit it. Runs in a thread, because it may have to be fetched."""
         content = (
             embedded(url, self.most_bytes) if url.startswith("data:") else Source(url, url=url).read(self.most_bytes)
         )
         return self.captioner.submit(content, "the picture" if url.startswith("data:") else url, options)
 
     def tokens(self, text: str) -> int:
-        """How many tokens the model has for a text."""
+        """Number of tokens of a text."""
         model = self.captioner.model
         return len(model.tokenizer(text, add_special_tokens=False)["input_ids"]) if model and text else 0
 
 
 def field(sent: dict[str, Any], name: str, kind: type, default: Any) -> Any:
-    """A field of a request; the default where it is missing or null. Raises RequestError where it is of another type."""
+    """A field of a request; the default if it is missing or null. Raises RequestError if it has another type."""
     value = sent.get(name)
     if value is None:
         return default
@@ -160,7 +160,7 @@ def field(sent: dict[str, Any], name: str, kind: type, default: Any) -> Any:
 
 
 def picture_and_text(messages: Any) -> tuple[str, str]:
-    """The address of the one picture in a conversation, and the caption's beginning."""
+    """The URL of the one picture in a conversation, and the caption's start. Raises RequestError for anything else."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise RequestError("messages has to be a list of messages", "messages")
     pictures: list[str] = []
@@ -183,14 +183,12 @@ def picture_and_text(messages: Any) -> tuple[str, str]:
         raise RequestError(f"{len(pictures)} pictures: send one image_url in each request", "messages")
     instruction = text[-1:] in ".?!:。？！：" or "\n" in text
     if not instruction and len(text) > MOST_TEXT:
-        raise RequestError(
-            f"a text of {len(text)} characters: a caption's beginning has {MOST_TEXT} at most", "messages"
-        )
+        raise RequestError(f"a text of {len(text)} characters: a caption's start has at most {MOST_TEXT}", "messages")
     return pictures[0], "" if instruction else text
 
 
 def embedded(url: str, most_bytes: int) -> bytes:
-    """The content of a data: URL. Raises RequestError where it is none of base64, or too large."""
+    """The content of a data: URL. Raises RequestError if it is not base64, or too large."""
     head, _, content = url.partition(",")
     if not head.endswith(";base64"):
         raise RequestError("a data: URL has to be base64", "messages")
@@ -203,7 +201,7 @@ def embedded(url: str, most_bytes: int) -> bytes:
 
 
 def pieces(answer: dict[str, Any], usage: bool) -> Iterable[str]:
-    """A completion as server-sent events: each caption in one piece."""
+    """Yield a completion as server-sent events, each caption in one piece."""
     about = {name: answer[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
     for choice in answer["choices"]:
         delta = {"role": "assistant", "content": choice["message"]["content"]}
@@ -216,7 +214,7 @@ def pieces(answer: dict[str, Any], usage: bool) -> Iterable[str]:
 
 
 def refusal(error: Exception) -> RequestError:
-    """Any error as a request's answer."""
+    """Convert any error to the request's answer."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, BusyError):

@@ -1,4 +1,4 @@
-"""Shards captioned by the actors of a Ray cluster: Ray Data holds the queue, restarts dead actors and scales their number."""
+"""Caption shards on a Ray cluster: Ray Data has the queue, restarts dead actors and scales their number."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from utils import ROOT
 
 
 class Captioner:
-    """An actor: holds the model, and captions a shard at a time."""
+    """An actor with the model; captions one shard at a time."""
 
     def __init__(self, work: Work) -> None:
         self.work, self.model = work, work.load()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A shard's fields -> those of Done."""
+        """Caption a shard; its fields -> those of Done."""
         shard = Shard(row["name"], row["path"], tuple(row["pictures"]))
         return dataclasses.asdict(self.work.run(shard, self.model))
 
 
 def run_on_ray(work: Work, shards: Sequence[Shard], address: str | None) -> Iterator[Done]:
-    """Captions shards on a Ray cluster, or on one that is started here. The nodes need this folder, the model, the shards and
-    the output under the same paths. An actor has a GPU where the cluster has some, else two CPUs or all that there are.
+    """Caption shards on the Ray cluster at this address, or on one that is started here.
+
+    The nodes need this repository, the model, the shards and the output under the same paths. Each actor has one GPU if the
+    cluster has any, or else up to two CPUs. Raises UserError if Ray or the cluster is not available.
     """
     try:
         import ray

@@ -1,4 +1,4 @@
-"""Control over captions: their length and words, text around them, and no caption where the model is not sure."""
+"""Control over captions: length, words, text around them, and no caption if the model is not sure."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LONG = 12  # tokens of a long caption, at least
 
 
 def length_options(length: Length, captions: int, beams: int, do_sample: bool) -> dict[str, Any]:
-    """Options of caption_batch for shorter or longer captions: the best of more beams with another length_penalty, or the
-    shortest or longest of three times as many samples; {} for normal ones."""
+    """Options of caption_batch for shorter or longer captions: more beams with another length_penalty, or the shortest or
+    longest of three times as many samples. {} for normal ones."""
     if length == "normal":
         return {}
     if do_sample:
@@ -30,7 +30,7 @@ def length_options(length: Length, captions: int, beams: int, do_sample: bool) -
 
 
 def read_words(path: Path) -> tuple[str, ...]:
-    """The words of a file, one on each line; lines that start with # are comments. Raises UserError if there are none."""
+    """Read words from a file, one on each line; lines that start with # are comments. Raises UserError if there are none."""
     lines = [" ".join(line.split()) for line in read_text(path).split("\n")]
     words = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     if not words:
@@ -40,32 +40,32 @@ def read_words(path: Path) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Finish:
-    """What is done to captions before they are written."""
+    """Changes to captions before they are written."""
 
     prepend: str = ""
     """Text put before each caption."""
     append: str = ""
     """Text put after each caption."""
     min_confidence: float = 0.0
-    """Confidence below which a caption is left out."""
+    """Captions with less confidence are left out."""
     instead: str = ""
     """Text in place of a caption that is left out."""
 
     def __call__(self, results: Iterable[Result]) -> Iterator[Result]:
-        """Finish the captions of results. The text of one that is left out is `instead`."""
+        """Apply the changes to the captions of results."""
         for result in results:
             captions = list(map(self.caption, result.captions))
             yield replace(result, captions=captions)
 
     def caption(self, caption: Caption) -> Caption:
-        """A caption with the text around it, or without its text where the model is not sure of it."""
+        """The caption with the text around it, or with the text `instead` if the model is not sure of it."""
         if self.min_confidence and (caption.score or 0.0) < self.min_confidence:
             return replace(caption, text=self.instead, words=[])
         return replace(caption, text=f"{self.prepend}{caption.text}{self.append}")
 
     def recorded(self, options: dict[str, Any]) -> dict[str, Any]:
-        """These settings and the options of model.generate as files of captions record them: of long lists of words their
-        number and hash."""
+        """These settings and the options of model.generate, for the record in caption files; only the number and the hash
+        of only_words."""
         about = dict(options)
         if words := about.get("only_words"):
             digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]

@@ -4,9 +4,9 @@
     for done in run(work, find_shards(["shards/*.tar"])):
         print(done)
 
-A shard is a WebDataset tar, a Parquet file, or a part of a list of pictures. Its output depends on the shard, the model and
-the settings alone, is written under another name and renamed at the end, and is not made again where it is there. So any
-engine may run shards, in any order, and again after a crash: this process, torchrun's processes, Ray.
+A shard is a WebDataset tar, a Parquet file, or a part of a list of pictures. Its output depends only on the shard, the model
+and the settings. It is written atomically, and a shard whose output exists is skipped. So any engine can run the shards, in
+any order, and run them again after a crash: this process, the processes of torchrun, or Ray.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from captioning.controls import Finish
 from config import UserError
 from data.reading import MADE_BY
 from data.shards import pictures_in
-from utils import choose_device, in_one_line, whole, writable_directory
+from utils import choose_device, in_one_line, json_of, whole, writable_directory, write_json
 
-if TYPE_CHECKING:  # torch is imported late: --help is not to wait for it
+if TYPE_CHECKING:  # modules that import torch are imported late, so that --help does not wait for it
     from captioning.pipeline import Result
     from model import ImageCaptionModel
 
 Format = Literal["tar", "parquet", "jsonl"]
 FORMATS: tuple[Format, ...] = ("tar", "parquet", "jsonl")
-ROWS = 64  # of a Parquet file read at a time
-Reader = tuple[Iterator[str], Callable[[str], "bytes | str"]]  # keys, and the picture of each
+ROWS = 64  # rows of a Parquet file read at a time
+ABOUT = "made_by.json"  # in the output folder: the model and the settings
+Reader = tuple[Iterator[str], Callable[[str], "bytes | str"]]  # keys, and a function from a key to its picture
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Pictures that are captioned into one file: those of a tar or Parquet file, or of a list."""
+    """Pictures that are captioned into one file: those of a tar or Parquet file (path), or a list."""
 
     name: str
     path: str = ""
@@ -48,7 +49,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a shard."""
+    """The result of a shard."""
 
     name: str
     captioned: int = 0
@@ -56,12 +57,12 @@ class Done:
     seconds: float = 0.0
     was_there: bool = False
     error: str | None = None
-    """Why the shard itself could not be read."""
+    """Why the shard could not be read."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """The model, the settings and the folder: all that a shard's output depends on besides the shard."""
+    """The model, the settings and the output folder: everything that is the same for all shards."""
 
     model: str
     output: Path
@@ -75,25 +76,34 @@ class Work:
     finish: Finish = field(default_factory=Finish)
 
     def path(self, shard: Shard) -> Path:
-        """Where the shard's output is."""
+        """Path of the shard's output."""
         return self.output / f"{shard.name}.{self.format}"
 
     def made_by(self, model: ImageCaptionModel) -> dict[str, Any]:
-        """The model's hash and the settings, as each output has them."""
+        """The model's hash and the settings, as they are written into each output."""
         from evaluate import weights_sha256
 
         settings = {"precision": self.precision, **self.finish.recorded(self.decoding)}
         return {"model": self.model, "weights": weights_sha256(model)[:16], **settings}
 
     def load(self) -> ImageCaptionModel:
-        """The model, on this process's device."""
+        """Load the model onto this process's device. Raises UserError if the output folder has captions of another model or
+        of other settings."""
         from captioning.models import load_model
 
         device = str(choose_device(self.device)[0])
-        return load_model(self.model, f"{device}:{rank('LOCAL_')[0]}" if device == "cuda" else device, self.base_dir)
+        device = f"{device}:{rank('LOCAL_')[0]}" if device == "cuda" else device
+        model = load_model(self.model, device, self.base_dir)
+        made_by, path = self.made_by(model), self.output / ABOUT
+        before = json_of(path.read_text(encoding="utf-8")) if path.exists() else made_by
+        if other := [name for name in before | made_by if name != "model" and before.get(name) != made_by.get(name)]:
+            settings = in_one_line(", ".join(f"{name} {before.get(name, 'unset')}" for name in other))
+            raise UserError(f"{self.output}: has captions made with {settings}: choose another --output")
+        write_json(path, made_by)
+        return model
 
     def run(self, shard: Shard, model: ImageCaptionModel) -> Done:
-        """Captions a shard, unless its output is there."""
+        """Caption a shard, unless its output exists. A shard that cannot be read is an error in the result."""
         from captioning.pipeline import caption_pictures
 
         target, start = self.path(shard), time.monotonic()
@@ -112,14 +122,14 @@ class Work:
             results = self.finish(caption_pictures(model, keys, batch_size=self.batch_size, source=source, **options))
             with whole(target) as unfinished:
                 WRITERS[self.format](unfinished, shard, counted(results), self.made_by(model))
-        except UserError as error:  # the others are to be captioned
+        except UserError as error:  # the other shards are still captioned
             return Done(shard.name, error=str(error))
         return Done(shard.name, seconds=time.monotonic() - start, **counts)
 
 
 def run(work: Work, shards: Sequence[Shard], engine: str = "local", address: str | None = None) -> Iterator[Done]:
-    """Captions shards, and yields what became of each as it is done. Under torchrun each process takes every n-th shard;
-    engine "ray" gives them to the actors of a Ray cluster (address: where it is; by default this machine)."""
+    """Caption shards, and yield the result of each when it is done. Under torchrun each process takes every n-th shard; with
+    engine "ray" the actors of a Ray cluster take them (address: the cluster's; by default one is started here)."""
     writable_directory(work.output, "choose another --output")
     if engine == "ray":
         from captioning.cluster import run_on_ray
@@ -133,7 +143,7 @@ def run(work: Work, shards: Sequence[Shard], engine: str = "local", address: str
 
 
 def rank(kind: Literal["", "LOCAL_"] = "") -> tuple[int, int]:
-    """Which of how many processes this is, as torchrun says."""
+    """This process's number and the number of processes, from torchrun's environment."""
     return int(os.environ.get(f"{kind}RANK", 0)), int(os.environ.get(f"{kind}WORLD_SIZE", 1))
 
 
@@ -141,7 +151,8 @@ def rank(kind: Literal["", "LOCAL_"] = "") -> tuple[int, int]:
 
 
 def find_shards(inputs: Sequence[str], shard_size: int = 1000) -> list[Shard]:
-    """Tar and Parquet files as a shard each; folders, patterns and lists of pictures in parts of shard_size."""
+    """Find the shards: each tar or Parquet file is one; folders and pictures are split into parts of shard_size. Raises
+    UserError if there are none, or if two have the same name."""
     from captioning.pipeline import picture_names
 
     files, others = [], []
@@ -156,14 +167,14 @@ def find_shards(inputs: Sequence[str], shard_size: int = 1000) -> list[Shard]:
     shards += [Shard(f"pictures-{i:05}", pictures=tuple(pictures[at : at + shard_size])) for i, at in enumerate(parts)]
     names = [shard.name for shard in shards]
     if repeated := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"two shards are called {repeated[0]}: caption their folders into different outputs")
+        raise UserError(f"two shards are called {repeated[0]}: use a different --output for each folder")
     if not shards:
         raise UserError("no shards: name .tar or .parquet files, or folders of pictures")
     return shards
 
 
 def open_shard(shard: Shard) -> Reader:
-    """The keys of a shard's pictures in order, and what gives the picture of a key."""
+    """Return the keys of a shard's pictures in order, and a function that reads the picture of a key."""
     if shard.pictures:
         from captioning.pipeline import picture_source
 
@@ -184,7 +195,7 @@ def _open_tar(path: str) -> Reader:
 
 
 def _open_parquet(path: str) -> Reader:
-    """The first column of pictures: bytes, or {bytes, path} as Hugging Face's data sets have them. A few rows are held."""
+    """Read the first column of pictures: bytes, or {bytes, path} as in Hugging Face's data sets. Keeps a few rows in memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -214,7 +225,7 @@ def _open_parquet(path: str) -> Reader:
 
 
 def record(result: Result) -> dict[str, Any]:
-    """A picture's line: caption and score, captions and scores where there are several, or the error."""
+    """A picture's record: caption and score (lists, if there are several captions), or the error."""
     texts = [caption.text for caption in result.captions]
     scores = [round(caption.score or 0.0, 4) for caption in result.captions]
     if result.error:
@@ -248,7 +259,7 @@ def _write_parquet(path: Path, shard: Shard, results: Iterator[Result], made_by:
 
 
 def _write_tar(path: Path, shard: Shard, results: Iterator[Result], made_by: dict[str, Any]) -> None:
-    """The shard's own members, and behind each picture key.caption, and key.captioned.json with scores and settings."""
+    """Copy the shard's members, and add key.caption and key.captioned.json (scores and settings) after each picture."""
     found = {result.name: record(result) for result in results}
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as out:
 
@@ -270,7 +281,7 @@ def _write_tar(path: Path, shard: Shard, results: Iterator[Result], made_by: dic
 
 
 def _members(shard: Shard) -> Iterator[tuple[str, str, bytes]]:
-    """(key of the picture or "", name, content) of each file that goes into the output."""
+    """Yield (key of the picture or "", name, content) of each file for the output."""
     if shard.path.lower().endswith(".tar"):
         keys = {offset: key for key, (offset, _) in pictures_in(Path(shard.path)).items()}
         with tarfile.open(shard.path, "r:") as tar:

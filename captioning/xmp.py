@@ -1,7 +1,7 @@
 """Captions in XMP files beside the pictures, where photo programs read them: a.jpg.xmp beside a.jpg.
 
-A caption is the picture's description (dc:description) and its alternative text (IPTC's AltTextAccessibility), as digiKam,
-darktable, PhotoPrism and Immich read them. A file that is there keeps everything else; pictures are never written.
+A caption becomes the picture's description (dc:description) and alternative text (IPTC's AltTextAccessibility), which digiKam,
+darktable, PhotoPrism and Immich read. An existing file keeps everything else. Pictures are never written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 
 
 class Property(NamedTuple):
-    """A property of XMP: the namespace's URI and usual prefix, and the name in it."""
+    """A property of XMP: its namespace's URI and usual prefix, and its name."""
 
     uri: str
     prefix: str
@@ -41,18 +41,18 @@ EMPTY = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 
 def xmp_path(picture: str | os.PathLike[str]) -> Path:
-    """The XMP file of a picture."""
+    """Path of a picture's XMP file."""
     return Path(f"{os.fspath(picture)}.xmp")
 
 
 def has_description(path: Path) -> bool:
-    """Whether an XMP file is there and has a description. Raises UserError where the file is damaged."""
+    """Whether an XMP file exists and has a description. Raises UserError if the file is damaged."""
     return path.exists() and bool(_text(_rdf(_read(path)), DESCRIPTION))
 
 
 def with_caption(path: Path, caption: str) -> str:
-    """The content of an XMP file with this description, also as alternative text unless another one is there. Raises
-    UserError where the file is damaged."""
+    """The content of an XMP file with this caption as its description, and as its alternative text unless it has another
+    one. Raises UserError if the file is damaged."""
     document = _read(path) if path.exists() else minidom.parseString(EMPTY.encode())
     rdf = _rdf(document)
     names = [DESCRIPTION]
@@ -84,21 +84,21 @@ def _rdf(document: minidom.Document) -> minidom.Element:
 
 
 def _items(rdf: minidom.Element, name: Property) -> list[minidom.Element]:
-    """The rdf:li of a property, one for each language, the default one first; or the property where it has none."""
+    """A property's rdf:li elements, one per language, the default one first; the property itself if it has none."""
     found = rdf.getElementsByTagNameNS(name.uri, name.local)
     items = [item for each in found for item in each.getElementsByTagNameNS(RDF, "li") or [each]]
     return sorted(items, key=lambda item: item.getAttribute("xml:lang") != "x-default")
 
 
 def _text(rdf: minidom.Element, name: Property) -> str:
-    """A property's text in the default language, or in the first that there is; "" for none."""
+    """A property's text in the default language, or else in the first one; "" if there is none."""
     short = [each.getAttributeNS(name.uri, name.local) for each in rdf.getElementsByTagNameNS(RDF, "Description")]
     long = ["".join(node.nodeValue or "" for node in item.childNodes) for item in _items(rdf, name)]
     return next((text.strip() for text in (*long, *short) if text.strip()), "")
 
 
 def _set(rdf: minidom.Element, name: Property, text: str) -> None:
-    """Sets a property's text in the default language; other languages stay."""
+    """Set a property's text in the default language; other languages stay."""
     document, descriptions = rdf.ownerDocument, list(rdf.getElementsByTagNameNS(RDF, "Description"))
     for each in descriptions:
         if each.hasAttributeNS(name.uri, name.local):

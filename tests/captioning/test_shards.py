@@ -60,6 +60,8 @@ def lines(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """{shard: its records} whatever the format."""
     found = {}
     for path in sorted(folder.iterdir()):
+        if path.suffix == ".json":
+            continue
         if path.suffix == ".parquet":
             found[path.stem] = pq.read_table(path).to_pylist()
         elif path.suffix == ".jsonl":
@@ -108,12 +110,20 @@ def test_what_is_there_is_not_captioned_again(model, shards, tmp_path):  # noqa:
     """A function of the shard, the model and the settings: the same bytes each time, and all or nothing of them."""
     work, inputs = work_of(model, tmp_path / "out", "jsonl", batch_size=2), find_shards([str(shards / "00000.tar")])
     list(run(work, inputs))
-    (path,) = (tmp_path / "out").iterdir()
+    path = tmp_path / "out/00000.jsonl"
     first = path.read_bytes()
     assert list(run(work, inputs)) == [Done("00000", was_there=True)]
     path.unlink()
     list(run(work, inputs))
     assert path.read_bytes() == first
+
+
+def test_captions_of_other_settings_are_not_mixed(model, shards, tmp_path):  # noqa: F811
+    """A shard whose file was there was skipped, whatever had written it."""
+    inputs = find_shards([str(shards / "00000.tar")])
+    list(run(work_of(model, tmp_path / "out"), inputs))
+    with pytest.raises(UserError, match="made with num_beams 3: choose another --output"):
+        list(run(work_of(model, tmp_path / "out", decoding={"num_beams": 1}), inputs))
 
 
 def test_parquet_and_lists_of_pictures(model, tmp_path):  # noqa: F811
@@ -134,7 +144,7 @@ def test_a_shard_that_cannot_be_read_does_not_stop_the_others(model, shards, tmp
     (shards / "00000.tar").write_bytes(b"not a tar" * 999)
     found = list(run(work_of(model, tmp_path / "out"), find_shards([f"{shards}/00000.tar", f"{shards}/00001.tar"])))
     assert "00000.tar" in (found[0].error or "") and found[1].captioned == 3
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["00001.parquet"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00001.parquet", "made_by.json"]
     with pytest.raises(UserError, match="two shards are called 00001"):
         find_shards([f"{shards}/00001.tar", f"{shards}/../in/00001.tar"])
     with pytest.raises(UserError, match="no shards"):
