@@ -50,8 +50,9 @@ def run_on_ray(work: Work, shards: Sequence[Shard], address: str | None) -> Iter
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     rows = [dataclasses.asdict(shard) | {"path": shard.path and os.path.abspath(shard.path)} for shard in shards]
+    actor: Any = Captioner
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        Captioner,
+        actor,
         fn_constructor_args=(work,),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, len(rows)), max_tasks_in_flight_per_actor=1),
         **each,

@@ -35,7 +35,7 @@ Format = Literal["tar", "parquet", "jsonl"]
 FORMATS: tuple[Format, ...] = ("tar", "parquet", "jsonl")
 ROWS = 64  # rows of a Parquet file read at a time
 ABOUT = "made_by.json"  # in the output folder: the model and the settings
-Reader = tuple[Iterator[str], Callable[[str], "bytes | str"]]  # keys, and a function from a key to its picture
+Reader = tuple[Iterator[str], Callable[[str], Any]]  # keys, and a function from a key to its picture
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Work:
                 WRITERS[self.format](unfinished, shard, counted(results), self.made_by(model))
         except UserError as error:  # the other shards are still captioned
             return Done(shard.name, error=str(error))
-        return Done(shard.name, seconds=time.monotonic() - start, **counts)
+        return Done(shard.name, counts["captioned"], counts["failed"], time.monotonic() - start)
 
 
 def run(work: Work, shards: Sequence[Shard], engine: str = "local", address: str | None = None) -> Iterator[Done]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.dom import minidom
 from xml.parsers.expat import ExpatError
 
@@ -99,7 +99,8 @@ def _text(rdf: minidom.Element, name: Property) -> str:
 
 def _set(rdf: minidom.Element, name: Property, text: str) -> None:
     """Set a property's text in the default language; other languages stay."""
-    document, descriptions = rdf.ownerDocument, list(rdf.getElementsByTagNameNS(RDF, "Description"))
+    document: Any = rdf.ownerDocument
+    descriptions = list(rdf.getElementsByTagNameNS(RDF, "Description"))
     for each in descriptions:
         if each.hasAttributeNS(name.uri, name.local):
             each.removeAttributeNS(name.uri, name.local)
@@ -111,7 +112,7 @@ def _set(rdf: minidom.Element, name: Property, text: str) -> None:
         if not items:
             parent = descriptions[0] if descriptions else rdf.appendChild(_new(document, RDF, "rdf:Description"))
             own = parent.appendChild(_new(document, name.uri, f"{name.prefix}:{name.local}"))
-            languages = own.appendChild(_new(document, RDF, "rdf:Alt"))
+            languages: Any = own.appendChild(_new(document, RDF, "rdf:Alt"))
         else:
             languages = items[0].parentNode
         items = [languages.insertBefore(_new(document, RDF, "rdf:li"), languages.firstChild)]

@@ -433,7 +433,9 @@ def test_overflows_in_a_row_end_the_run(scenes_table):
         done = Step(torch.ones(()), learner.updater.update(torch.ones(()), 1e-3), [step], 1)
         if step < 6:
             learner.check([(step, done)])
-    with pytest.raises(UserError, match=r"gradients of 3 steps in a row, up to step 6, overflowed .*loss scale 2048\):"):
+    with pytest.raises(
+        UserError, match=r"gradients of 3 steps in a row, up to step 6, overflowed .*loss scale 2048\):"
+    ):
         learner.check([(6, done)])
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
