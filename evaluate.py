@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from captioning.models import weights_sha256 as weights_sha256
 from config import LONGEST, Captioning, UserError, default_decoding
 from data.skipped import BadPictures, check_overlap, pictures_seen
 from data.table import FLOOR, CaptionTable
@@ -46,7 +47,6 @@ from utils import (
     writable_directory,
     write_json,
 )
-from weights.file import weights_hash
 
 with contextlib.suppress(ImportError):  # only the command line needs it; a training machine may lack it
     import tyro
@@ -230,11 +230,6 @@ def evaluate_dataset(
     )
     sample_sheet(directory / "samples.png", captioned, table)
     return captioned, metrics
-
-
-def weights_sha256(model: ImageCaptionModel) -> str:
-    """SHA-256 of the weights in the model's file; for adapters only of these, even if they have been merged."""
-    return model.merged["sha256"] if model.merged else weights_hash(model.own_state())
 
 
 def about_decoding(model: ImageCaptionModel, decoding: dict[str, Any]) -> dict[str, str]:

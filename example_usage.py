@@ -38,7 +38,7 @@ import tyro
 from tqdm import tqdm
 
 from captioning.controls import Finish, Length, length_options, read_words
-from captioning.models import is_model, load_model, newest_model
+from captioning.models import is_model, load_model, newest_model, weights_sha256
 from config import LONGEST, Captioning, UserError
 from data.scenes import draw, make_scene
 from utils import choose_device, parse_flags, printable, run_script, shown
@@ -169,7 +169,7 @@ class CaptionConfig(Captioning, PictureOptions):  # dataclass takes the last one
         words = {"only_words": read_words(self.only_words)} if self.only_words else {}
         options = self.options(**words)
         beams = options.get("num_beams", 1)
-        return options | length_options(self.length, self.num_captions, beams, self.do_sample)
+        return options | length_options(self.length, self.num_captions, beams, self.do_sample, self.max_length)
 
 
 def print_captions(result: Result, several: bool, scores: bool) -> None:
@@ -301,8 +301,6 @@ def main() -> int:
     if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if output:
-        from evaluate import weights_sha256
-
         made_by = {"model": model_source, "weights": weights_sha256(model)[:16], "precision": config.precision}
         made_by |= {"max_length": min(LONGEST, model.config.text_positions)}
         made_by |= config.finish.recorded(config.decoding())

@@ -18,14 +18,16 @@ Length = Literal["short", "normal", "long"]
 LONG = 12  # tokens of a long caption, at least
 
 
-def length_options(length: Length, captions: int, beams: int, do_sample: bool) -> dict[str, Any]:
+def length_options(
+    length: Length, captions: int, beams: int, do_sample: bool, max_length: int | None = None
+) -> dict[str, Any]:
     """Options of caption_batch for shorter or longer captions: more beams with another length_penalty, or the shortest or
     longest of three times as many samples. {} for normal ones."""
     if length == "normal":
         return {}
     if do_sample:
         return {"num_return_sequences": 3 * captions, "keep": captions, "longest_first": length == "long"}
-    penalty, shortest = (0.0, 0) if length == "short" else (2.0, LONG)
+    penalty, shortest = (0.0, 0) if length == "short" else (2.0, min(LONG, max_length or LONG))
     return {"num_beams": max(beams, 2 * captions), "length_penalty": penalty, "min_length": shortest}
 
 

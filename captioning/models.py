@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from config import UserError
 from data.kinds import is_picture
-from weights.file import MODEL_FILE
+from weights.file import MODEL_FILE, weights_hash
 
 if TYPE_CHECKING:
     from model import ImageCaptionModel
@@ -49,3 +49,8 @@ def newest_model() -> str:
     if not found:
         raise UserError("no model here: train one (python main.py --preset demo), or name one with --model")
     return str(max(found, key=lambda path: path.stat().st_mtime))
+
+
+def weights_sha256(model: ImageCaptionModel) -> str:
+    """SHA-256 of the weights in the model's file; for adapters only of these, even if they have been merged."""
+    return model.merged["sha256"] if model.merged else weights_hash(model.own_state())

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from captioning.controls import Finish
+from captioning.models import load_model, weights_sha256
 from config import UserError
 from data.reading import MADE_BY
 from data.shards import pictures_in
@@ -81,16 +82,12 @@ class Work:
 
     def made_by(self, model: ImageCaptionModel) -> dict[str, Any]:
         """The model's hash and the settings, as they are written into each output."""
-        from evaluate import weights_sha256
-
         settings = {"precision": self.precision, **self.finish.recorded(self.decoding)}
         return {"model": self.model, "weights": weights_sha256(model)[:16], **settings}
 
     def load(self) -> ImageCaptionModel:
         """Load the model onto this process's device. Raises UserError if the output folder has captions of another model or
         of other settings."""
-        from captioning.models import load_model
-
         device = str(choose_device(self.device)[0])
         device = f"{device}:{rank('LOCAL_')[0]}" if device == "cuda" else device
         model = load_model(self.model, device, self.base_dir)

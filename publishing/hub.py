@@ -21,9 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from captioning.models import weights_sha256
 from config import UserError
 from data.scenes import draw, make_scene
-from evaluate import weights_sha256
 from model import ImageCaptionModel
 from publishing.card import Facts, layout_of, local, read_facts, scrubbed, write_card
 from publishing.config import UploadConfig

@@ -637,6 +637,26 @@ def test_a_model_on_nocaps_is_scored_by_domain(model_and_loader, scenes_dir, tmp
     assert again["cider_d_out_domain"] == pytest.approx(metrics["cider_d_out_domain"])
 
 
+def test_the_confidence_from_which_captions_are_right(model_and_loader, scenes_dir, tmp_path):
+    """The threshold that is found gives the precision that is promised when it is asked for."""
+    model, _ = model_and_loader
+    model.save_file(tmp_path / "m.safetensors")
+    arguments = ("m.safetensors", "--data-dir", scenes_dir, "--split", "train", "--max-length", "8", "--num-beams", "1")
+    run_evaluate(tmp_path, *arguments)
+    with (tmp_path / "evaluation/per_picture.csv").open() as file:
+        scores = sorted(float(row["cider_d"]) for row in csv.DictReader(file))
+    right = str(scores[len(scores) // 2])  # half of all captions are right
+    output = run_evaluate(tmp_path, *arguments, "--calibrate", "0.5", "--right", right)
+    found = json.loads((tmp_path / "evaluation/metrics.json").read_text())["calibrated"]
+    assert found["precision"] >= 0.5 and "calibrated  confidence" in output
+    assert (tmp_path / "evaluation/calibration.png").stat().st_size > 5000
+    output = run_evaluate(tmp_path, *arguments, "--min-confidence", str(found["threshold"]), "--right", right)
+    again = json.loads((tmp_path / "evaluation/metrics.json").read_text())["at_min_confidence"]
+    assert again == pytest.approx(found) and "at          confidence" in output
+    with pytest.raises(UserError, match="no threshold gives a precision of 1"):
+        run_evaluate(tmp_path, *arguments, "--calibrate", "1", "--right", str(scores[-1] + 1))
+
+
 def test_other_words_have_other_frequencies(tmp_path):
     """Frequencies of Stanford's words beside --tokenizer characters gave a CIDEr-D of neither."""
     CiderD([["a dog"], ["a cat"]]).save(tmp_path / "df.npz")

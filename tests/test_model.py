@@ -217,7 +217,7 @@ def test_flash_attention_is_left_alone_where_it_cannot_serve(flash_calls):
         function, reason = choose_attention("cuda", torch.float16)
     finally:
         attention_module.use_flash_attention(True)
-    assert flash_calls == [] and function is None and "not wanted" in reason
+    assert flash_calls == [] and function is None and "turned off" in reason
     function, reason = choose_attention("cuda", torch.float16, head_size=20)
     assert function is None and "heads of 20" in reason
 
@@ -294,7 +294,7 @@ def test_bad_model_files_get_one_line(tmp_path):
     wrong = weights | {"decoder.ln_f.weight": torch.zeros(5)}
     save_file(wrong, tmp_path / "shape.safetensors", metadata=metadata)
     for name, words in {
-        "text": "not a safetensors file",
+        "text": "not a readable safetensors file",
         "foreign": "not a model of this project",
         "list": "not a model of this project",
         "missing": "2 tensors missing: decoder.ln_f.bias, decoder.ln_f.weight",

@@ -242,7 +242,7 @@ def test_references_without_captions(tmp_path):
     """An IndexError, where the results had a picture."""
     (tmp_path / "r.json").write_text('[{"image_id": 1, "caption": "a"}]')
     (tmp_path / "k.json").write_text('{"annotations": []}')
-    with pytest.raises(UserError, match="no captions in it"):
+    with pytest.raises(UserError, match="it holds no captions"):
         matched(tmp_path / "r.json", tmp_path / "k.json")
 
 

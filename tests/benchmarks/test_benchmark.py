@@ -176,7 +176,7 @@ def test_the_metrics_benchmark_names_a_batch_that_is_too_large(tmp_path):
 def test_unknown_benchmarks_get_one_line(tmp_path):
     done = run("nothing", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.strip() == (
-        "error: usage: python benchmark.py data|machine|generate|folder|precision|metrics|train|race|golden|gpu (add --help for its flags)"
+        "error: usage: python benchmark.py data|machine|generate|folder|precision|metrics|train|race|golden|gpu|plan (add --help for its flags)"
     )
 
 

@@ -320,7 +320,9 @@ def test_a_whole_run(scenes_dir, pretrained, tmp_path, monkeypatch, merge):
     assert said == decode(whole.tokenizer, sequences)[0]
     publish(UploadConfig(repository="user/name", model_path=MODEL_FILE, base_dir=bases, run=Path("out"), dry_run=True))
     card = (tmp_path / "upload/user/name/README.md").read_text()
-    assert ("merges them" in card) != merge and "- someone/vit\n- someone/gpt2\n" in card and "| CIDEr-D |" in card
+    assert (
+        ("merges the adapters" in card) != merge and "- someone/vit\n- someone/gpt2\n" in card and "| CIDEr-D |" in card
+    )
     lines = read_log(tmp_path / "out" / "metrics.jsonl")
     means = [line["train_loss"] for line in lines if "train_loss" in line]
     assert len(means) == 2 and all(0 < mean < 20 for mean in means)

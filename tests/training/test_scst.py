@@ -10,10 +10,9 @@ import torch
 from conftest import tiny_config
 
 from config import PRESETS, UserError
-from data.tokenizer import decode
 from dataset import CaptionDataset, collate
 from model import ImageCaptionModel
-from scoring.clip import clip_scores
+from scoring.clip import Clip, clip_scores
 from scoring.tokens import tokenize
 from training.scst import END, SelfCritic, as_captions
 
@@ -81,24 +80,27 @@ def test_pac_s_and_the_mix_are_rewards(small, scenes_table, clip_folder):
     """PAC-S of each sample as evaluate.py --pac has it, nothing for a caption that breaks off; mix adds CIDEr-D. A damaged
     picture does not end the run."""
     model, _, config, critic = small
-    end, rows = model.config.end_token_id, np.array([3, 0, 3, 5])
-    texts = [scenes_table.captions_of(row)[0] for row in (3, 0, 1, 2)]
+    end, known, clip = model.config.end_token_id, scenes_table.captions().to_pylist()[:60], Clip(clip_folder, "cpu")
+    likeness = clip.captions(known) @ clip.pictures([scenes_table.picture(row) for row in range(12)]).T
+    captions = likeness.max(1).values.topk(4).indices.tolist()  # of random weights half of all are 0
+    rows, texts = likeness[captions].argmax(1).numpy(), [known[i] for i in captions]
     tokens = torch.full((4, 40), end)
     for i, text in enumerate(texts):
         ids = model.tokenizer.encode(text)
         tokens[i, : len(ids)] = torch.tensor(ids)
-    tokens[3, ids.index(ids[-1]) :] = ids[-1]  # the last one never ends
-    texts[3] = decode(model.tokenizer, tokens[3:])[0]
+    never_ends = tokens[3:].clone()
+    never_ends[0, len(ids) :] = ids[-1]
     pictures = [scenes_table.picture(row) for row in rows.tolist()]
     pac = clip_scores(texts, pictures, model=clip_folder, metric="pac", progress=False).per_picture["pac_score"]
     assert pac.min() > 0, "or nothing is compared"
-    expected = {"pac_s": pac * [1, 1, 1, 0]}
+    expected = {"pac_s": pac}
     expected["mix"] = expected["pac_s"] + critic.score(model, rows, tokens)
     for reward, scores in expected.items():
         critic = SelfCritic(scenes_table, dataclasses.replace(config, reward=reward, pac=str(clip_folder)), 16, CPU)
         np.testing.assert_allclose(critic.score(model, rows, tokens), scores, rtol=1e-5)
-        again = critic.score(model, rows, tokens)  # from the embeddings that were kept
-        np.testing.assert_array_equal(again, critic.score(model, rows, tokens))
+        np.testing.assert_array_equal(critic.score(model, rows, tokens), critic.score(model, rows, tokens))
+    of_pac = dataclasses.replace(critic.config, reward="pac_s")
+    assert not SelfCritic(scenes_table, of_pac, 16, CPU).score(model, rows[3:], never_ends).any()
     lost = dataclasses.replace(scenes_table, root=scenes_table.root / "gone")
     assert not SelfCritic(lost, critic.config, 16, CPU).pictures(critic.clip, rows).any()
 
