@@ -577,7 +577,7 @@ class TrainConfig(
         ):
             raise UserError("lora and qlora adapt a pretrained model: add --init pretrained, or --init-model")
         if self.prompt and self.init_model:
-            raise UserError("the prompt comes with init_model: leave prompt out")
+            raise UserError("init_model has its own prompt: leave out --prompt")
         try:
             re.compile(self.lora_targets)
         except re.error as error:

@@ -80,8 +80,8 @@ class Printed(io.FileIO):
 
 
 def open_streams(goes_on: bool) -> None:
-    """Make sure that printing never ends a script. A closed stream is opened on os.devnull, a character that the
-    console's encoding lacks is replaced, and Printed handles failing writes."""
+    """Make sure that printing never crashes a script: open closed streams on os.devnull, replace characters that the
+    console cannot show, and let Printed handle failing writes. goes_on: the script continues without a reader."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # else printed text would go into a file opened later
         pass
     os.close(number)

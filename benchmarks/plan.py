@@ -62,7 +62,7 @@ class PlanBenchmark:
             "pictures": ("pictures a second", "{:,.0f}"),
             "cores": ("CPU cores to decode them", "{:,.0f}"),
             "failures": ("failures expected", "{:.3f}"),
-            "lost_gpu_hours": ("lost by a failure, GPU-hours", "{:.4f}"),
+            "lost_gpu_hours": ("lost by a failure, GPU-hours", "{:,.4g}"),
         }
         print(f"{self.pairs:,.0f} pictures with {self.gpus} GPUs, {self.shard:,} pictures a shard\n")
         print("| | captioning | training, one pass |\n|---|---|---|")

@@ -108,8 +108,8 @@ class CaptionFile:
                 self.made_by = dict(json_of(self.about.read_text(encoding="utf-8-sig")))
 
     def begin(self, made_by: dict[str, Any], overwrite: bool = False) -> int:
-        """Record the model and the settings. overwrite deletes all existing captions and returns the number of their
-        pictures. Raises UserError where the existing captions were made by another model or with other settings."""
+        """Record the model and the settings. With overwrite, delete all existing captions. Returns how many pictures lost
+        their captions. Raises UserError if captions of another model or other settings exist and overwrite is False."""
         there, before = len(self.done), self.made_by or made_by
         if there and not overwrite:
             other = [name for name in before | made_by if before.get(name) != made_by.get(name)]

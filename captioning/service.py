@@ -110,7 +110,7 @@ class Captioner:
                         request.captions.set_exception(error)
 
     def _next(self) -> list[Request]:
-        """The next batch, without the requests of clients that have left."""
+        """Wait for requests, and return the next batch; requests of clients that disconnected are dropped."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting)
             group = self.waiting[0].group
@@ -236,7 +236,7 @@ def caption_folder(
 
 
 def _patiently(captioner: Captioner, source: Source, options: dict[str, Any]) -> Future[list[Caption]]:
-    """Submit as soon as the queue has room; the error of a picture that cannot be read comes as its result."""
+    """Wait until the queue has room, then submit. If the picture cannot be read, the future raises the UserError."""
     while True:
         try:
             return captioner.submit(str(source.path), source.name, options)

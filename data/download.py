@@ -211,7 +211,9 @@ def _fetch(archive: Archive, url: str, root: Path) -> None:
     target, part = root / archive.name, root / f"{archive.name}.part"
     if target.exists():
         if _size(target) != archive.size or _sha256(target) != archive.sha256:
-            raise UserError(f"{target} is not COCO's archive (size or SHA-256 differs): move it away and run again")
+            raise UserError(
+                f"{target} is not COCO's archive (size or SHA-256 differs): delete it, and run again to download it"
+            )
         return
     if _size(part) > archive.size:
         os.truncate(part, archive.size)
@@ -321,7 +323,9 @@ def _unpack(archive: Archive, root: Path) -> None:
             target.rmdir()  # an empty one, or _is_unpacked would have raised before
         (staging / archive.folder).rename(target)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{source} cannot be unpacked ({reason(error)}): move it away and run again") from None
+        raise UserError(
+            f"{source} cannot be unpacked ({reason(error)}): delete it, and run again to download it"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -49,8 +49,8 @@ class Pixels:
     def __init__(
         self, table: CaptionTable, size: int, keep: Keep = "no", progress: bool = True, resample: str = "bicubic"
     ) -> None:
-        """Decode everything now, in threads, and cache it in memory or in a file that later runs and other processes
-        share; or, with keep="no", decode each picture on request."""
+        """keep="no": decode each picture on request. keep="memory" or "disk": decode all pictures now, in threads, and
+        cache them in memory, or in a file shared with other processes and later runs. size: side in pixels."""
         self.table, self.size, self.progress, self.resample = table, size, progress, resample
         self.bad: dict[int, str] = {}
         """Row -> what is wrong, for rows that cannot be decoded."""

@@ -156,8 +156,8 @@ class Names:
         return found[0][0] if len(found) == 1 else None
 
     def first_folder(self, folders: Sequence[str], names: Iterable[str]) -> str:
-        """The first of the folders below the root that has one of the first hundred names, or else one in another
-        spelling; as a prefix with "/", or "" if none has."""
+        """Find the folder below the root that has the pictures: the first one with a file of one of the first hundred
+        names, or else with a file whose name is spelled differently. Returns "folder/", or "" if there is none."""
         hundred = [name for name in itertools.islice(names, 100) if stays_inside(name)]
         for is_there in (lambda path: os.path.isfile(self.root / path), self.match):
             for folder in folders:

@@ -180,7 +180,7 @@ class English:
         return frozenset(" ".join(self.synsets.get(one, "") for one in (word, *bases)).split())
 
     def stages_of(self, one: str, other: str) -> list[int]:
-        """The stages at which two words match."""
+        """The stages of METEOR (exact, stem, synonym) at which two words match, as numbers."""
         if one == other:
             return [EXACT]
         if (one, other) not in self.stages:

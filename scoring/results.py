@@ -323,7 +323,10 @@ def compare(
     subset: bool = False,
     tokenizer: str = "ptb",
 ) -> dict[str, Any]:
-    """Compare results b with results a on the same pictures; print a table and return it."""
+    """Test whether results b are better than results a on the same pictures; print a table, and return its values.
+
+    frequencies: document frequencies for CIDEr-D; subset: accept results for only some of the references' pictures.
+    """
     names, ours, known, facts, _ = matched(a, references, subset)
     others, theirs, _, other_facts, _ = matched(b, references, subset)
     if names != others:

@@ -161,7 +161,7 @@ TINY += " --decoder-num-layers 1 --decoder-num-heads 2 --device cpu"
 ELSEWHERE = {
     "python main.py --preset demo": "the slow test below",
     "python main.py --preset img2gpt": "Flickr30k, pretrained models: test_adapters.py",
-    "python main.py --precision bf16 --compile": "COCO",
+    "python main.py --precision bf16 --init": "COCO",
     "python main.py --dataset karpathy": "COCO",
     "python main.py --data-dir my_photos --init pretrained": "pretrained models: test_pretrained.py",
     "python main.py --objective scst --reward": "PAC-S: test_scst.py",

@@ -195,8 +195,8 @@ def is_language_model(source: str) -> bool:
 
 
 def interpolate(positions: Tensor, side: int, antialias: bool = False) -> Tensor:
-    """Interpolate position embeddings (1, P or P + 1, D) of a square grid bicubically to side x side patches; that of a
-    class token is unchanged."""
+    """Interpolate the position embeddings (1, P, D) of a square grid of P patches bicubically to side x side patches. With
+    a class token (1, P + 1, D), its embedding stays unchanged."""
     old = math.isqrt(positions.shape[1])
     if old == side:
         return positions

@@ -185,7 +185,7 @@ def test_what_cannot_be_is_refused_in_one_line(bases, tmp_path, monkeypatch):
         TrainConfig(merge=True)
     with pytest.raises(UserError, match="is not a regular expression"):
         TrainConfig(lora_targets="(")
-    with pytest.raises(UserError, match="the prompt comes with init_model"):
+    with pytest.raises(UserError, match="init_model has its own prompt"):
         TrainConfig(init_model="x", prompt="a photo of")
     for changes in ({"lora_targets": "nothing"}, {"lora_targets": "encoder.*", "freeze": ("encoder",)}):
         with pytest.raises(UserError, match="matches no pretrained linear layer"):
