@@ -443,4 +443,4 @@ def serve(config: AppConfig, uploads: Uploads) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, goes_on=True)
+    run_script(main, without_reader=True)

@@ -162,7 +162,7 @@ class CaptionDataset(Dataset[Sample]):
     def keep_on(self, device: torch.device) -> None:
         """Move the cached pictures to the device; batches then hold crop positions, and Batch.to crops there. Raises
         UserError if a GPU has no room for them."""
-        cached = self.pixels.kept
+        cached = self.pixels.cached
         assert cached is not None
         if device.type == "cuda" and cached.numel() > (free := torch.cuda.mem_get_info(device)[0]):
             raise UserError(

@@ -55,7 +55,7 @@ SEED = 0  # of sampling
 COLUMNS = ("rows", "captions", "references", "cut", "several", "confidences")  # of Captioned
 
 
-def caption_loader(
+def caption_batches(
     model: ImageCaptionModel,
     dataloader: DataLoader[Any],
     tokenizer: PreTrainedTokenizerFast,
@@ -116,7 +116,7 @@ def evaluate_captions(
     """All metrics of a model on a loader, as fractions (CIDEr-D on its own scale of 0 to 10)."""
     device = torch.device(device)
     dtype, _ = choose_precision("auto", device)
-    return caption_loader(model.to(device), dataloader, tokenizer, device, dtype, **decoding).metrics()
+    return caption_batches(model.to(device), dataloader, tokenizer, device, dtype, **decoding).metrics()
 
 
 def evaluate(
@@ -198,7 +198,7 @@ def evaluate_dataset(
     bad = bad or BadPictures(directory / "bad_samples.csv", [dataset.table])
     loader = make_dataloader(dataset, batch_size, **world.share)
     asked = {"return_scores": True} | decoding
-    captioned = caption_loader(model, loader, model.tokenizer, device, dtype, world.main, world, **asked)
+    captioned = caption_batches(model, loader, model.tokenizer, device, dtype, world.main, world, **asked)
     loss, shuffled = (caption_loss(model, loader, device, dtype, shuffle, world) for shuffle in (False, True))
     if not world.main:
         return captioned, {}

@@ -78,4 +78,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, goes_on=True)
+    run_script(main, without_reader=True)

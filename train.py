@@ -27,7 +27,7 @@ from config import TrainConfig, UserError
 from data.scenes import mark, scene_from_dict, score_scenes
 from data.tokenizer import decode
 from dataset import make_dataloader
-from evaluate import caption_loader, caption_loss, evaluate_dataset
+from evaluate import caption_batches, caption_loss, evaluate_dataset
 from model import ImageCaptionModel, use_flash_attention
 from scoring.results import MoreScores, print_metrics
 from training.checkpoint import clean, final_checkpoint, put_aside, training_in
@@ -276,7 +276,7 @@ def learn(job: Job) -> int | None:
 def workers_of(job: Job) -> int:
     """The number of worker processes that prepare this process's training pictures; 0 if no preparation is needed."""
     config, pixels = job.config, job.datasets["train"].pixels
-    at_hand = pixels.kept is not None and config.augmentation.moves_pixels_only
+    at_hand = pixels.cached is not None and config.augmentation.moves_pixels_only
     cores = max(1, (os.cpu_count() or 1) // job.world.local_size)
     return 0 if at_hand else min(16, cores, config.num_workers)
 
@@ -304,7 +304,7 @@ def validate_captions(job: Job, model: ImageCaptionModel) -> dict[str, float]:
     batches = -(-min(len(val), config.val_pictures) // config.batch_size)
     loader = make_dataloader(val, config.batch_size, last_step=batches, **world.share)
     greedy = {"num_beams": 1, "max_length": job.caption_length}
-    captioned = caption_loader(model, loader, model.tokenizer, job.device, job.dtype, False, world, **greedy)
+    captioned = caption_batches(model, loader, model.tokenizer, job.device, job.dtype, False, world, **greedy)
     if not captioned.captions:
         return {}
     captioned.tokenizer = job.words

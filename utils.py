@@ -54,9 +54,9 @@ def module_file(name: str) -> Path:
 
 class Printed(io.FileIO):
     """A script's output stream. Output that cannot be written (the pipe's reader exited, the disk is full, the terminal
-    was closed) is dropped. The first failure raises an error, unless `goes_on`: then the script continues."""
+    was closed) is dropped. The first failure raises an error, unless `without_reader`: then the script continues."""
 
-    goes_on = failed = False
+    without_reader = failed = False
     lost: ClassVar[str] = ""
     """Why standard output is dropped; empty if it is not."""
 
@@ -73,15 +73,15 @@ class Printed(io.FileIO):
             self.failed = True
             if self.fileno() == 1:
                 Printed.lost = str(error.strerror)
-                if not self.goes_on:
+                if not self.without_reader:
                     raise
                 print(f"nothing more can be printed ({error.strerror}): continuing without output", file=sys.stderr)
         return len(content)
 
 
-def open_streams(goes_on: bool) -> None:
+def open_streams(without_reader: bool) -> None:
     """Make sure that printing never crashes a script: open closed streams on os.devnull, replace characters that the
-    console cannot show, and let Printed handle failing writes. goes_on: the script continues without a reader."""
+    console cannot show, and let Printed handle failing writes. without_reader: the script continues without a reader."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # else printed text would go into a file opened later
         pass
     os.close(number)
@@ -90,17 +90,17 @@ def open_streams(goes_on: bool) -> None:
         old = getattr(sys, name) or os.fdopen(number, "w", encoding="utf-8")
         if old is getattr(sys, f"__{name}__") and isinstance(getattr(old.buffer, "raw", old.buffer), io.FileIO):
             raw, lines = Printed(number, "w", closefd=False), old.line_buffering or old.write_through
-            raw.goes_on = goes_on
+            raw.without_reader = without_reader
             old = io.TextIOWrapper(io.BufferedWriter(raw), old.encoding, "replace", line_buffering=lines)
         setattr(sys, name, old)
 
 
-def run_script(main: Callable[[], int | None], goes_on: bool = False) -> None:
+def run_script(main: Callable[[], int | None], without_reader: bool = False) -> None:
     """Run a script's main: a UserError becomes one line and exit code 2, Ctrl-C exit code 130. --debug: show tracebacks.
 
-    goes_on: the script does more than print, so it continues when its output can no longer be written."""
+    without_reader: the script does more than print, so it continues when its output can no longer be written."""
     debug = "--debug" in sys.argv
-    open_streams(goes_on)
+    open_streams(without_reader)
     try:
         try:
             code = main()
@@ -283,7 +283,7 @@ def clear_left(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic(path: Path) -> Iterator[Path]:
     """Write a file atomically: yield a new, empty file, which replaces the path when the block succeeds and is deleted
     when it fails.
 
@@ -301,7 +301,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    with whole(path) as unfinished:
+    with atomic(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
@@ -312,7 +312,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]], line_end: str = "\r\n") -> None:
     """Write a CSV file atomically."""
-    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+    with atomic(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator=line_end).writerows(rows)
 
 
@@ -344,7 +344,7 @@ def put_in_place(source: Path, target: Path) -> Path | None:
         return None
     previous = target.with_name(f"{target.stem}.previous{target.suffix}")
     clear_left(target)
-    with whole(target) as unfinished:
+    with atomic(target) as unfinished:
         shutil.copyfile(source, unfinished)
         sync(unfinished)  # slow, so it comes before the target is renamed
         try:
@@ -446,12 +446,12 @@ def stamps(paths: list[Path]) -> list[tuple[str, int, int]]:
     return [(str(path.absolute()), (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]
 
 
-def kept_file(kind: str, owner: Any, key: str) -> Path:
+def cache_file(kind: str, owner: Any, key: str) -> Path:
     """The cache file for this key. Files with the same kind and owner but other keys are older versions of it."""
     return cache_dir() / f"{kind}-{key_of(owner)}-{key}"
 
 
-def forget_older(path: Path) -> None:
+def delete_older(path: Path) -> None:
     """Delete the older versions of a cache file."""
     for other in path.parent.glob(f"{path.name.rpartition('-')[0]}-*"):
         if not other.name.startswith(path.name) and not other.name.endswith((".part", ".lock")):

@@ -21,7 +21,7 @@ from config import NUM_BEAMS, UserError, ViTGPT2Config
 from data.skipped import check_overlap
 from dataset import CaptionDataset, load_table, load_tokenizer, make_dataloader
 from decoding.packed import Int8Linear, Precision, available, how_int8, pack
-from evaluate import caption_loader
+from evaluate import caption_batches
 from model import ImageCaptionModel
 from scoring.metrics import interval_of, resampled_sums
 from training.estimates import step_operations
@@ -293,7 +293,7 @@ class PrecisionBenchmark:
                 if name == BY_RUNTIME:
                     options["engine"], size = find_engine("int8", after=0), max(1, MOST_ROWS // beams)
                 captioned = [
-                    caption_loader(model, make_dataloader(part, size), model.tokenizer, device, dtype, **options)
+                    caption_batches(model, make_dataloader(part, size), model.tokenizer, device, dtype, **options)
                     for part in tqdm(parts, f"{beams} beams, {name}", leave=False)
                 ]
                 scores[name].append(np.concatenate([part.statistics.per_picture()["cider_d"] for part in captioned]))

@@ -31,7 +31,7 @@ from config import PRESETS, TrainConfig, UserError, ViTGPT2Config
 from data.skipped import BadPictures
 from data.table import make_table
 from dataset import Batch, CaptionDataset, load_tokenizer, make_dataloader
-from evaluate import caption_loader, caption_loss
+from evaluate import caption_batches, caption_loss
 from model import ImageCaptionModel, choose_attention, use_flash_attention
 from training.adapters import adapt, check_adapters
 from training.distributed import ALONE
@@ -431,7 +431,7 @@ def race(racer: str, config: TrainConfig, seconds: float, folder: Path, pipe: Co
         job.model.tokenizer.save_pretrained(folder / "trained")
         job.model.load_state_dict(read_transformers(folder / "trained").tensors)
     loader = make_dataloader(job.datasets["val"], 64)
-    captioned = caption_loader(job.model, loader, job.model.tokenizer, device, dtype, progress=False)
+    captioned = caption_batches(job.model, loader, job.model.tokenizer, device, dtype, progress=False)
     metrics = captioned.metrics()
     names = ("bleu_4", "cider_d", "unique_captions")
     loss = caption_loss(job.model, loader, device, dtype)

@@ -32,7 +32,7 @@ from data.kinds import is_picture
 from data.pictures import PictureSource, decode
 from data.reading import MADE_BY, file_names
 from data.sidecars import has_caption, texts_beside
-from utils import first_line, in_one_line, json_of, shown, whole, write_json, write_text
+from utils import atomic, first_line, in_one_line, json_of, shown, write_json, write_text
 
 PANEL = 360  # pixels of the longer side of a picture in a figure
 
@@ -280,7 +280,7 @@ def draw_words(path: Path, source: PictureSource, caption: Caption, config: ViTG
         axes.imshow(pixels * (0.15 + 0.85 * heat[..., None]))
         axes.contour(heat, levels=[0.5], colors="white", linewidths=1)
         axes.set_title(shown(word), size=12, parse_math=False)
-    with whole(path if path.suffix else path.with_suffix(".png")) as unfinished:
+    with atomic(path if path.suffix else path.with_suffix(".png")) as unfinished:
         figure.savefig(unfinished, format=path.suffix[1:] or "png", dpi=110)
 
 

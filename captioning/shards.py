@@ -26,7 +26,7 @@ from captioning.models import load_model, weights_sha256
 from config import UserError
 from data.reading import MADE_BY
 from data.shards import pictures_in
-from utils import choose_device, in_one_line, json_of, whole, writable_directory, write_json
+from utils import atomic, choose_device, in_one_line, json_of, writable_directory, write_json
 
 if TYPE_CHECKING:  # modules that import torch are imported late, so that --help does not wait for it
     from captioning.pipeline import Result
@@ -117,7 +117,7 @@ class Work:
             keys, source = open_shard(shard)
             options = {"precision": self.precision, "scores": True, **self.decoding}
             results = self.finish(caption_pictures(model, keys, batch_size=self.batch_size, source=source, **options))
-            with whole(target) as unfinished:
+            with atomic(target) as unfinished:
                 WRITERS[self.format](unfinished, shard, counted(results), self.made_by(model))
         except UserError as error:  # the other shards are still captioned
             return Done(shard.name, error=str(error))

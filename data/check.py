@@ -47,7 +47,7 @@ from data.pixels import in_threads
 from data.reading import Names
 from data.sources import load_tables
 from data.table import CaptionTable
-from utils import in_one_line, parse_flags, whole, writable_directory, write_csv, write_json
+from utils import atomic, in_one_line, parse_flags, writable_directory, write_csv, write_json
 
 SIZE, GRID = 64, 8  # pixels and grid cells per side of the copy that is compared
 MAX_DISTANCE = 4  # bits
@@ -409,7 +409,7 @@ def draw_lengths(path: Path, captions: dict[str, Any]) -> None:
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    with whole(path) as unfinished:
+    with atomic(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=120)
 
 
@@ -434,7 +434,7 @@ def draw_duplicates(path: Path, report: Report) -> None:
             label = name if len(name) <= 34 else f"{name[:16]}…{name[-16:]}"
             axes.set_xlabel(f"{part}: {label}", size=8, parse_math=False)
             axes.set(xticks=[], yticks=[])
-    with whole(path) as unfinished:
+    with atomic(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=90)
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from config import Augmentation, UserError
 from data.pictures import crop, load_picture
 from data.table import CaptionTable
-from utils import forget_older, kept_file, key_of, locked, stamps, unfinished_of, whole
+from utils import atomic, cache_file, delete_older, key_of, locked, stamps, unfinished_of
 
 Keep = Literal["no", "memory", "disk"]
 VERSION = 2  # of the pictures cached on disk: increase it when load_picture gives other pixels
@@ -54,7 +54,7 @@ class Pixels:
         self.table, self.size, self.progress, self.resample = table, size, progress, resample
         self.bad: dict[int, str] = {}
         """Row -> what is wrong, for rows that cannot be decoded."""
-        self.kept: Tensor | None = None
+        self.cached: Tensor | None = None
         """All pictures, uint8 (N, 3, size, size), if they are cached."""
         self.file = Path()
         """The cache file, if they are cached on disk."""
@@ -62,18 +62,18 @@ class Pixels:
         """CRC-32 of each picture in the cache file."""
         self.unchecked = np.ones(len(table), bool)
         if keep == "memory":
-            self.kept = torch.empty(len(table), 3, size, size, dtype=torch.uint8)
-            self._decode_into(self.kept, range(len(table)))
+            self.cached = torch.empty(len(table), 3, size, size, dtype=torch.uint8)
+            self._decode_into(self.cached, range(len(table)))
         elif keep == "disk":
-            self._map(kept_file("pixels", [str(table.root.absolute()), table.name, table.split, size], self._key()))
+            self._map(cache_file("pixels", [str(table.root.absolute()), table.name, table.split, size], self._key()))
 
     def __getitem__(self, row: int) -> Tensor:
         """One picture. Raises UserError, which names it, if it cannot be decoded."""
         if row in self.bad:
             raise UserError(self.bad[row])
-        if self.kept is not None:
+        if self.cached is not None:
             self.check(row)
-            return self.kept[row]
+            return self.cached[row]
         try:
             return self._load(row)
         except UserError as error:
@@ -84,12 +84,12 @@ class Pixels:
         """Decode a picture again if its cached bytes have changed on disk. Checks each picture once."""
         if self.sums is None or not self.unchecked[row]:
             return
-        assert self.kept is not None
-        if zlib.crc32(self.kept[row].numpy().data) != self.sums[row]:
+        assert self.cached is not None
+        if zlib.crc32(self.cached[row].numpy().data) != self.sums[row]:
             with contextlib.suppress(OSError):  # another process was first, or Windows refuses: it is mapped
                 self.file.unlink()
                 print(f"cache       {self.file} is damaged and deleted: this run decodes its damaged pictures again")
-            self.kept[row] = self._load(row)
+            self.cached[row] = self._load(row)
         self.unchecked[row] = False
 
     def check_all(self) -> None:
@@ -145,12 +145,12 @@ class Pixels:
                             f"no room to cache {needed / 1e9:.1f} GB of pictures in {path.parent} ({free / 1e9:.1f} GB "
                             "are free): run without --cache, or set VIT_GPT2_CACHE to a folder on another disk"
                         )
-                    with whole(path) as unfinished:
+                    with atomic(path) as unfinished:
                         reserve(unfinished, needed)
                         pictures, sums = self._mapped(unfinished, "r+")
                         self._decode_into(torch.from_numpy(pictures), range(number))
                         sums[:] = [BAD if row in self.bad else zlib.crc32(pictures[row]) for row in range(number)]
-                    forget_older(path)
+                    delete_older(path)
                     print(f"cache       {path} ({needed / 1e9:.1f} GB, may be deleted at any time)")
             # Copy on write: pages are shared with every process, and torch is spared a warning about read-only memory.
             pictures, self.sums = self._mapped(path, "c")
@@ -159,9 +159,9 @@ class Pixels:
                 f"pictures cannot be cached in {path.parent} ({error.strerror or error}): run without --cache, or set "
                 "VIT_GPT2_CACHE to another folder"
             ) from None
-        self.file, self.kept = path, torch.from_numpy(pictures)
+        self.file, self.cached = path, torch.from_numpy(pictures)
         self.unchecked[:] = True
-        self._decode_into(self.kept, np.flatnonzero(self.sums == BAD).tolist())  # the error may have been temporary
+        self._decode_into(self.cached, np.flatnonzero(self.sums == BAD).tolist())  # the error may have been temporary
 
     def _mapped(self, path: Path, mode: Literal["r+", "c"]) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
         """The file's pictures, (N, 3, size, size), and the checksums after them, (N,)."""

@@ -33,7 +33,7 @@ from data.layouts import LAYOUTS, pictures_below
 from data.reading import Names, clean_all, file_names, id_or_name, is_text, reason, split_of, split_word, unusable
 from data.shards import shards_below
 from data.table import FLOOR, SPLITS, CaptionTable, LeftOut, Row
-from utils import ask_hub, forget_older, kept_file, key_of, stamps, whole
+from utils import ask_hub, atomic, cache_file, delete_older, key_of, stamps
 
 VERSION = 3  # of the tables cached on disk: increase it when a reader or the columns change
 USUAL = Columns()
@@ -173,7 +173,7 @@ def _packed(name: str, root: Path, files: list[Path], columns: Columns, floor: i
         return _settled(LAYOUTS[name].read(root, files, columns), files[0], floor)
     folders = stamps([path for pattern in ("*/", "*/*/") for path in sorted(root.glob(pattern))])
     key = key_of(VERSION, dataclasses.astuple(columns), stamped, folders)
-    cached = kept_file("table", [name, str(root.absolute())], key)
+    cached = cache_file("table", [name, str(root.absolute())], key)
     try:
         return table.read_table(cached)
     except (OSError, pa.ArrowException, KeyError, ValueError):
@@ -181,9 +181,9 @@ def _packed(name: str, root: Path, files: list[Path], columns: Columns, floor: i
     rows, about = _settled(LAYOUTS[name].read(root, files, columns), files[0], floor)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with whole(cached) as unfinished:
+        with atomic(cached) as unfinished:
             table.write_table(rows, unfinished, about)
-        forget_older(cached)
+        delete_older(cached)
         return table.read_table(cached)
     except OSError:
         return rows, about  # no disk space, or no writable home: the next run reads the data again

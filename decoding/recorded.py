@@ -41,18 +41,18 @@ class RecordedEncoder:
 
     def __init__(self, encode: Callable[[Tensor], Tensor]) -> None:
         self.encode = encode
-        self.kept: tuple[Tensor, torch.cuda.CUDAGraph, Tensor] | None = None
+        self.cached: tuple[Tensor, torch.cuda.CUDAGraph, Tensor] | None = None
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
         """pixel_values (N, 3, S, S) -> (N, P + 1, D)."""
         if len(pixel_values) > FEW or pixel_values.device.type != "cuda":
             return self.encode(pixel_values)
-        recorded = self.kept
+        recorded = self.cached
         if recorded is None or (recorded[0].shape, recorded[0].dtype) != (pixel_values.shape, pixel_values.dtype):
-            self.kept = None
+            self.cached = None
             pixels = pixel_values.clone()
             with torch.cuda.device(pixels.device):
-                self.kept = recorded = (pixels, *record(lambda: self.encode(pixels)))
+                self.cached = recorded = (pixels, *record(lambda: self.encode(pixels)))
         pixels, graph, hidden = recorded
         pixels.copy_(pixel_values)
         graph.replay()
@@ -80,7 +80,7 @@ class RecordedDecoder(nn.Module):
         super().__init__()
         self.decoder, self.config = decoder, decoder.config
         self.look, self.head, self.cross_attentions = decoder.look, decoder.head, decoder.cross_attentions
-        self.kept: dict[Any, StaticCache] = {}
+        self.cached: dict[Any, StaticCache] = {}
         """The caches by shape, the last used one at the end."""
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
@@ -92,24 +92,24 @@ class RecordedDecoder(nn.Module):
         cross = self.look(encoder_hidden_states)
         max_length = -(-max_length // 8) * 8  # attention copies a mask whose length is not a multiple of 8
         shape = (rows, max_length, cross[0][0].shape)
-        if cached := self.kept.pop(shape, None):
+        if cached := self.cached.pop(shape, None):
             for old, new in zip(cached.cross, cross, strict=True):
                 for part, now in zip(old, new, strict=True):
                     part.copy_(now)
             for states in cached.own:  # the mask hides earlier numbers, but not a NaN
                 states.zero_()
             cached.length = 0
-            self.kept[shape] = cached
+            self.cached[shape] = cached
             return cached
-        while len(self.kept) >= SHAPES:
-            self.kept.pop(next(iter(self.kept)))  # before the new one is made, as memory may not hold both
+        while len(self.cached) >= SHAPES:
+            self.cached.pop(next(iter(self.cached)))  # before the new one is made, as memory may not hold both
         cache, device = self.decoder.cache_of(cross, rows, max_length), encoder_hidden_states.device
         tokens, place = (torch.zeros(number, dtype=torch.int64, device=device) for number in ((rows, 1), (1,)))
         fresh = StaticCache(cache.cross, cache.own, tokens=tokens, place=place)
         if device.type == "cuda":
             with torch.cuda.device(device):  # recording writes to position 0, which the first token overwrites
                 fresh.graph, fresh.logits = record(lambda: self.decoder.static_step(fresh))
-        self.kept[shape] = fresh
+        self.cached[shape] = fresh
         return fresh
 
     def next_logits(self, tokens: Tensor, cache: DecoderCache) -> Tensor:

@@ -29,7 +29,7 @@ from publishing.card import Facts, layout_of, local, read_facts, scrubbed, write
 from publishing.config import UploadConfig
 from publishing.space import SPACE_FILES, write_space
 from training.run import Run
-from utils import ROOT, check_tokens, first_line, json_of, module_file, new_folder, printable, whole, write_json
+from utils import ROOT, atomic, check_tokens, first_line, json_of, module_file, new_folder, printable, write_json
 from weights.file import MODEL_FILE
 from weights.huggingface import MARKER, WRITTEN, write_transformers
 from weights.remote import MODULE
@@ -410,7 +410,7 @@ class Stage:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Hard-link a file, or copy it; the target is written atomically."""
-    with whole(target) as unfinished:
+    with atomic(target) as unfinished:
         unfinished.unlink()
         try:
             os.link(source, unfinished)

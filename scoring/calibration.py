@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config import UserError
-from utils import whole
+from utils import atomic
 
 FEWEST = 30  # captions that a precision is computed from
 
@@ -116,5 +116,5 @@ def draw(path: Path, points: Sequence[Point], chosen: Point, level: float, score
         ylabel=f"precision: {score} of {level:g} or more",
     )
     axes.grid(alpha=0.3)
-    with whole(path) as unfinished:
+    with atomic(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=120)

@@ -27,7 +27,7 @@ from config import UserError
 from scoring.ngrams import MAX_N, Floats, Integers, References, Table, Vocabulary, sum_by
 from scoring.tokens import characters as characters
 from scoring.tokens import tokenize as tokenize
-from utils import first_line, json_of, whole
+from utils import atomic, first_line, json_of
 
 Caption: TypeAlias = str | Sequence[str]
 
@@ -241,7 +241,7 @@ class CiderD:
         for n in range(MAX_N):
             arrays |= {f"keys_{n + 1}": vocabulary.keys[n], f"numbers_{n + 1}": vocabulary.numbers[n]}
             arrays[f"pictures_with_{n + 1}"] = self._pictures_with[n]
-        with whole(path) as unfinished, unfinished.open("wb") as file:
+        with atomic(path) as unfinished, unfinished.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub expects its flags
 
     @classmethod

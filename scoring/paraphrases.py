@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config import UserError
-from utils import forget_older, kept_file, key_of, locked, stamps, whole
+from utils import atomic, cache_file, delete_older, key_of, locked, stamps
 
 LONGEST = 7
 """Longest phrase of the table, in words."""
@@ -31,14 +31,14 @@ class Paraphrases:
         Raises UserError where the table cannot be read or the index cannot be written to the cache.
         """
         try:
-            path = kept_file("paraphrases", str(table.absolute()), key_of(VERSION, stamps([table])))
+            path = cache_file("paraphrases", str(table.absolute()), key_of(VERSION, stamps([table])))
             path.parent.mkdir(parents=True, exist_ok=True)
             with locked(path.with_name(f"{path.name}.lock")):
                 if not self._map(path):
                     print(f"cache       indexing METEOR's paraphrases, once, in {path}", flush=True)
-                    with whole(path) as unfinished:
+                    with atomic(path) as unfinished:
                         _write_index(table, unfinished)
-                    forget_older(path)
+                    delete_older(path)
                     self._map(path)
         except (OSError, EOFError, ValueError, zlib.error) as error:
             raise UserError(

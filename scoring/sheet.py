@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from utils import shown, whole
+from utils import atomic, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +28,7 @@ def contact_sheet(
     path: Path, pictures: Sequence[Tensor], captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> None:
     """Write pictures (uint8 (3, S, S)) in a grid, each with its caption and, in grey, two references, to a PNG file."""
-    with whole(path) as unfinished:
+    with atomic(path) as unfinished:
         draw_sheet(pictures, captions, references).savefig(unfinished, format="png", dpi=90)
 
 

@@ -23,7 +23,7 @@ import torch
 from tiny import tiny_config
 
 from config import PRESETS, TrainConfig, ViTGPT2Config
-from training.checkpoint import load_checkpoint, newest_whole
+from training.checkpoint import load_checkpoint, newest_complete
 from utils import file_hash, read_log, run_script
 from weights.file import MODEL_FILE
 
@@ -218,6 +218,6 @@ def ending(out: Path) -> tuple[str, list[tuple[int, str, str]]]:
 
 def newest(run: Path) -> tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The newest whole checkpoint of a run: its folder, weights, tensors and state."""
-    folder = newest_whole(run)
+    folder = newest_complete(run)
     assert folder is not None
     return folder, *load_checkpoint(folder)

@@ -55,13 +55,13 @@ def test_weights_changed_after_recording_count_on_the_gpu(bridge, beams):
     """Recorded steps read copies of the weights: what training changes must reach them."""
     model, options = gpu_model(bridge=bridge), dict(max_length=12, num_beams=beams)
     first = model.generate(PICTURES.cuda(), **options).sequences
-    (kept,) = model.copies.made[torch.float32].decoder.kept.values()
+    (kept,) = model.copies.made[torch.float32].decoder.cached.values()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     found = model.generate(PICTURES.cuda(), **options).sequences
-    assert [*model.copies.made[torch.float32].decoder.kept.values()] == [kept]
+    assert [*model.copies.made[torch.float32].decoder.cached.values()] == [kept]
     assert torch.equal(found, copy.deepcopy(model).cpu().generate(PICTURES, **options).sequences.cuda())
     assert not torch.equal(found, first)
 

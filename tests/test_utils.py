@@ -20,13 +20,13 @@ from config import UserError
 from training.tracking import MetricLog
 from utils import (
     StopSignal,
+    atomic,
     choose_device,
     choose_precision,
     new_folder,
     put_in_place,
     read_log,
     run_script,
-    whole,
     writable_directory,
     write_text,
 )
@@ -159,7 +159,7 @@ def test_files_are_whole_and_for_others_to_read(tmp_path):
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
-    with pytest.raises(OSError, match="full"), whole(tmp_path / "a.json") as unfinished:
+    with pytest.raises(OSError, match="full"), atomic(tmp_path / "a.json") as unfinished:
         unfinished.write_text("ha")
         raise OSError("the disk is full")
     assert (tmp_path / "a.json").read_text() == "{}" and len([*tmp_path.iterdir()]) == 2

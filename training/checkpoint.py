@@ -28,7 +28,7 @@ from torch import Tensor
 
 from config import UserError
 from training.sharding import collected, like
-from utils import file_hash, first_line, locked, sync, unfinished_name, whole, write_json
+from utils import atomic, file_hash, first_line, locked, sync, unfinished_name, write_json
 from weights.file import write_tensors
 
 ROOM_FOR_JSON = 1 << 20  # bytes for the JSON files, besides the tensors
@@ -141,7 +141,7 @@ def put_aside(run: Path) -> Path | None:
         remove(aside)
     old.rename(aside)
     for name in ("run.json", "metrics.jsonl"):
-        with contextlib.suppress(FileNotFoundError), whole(aside / name) as copy:
+        with contextlib.suppress(FileNotFoundError), atomic(aside / name) as copy:
             shutil.copyfile(run / name, copy)
     return aside
 
@@ -189,7 +189,7 @@ def check(folder: Path) -> dict[str, Any]:
     return state
 
 
-def newest_whole(run: Path) -> Path | None:
+def newest_complete(run: Path) -> Path | None:
     """The newest checkpoint that matches its manifest, None without checkpoints. Raises UserError if all of them are
     damaged: a new run would overwrite files that the user may still repair."""
     found = checkpoints(run)
@@ -213,7 +213,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor],
 def final_checkpoint(run: Path) -> tuple[Path, str, dict[str, Any]]:
     """The best checkpoint, "" and the newest checkpoint's state. If the best one is lost: the newest one, and an error
     message. Raises UserError if the newest one is damaged; the same command then writes it again."""
-    newest = newest_whole(run)
+    newest = newest_complete(run)
     if newest is None or newest != checkpoints(run)[-1]:
         raise UserError(f"{run}: the newest checkpoint is lost: the same command resumes from the one before")
     *_, state = load_checkpoint(newest)

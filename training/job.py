@@ -24,7 +24,7 @@ from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
 from model import ImageCaptionModel, choose_attention
 from scoring.tokens import tokenizer_for
 from training.adapters import adapt, check_adapters
-from training.checkpoint import newest_whole
+from training.checkpoint import newest_complete
 from training.distributed import World
 from training.estimates import duration, estimated_memory, estimated_seconds
 from training.optimizers import freeze
@@ -156,7 +156,7 @@ class Job:
 def choose_where(config: TrainConfig, run: Run) -> Chosen:
     """Device and precision with their reasons. A resumed run keeps the precision that `auto` chose at its start."""
     device, device_reason = choose_device(config.device)
-    checkpoint = None if config.resume == "never" else newest_whole(run.folder)
+    checkpoint = None if config.resume == "never" else newest_complete(run.folder)
     about = run.about if checkpoint else {}
     if config.precision == "auto" and about.get("device") == device.type and "precision" in about:
         dtype, precision_reason = choose_precision(about["precision"], device)[0], "chosen when this run started"
@@ -383,7 +383,7 @@ def plan(job: Job, step: int) -> str:
     learned = sum(parameter.numel() for parameter in job.model.parameters() if parameter.requires_grad)
     shards = world if config.shard else 1
     memory = estimated_memory(share, weights // shards, learned // shards, job.tokens)
-    different = {id(data): data.pixels.kept for data in job.datasets.values()}.values()  # val may serve as test
+    different = {id(data): data.pixels.cached for data in job.datasets.values()}.values()  # val may serve as test
     cached = sum(pictures.numel() for pictures in different if pictures is not None)
     val, test = len(job.datasets["val"]), len(job.datasets["test"])
     same = job.datasets["test"].table.split == "val"

@@ -22,7 +22,7 @@ from urllib.request import urlopen
 
 from config import TrainConfig, UserError
 from scoring.report import finite, loss_ends
-from utils import named, printable, read_log, whole, write_text
+from utils import atomic, named, printable, read_log, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,7 +165,7 @@ def run_id(run: Path) -> str:
 
 def draw_curves(run: Path) -> None:
     """Draw curves.png: losses, CIDEr-D on validation pictures and the learning rate, by step."""
-    with whole(run / "curves.png") as unfinished:
+    with atomic(run / "curves.png") as unfinished:
         curves(read_log(run / "metrics.jsonl")).savefig(unfinished, format="png", dpi=100)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from config import UserError, ViTGPT2Config
 from decoding.foreign import check_ids, refused
-from utils import clear_left, first_line, hub_folder, json_of, whole
+from utils import atomic, clear_left, first_line, hub_folder, json_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +144,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     from safetensors.torch import save_file
 
     clear_left(path)
-    with whole(path) as unfinished:
+    with atomic(path) as unfinished:
         permissions = unfinished.stat().st_mode
         save_file(tensors, unfinished, metadata=metadata)
         unfinished.chmod(permissions)  # since safetensors 0.8 nobody else may read what it writes

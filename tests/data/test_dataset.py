@@ -273,7 +273,7 @@ def test_batches_are_grouped_by_length(scenes_tokenizer, scenes_table):
     config = tiny_config(vocab_size=50257, max_length=512)
     tokenizer = load_tokenizer(str(needs_shared("gpt2")), [], 50257)
     data = CaptionDataset(table, tokenizer, config)
-    data.pixels.kept = torch.zeros(1, 3, 16, 16, dtype=torch.uint8).expand(len(table), 3, 16, 16)
+    data.pixels.cached = torch.zeros(1, 3, 16, 16, dtype=torch.uint8).expand(len(table), 3, 16, 16)
     assert padding(data, 32) < 0.258 + 0.02
     data.captions_per_image = 1
     assert padding(data, 32) < 0.10
@@ -390,7 +390,7 @@ def test_kept_pictures_are_made_once_and_anew_when_one_changes(
     with monkeypatch.context() as patch:
         patch.setattr(pixels, "load_picture", lambda *of: asked.append(of) or load_picture(*of))
         again = dataset(load_table("coco", folder, "train"), scenes_tokenizer, keep="disk")
-    assert torch.equal(first.pixels.kept, again.pixels.kept) and again.pixels.bad == first.pixels.bad
+    assert torch.equal(first.pixels.cached, again.pixels.cached) and again.pixels.bad == first.pixels.bad
     assert len(asked) == 1  # the bad one: what was wrong may have been the network's disk
 
     Image.new("RGB", (9, 9), "white").save(folder / "train2017" / "000000000000.png")
@@ -411,12 +411,12 @@ def test_a_passing_fault_is_not_kept_for_ever(kept, scenes_table, scenes_tokeniz
         patch.setattr(pixels, "load_picture", fails)
         assert dataset(scenes_table, scenes_tokenizer, keep="disk").pixels.bad
     again = dataset(scenes_table, scenes_tokenizer, keep="disk").pixels
-    assert not again.bad and torch.equal(again.kept[7], load_picture(scenes_table.picture(7), 20))
+    assert not again.bad and torch.equal(again.cached[7], load_picture(scenes_table.picture(7), 20))
 
 
 def test_what_a_killed_process_left_is_cleared_away(kept, scenes_table, scenes_tokenizer, monkeypatch):
     name = []
-    monkeypatch.setattr(pixels, "kept_file", lambda *of: name.append(utils.kept_file(*of)) or name[-1])
+    monkeypatch.setattr(pixels, "cache_file", lambda *of: name.append(utils.cache_file(*of)) or name[-1])
     kept.mkdir()
     dataset(scenes_table, scenes_tokenizer, keep="disk")
     name[0].with_name(f"{name[0].name}.1234.part").write_bytes(b"x" * 99)
@@ -434,8 +434,8 @@ def test_an_interrupted_cache_is_not_taken_for_whole(kept, scenes_table, scenes_
         dataset(scenes_table, scenes_tokenizer, keep="disk")
     assert not pixel_files(kept)
     assert torch.equal(
-        dataset(scenes_table, scenes_tokenizer, keep="disk").pixels.kept,
-        dataset(scenes_table, scenes_tokenizer, keep="memory").pixels.kept,
+        dataset(scenes_table, scenes_tokenizer, keep="disk").pixels.cached,
+        dataset(scenes_table, scenes_tokenizer, keep="memory").pixels.cached,
     )
 
 
@@ -478,7 +478,7 @@ def test_a_full_disk_is_one_line(kept, scenes_table, scenes_tokenizer, monkeypat
 
 def test_a_kept_picture_that_changed_on_the_disk_is_decoded_anew(kept, scenes_table, scenes_tokenizer, capsys):
     """A flipped bit went into training unseen, in every run that used the cache."""
-    sound = dataset(scenes_table, scenes_tokenizer, keep="disk").pixels.kept.clone()
+    sound = dataset(scenes_table, scenes_tokenizer, keep="disk").pixels.cached.clone()
     (file,) = pixel_files(kept)
     content = file.read_bytes()
     for place in (0, 5 * 1200 + 77, len(content) - 1):  # in the first picture, the sixth, and the last one's checksum
@@ -496,13 +496,13 @@ def test_a_kept_picture_that_changed_on_the_disk_is_decoded_anew(kept, scenes_ta
     assert torch.equal(data.on_gpu, sound) and not file.exists()
     for wrong in (content[:-1], b"", content + b"x"):
         file.write_bytes(wrong)
-        assert torch.equal(dataset(scenes_table, scenes_tokenizer, keep="disk").pixels.kept, sound)
+        assert torch.equal(dataset(scenes_table, scenes_tokenizer, keep="disk").pixels.cached, sound)
         assert file.read_bytes() == content
 
 
 def make_cache(table, tokenizer, queue) -> None:
     data = dataset(table, tokenizer, keep="disk", progress=False)
-    queue.put(hash(data.pixels.kept.numpy().tobytes()))
+    queue.put(hash(data.pixels.cached.numpy().tobytes()))
 
 
 def test_processes_share_one_cache(kept, scenes_table, scenes_tokenizer):
@@ -576,7 +576,7 @@ table = make_table((Path(f"/none/{{n}}.jpg"), n, texts[n : n + 5]) for n in rang
 tokenizer = train_tokenizer(texts[:100], 300)
 del texts
 data = CaptionDataset(table, tokenizer, ViTGPT2Config(vocab_size=len(tokenizer)))
-data.pixels.kept = torch.zeros(1, 3, 8, 8, dtype=torch.uint8).expand(len(table), 3, 8, 8)
+data.pixels.cached = torch.zeros(1, 3, 8, 8, dtype=torch.uint8).expand(len(table), 3, 8, 8)
 if os.fork() == 0:
     before = private()
     for row in range(len(table)):

@@ -15,7 +15,7 @@ PICTURES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 def latest(model) -> StaticCache:
     """The cache used last."""
-    return list(model.copies.made[torch.float32].decoder.kept.values())[-1]
+    return list(model.copies.made[torch.float32].decoder.cached.values())[-1]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_two_shapes_stay_recorded(tiny_model, static):
             caches.append(latest(tiny_model))
     assert caches[0] is caches[2] and caches[1] is caches[3] and caches[0] is not caches[1]
     tiny_model.generate(PICTURES[:2], max_length=8)
-    assert len(tiny_model.copies.made[torch.float32].decoder.kept) == 2, "they take memory"
+    assert len(tiny_model.copies.made[torch.float32].decoder.cached) == 2, "they take memory"
 
 
 def test_the_copys_head_is_aligned(tiny_model):

@@ -127,9 +127,9 @@ def test_a_file_of_adapters_loads_as_the_model_that_learned(bases, bridge, kind,
         sys, "argv", ["convert.py", "merge", *(str(tmp_path / f"{name}.safetensors") for name in ("a", "whole"))]
     )
     convert.main()
-    whole = ImageCaptionModel.from_pretrained(tmp_path / "whole.safetensors")
+    merged = ImageCaptionModel.from_pretrained(tmp_path / "whole.safetensors")
     with torch.no_grad():
-        assert torch.equal(whole(PICTURES, IDS).logits, theirs)
+        assert torch.equal(merged(PICTURES, IDS).logits, theirs)
 
 
 @KINDS

@@ -26,7 +26,7 @@ from training.checkpoint import (
     clean,
     link_all,
     load_optimizers,
-    newest_whole,
+    newest_complete,
     optimizer_tensors,
     save_checkpoint,
     training_in,
@@ -103,7 +103,7 @@ def _save_forever(run: Path) -> None:
     """Checkpoints whose weights, moments and state all are their step's number, every third the best one."""
     torch.set_num_threads(1)
     clean(run)
-    found = newest_whole(run) and newest(run)
+    found = newest_complete(run) and newest(run)
     model = ImageCaptionModel(tiny_config(vision_embed_dim=128, decoder_embed_dim=128))
     for step in itertools.count(found[3]["step"] + 1 if found else 1):
         for parameter in model.parameters():

@@ -14,7 +14,7 @@ from test_checkpoint import STATE, save_step, sign
 
 import train as training
 from config import UserError
-from training.checkpoint import checkpoints, final_checkpoint, newest_whole, put_aside
+from training.checkpoint import checkpoints, final_checkpoint, newest_complete, put_aside
 from training.run import Run
 from utils import file_hash, read_log, write_json
 from weights.file import MODEL_FILE
@@ -99,11 +99,11 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage):
     save_step(tmp_path, 1)
     save_step(tmp_path, 2)
     damage(tmp_path / "checkpoints/step-00000002")
-    assert newest_whole(tmp_path).name == "step-00000001"
+    assert newest_complete(tmp_path).name == "step-00000001"
     assert "step-00000002 is damaged (" in capsys.readouterr().out
     damage(tmp_path / "checkpoints/step-00000001")
     with pytest.raises(UserError, match="no checkpoint can be read"):
-        newest_whole(tmp_path)
+        newest_complete(tmp_path)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

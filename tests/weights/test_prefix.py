@@ -169,7 +169,7 @@ def test_static_shapes_give_the_same_tokens(pair, num_beams, monkeypatch):
     monkeypatch.setattr("decoding.search.fast_copy", lambda model, int8, rows: recorded_model(model, torch.float32))
     for part, rows in zip(PICTURES.split(3), expected, strict=True):
         assert torch.equal(ours.generate(part, max_length=9, num_beams=num_beams).sequences, rows)
-    assert ours.copies.made[torch.float32].decoder.kept is not None
+    assert ours.copies.made[torch.float32].decoder.cached is not None
 
 
 @pytest.mark.parametrize("bf16", [False, True])
