@@ -51,13 +51,14 @@ def curve(confidences: Sequence[float], scores: Sequence[float], level: float) -
 
 
 def threshold_for(points: Sequence[Point], wanted: float) -> Point:
-    """The point with the largest coverage whose precision is at least `wanted`. Raises UserError if there is none."""
-    good = [point for point in points if point.precision >= wanted]
+    """The point with the largest coverage whose precision is at least `wanted` even at the low end of its interval: the
+    precision itself is a bit too high, as the threshold is chosen by it. Raises UserError if there is none."""
+    good = [point for point in points if point.low >= wanted]
     if not good:
-        best = max(points, key=lambda point: point.precision)
+        best = max(points, key=lambda point: point.low)
         raise UserError(
-            f"no threshold gives a precision of {wanted:g}: the best is {best.precision:.3f}, at a coverage of "
-            f"{best.coverage:.3f}: ask for less, or for a lower level"
+            f"no threshold gives a precision of {wanted:g} for sure: the best is {best.precision:.3f} ({best.low:.3f} to "
+            f"{best.high:.3f}), at a coverage of {best.coverage:.3f}: ask for less, or for a lower level"
         )
     return max(good, key=lambda point: point.coverage)
 

@@ -646,9 +646,9 @@ def test_the_confidence_from_which_captions_are_right(model_and_loader, scenes_d
     with (tmp_path / "evaluation/per_picture.csv").open() as file:
         scores = sorted(float(row["cider_d"]) for row in csv.DictReader(file))
     right = str(scores[len(scores) // 2])  # half of all captions are right
-    output = run_evaluate(tmp_path, *arguments, "--calibrate", "0.5", "--right", right)
+    output = run_evaluate(tmp_path, *arguments, "--calibrate", "0.3", "--right", right)
     found = json.loads((tmp_path / "evaluation/metrics.json").read_text())["calibrated"]
-    assert found["precision"] >= 0.5 and "calibrated  confidence" in output
+    assert found["precision"] >= found["low"] >= 0.3 and "calibrated  confidence" in output
     assert (tmp_path / "evaluation/calibration.png").stat().st_size > 5000
     output = run_evaluate(tmp_path, *arguments, "--min-confidence", str(found["threshold"]), "--right", right)
     again = json.loads((tmp_path / "evaluation/metrics.json").read_text())["at_min_confidence"]

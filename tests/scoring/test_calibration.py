@@ -29,12 +29,12 @@ def test_each_point_is_the_share_of_right_captions_above_its_threshold():
 
 
 def test_the_threshold_keeps_its_promise_on_other_pictures():
+    """By the precision itself the threshold was the one that chance had favoured: on Flickr8k 0.6 on validation became 0.517
+    (0.437 to 0.597) on test."""
     chosen = threshold_for(curve(*drawn(4000, 1), 0.5), 0.8)
-    assert (
-        chosen.precision >= 0.8 and 0.3 < chosen.coverage < 0.5
-    )  # of uniform confidences above t the mean is (1 + t) / 2
-    kept = at(*drawn(4000, 2), 0.5, chosen.threshold)
-    assert kept.low <= 0.8 <= kept.high
+    assert chosen.low >= 0.8 and 0.3 < chosen.coverage < 0.5  # of uniform confidences above t the mean is (1 + t) / 2
+    others = [at(*drawn(4000, seed), 0.5, chosen.threshold) for seed in range(2, 22)]
+    assert sum(point.precision >= 0.8 for point in others) >= 18 and all(point.high >= 0.8 for point in others)
 
 
 def test_the_interval_is_wilsons():
