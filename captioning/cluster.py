@@ -15,7 +15,8 @@ from utils import ROOT
 class Captioner:
     """An actor with the model; captions one shard at a time."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, folder: str) -> None:
+        os.chdir(folder)  # the driver's, so that relative names mean the same
         self.work, self.model = work, work.load()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +36,6 @@ def run_on_ray(work: Work, shards: Sequence[Shard], address: str | None) -> Iter
         import ray.data
     except ImportError as error:
         raise UserError("--engine ray needs Ray: pip install -r requirements/ray.txt") from error
-    work = dataclasses.replace(work, output=work.output.absolute())
     if not ray.is_initialized():
         try:
             ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, log_to_driver=False)
@@ -45,15 +45,16 @@ def run_on_ray(work: Work, shards: Sequence[Shard], address: str | None) -> Iter
             ) from error
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    each: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": max(1, min(2, cpus))}
+    smallest = min(int(node["Resources"].get("CPU", 0)) or 1 for node in ray.nodes() if node["Alive"])
+    each: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": min(2, smallest)}  # an actor has to fit on a node
     most = max(1, gpus or cpus // each["num_cpus"])
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    rows = [dataclasses.asdict(shard) | {"path": shard.path and os.path.abspath(shard.path)} for shard in shards]
+    rows = list(map(dataclasses.asdict, shards))
     actor: Any = Captioner
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         actor,
-        fn_constructor_args=(work,),
+        fn_constructor_args=(work, os.getcwd()),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, len(rows)), max_tasks_in_flight_per_actor=1),
         **each,
     )

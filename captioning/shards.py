@@ -26,7 +26,7 @@ from captioning.models import load_model, weights_sha256
 from config import UserError
 from data.reading import MADE_BY
 from data.shards import pictures_in
-from utils import atomic, choose_device, in_one_line, json_of, writable_directory, write_json
+from utils import atomic, choose_device, clear_left, in_one_line, json_of, writable_directory, write_json
 
 if TYPE_CHECKING:  # modules that import torch are imported late, so that --help does not wait for it
     from captioning.pipeline import Result
@@ -104,6 +104,7 @@ class Work:
         from captioning.pipeline import caption_pictures
 
         target, start = self.path(shard), time.monotonic()
+        clear_left(target)
         if target.exists():
             return Done(shard.name, was_there=True)
         counts = {"captioned": 0, "failed": 0}

@@ -60,7 +60,7 @@ def lines(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """{shard: its records} whatever the format."""
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".json":
+        if path.suffix == ".json" or path.name.startswith("."):  # a killed process's
             continue
         if path.suffix == ".parquet":
             found[path.stem] = pq.read_table(path).to_pylist()
@@ -188,15 +188,9 @@ def killed(process: subprocess.Popen[str], output: Path, shards: int, victim: Ca
     return len(list(output.glob("*.jsonl")))
 
 
-def descendants(pid: int, words: str) -> list[int]:
-    """Processes below this one whose command line has these words, the newest last."""
-    found, parents = [], {pid}
-    for line in subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines():
-        child, parent, args = line.split(None, 2)
-        if int(parent) in parents:
-            parents.add(int(child))
-            found += [int(child)] if words in args else []
-    return found
+def newest(words: str) -> int:
+    """The newest process whose command line has these words."""
+    return int(subprocess.run(["pgrep", "-n", "-f", "--", words], capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.slow
@@ -225,8 +219,8 @@ def test_8000_photographs_by_every_engine_with_a_worker_killed(flickr8k):
     cluster.add_node(num_cpus=1)
     engines: dict[str, tuple[list[str], list[str], str]] = {
         "one": ([sys.executable], [], script),
-        "torchrun": (torchrun, [], script),
-        "ray": ([sys.executable], ["--engine", "ray", "--address", cluster.address], "ray::"),
+        "torchrun": (torchrun, [], f"-u {script}"),
+        "ray": ([sys.executable], ["--engine", "ray", "--address", cluster.address], "^ray::Map"),
     }
     results = {}
     try:
@@ -236,7 +230,7 @@ def test_8000_photographs_by_every_engine_with_a_worker_killed(flickr8k):
             process = subprocess.Popen(command, cwd=flickr8k, env=environment, **pipes)
 
             def victim(process: Any = process, words: str = words, name: str = name) -> int:
-                return process.pid if name == "one" else descendants(1 if name == "ray" else process.pid, words)[-1]
+                return process.pid if name == "one" else newest(words)
 
             there = killed(process, output, 4, victim)
             start_time = time.monotonic()
