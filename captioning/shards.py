@@ -16,6 +16,7 @@ import json
 import os
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,6 @@ if TYPE_CHECKING:  # modules that import torch are imported late, so that --help
     from model import ImageCaptionModel
 
 Format = Literal["tar", "parquet", "jsonl"]
-FORMATS: tuple[Format, ...] = ("tar", "parquet", "jsonl")
 ROWS = 64  # rows of a Parquet file read at a time
 ABOUT = "made_by.json"  # in the output folder: the model and the settings
 Reader = tuple[Iterator[str], Callable[[str], Any]]  # keys, and a function from a key to its picture
@@ -100,7 +100,8 @@ class Work:
         return model
 
     def run(self, shard: Shard, model: ImageCaptionModel) -> Done:
-        """Caption a shard, unless its output exists. A shard that cannot be read is an error in the result."""
+        """Caption a shard with the model from load, unless its output exists. A shard that cannot be read is an error in
+        the result."""
         from captioning.pipeline import caption_pictures
 
         target, start = self.path(shard), time.monotonic()
@@ -115,11 +116,12 @@ class Work:
                 yield result
 
         try:
+            made_by = json_of((self.output / ABOUT).read_text(encoding="utf-8"))  # hashing the model takes seconds
             keys, source = open_shard(shard)
             options = {"precision": self.precision, "scores": True, **self.decoding}
             results = self.finish(caption_pictures(model, keys, batch_size=self.batch_size, source=source, **options))
             with atomic(target) as unfinished:
-                WRITERS[self.format](unfinished, shard, counted(results), self.made_by(model))
+                WRITERS[self.format](unfinished, shard, counted(results), made_by)
         except UserError as error:  # the other shards are still captioned
             return Done(shard.name, error=str(error))
         return Done(shard.name, counts["captioned"], counts["failed"], time.monotonic() - start)
@@ -164,7 +166,7 @@ def find_shards(inputs: Sequence[str], shard_size: int = 1000) -> list[Shard]:
     parts = range(0, len(pictures), shard_size)
     shards += [Shard(f"pictures-{i:05}", pictures=tuple(pictures[at : at + shard_size])) for i, at in enumerate(parts)]
     names = [shard.name for shard in shards]
-    if repeated := [name for name in names if names.count(name) > 1]:
+    if repeated := [name for name, times in Counter(names).items() if times > 1]:
         raise UserError(f"two shards are called {repeated[0]}: use a different --output for each folder")
     if not shards:
         raise UserError("no shards: name .tar or .parquet files, or folders of pictures")
