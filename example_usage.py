@@ -4,6 +4,7 @@
     python example_usage.py photos/ "more/*.png" https://example.org/cat.jpg user/model
     python example_usage.py photos/ --output captions.csv     if run again, it resumes
     python example_usage.py "shards/*.tar" user/model --output out --format parquet
+    python example_usage.py DIR user/model --filter DIR/good.jsonl --keep both --min-confidence 0.3
     find . -name "*.jpg" | python example_usage.py - --output sidecar
     python example_usage.py                                   a drawn scene with the newest local model
 
@@ -38,6 +39,7 @@ import tyro
 from tqdm import tqdm
 
 from captioning.controls import Finish, Length, length_options, read_words
+from captioning.filtering import Captioner, FilterOptions, filter_data
 from captioning.models import is_model, load_model, newest_model, weights_sha256
 from config import LONGEST, Captioning, UserError
 from data.scenes import draw, make_scene
@@ -133,7 +135,7 @@ class PictureOptions:
 
 
 @dataclass(kw_only=True)
-class CaptionConfig(Captioning, PictureOptions):  # dataclass takes the last one's fields first
+class CaptionConfig(Captioning, FilterOptions, PictureOptions):  # dataclass takes the last one's fields first
     """Caption pictures: paths, folders, patterns or URLs, and the model last."""
 
     num_beams: Annotated[int | None, tyro.conf.arg(aliases=["--beams"])] = None
@@ -146,6 +148,11 @@ class CaptionConfig(Captioning, PictureOptions):  # dataclass takes the last one
                 raise UserError(f"{name} is {value}: it must be at least 1")
         if not 0 <= self.min_confidence <= 1:
             raise UserError(f"min_confidence is {self.min_confidence:g}: it must be from 0 to 1")
+        self.check()
+        if self.filter and (self.output or self.format or self.heatmap or self.overwrite or self.instead):
+            raise UserError(
+                "filter goes with none of --output, --format, --heatmap, --overwrite, --instead: leave it out"
+            )
         if self.instead and not self.min_confidence:
             raise UserError("instead has no effect without --min-confidence: add it, or leave out --instead")
         if self.format and not self.output:
@@ -271,6 +278,32 @@ def caption_shards(config: CaptionConfig, inputs: list[str], model_source: str) 
     return 1 if failed or broken else 0
 
 
+def filter_folder(config: CaptionConfig, inputs: list[str], model_source: str | None) -> int:
+    """Filter a data set. Returns an exit code."""
+    if len(inputs) != 1:
+        raise UserError(f"filter takes one data set, and {len(inputs)} are named: name its folder")
+    captioner = None
+    if config.keep != "own" or config.min_confidence:
+        model_source = model_source or newest_model()
+        model = load_model(model_source, str(choose_device(config.device)[0]), config.base_dir)
+        options = config.decoding()
+        made_by = {"model": model_source, "weights": weights_sha256(model)[:16], "precision": config.precision}
+        finish = Finish(config.prepend, config.append)
+        size = None if config.batch_size == "auto" else config.batch_size
+        captioner = Captioner(model, made_by | finish.recorded(options), options, finish, size)
+    try:
+        result = filter_data(config, inputs[0], captioner, config.min_confidence)
+    except KeyboardInterrupt:
+        print("stopped: run the same command to resume", file=sys.stderr)
+        return 130
+    captions = sum(map(len, result.kept.values()))
+    for line in result.counts():
+        print(f"left out    {line}")
+    print(f"kept        {len(result.kept):,} pictures, {captions:,} captions, {result.by_model:,} of them by the model")
+    print(f"train on them: python main.py --data-dir {config.filter}")
+    return 0
+
+
 def main() -> int:
     """Run the command line. Returns 1 if some of the pictures could not be captioned, 130 if it was stopped."""
     parsed: Any = parse_flags(CaptionConfig, __doc__, return_unknown_args=True)
@@ -281,7 +314,10 @@ def main() -> int:
     from captioning.pipeline import picture_names, picture_source
 
     inputs = [*config.inputs, *behind]
-    model_source = config.model or (inputs.pop() if inputs and is_model(inputs[-1]) else newest_model())
+    named = config.model or (inputs.pop() if inputs and is_model(inputs[-1]) else None)
+    if config.filter:
+        return filter_folder(config, inputs, named)
+    model_source = named or newest_model()
     if config.format:
         return caption_shards(config, inputs, model_source)
     names, output = picture_names(inputs), None

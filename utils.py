@@ -565,14 +565,15 @@ def ask_hub(name: str, kind: str = "model") -> Exception | None:
     return None
 
 
-def hub_folder(name: str, wanted: list[str]) -> Path:
-    """The folder in the Hub client's cache with the wanted files (patterns) of a repository user/name. They are
-    downloaded if the Hub can be reached. Raises UserError, in one line, if they are neither cached nor available."""
+def hub_folder(name: str, wanted: list[str], kind: str = "model") -> Path:
+    """The folder in the Hub client's cache with the wanted files (patterns) of a repository user/name (kind: model or
+    dataset). They are downloaded if the Hub can be reached. Raises UserError, in one line, if they are neither cached nor available."""
     from huggingface_hub import snapshot_download
 
-    refusal = ask_hub(name)
+    refusal = ask_hub(name, kind)
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=refusal is not None))
+        offline = refusal is not None
+        return Path(snapshot_download(name, repo_type=kind, allow_patterns=wanted, local_files_only=offline))
     except Exception as error:
         why = first_line(refusal or error)
         raise UserError(f"{name}: no such path here, and not available from the Hugging Face Hub: {why}") from error

@@ -57,9 +57,10 @@ class CaptionFile:
     and invalid Unicode escaped. The model and settings are the first line, or for a CSV in a file beside it.
     """
 
-    def __init__(self, path: Path, num_captions: int = 1, scores: bool = False) -> None:
-        """Open the file, and resume it if it exists. Raises UserError if it has other columns or cannot be written."""
-        self.path, self.scores = path, scores
+    def __init__(self, path: Path, num_captions: int = 1, scores: bool = False, flag: str = "--output") -> None:
+        """Open the file, and resume it if it exists. Raises UserError, which advises to change the flag, if it has other
+        columns or cannot be written."""
+        self.path, self.scores, self.flag = path, scores, flag
         self.is_csv = path.suffix.lower() == ".csv"
         kinds = ("caption", "score") if scores else ("caption",)
         if num_captions == 1:
@@ -72,11 +73,11 @@ class CaptionFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_symlink():
-                raise UserError(f"{path}: is a link: name the file itself as --output")
+                raise UserError(f"{path}: is a link: name the file itself as {flag}")
             self._file = path.open("a+b")
             self._resume()
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}): choose another --output") from error
+            raise UserError(f"{path}: cannot be written ({error.strerror}): choose another {flag}") from error
 
     def _resume(self) -> None:
         """Read the existing lines, and cut off an incomplete last one."""
@@ -116,7 +117,7 @@ class CaptionFile:
             if other not in ([], ["model"]):
                 differences = in_one_line(", ".join(f"{name} {before.get(name, 'unset')}" for name in other))
                 raise UserError(
-                    f"{self}: has captions of {there:,} pictures, made with {differences}: choose another --output, or "
+                    f"{self}: has captions of {there:,} pictures, made with {differences}: choose another {self.flag}, or "
                     "add --overwrite to replace them"
                 )
             return 0

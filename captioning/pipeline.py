@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import glob
+import itertools
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -33,9 +35,11 @@ from data.kinds import files_below, folders_below, in_words, is_picture, left_ou
 from data.pictures import PictureSource, prepare_picture
 from data.reading import clean
 from data.tokenizer import decode
+from dataset import IGNORE, Tokens
 from model import ImageCaptionModel
 from utils import autocast, choose_precision, first_line
 
+AT_A_TIME = 8  # pictures whose given captions are looked at together: each token has a number for every word there is
 # Default batch sizes, in pictures: large enough for the device's full speed, and halved where memory runs out.
 BATCH_SIZES = {"cuda": 256, "mps": 64, "cpu": 32}
 
@@ -60,6 +64,8 @@ class Result:
     captions: list[Caption] = field(default_factory=list)
     error: str | None = None
 
+
+Write = Callable[[Sequence[str], Tensor], list[list[Caption]]]
 
 # Names
 
@@ -157,6 +163,37 @@ def caption_batch(
     return answers
 
 
+@torch.no_grad()
+def confidences(
+    model: ImageCaptionModel, pixels: Tensor, texts: Sequence[Sequence[str]], precision: str = "auto"
+) -> list[list[float]]:
+    """The model's confidence in captions that are given: pixels (N, 3, S, S) and N lists of captions -> N lists of numbers.
+    It is what caption_batch would give a caption that it wrote itself: the geometric mean of the tokens' probabilities,
+    the end's among them. A caption longer than the model's text is cut."""
+    config, number = model.config, max([len(captions) for captions in texts], default=0)
+    tokens = Tokens(itertools.chain.from_iterable(texts), model.tokenizer, config.text_positions - 1)
+    longest = int(tokens.lengths.max(initial=0)) + 1
+    labels = torch.full((len(texts), number, longest), IGNORE)
+    rows = ((i, k) for i, captions in enumerate(texts) for k in range(len(captions)))
+    for index, (i, k) in enumerate(rows):
+        ids = [*tokens[index].tolist(), config.end_token_id]
+        labels[i, k, : len(ids)] = torch.tensor(ids)
+    start = torch.full_like(labels[..., :1], config.start_token_id)
+    inputs = torch.cat([start, labels.masked_fill(labels == IGNORE, config.end_token_id)[..., :-1]], -1)
+    found: list[list[float]] = []
+    with autocast(model.device, choose_precision(precision, model.device)[0]):
+        for some in torch.arange(len(texts)).split(AT_A_TIME) if number else ():
+            logits = model(pixels[some].to(model.device), inputs[some].to(model.device)).logits
+            targets = labels[some].to(model.device)
+            losses = cross_entropy(logits.float().flatten(0, 2), targets.flatten(), reduction="none").view(
+                targets.shape
+            )
+            means = losses.sum(-1) / (targets != IGNORE).sum(-1).clamp(min=1)
+            found += means.neg().exp().tolist()
+    found = found or [[] for _ in texts]
+    return [values[: len(captions)] for values, captions in zip(found, texts, strict=True)]
+
+
 def words_seen(
     tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], attention: Tensor
 ) -> list[tuple[str, np.ndarray]]:
@@ -183,14 +220,16 @@ def caption_pictures(
     batch_size: int | None = None,
     source: Callable[[str], PictureSource] = picture_source,
     workers: int | None = None,
+    write: Write | None = None,
     **options: Any,
 ) -> Iterator[Result]:
     """Yield the captions of pictures, in order; errors of pictures that cannot be read come as soon as they are known.
 
     `source` turns a name into an input of prepare_picture, in a thread. batch_size None is the device's default; where
-    memory runs out, this batch and all later ones are halved. `options` are passed to caption_batch. Raises UserError
-    where not even one picture fits into memory.
+    memory runs out, this batch and all later ones are halved. `write` turns a batch of names and pixels into captions;
+    by default it is caption_batch, with `options`. Raises UserError where not even one picture fits into memory.
     """
+    write = write or (lambda names, pixels: caption_batch(model, pixels, **options))
     size = batch_size or BATCH_SIZES[model.device.type]
     ready: list[tuple[str, Tensor]] = []
     for name, picture in prepared(names, model.config, source, 2 * size, workers):
@@ -199,9 +238,9 @@ def caption_pictures(
             continue
         ready.append((name, picture))
         if len(ready) >= size:
-            size = yield from _captioned(model, ready, size, options)
+            size = yield from _captioned(write, ready, size)
             ready = []
-    yield from _captioned(model, ready, size, options)
+    yield from _captioned(write, ready, size)
 
 
 def prepared(
@@ -233,15 +272,13 @@ def prepared(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _captioned(
-    model: ImageCaptionModel, ready: list[tuple[str, Tensor]], size: int, options: dict[str, Any]
-) -> Generator[Result, None, int]:
+def _captioned(write: Write, ready: list[tuple[str, Tensor]], size: int) -> Generator[Result, None, int]:
     """Caption all ready pictures, `size` at a time; return the size that fits into memory."""
     while ready:
         names, pixels = zip(*ready[:size], strict=True)
         captions: list[list[Caption]] = []
         try:
-            captions = caption_batch(model, torch.stack(pixels), **options)
+            captions = write(names, torch.stack(pixels))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -250,7 +287,7 @@ def _captioned(
                 raise UserError(message) from error
         if not captions:  # outside of except, where the error no longer holds memory
             size = len(names) // 2
-            if model.device.type == "cuda":
+            if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
             tqdm.write(f"out of memory: continuing with {size} pictures at a time", file=sys.stderr)
             continue

@@ -11,6 +11,7 @@ any order, and run them again after a crash: this process, the processes of torc
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import os
@@ -23,11 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from captioning.controls import Finish
-from captioning.models import load_model, weights_sha256
+from captioning.models import is_model, load_model, weights_sha256
 from config import UserError
+from data.kinds import files_below
 from data.reading import MADE_BY
 from data.shards import pictures_in
-from utils import atomic, choose_device, clear_left, in_one_line, json_of, writable_directory, write_json
+from utils import atomic, choose_device, clear_left, hub_folder, in_one_line, json_of, writable_directory, write_json
 
 if TYPE_CHECKING:  # modules that import torch are imported late, so that --help does not wait for it
     from captioning.pipeline import Result
@@ -151,16 +153,13 @@ def rank(kind: Literal["", "LOCAL_"] = "") -> tuple[int, int]:
 
 
 def find_shards(inputs: Sequence[str], shard_size: int = 1000) -> list[Shard]:
-    """Find the shards: each tar or Parquet file is one; folders and pictures are split into parts of shard_size. Raises
-    UserError if there are none, or if two have the same name."""
+    """Find the shards: each tar or Parquet file is one, also in a folder or a data set on the Hub (user/name); pictures are
+    split into parts of shard_size. Raises UserError if there are none, or if two have the same name."""
     from captioning.pipeline import picture_names
 
-    files, others = [], []
-    for name in inputs:
-        matches = sorted(map(str, Path().glob(name))) if "*" in name and not os.path.isabs(name) else [name]
-        packed = [each for each in matches if each.lower().endswith((".tar", ".parquet"))]
-        files += packed
-        others += [] if packed else [name]
+    found = {name: _packed(name) for name in inputs}
+    files = [file for packed in found.values() for file in packed]
+    others = [name for name, packed in found.items() if not packed]
     shards = [Shard(Path(file).name.rsplit(".", 1)[0], path=file) for file in files]
     pictures = picture_names(others) if others else []
     parts = range(0, len(pictures), shard_size)
@@ -171,6 +170,19 @@ def find_shards(inputs: Sequence[str], shard_size: int = 1000) -> list[Shard]:
     if not shards:
         raise UserError("no shards: name .tar or .parquet files, or folders of pictures")
     return shards
+
+
+def _packed(name: str) -> list[str]:
+    """The tar and Parquet files that an input names: itself, a pattern's matches, the files below a folder or of a data set
+    on the Hub. [] if it names pictures."""
+    files = [name]
+    if os.path.isdir(name):
+        files = list(map(str, files_below(name)))
+    elif glob.has_magic(name) and not os.path.lexists(name):
+        files = sorted(glob.glob(name, recursive=True))
+    elif is_model(name) and not name.endswith(".safetensors"):  # it has the form of a name on the Hub
+        files = sorted(map(str, files_below(hub_folder(name, ["*.tar", "*.parquet"], "dataset"))))
+    return [file for file in files if file.lower().endswith((".tar", ".parquet"))]
 
 
 def open_shard(shard: Shard) -> Reader:

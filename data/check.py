@@ -11,22 +11,14 @@ A data set is not fit (exit code 1) if
 - more than max_bad_share of the val or of the test pictures are byte-for-byte copies of train pictures.
 Fewer such copies are a warning: most collections of photographs have some, and they hardly change a score. Near
 duplicates are a warning too, because only the user can decide what is still the same picture.
-
-Near duplicates are resized, recompressed or slightly cropped copies: pictures whose perceptual hashes (pHash, 64 bits)
-differ in at most 4 bits, and whose colours, averaged over an 8 x 8 grid, differ nowhere by more than 24 of 255. Of 906
-resized or recompressed copies of photographs all but two are within both limits. Of the 32.7 million pairs in Flickr8k
-one pair is, a photograph that is there twice. The colours are needed because the hash ignores them: by the hash alone,
-half of the demo's drawn scenes look alike.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import itertools
 import posixpath
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,22 +28,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tyro
-from PIL import Image
 from tqdm import tqdm
 
 from config import FEW, UserError, check_fields
-from data.budget import OverBudget, read_file, why_missing
+from data.budget import why_missing
+from data.copies import Known, View, find_phash, look_at
 from data.kinds import files_below, is_picture
-from data.pictures import load_picture, reason
+from data.pictures import load_picture
 from data.pixels import in_threads
 from data.reading import Names
 from data.sources import load_tables
 from data.table import CaptionTable
 from utils import atomic, in_one_line, parse_flags, writable_directory, write_csv, write_json
 
-SIZE, GRID = 64, 8  # pixels and grid cells per side of the copy that is compared
-MAX_DISTANCE = 4  # bits
-MAX_DIFFERENCE = 24  # of a cell's colour, of 255
 SHOWN = 5  # examples printed
 PAIRS_SHOWN = 8
 ODD = "[^ -~]"  # what is not printable ASCII
@@ -73,8 +62,6 @@ NOT_PLAIN = {  # a caption may be of several kinds
     "with special tokens": r"<\|[^|>]*\|>",
 }
 DAMAGED = ("replacement character", "mojibake", "control or invisible")
-
-PHash = Callable[[Image.Image], Any]
 
 
 class BadPicture(NamedTuple):
@@ -123,9 +110,7 @@ def check_tables(
 
     progress shows a bar; None: only if standard error is a terminal.
     """
-    phash: PHash | None = None
-    with contextlib.suppress(ImportError):
-        from imagehash import phash
+    phash = find_phash()
     parts = {split: t for split, t in tables.items() if split != "test" or t is not tables.get("val")}
     views: dict[str, View] = {}
     off = None if progress is None else not progress
@@ -161,57 +146,14 @@ def check_tables(
 # Pictures
 
 
-class View:
-    """Hashes and mean colours of a split's N pictures, to find copies by."""
-
-    def __init__(self, number: int) -> None:
-        self.sha256 = [b""] * number  # empty for a picture that cannot be decoded
-        self.phash = np.zeros(number, np.uint64)
-        self.cells = np.zeros((number, 3 * GRID * GRID), np.int16)  # mean colours
-        self.hashed = np.zeros(number, bool)
-        self.bad: dict[int, str] = {}  # row -> why it cannot be decoded
-
-
-def look_at(table: CaptionTable, phash: PHash | None, view: View, row: int) -> None:
-    """Read and decode a picture, and fill in its row of the view."""
-    name = table.name_of(row)
-    try:
-        source = table.picture(row)
-        data = source if isinstance(source, bytes) else read_file(source)
-        pixels = load_picture(data, SIZE, name).numpy()
-    except (OSError, OverBudget) as error:
-        view.bad[row] = reason(error)
-        return
-    except UserError as error:
-        view.bad[row] = str(error).removeprefix(f"{name}: ")
-        return
-    view.sha256[row] = hashlib.sha256(data).digest()
-    if phash is not None:
-        bits = phash(Image.fromarray(pixels.transpose(1, 2, 0))).hash
-        side = SIZE // GRID
-        view.phash[row] = np.packbits(bits).view(np.uint64)[0]
-        view.cells[row] = pixels.reshape(3, GRID, side, GRID, side).mean((2, 4)).ravel()
-        view.hashed[row] = True
-
-
 def find_copies(views: dict[str, View], first: str, later: str) -> list[Duplicate]:
-    """Find at most one copy for each picture of the later split, comparing one with all at a time.
-
-    118,000 x 5,000 take a second.
-    """
-    a, b = views[first], views[later]
-    rows = {digest: row for row, digest in enumerate(a.sha256) if digest}
-    found = []
-    for row, digest in enumerate(b.sha256):
-        if digest in rows:
-            found.append(Duplicate(later, row, first, rows[digest], None))
-        elif b.hashed[row]:
-            distance = np.bitwise_count(a.phash ^ b.phash[row])
-            close = np.flatnonzero((distance <= MAX_DISTANCE) & a.hashed)
-            close = close[np.abs(a.cells[close] - b.cells[row]).max(1, initial=0) <= MAX_DIFFERENCE]
-            if len(close):
-                nearest = close[distance[close].argmin()]
-                found.append(Duplicate(later, row, first, int(nearest), int(distance[nearest])))
+    """Find at most one copy for each picture of the later split in the first one."""
+    known, found = Known(views[first]), []
+    for row in range(len(views[first].sha256)):
+        known.add(row)
+    for row in range(len(views[later].sha256)):
+        if copy := known.find(views[later], row):
+            found.append(Duplicate(later, row, first, *copy))
     return found
 
 

@@ -221,7 +221,18 @@ def find_columns(root: Path, columns: Columns, usual: bool = True) -> list[Path]
     """Tables with a picture and a caption column: those with usual suffixes and forms, or (usual=False) the others."""
     names = sorted(name for name in reading.file_names(root) if Path(name).suffix.lower() in (*TABLE_SUFFIXES, *LINES))
     files = (root / name for name in names)
-    return [path for path in files if _is_usual(path) == usual and not unnamed(columns_of(path), columns)]
+    return [
+        path
+        for path in files
+        if _is_usual(path) == usual and not unnamed(columns_of(path), columns) and not is_filtered(path)
+    ]
+
+
+def is_filtered(path: Path) -> bool:
+    """Whether a file is a list of a data set's good captions (captioning/filtering.py): beside the data, it is used only
+    if it is named."""
+    with open_file(path) as file:
+        return file.read(START).startswith(f'{{"{MADE_BY}": {{"filter": '.encode())
 
 
 def _is_usual(path: Path) -> bool:

@@ -164,6 +164,12 @@ def make_table(
     return CaptionTable(packed.drop_columns("split"), Path("/"), name, split, left_out=left_out)
 
 
+def uncaptioned(pictures: Iterable[str], root: Path, name: str = "pictures") -> CaptionTable:
+    """Make a table of pictures below root that have no captions yet."""
+    rows = [Row("train", picture, picture, []) for picture in pictures]
+    return CaptionTable(_batch(rows).drop_columns("split"), root, name, "train")
+
+
 def pack(rows: Iterable[Row | LeftOut]) -> tuple[pa.Table, dict[str, int]]:
     """Pack rows into an Arrow table. Also counts what is skipped: empty captions, pictures with no other caption, and
     what a reader skips."""

@@ -182,8 +182,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 for method, pattern, handle in ROUTES:
                     if self.command in method and (found := re.fullmatch(pattern, path)):
                         asked = found.groupdict()
-                        if asked.pop("space", None):
-                            asked["name"] = f"spaces/{asked['name']}"  # as they are kept here
+                        if kind := asked.pop("space", None):
+                            asked["name"] = f"{kind.rstrip('/')}/{asked['name']}"  # as they are kept here
                         return handle(self, token, body, **asked)
             raise RefusedError(404, f"nobody answers {line}")
         except RefusedError as error:
@@ -366,8 +366,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 NAME, REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>refs/pr/\d+|[^/]+)"
-SPACE = "(?P<space>spaces/)?"
-MODELS = f"/api/(models|(?P<space>spaces))/{NAME}"
+SPACE = "(?P<space>(spaces|datasets)/)?"
+MODELS = f"/api/(models|(?P<space>spaces|datasets))/{NAME}"
 ROUTES = [
     ("POST", r"/api/repos/create", Handler.create),
     ("POST", r"/api/validate-yaml", Handler.validate),

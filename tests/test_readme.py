@@ -84,13 +84,13 @@ def test_every_command_is_one_that_its_script_takes(script, arguments):
 def test_every_flag_and_file_that_is_named_exists():
     assert len(COMMANDS) >= 8
     files = ["config.py", "evaluate.py", "data/check.py", "convert.py", "publishing/config.py", "publishing/hub.py"]
-    files += ["auto_upload.py", "example_usage.py", "app.py"]
+    files += ["auto_upload.py", "example_usage.py", "app.py", "captioning/filtering.py"]
     paths = [*map(ROOT.joinpath, files), *(ROOT / "benchmarks").glob("*.py")]
     sources = "".join(path.read_text(encoding="utf-8") for path in paths)
     fields = set(re.findall(r"^    (\w+): ", sources, re.M))
     fields |= {"help", "no_build_isolation", "ignore_scripts", "prefix"}  # tyro's own, pip's and npm's
-    fields |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}  # torchrun's
-    fields |= {"nodes", "ntasks_per_node", "signal"}  # srun's
+    fields |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "node_rank", "master_addr"}  # torchrun's
+    fields |= {"nodes", "ntasks_per_node", "signal", "array", "gpus", "requeue"}  # srun's and sbatch's
     for flag in set(re.findall(r"(?<=[\s`])--([a-z][a-z0-9-]*[a-z0-9])", TEXT)):
         name = flag.replace("-", "_")
         assert name in fields or name.removeprefix("no_") in fields, flag

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import sys
@@ -10,6 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 import torch
 from test_captioning import caption_of, model, picture  # noqa: F401
+from test_shards import lines
 
 import example_usage
 from captioning.controls import Finish, length_options, read_words
@@ -120,3 +122,30 @@ def test_several_captions_keep_their_number():
     finish = Finish(prepend="b ", min_confidence=0.5)
     (result,) = finish([Result("a", [Caption("x", 0.6), Caption("y", 0.4)])])
     assert [caption.text for caption in result.captions] == ["b x", ""]
+
+
+@pytest.mark.parametrize("output", ["out.csv", "out.jsonl", "sidecar", "xmp", "tar", "parquet", "shards.jsonl"])
+def test_several_captions_in_every_output(model, folder, output):  # noqa: F811
+    """With the text around each of them."""
+    expected = [
+        [f"ohwx, {caption.text}" for caption in caption_of(model, picture(seed), num_return_sequences=2)]
+        for seed in range(4)
+    ]
+    flags = ["--num-captions", "2", "--prepend", "ohwx, "]
+    shards = output in ("tar", "parquet", "shards.jsonl")
+    flags += ["--output", "out", "--format", output.split(".")[-1]] if shards else ["--output", output]
+    run(model, folder, "photos", *flags)
+    if shards:
+        found = [line["captions"] for each in lines(folder / "out").values() for line in each]
+    elif output == "out.csv":
+        rows = list(csv.DictReader((folder / output).open()))
+        found = [[row["caption_1"], row["caption_2"]] for row in rows]
+    elif output == "out.jsonl":
+        found = [json.loads(line)["captions"] for line in (folder / output).read_text().splitlines()[1:]]
+    elif output == "sidecar":
+        found = [(folder / f"photos/{seed}.txt").read_text().splitlines() for seed in range(4)]
+    else:
+        texts = [(folder / f"photos/{seed}.png.xmp").read_text() for seed in range(4)]
+        assert all(text in texts[i] for i, each in enumerate(expected) for text in each)
+        found = expected
+    assert found == expected

@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, SHARED, random_model
+from hub import running_hub
+from processes import surroundings
 from test_captioning import caption_of, model, picture  # noqa: F401
 
 from captioning.shards import Done, Work, find_shards, run
@@ -151,10 +153,44 @@ def test_a_shard_that_cannot_be_read_does_not_stop_the_others(model, shards, tmp
         find_shards([])
 
 
-def command(folder: Path, *arguments: Any, ranks: int = 1, code: int = 0) -> str:
+def test_shards_in_a_folder_and_by_a_pattern(shards, monkeypatch):
+    """A pattern with the folders from the root on, in quotes, found nothing."""
+    monkeypatch.chdir(shards.parent)
+    files = [f"{shards}/0000{i}.tar" for i in range(2)]
+    for name in (str(shards), f"{shards}/*.tar", f"{shards.parent}/**/*.tar"):
+        assert [shard.path for shard in find_shards([name])] == files
+    assert [shard.path for shard in find_shards(["in/*.tar"])] == ["in/00000.tar", "in/00001.tar"]
+
+
+def test_a_data_set_on_the_hub(model, tmp_path):  # noqa: F811
+    """Its Parquet files are the shards."""
+    table = pa.table({"image": [{"bytes": picture(i), "path": None} for i in range(3)]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    content = (tmp_path / "a.parquet").read_bytes()
+    with running_hub(tmp_path / "hub") as hub:
+        hub.add("datasets/ann/photos", {"data/train-00000-of-00001.parquet": content, "README.md": b"photos"})
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": tmp_path / "home", "HF_HUB_OFFLINE": None}
+        said = command(tmp_path, "ann/photos", model.path, "--output", "out", "--format", "jsonl", **environment)
+        assert not hub.lines("README")
+    assert "3 pictures captioned" in said
+    assert [line["key"] for line in lines(tmp_path / "out")["train-00000-of-00001"]] == [f"{i:08}" for i in range(3)]
+
+
+def test_a_task_of_an_array_takes_every_nth_shard(model, shards, tmp_path):  # noqa: F811
+    """As docs/scale.md has it for Slurm: two variables, and no torchrun."""
+    flags = ("in/*.tar", model.path, "--format", "jsonl", "--output", "out", "--precision", "fp32")
+    command(tmp_path, *flags, code=1, RANK=1, WORLD_SIZE=2)
+    assert list(lines(tmp_path / "out")) == ["00001"]
+    command(tmp_path, *flags, code=1, RANK=0, WORLD_SIZE=2)
+    assert list(lines(tmp_path / "out")) == ["00000", "00001"]
+
+
+def command(folder: Path, *arguments: Any, ranks: int = 1, code: int = 0, **changes: Any) -> str:
     start = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     words = [sys.executable, *start, str(ROOT / "example_usage.py"), *map(str, arguments)]
-    process = subprocess.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(
+        words, cwd=folder, env=surroundings(ENVIRONMENT | changes), capture_output=True, text=True, timeout=300
+    )
     assert process.returncode == code, process.stderr
     return process.stdout + process.stderr
 
@@ -253,17 +289,19 @@ def test_the_speed_is_the_models_own_and_memory_does_not_grow(flickr8k):
 import resource, time, torch
 from pathlib import Path
 from captioning.models import load_model
-from captioning.pipeline import caption_batch
-from captioning.shards import Work, find_shards, run
+from captioning.pipeline import caption_batch, prepared
+from captioning.shards import Work, find_shards, open_shard, run
 torch.set_num_threads(1)
 model = load_model("m.safetensors", "cpu")
-pixels = torch.randint(0, 256, (32, 3, 144, 144), dtype=torch.uint8)
+keys, source = open_shard(find_shards(["in/*.tar"])[0])
+pixels = torch.stack([picture for _, picture in prepared(keys, model.config, source)])
 options = {{"num_beams": 1, "scores": True}}
-caption_batch(model, pixels, "fp32", **options)
+caption_batch(model, pixels[:32], "fp32", **options)
 start = time.perf_counter()
-for _ in range(40):
-    caption_batch(model, pixels, "fp32", **options)
-rate = 32 * 40 / (time.perf_counter() - start)
+for _ in range(4):
+    for batch in pixels.split(32):
+        caption_batch(model, batch, "fp32", **options)
+rate = 4 * len(pixels) / (time.perf_counter() - start)
 work = Work("m.safetensors", Path("speed"), "jsonl", "cpu", "fp32", decoding={{"num_beams": 1}})
 start, number = time.perf_counter(), 0
 for done in run(work, find_shards(["in/*.tar"])):
@@ -288,6 +326,7 @@ for copies in (1000, 10_000, 100_000):
     assert said.returncode == 0, said.stderr
     most = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) MiB", said.stdout)]
     assert most[-1] < most[0] + 100
+    assert float(re.findall(r": (\d\.\d+)", said.stdout)[0]) >= 0.95
 
 
 @pytest.mark.slow

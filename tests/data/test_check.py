@@ -23,6 +23,7 @@ import dataset
 from config import UserError
 from data import check
 from data.check import check_tables, count_odd, print_report
+from data.copies import MAX_DISTANCE
 from data.sources import load_tables
 
 Picture = tuple[str, bytes | None, list[str]]  # file name, content (None: missing), captions
@@ -262,7 +263,7 @@ def test_equal_shapes_of_other_colours_are_not_near(tmp_path):
         image.paste(colour, (20, 30, 60, 70))
         return image
 
-    assert imagehash.phash(square("red")) - imagehash.phash(square("blue")) <= check.MAX_DISTANCE
+    assert imagehash.phash(square("red")) - imagehash.phash(square("blue")) <= MAX_DISTANCE
     train = [*some("train", 3, 0), ("red.jpg", jpeg(square("red")), ["a red square"])]
     root = write(tmp_path, train=train, val=[("blue.jpg", jpeg(square("blue")), ["a blue square"])])
     assert report_of(root).duplicates == []

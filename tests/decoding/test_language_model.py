@@ -45,18 +45,27 @@ def test_logits_equal_transformers(pair):
     assert (mine - reference[:, 7:]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_captions_equal_transformers(pair, num_beams, scenes_tokenizer):
+CONTROLS = [  # no repetition_penalty: ours counts the start token too, as transformers does where it is in input_ids
+    {},
+    {"num_beams": 3},
+    {"no_repeat_ngram_size": 2},
+    {"num_beams": 3, "bad_words": [[n] for n in range(100)], "min_length": 6},
+]
+
+
+@pytest.mark.parametrize("options", CONTROLS, ids=str)
+def test_captions_equal_transformers(pair, options, scenes_tokenizer):
     theirs, ours = pair
     end = scenes_tokenizer.eos_token_id
-    found = ours.generate(PICTURES, max_length=8, num_beams=num_beams, return_scores=True)
+    found = ours.generate(PICTURES, max_length=8, return_scores=True, **options)
+    names = {"min_length": "min_new_tokens", "bad_words": "bad_words_ids"}
     reference = theirs.generate(
         inputs_embeds=embedded(ours, torch.full((4, 1), end)),
         attention_mask=torch.ones(4, 8, dtype=torch.long),
         max_new_tokens=8,
-        num_beams=num_beams,
         do_sample=False,
         pad_token_id=end,
+        **{names.get(name, name): value for name, value in options.items()},
     )
     assert torch.equal(found.sequences, reference[:, : found.sequences.shape[1]])
     assert len({tuple(row.tolist()) for row in reference}) > 1 and found.log_probs.max() < 0

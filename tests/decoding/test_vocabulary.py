@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_model, tiny_config
+from conftest import random_model, tiny_config, write_language_model
 
 from config import UserError
 from data.tokenizer import decode
+from training.job import initialise
 
 WORDS = ("a", "small", "red", "circle", "there are", "squares", "greenish")
 
 
-@pytest.fixture(params=["cross_attention", "prefix"])
-def captioner(request, scenes_tokenizer):
+@pytest.fixture(params=["cross_attention", "prefix", "llama"])
+def captioner(request, scenes_tokenizer, tmp_path):
+    if request.param == "llama":  # --decoder
+        source = write_language_model("llama", tmp_path, scenes_tokenizer)
+        model = initialise(tiny_config(bridge="prefix", max_length=40), None, source)[1].eval()
+        model.tokenizer = scenes_tokenizer
+        return model
     end = scenes_tokenizer.eos_token_id
     ids = dict.fromkeys(("start_token_id", "end_token_id", "pad_token_id"), end)
     config = tiny_config(vocab_size=len(scenes_tokenizer) + 3, bridge=request.param, max_length=40, **ids)
