@@ -17,7 +17,7 @@ from pathlib import Path
 
 from config import UserError
 from publishing.config import UploadConfig
-from utils import StopSignal, parse_flags, printable, run_script
+from utils import StopSignal, counted, parse_flags, printable, run_script
 from weights.file import MODEL_FILE
 
 POLL_EVERY = 1.0  # seconds; a run deletes a checkpoint only when there are two newer ones
@@ -82,7 +82,9 @@ def watch(config: AutoConfig, run: Path) -> int:
     finally:
         over.set()
         stop.restore()
-    print(f"stopped; {len(stage.waiting())} checkpoints wait in {stage.folder}: run the same command to send them")
+    print(
+        f"stopped; {counted(len(stage.waiting()), 'checkpoints')} waiting in {stage.folder}: run the same command to send them"
+    )
     return stop.exit_code
 
 

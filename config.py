@@ -124,7 +124,8 @@ class ViTGPT2Config:
     vocab_size: int = 50257
     """Size of the vocabulary; for a tokenizer trained on the captions, its largest size."""
     max_length: int = 512
-    """Positions of the decoder: the longest caption, in tokens, plus the picture's prefix if there is one."""
+    """Positions of the decoder: room for the longest caption, in tokens, and the picture's prefix if there is one. How long
+    captions get is up to the model; --caption-length limits them."""
     decoder_embed_dim: int = 768
     """Width of the decoder."""
     decoder_num_layers: int = 12

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,6 +42,7 @@ from utils import (
     autocast,
     choose_device,
     choose_precision,
+    dated_folder,
     parse_flags,
     run_script,
     writable_directory,
@@ -291,10 +292,19 @@ class Scored:
     """Print the precision and coverage of captions with at least this confidence."""
     right: float = 0.5
     """Score from which a caption is right, for --calibrate and --min-confidence."""
-    output_dir: Path = Path("evaluation")
-    """Folder for metrics.json, captions.json, per_picture.csv, report.html and samples.png."""
+    output_dir: Path | None = None
+    """Folder for metrics.json, captions.json, per_picture.csv, report.html and samples.png; an earlier evaluation there is
+    replaced (default: a new one, evaluation/<model>-<date>-<time>)."""
     batch_size: int = 64
     """Pictures per batch."""
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """The folder to write to."""
+        scored = "comparison" if self.compare else self.results or self.model or ""
+        return (
+            writable_directory(self.output_dir) if self.output_dir else dated_folder(f"evaluation/{Path(scored).stem}")
+        )
 
 
 @dataclass(kw_only=True)
@@ -307,15 +317,21 @@ class EvaluateConfig(Captioning, Scored):  # dataclass takes the last one's fiel
     """Sample each token from its probabilities, with a fixed seed."""
 
 
+# Flags that --help shows.
+COMMON = ["model", "data_dir", "split", "results", "references", "compare", "num_beams", "clip", "java", "output_dir"]
+COMMON += ["num_captions", "device", "precision"]
+
+
 def main() -> None:
     """Run the evaluation that the command line describes."""
-    config = parse_flags(EvaluateConfig, __doc__)
+    config = parse_flags(EvaluateConfig, __doc__, common=COMMON)
     frequencies = CiderD.load(config.document_frequencies) if config.document_frequencies else None
     if frequencies and config.tokenizer != "ptb":
         raise UserError(f"--document-frequencies needs --tokenizer ptb, not {config.tokenizer}: remove one of them")
     if config.compare and config.references:
         differences = compare(*config.compare, config.references, frequencies, config.subset, config.tokenizer)
-        write_json(writable_directory(config.output_dir) / "comparison.json", differences)
+        write_json(config.folder / "comparison.json", differences)
+        print(f"written to {config.folder / 'comparison.json'}")
         return
     more = MoreScores(
         config.meteor, config.java, config.instances, config.clip, config.pac, frequencies, config.tokenizer
@@ -327,10 +343,10 @@ def main() -> None:
     else:
         raise UserError("name a model and --data-dir, or --results (or --compare) and --references (see --help)")
     lines, calibrated = calibration(config)
-    write_json(config.output_dir / "metrics.json", metrics | calibrated)
+    write_json(config.folder / "metrics.json", metrics | calibrated)
     print_metrics(metrics)
     print("".join(lines), end="")
-    print(f"written to {config.output_dir}")
+    print(f"report      {config.folder / 'report.html'}\nwritten to  {config.folder}")
 
 
 def calibration(config: EvaluateConfig) -> tuple[list[str], dict[str, Any]]:
@@ -338,11 +354,11 @@ def calibration(config: EvaluateConfig) -> tuple[list[str], dict[str, Any]]:
     if config.calibrate is None and config.min_confidence is None:
         return [], {}
     score, lines, numbers = "clip_score" if config.clip else "cider_d", [], dict[str, Any]()
-    scores = *calibrating.read_scores(config.output_dir, score), config.right
+    scores = *calibrating.read_scores(config.folder, score), config.right
     if config.calibrate is not None:
         points = calibrating.curve(*scores)
         chosen = calibrating.threshold_for(points, config.calibrate)
-        calibrating.draw(config.output_dir / "calibration.png", points, chosen, config.right, score)
+        calibrating.draw(config.folder / "calibration.png", points, chosen, config.right, score)
         lines.append(f"calibrated  {calibrating.in_words(chosen, config.right, score)}\n")
         numbers["calibrated"] = chosen._asdict()
     if config.min_confidence is not None:
@@ -358,7 +374,7 @@ def score_results(config: EvaluateConfig, results: Path, references: Path, more:
     title = f"{results.name} against {references.name}"
     about = {"results": str(results), "references": str(references), **facts}
     captioned = Captioned([], captions, known, [], [], more.frequencies, more.tokenizer, domains)
-    directory = writable_directory(config.output_dir)
+    directory = config.folder
     return write_evaluation(directory, title, captioned, names, {}, about | about_results(results), more)
 
 
@@ -374,10 +390,10 @@ def score_model(config: EvaluateConfig, source: str, more: MoreScores) -> dict[s
     """Score a model on a split of a data set; write the files of evaluate_dataset."""
     model = ImageCaptionModel.from_pretrained(source, config.base_dir)
     columns: Any = {"image_column": config.image_column, "caption_column": config.caption_column}
-    load: Any = partial(load_table, config.dataset, config.data_dir or Path(), **columns)
+    load: Any = functools.partial(load_table, config.dataset, config.data_dir or Path(), **columns)
     table = load(config.split)
     if pictures_seen(model.trained_on, table) and earlier_parts(model, load):
-        load = partial(load, floor=0)
+        load = functools.partial(load, floor=0)
         table = load(config.split)
     check_overlap(model.trained_on, table, config.allow_overlap)
     if table.split == "test":
@@ -390,7 +406,7 @@ def score_model(config: EvaluateConfig, source: str, more: MoreScores) -> dict[s
     dtype, _ = choose_precision(config.precision, device)
     if config.precision == "int8":
         print(f"int8        {how_int8()}")
-    directory = writable_directory(config.output_dir)
+    directory = config.folder
     return evaluate_dataset(
         model.to(device),
         CaptionDataset(table, model.tokenizer, model.config),

@@ -4,7 +4,7 @@
     python example_usage.py photos/ "more/*.png" https://example.org/cat.jpg user/model
     python example_usage.py photos/ --output captions.csv     if run again, it resumes
     python example_usage.py "shards/*.tar" user/model --output out --format parquet
-    python example_usage.py DIR user/model --filter DIR/good.jsonl --keep both --min-confidence 0.3
+    python example_usage.py DIR user/model --filter DIR/good.jsonl --keep both
     find . -name "*.jpg" | python example_usage.py - --output sidecar
     python example_usage.py                                   a drawn scene with the newest local model
 
@@ -43,7 +43,7 @@ from captioning.filtering import Captioner, FilterOptions, filter_data
 from captioning.models import is_model, load_model, newest_model, weights_sha256
 from config import LONGEST, Captioning, UserError
 from data.scenes import draw, make_scene
-from utils import choose_device, parse_flags, printable, run_script, shown
+from utils import choose_device, counted, parse_flags, printable, run_script, shown
 from weights.file import MODEL_FILE
 
 if TYPE_CHECKING:  # modules that import torch are imported late, so that --help does not wait for it
@@ -236,7 +236,7 @@ def caption_all(
         before = f", {already:,} were there" if already else ""
         rate = captioned / max(time.monotonic() - start, 1e-9)
         doubtful = f", {unsure:,} of them without a caption below the confidence" if unsure else ""
-        said = f"{captioned:,} pictures captioned ({rate:.1f} a second){doubtful}{before}"
+        said = f"{counted(captioned, 'pictures')} captioned ({rate:.1f} a second){doubtful}{before}"
         print(f"{output}: {said}, {failed:,} could not be read")
     return 1 if failed else 0
 
@@ -269,12 +269,14 @@ def caption_shards(config: CaptionConfig, inputs: list[str], model_source: str) 
                     broken += 1
                     tqdm.write(f"error: {printable(done.error)}", file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"stopped: {captioned:,} pictures captioned; the same command resumes", file=sys.stderr)
+        print(f"stopped: {counted(captioned, 'pictures')} captioned; the same command resumes", file=sys.stderr)
         return 130
     rate = captioned / max(time.monotonic() - start, 1e-9)
-    before = f", {there:,} shards skipped" if there else ""
-    lost = f", {broken:,} shards could not be read" if broken else ""
-    print(f"{config.output}: {captioned:,} pictures captioned ({rate:.1f} a second){before}, {failed:,} failed{lost}")
+    before = f", {counted(there, 'shards')} skipped" if there else ""
+    lost = f", {counted(broken, 'shards')} could not be read" if broken else ""
+    print(
+        f"{config.output}: {counted(captioned, 'pictures')} captioned ({rate:.1f} a second){before}, {failed:,} failed{lost}"
+    )
     return 1 if failed or broken else 0
 
 
@@ -299,14 +301,21 @@ def filter_folder(config: CaptionConfig, inputs: list[str], model_source: str | 
     captions = sum(map(len, result.kept.values()))
     for line in result.counts():
         print(f"left out    {line}")
-    print(f"kept        {len(result.kept):,} pictures, {captions:,} captions, {result.by_model:,} of them by the model")
+    print(
+        f"kept        {counted(len(result.kept), 'pictures')}, {counted(captions, 'captions')}, {result.by_model:,} of them by the model"
+    )
     print(f"train on them: python main.py --data-dir {config.filter}")
     return 0
 
 
+# Flags that --help shows.
+COMMON = ["inputs", "model", "output", "format", "length", "prefix", "prepend", "min_confidence", "scores"]
+COMMON += ["num_captions", "num_beams", "filter", "device"]
+
+
 def main() -> int:
     """Run the command line. Returns 1 if some of the pictures could not be captioned, 130 if it was stopped."""
-    parsed: Any = parse_flags(CaptionConfig, __doc__, return_unknown_args=True)
+    parsed: Any = parse_flags(CaptionConfig, __doc__, common=COMMON, return_unknown_args=True)
     config, behind = parsed  # inputs behind options are unknown to the parser
     if any(argument.startswith("-") and argument != "-" for argument in behind):
         parse_flags(CaptionConfig, __doc__)  # exits with an error that names the unknown flag
@@ -341,7 +350,7 @@ def main() -> int:
         made_by |= {"max_length": min(LONGEST, model.config.text_positions)}
         made_by |= config.finish.recorded(config.decoding())
         if replaced := output.begin(made_by, config.overwrite):
-            print(f"{output}: replacing the captions of {replaced:,} pictures")
+            print(f"{output}: replacing the captions of {counted(replaced, 'pictures')}")
     if not inputs:
         print(f"{names[0]}, captioned by {model_source}:")
     return caption_all(config, model, names, output, source)

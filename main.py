@@ -1,7 +1,4 @@
-"""Train a captioner: python main.py [--preset coco|demo|flickr8k|img2gpt] [any field of TrainConfig as a flag].
-
-The command line is the config; --help explains every field.
-"""
+"""Train a captioner: python main.py [--preset coco|demo|flickr8k|img2gpt] [any field of TrainConfig as a flag]."""
 
 from __future__ import annotations
 
@@ -14,13 +11,16 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from config import FILLED_IN, PRESETS, TrainConfig, UserError
+from config import FILLED_IN, PRESETS, Basics, TrainConfig, UserError
 from utils import parse_flags, run_script, writable_directory
 
 # Defaults for you to edit. A preset's values and flags override them.
 BATCH_SIZE = 128
 EPOCHS = 10
 DEVICE: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+# Flags that --help shows. Those that only programs set are not even in --help-all.
+COMMON = [field.name for field in dataclasses.fields(Basics)]
+INTERNAL = ("language_model", "prompt_ids", "start_token_id", "end_token_id", "pad_token_id")
 # Short names for a switch with three values: by default the device decides.
 SWITCHES = {"--compile": "--compile=True", "--no-compile": "--compile=False"}
 
@@ -56,7 +56,8 @@ def parse_in_groups(defaults: TrainConfig, arguments: list[str] | None) -> Train
     kinds: type[Any] = dataclasses.make_dataclass("Flags", described, kw_only=True)
     with warnings.catch_warnings():  # tyro's, of defaults that are None until they are filled in
         warnings.filterwarnings("ignore", "The field .* is annotated with type")
-        flags = parse_flags(kinds, __doc__, arguments, default=kinds(**groups), config=(OmitArgPrefixes,))
+        default, names = kinds(**groups), (OmitArgPrefixes,)
+        flags = parse_flags(kinds, __doc__, arguments, COMMON, INTERNAL, default=default, config=names)
     values: dict[str, Any] = {}
     for name, group in vars(flags).items():
         values |= {name: group} if name in ("augmentation", "model") else vars(group)

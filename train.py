@@ -361,9 +361,8 @@ def finish(job: Job) -> int:
     if chosen := "" if lost or job.loss_chooses else what_chose(read_log(run / "metrics.jsonl"), checkpoint.name):
         print(f"chosen      {chosen}")
     pictures = ", ".join(str(run / name) for name in ("samples.png", "curves.png"))
-    print(
-        f"model       {run / MODEL_FILE if failed else MODEL_FILE}\npictures    {pictures}\nnumbers     {run / 'metrics.json'}"
-    )
+    print(f"model       {run / MODEL_FILE if failed else MODEL_FILE}\nreport      {run / 'report.html'}")
+    print(f"pictures    {pictures}\nnumbers     {run / 'metrics.json'}")
     if isinstance(test.table.picture(0), Path):
         print(f"try it      python example_usage.py {shown(test.table.name_of(0))}")
     for error in filter(None, (lost, failed)):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -22,12 +24,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from config import UserError
+from flags import HELP, HELP_ALL, print_help
 
 if TYPE_CHECKING:  # importing torch takes a second, and --help should not wait for it
     import torch
@@ -124,10 +127,23 @@ def run_script(main: Callable[[], int | None], without_reader: bool = False) -> 
     sys.exit(code)
 
 
-def parse_flags(kind: type[T], description: str | None, arguments: list[str] | None = None, **options: Any) -> T:
-    """Parse a command line into a config with tyro. A UserError from the config's checks is raised unchanged."""
+def parse_flags(
+    kind: type[T],
+    description: str | None,
+    arguments: list[str] | None = None,
+    common: Collection[str] = (),
+    hidden: Collection[str] = (),
+    **options: Any,
+) -> T:
+    """Parse a command line into a config with tyro. common: the fields that --help shows (none: all); hidden: those that
+    --help-all does not show either. A UserError from the config's checks is raised unchanged."""
     import tyro  # late: only scripts need it
 
+    given = sys.argv[1:] if arguments is None else arguments
+    if dataclasses.is_dataclass(kind) and (asked := {*HELP, HELP_ALL}.intersection(given)):
+        shown = () if HELP_ALL in asked else common
+        about = {name: value for name, value in options.items() if name in ("config", "prog")}
+        print_help(kind, description or "", options.get("default"), shown, hidden, **about)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -180,6 +196,12 @@ def exit_code_of(number: int) -> int:
 
 
 # Errors in one line
+
+
+def counted(number: int, plural: str) -> str:
+    """A number and what is counted: "1 picture without a caption", "2,000 pictures". The noun is the first word that ends
+    in s."""
+    return f"{number:,} " + (re.sub(r"(?<=[a-z])s\b", "", plural, count=1) if number == 1 else plural)
 
 
 def some(names: list[str]) -> str:
@@ -326,6 +348,18 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return lines
+
+
+def dated_folder(name: str) -> Path:
+    """Create a new folder name-<date>-<time>, also when several scripts do so in the same second."""
+    name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    writable_directory(Path(name).parent)
+    for number in itertools.count(1):
+        folder = Path(name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
 
 
 def writable_directory(path: Path, advice: str = "choose another --output-dir") -> Path:

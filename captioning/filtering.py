@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from config import UserError, check_fields
 from data.columns import is_filtered
 from data.reading import MADE_BY
-from utils import atomic, in_one_line, json_of
+from utils import atomic, counted, in_one_line, json_of
 
 if TYPE_CHECKING:  # modules that import torch are imported late, so that --help does not wait for it
     from torch import Tensor
@@ -112,7 +112,7 @@ class Filtered:
         """What was left out, by reason, in words."""
         numbers = Counter((entry.caption is None, entry.reason) for entry in self.left_out)
         for (is_picture, reason), number in sorted(numbers.items(), key=lambda item: (not item[0][0], -item[1])):
-            yield f"{number:,} {'picture' if is_picture else 'caption'}{'s' * (number != 1)}: {reason}"
+            yield f"{counted(number, 'pictures' if is_picture else 'captions')}: {reason}"
 
 
 def filter_data(

@@ -32,7 +32,7 @@ from data.kinds import is_picture
 from data.pictures import PictureSource, decode
 from data.reading import MADE_BY, file_names
 from data.sidecars import has_caption, texts_beside
-from utils import atomic, first_line, in_one_line, json_of, shown, write_json, write_text
+from utils import atomic, counted, first_line, in_one_line, json_of, shown, write_json, write_text
 
 PANEL = 360  # pixels of the longer side of a picture in a figure
 
@@ -117,7 +117,7 @@ class CaptionFile:
             if other not in ([], ["model"]):
                 differences = in_one_line(", ".join(f"{name} {before.get(name, 'unset')}" for name in other))
                 raise UserError(
-                    f"{self}: has captions of {there:,} pictures, made with {differences}: choose another {self.flag}, or "
+                    f"{self}: has captions of {counted(there, 'pictures')}, made with {differences}: choose another {self.flag}, or "
                     "add --overwrite to replace them"
                 )
             return 0

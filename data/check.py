@@ -39,7 +39,7 @@ from data.pixels import in_threads
 from data.reading import Names
 from data.sources import load_tables
 from data.table import CaptionTable
-from utils import atomic, in_one_line, parse_flags, writable_directory, write_csv, write_json
+from utils import atomic, counted, in_one_line, parse_flags, writable_directory, write_csv, write_json
 
 SHOWN = 5  # examples printed
 PAIRS_SHOWN = 8
@@ -251,7 +251,9 @@ def judge(tables: dict[str, CaptionTable], figures: dict[str, Any], max_bad_shar
         reasons += [f"test pictures that are, by their ids, train pictures: {known:,}"] if known else []
     numbers = {split: part["pictures"] for split, part in parts.items() if split != "train"}
     warnings += [
-        f"{split}: numbers rest on {n:,} pictures, mostly chance below {FEW}" for split, n in numbers.items() if n < FEW
+        f"{split}: numbers rest on {counted(n, 'pictures')}, mostly chance below {FEW}"
+        for split, n in numbers.items()
+        if n < FEW
     ]
     for pair, number in figures["duplicates"].items():
         first, later = pair.split("/")
@@ -281,12 +283,19 @@ def print_report(report: Report) -> None:
     for split, part in parts.items():
         least, _, most = part["captions_a_picture"].values()
         each = f"{least}" if least == most else f"{least} to {most}"
-        lines += [(split, f"{part['pictures']:,} pictures, {part['captions']:,} captions ({each} a picture)")]
+        lines += [
+            (
+                split,
+                f"{counted(part['pictures'], 'pictures')}, {counted(part['captions'], 'captions')} ({each} a picture)",
+            )
+        ]
     if "val" in parts and "test" not in parts:
         lines += [("test", "none: val serves as test")]
-    lines += [("skipped", f"{number:,} {what}") for what, number in report.figures["left_out"].items()]
+    lines += [("skipped", counted(number, what)) for what, number in report.figures["left_out"].items()]
     number, first = report.figures["unused"].values()
-    lines += [("unused", f"{number:,} pictures below the folder are in no split, such as {first}")] if number else []
+    lines += (
+        [("unused", f"{counted(number, 'pictures')} below the folder in no split, such as {first}")] if number else []
+    )
     words, longer = captions["words"], captions["over_long"]
     lines += [("words", f"min {words['min']}, median {words['median']:g}, 95 % {words['95 %']:g}, max {words['max']}")]
     if longer["captions"]:
@@ -294,7 +303,7 @@ def print_report(report: Report) -> None:
     for row in captions["on_several_pictures"]:
         lines += [("repeated", f"on {row['pictures']:,} pictures: {excerpt(row['caption'])}")]
     if again := captions["twice_on_a_picture"]:
-        lines += [("repeated", f"{again:,} captions repeat another caption of the same picture")]
+        lines += [("repeated", f"{counted(again, 'captions')} repeated on the same picture")]
     for kind, found in captions["odd_characters"].items():
         lines += [("characters", f"{kind}: {found['captions']:,}, such as {excerpt(found['example'])}")]
     lines += [("bad", f"{bad.picture} ({bad.part}): {bad.reason}") for bad in report.bad[:SHOWN]]
@@ -339,7 +348,7 @@ def draw_lengths(path: Path, captions: dict[str, Any]) -> None:
 
     words, longer = captions["words"], captions["over_long"]
     numbers = words["captions_of_0_1_2_words"]
-    title = f"{sum(numbers) + longer['captions']:,} captions"
+    title = counted(sum(numbers) + longer["captions"], "captions")
     if longer["captions"]:
         title += f", {longer['captions']:,} of more than {longer['more_words_than']} words not shown"
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from utils import counted
+
 HEIC = dict.fromkeys((".heic", ".heif", ".hif"), " (pip install pillow-heif)")
 SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pcx .pgm .png .ppm .qoi .tga .tif .tiff .webp"
 PICTURE_SUFFIXES = (*SUFFIXES.split(), *(HEIC if find_spec("pillow_heif") else ()))
@@ -48,4 +50,4 @@ def left_out(files: Iterable[str | Path]) -> dict[str, int]:
 
 def in_words(kinds: dict[str, int]) -> str:
     """The result of left_out in one line; "" for nothing."""
-    return "skipped: " + ", ".join(f"{number:,} {kind}" for kind, number in kinds.items()) if kinds else ""
+    return "skipped: " + ", ".join(counted(number, kind) for kind, number in kinds.items()) if kinds else ""

@@ -11,7 +11,7 @@ import numpy as np
 from config import UserError
 from data.budget import why_missing
 from data.table import CaptionTable
-from utils import write_csv
+from utils import counted, write_csv
 
 
 def pictures_seen(trained_on: np.ndarray, table: CaptionTable) -> list[int]:
@@ -49,7 +49,7 @@ class BadPictures:
     @property
     def notes(self) -> list[str]:
         """One line with the number of skipped pictures; none for 0."""
-        return [f"{len(self.found):,} pictures skipped, named in {self.path}"] if self.found else []
+        return [f"{counted(len(self.found), 'pictures')} skipped, named in {self.path}"] if self.found else []
 
     def add_known(self, table: CaptionTable, damaged: Mapping[int, str]) -> None:
         """Add the table's missing pictures, and rows that could not be decoded, with the reason."""

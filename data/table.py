@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from config import UserError
-from utils import in_one_line
+from utils import counted, in_one_line
 
 SPLITS = ("train", "val", "test")
 SET_ASIDE, SET_ASIDE_AT_MOST = 0.05, 1000  # share and largest number of pictures for a split that the source lacks
@@ -226,7 +226,7 @@ def split_up(packed: pa.Table, floor: int = FLOOR) -> tuple[pa.Table, str]:
     same = _sharing_a_text(packed, pool) if wanted else pool
     if wanted and (groups := len(np.unique(same))) <= len(wanted):
         raise UserError(
-            f"{groups} pictures with captions are too few to train on and to validate with: have at least "
+            f"{counted(groups, 'pictures')} with captions: too few to train on and to validate with: have at least "
             f"{len(wanted) + 1}"
         )
     about = ""
@@ -240,7 +240,7 @@ def split_up(packed: pa.Table, floor: int = FLOOR) -> tuple[pa.Table, str]:
         rank = np.cumsum(np.diff(same[order], prepend=-1) != 0) - 1  # of each group, its rows side by side
         for index, code in enumerate(wanted):
             codes[pool[order[rank // number == index]]] = code
-        about = f"{number:,} pictures each set aside for {' and '.join(SPLITS[code] for code in wanted)}"
+        about = f"{counted(number, 'pictures')} each set aside for {' and '.join(SPLITS[code] for code in wanted)}"
         about += ", those of one text counted as one" if groups < len(pool) else ""
     column = pa.array(SPLITS).take(pa.array(codes))
     packed = packed.set_column(packed.schema.get_field_index("split"), "split", column)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from config import UserError
 from data.reading import MADE_BY, domain_of, is_rejected
-from utils import in_one_line, json_of
+from utils import counted, in_one_line, json_of
 
 
 def read_results(results: Path, references: Path) -> tuple[list[int | str], list[str], list[list[str]]]:
@@ -58,10 +58,12 @@ def matched(results: Path, references: Path, subset: bool = False) -> Matched:
     others = lacking or list(known)
     if odd and {*map(type, odd)} != {*map(type, others)}:
         advice = in_one_line(f"the types of the ids differ, {odd[0]!r} here and {others[0]!r} there")
-    for images, problem in ((lacking, "no caption for {} pictures of"), (odd, "{} pictures that are not in")):
+    for images, problem in ((lacking, "no caption for {} of"), (odd, "{} not in")):
         if images and (images is odd or not subset or not captions):
             some = in_one_line(", ".join(map(str, images[:3])))
-            raise UserError(f"{results}: {problem.format(len(images))} {references} ({some}): {advice}")
+            raise UserError(
+                f"{results}: {problem.format(counted(len(images), 'pictures'))} {references} ({some}): {advice}"
+            )
     facts = {"subset": f"{len(captions):,} of the {len(known):,} pictures"} if lacking else {}
     if again := len(entries) - len(times):
         facts["equal_captions_dropped"] = f"{again:,}"

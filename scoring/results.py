@@ -310,7 +310,8 @@ def warnings_about(metrics: dict[str, Any]) -> list[str]:
         found.append(f"Nearly the same caption for every picture: {different:,} for {number:,} pictures.")
     if metrics.get("cut_captions", 0) > 0.1:
         found.append(
-            f"{metrics['cut_captions']:.0%} of the captions were cut off at the length limit: raise --max-length."
+            f"{metrics['cut_captions']:.0%} of the captions were cut off at the length limit: raise "
+            "--max-length of evaluate.py, --caption-length of main.py."
         )
     return found
 

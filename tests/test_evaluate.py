@@ -212,18 +212,18 @@ def test_a_subset_says_so_in_every_table(tmp_path):
 
 
 BAD_RESULTS = {
-    "lack a picture": (json.dumps(GOOD[:1]), r"no caption for 1 pictures .* \(1\)"),
+    "lack a picture": (json.dumps(GOOD[:1]), r"no caption for 1 picture of .* \(1\)"),
     "lack all": ("[]", r"no caption for 2 pictures .* \(1, 2\)"),
     "differ on a picture": (json.dumps([*GOOD, {"image_id": 2, "caption": "c"}]), "2 captions for picture 2"),
     "differ in a dictionary": ('{"1": "a", "2": "b", "2": "c"}', "2 captions for picture 2"),
     "have several captions": (json.dumps({"1": ["a"], "2": ["b", "c"]}), "2 captions for picture 2"),
     "have another picture": (
         json.dumps([*GOOD, {"image_id": 3, "caption": "c"}]),
-        r"1 pictures that are not in .*\(3\)",
+        r"1 picture not in .*\(3\)",
     ),
     "have an id of another kind": (
         json.dumps([*GOOD, {"image_id": "1", "caption": "c"}]),
-        "1 pictures that are not in",
+        "1 picture not in",
     ),
     "have a break in an id": (json.dumps([*GOOD, {"image_id": "a\nb", "caption": "c"}]), r"\(a\\nb\)"),
     "lack a caption": (json.dumps([{"image_id": 1}]), "bad.json: not in COCO's format"),
@@ -236,7 +236,7 @@ BAD_RESULTS = {
     "have half a character": (json.dumps([{"image_id": 1, "caption": "\ud800"}, GOOD[0]]), "bad.json: not in COCO's"),
     "may mean the same": (
         json.dumps([GOOD[0], {"image_id": "1", "caption": "a"}, {"image_id": "01", "caption": "a"}]),
-        r"no caption for 1 pictures .* \(1\): the types of the ids differ, '1' here and 1 there",
+        r"no caption for 1 picture of .* \(1\): the types of the ids differ, '1' here and 1 there",
     ),
     "name other pictures": (
         json.dumps([GOOD[0], {"image_id": "dog\n", "caption": "a"}]),
@@ -269,7 +269,7 @@ def test_bad_results_end_the_command_line(tmp_path):
     for files in (("--results", "few.json"), ("--compare", "good.json", "few.json")):
         done = finished("evaluate.py", *files, "--references", "refs.json", cwd=tmp_path, code=2)
         assert done.stdout == "" and done.stderr.count("\n") == 1
-        assert "no caption for 1 pictures" in done.stderr and not (tmp_path / "evaluation").exists()
+        assert "no caption for 1 picture of" in done.stderr and not (tmp_path / "evaluation").exists()
 
 
 def test_the_official_example_scores_as_published():
@@ -284,7 +284,8 @@ def run_evaluate(folder, *arguments) -> str:
     """What evaluate.py prints, run in this process, as another one takes seconds to start; test_scripts.py starts one."""
     output = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(output), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        folder = [] if "--output-dir" in arguments else ["--output-dir", "evaluation"]
+        patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), *folder])
         main()
     return output.getvalue()
 

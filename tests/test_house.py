@@ -14,6 +14,7 @@ from conftest import ROOT
 
 ROWS = """
 config
+flags
 utils
 data decoding
 weights scoring

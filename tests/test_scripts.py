@@ -279,7 +279,7 @@ def test_damaged_pictures_are_named_skipped_and_counted(tmp_path, scenes_dir):
     assert "1 of 40 pictures are missing or damaged, 2.5% where 1.0% are allowed" in error
     assert "photo 00.png" in (tmp_path / "strict/bad_samples.csv").read_text()
     output = script(tmp_path, *arguments, "--output-dir", "lenient", "--max-bad-share", "0.05")
-    assert "1 pictures skipped" in output and "photo 00.png" in (tmp_path / "lenient/bad_samples.csv").read_text()
+    assert "1 picture skipped" in output and "photo 00.png" in (tmp_path / "lenient/bad_samples.csv").read_text()
 
 
 def test_pictures_trained_on_are_not_scored(demo, tmp_path):

@@ -26,10 +26,10 @@ from scoring.tokens import tokenizer_for
 from training.adapters import adapt, check_adapters
 from training.checkpoint import newest_complete
 from training.distributed import World
-from training.estimates import duration, estimated_memory, estimated_seconds
+from training.estimates import duration, estimated_caption_seconds, estimated_memory, estimated_seconds
 from training.optimizers import freeze
 from training.run import Run, check_model
-from utils import available_memory, choose_device, choose_precision, dtypes, key_of, some, write_json
+from utils import available_memory, choose_device, choose_precision, counted, dtypes, key_of, some, write_json
 from weights.adapters import adapted_layers, find_base
 from weights.pretrained import is_language_model, read_parts
 
@@ -386,23 +386,24 @@ def plan(job: Job, step: int) -> str:
     different = {id(data): data.pixels.cached for data in job.datasets.values()}.values()  # val may serve as test
     cached = sum(pictures.numel() for pictures in different if pictures is not None)
     val, test = len(job.datasets["val"]), len(job.datasets["test"])
+    captions = estimated_caption_seconds(share, val // world, test // world, job.tokens, job.device, job.dtype)
     same = job.datasets["test"].table.split == "val"
     tested = "also used as test, as there is no test split" if same else f"{test:,} to test"
-    left = ", ".join(f"{number:,} {what}" for what, number in table.left_out.items())
-    cut = f"{n:,} captions cut at the model's max_length" if (n := job.datasets["train"].tokens.cut) else ""
+    left = ", ".join(counted(number, what) for what, number in table.left_out.items())
+    cut = f"{counted(n, 'captions')} cut at the model's max_length" if (n := job.datasets["train"].tokens.cut) else ""
     notes = [table.about, left and f"skipped: {left}", cut, *job.bad.notes]
     if (few := min(val, test)) < FEW:
         chosen = ", so the validation loss chooses the best model" if job.loss_chooses else ""
-        notes.append(f"scores are measured on {few:,} pictures: below {FEW} they are mostly noise{chosen}")
+        notes.append(f"scores are measured on {counted(few, 'pictures')}: below {FEW} they are mostly noise{chosen}")
     return (
         f"attention   {choose_attention(job.device.type, job.dtype, sizes.decoder_embed_dim // sizes.decoder_num_heads)[1]}\n"
         f"model       {job.model.num_parameters:,} parameters, vocabulary {job.model.config.vocab_size:,}\n"
-        f"data        {table.name}: {len(table):,} pictures, {table.num_captions:,} captions of {job.tokens:.1f} tokens; "
-        f"{val:,} pictures to validate, {tested}\n"
+        f"data        {table.name}: {counted(len(table), 'pictures')}, {counted(table.num_captions, 'captions')} of {job.tokens:.1f} tokens; "
+        f"{counted(val, 'pictures')} to validate, {tested}\n"
         f"            {'; '.join(filter(None, notes))}\n"
         f"steps       {job.steps:,} of {job.pictures_a_step} pictures x {config.captions_per_image} captions, "
         f"{job.steps_per_epoch:,} an epoch{f'; going on at step {step:,}' if step else ''}\n"
-        f"estimate    about {duration(seconds)} of training, about {memory / 2**30:.1f} GiB for the model "
-        f"and {cached / 2**30:.1f} GiB for pictures cached in memory\n"
+        f"estimate    about {duration(seconds)} of training and {duration(captions)} of captions for val and test; about "
+        f"{memory / 2**30:.1f} GiB for the model and {cached / 2**30:.1f} GiB for pictures cached in memory\n"
         f"output      {job.run.folder}"
     )

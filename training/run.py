@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from config import TrainConfig, UserError
 from training.checkpoint import check, checkpoints, in_use
-from utils import file_hash, writable_directory
+from utils import dated_folder, file_hash, writable_directory
 from weights.file import MODEL_FILE
 
 OWN_DATA = ("auto", "imagefolder", "webdataset", "csv", "sidecar")  # layouts of users' data, not of a known data set
@@ -112,15 +110,8 @@ class Run:
 
     @classmethod
     def new(cls, called: str) -> Run:
-        """Create a new folder in runs/, also when several runs start in the same second."""
-        writable_directory(Path("runs"))
-        name = f"runs/{called}-{time.strftime('%Y%m%d-%H%M%S')}"
-        for number in itertools.count(1):
-            folder = Path(name if number == 1 else f"{name}-{number}")
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                break
-        return cls(folder)
+        """Create a new folder in runs/."""
+        return cls(dated_folder(f"runs/{called}"))
 
     @classmethod
     def of_model(cls, path: Path) -> Run | None:

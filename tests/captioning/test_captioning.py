@@ -483,7 +483,7 @@ def test_a_file_remembers_what_wrote_it(kind, model, tmp_path, monkeypatch, caps
             run_with(model.path, *flags)
     Path("3.png").write_bytes(picture(3))
     model.save_file("renamed.safetensors")  # the same weights, in another place
-    assert "1 pictures captioned" in run_with("renamed.safetensors") and path.read_bytes().startswith(ours)
+    assert "1 picture captioned" in run_with("renamed.safetensors") and path.read_bytes().startswith(ours)
     table = load_table("csv", path, "train")
     assert sum(len(load_table("csv", path, split)) for split in ("train", "val", "test")) == 4 and not table.missing
     assert f"{path}: replacing the captions of 4 pictures" in run_with("other.safetensors", "--overwrite")

@@ -125,7 +125,7 @@ def test_pictures_in_no_part_are_counted_and_names_escaped(tmp_path, capsys):
     (root / "val2017/a.png").unlink()
     print_report(report_of(root))
     output = capsys.readouterr().out
-    assert "unused      1 pictures below the folder are in no split, such as val2017/b\\x1b[31m.jpg\n" in output
+    assert "unused      1 picture below the folder in no split, such as val2017/b\\x1b[31m.jpg\n" in output
     assert report_of(clean(tmp_path / "other")).figures["unused"] == {"pictures": 0, "first": None}
 
 
@@ -433,7 +433,7 @@ def test_rows_that_are_there_twice_are_counted(tmp_path, capsys):
     report = report_of(write(tmp_path, train=train, val=some("val", 2, 100)))
     assert report.figures["captions"]["twice_on_a_picture"] == 2
     print_report(report)
-    assert "repeated    2 captions repeat another caption of the same picture" in capsys.readouterr().out
+    assert "repeated    2 captions repeated on the same picture" in capsys.readouterr().out
 
 
 def test_a_missing_pictures_nearest_name_is_said(tmp_path):

@@ -32,6 +32,7 @@ from config import UserError
 from data import layouts, sources, table
 from data.sources import LAYOUTS, load_table, load_tables, recognise
 from data.table import CaptionTable, Row, make_table, pack, split_up
+from utils import counted
 
 
 @pytest.fixture(autouse=True)
@@ -1201,7 +1202,7 @@ def test_flickr8ks_lists(tmp_path: Path) -> None:
     flickr8k(tmp_path, text, train="a.jpg\nb.jpg\n", test="c.jpg")  # no list of val: one is drawn from train's
     parts = load_tables("auto", tmp_path)
     assert {split: len(part) for split, part in parts.items()} == {"train": 1, "val": 1, "test": 1}
-    assert ids(parts["test"]) == ["c.jpg"] and "1 pictures each set aside for val" in parts["val"].about
+    assert ids(parts["test"]) == ["c.jpg"] and "1 picture each set aside for val" in parts["val"].about
 
 
 @pytest.mark.parametrize(
@@ -1347,7 +1348,7 @@ def test_too_few_pictures_to_split(tmp_path: Path, split: str, enough: int) -> N
             assert min(len(part) for part in load_tables("auto", tmp_path).values()) == 1
         else:
             message = error_of(lambda: load_tables("auto", tmp_path))
-            assert message.startswith(f"{tmp_path / 'c.csv'}: {number} pictures") and f"at least {enough}" in message
+            assert message.startswith(f"{tmp_path / 'c.csv'}: {counted(number, 'pictures')}") and f"at least {enough}" in message
 
 
 def test_what_is_tried_first(tmp_path: Path) -> None:
@@ -1661,4 +1662,4 @@ def test_how_many_are_set_aside(number: int, aside: int) -> None:
     settled, about = split_up(pack(Row("", f"{i}", i, ["x"]) for i in range(number))[0])
     counts = Counter(settled["split"].to_pylist())
     assert counts == {"train": number - 2 * aside, "val": aside, "test": aside}
-    assert about == f"{aside:,} pictures each set aside for val and test"
+    assert about == f"{counted(aside, 'pictures')} each set aside for val and test"
