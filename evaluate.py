@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Score a model, or a file of captions, against references: metrics, captions, a report, a contact sheet.
 
     python evaluate.py MODEL --data-dir flickr8k
@@ -10,6 +11,11 @@ By default captions are generated with 3 beams and without sampling.
 """
 
 from __future__ import annotations
+
+from utils import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # until everything is imported
 
 import contextlib
 import dataclasses
@@ -44,6 +50,7 @@ from utils import (
     choose_precision,
     dated_folder,
     parse_flags,
+    raise_on_interrupt,
     run_script,
     writable_directory,
     write_json,
@@ -324,6 +331,7 @@ COMMON += ["num_captions", "device", "precision"]
 
 def main() -> None:
     """Run the evaluation that the command line describes."""
+    raise_on_interrupt()
     config = parse_flags(EvaluateConfig, __doc__, common=COMMON)
     frequencies = CiderD.load(config.document_frequencies) if config.document_frequencies else None
     if frequencies and config.tokenizer != "ptb":

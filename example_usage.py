@@ -1,12 +1,13 @@
+#!/usr/bin/env python
 """Caption pictures, from the command line or from Python.
 
     python example_usage.py photo.jpg vit-gpt2-captioning.safetensors
     python example_usage.py photos/ "more/*.png" https://example.org/cat.jpg user/model
-    python example_usage.py photos/ --output captions.csv     if run again, it resumes
+    python example_usage.py photos/ --output captions.csv  # resumes, if run again
     python example_usage.py "shards/*.tar" user/model --output out --format parquet
     python example_usage.py DIR user/model --filter DIR/good.jsonl --keep both
     find . -name "*.jpg" | python example_usage.py - --output sidecar
-    python example_usage.py                                   a drawn scene with the newest local model
+    python example_usage.py  # a drawn scene, with the newest model here
 
     from example_usage import caption_image
     caption_image(image_path="photo.jpg", model_source="vit-gpt2-captioning.safetensors")
@@ -20,14 +21,12 @@ after Ctrl-C.
 
 from __future__ import annotations
 
-import os
-import signal
+from utils import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # until a model is loaded
+
 import sys
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Imports take seconds, and some of them swallow KeyboardInterrupt: until a model is loaded, Ctrl-C exits at once.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"stopped\n") and 130))
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,7 +42,7 @@ from captioning.filtering import Captioner, FilterOptions, filter_data
 from captioning.models import is_model, load_model, newest_model, weights_sha256
 from config import LONGEST, Captioning, UserError
 from data.scenes import draw, make_scene
-from utils import choose_device, counted, parse_flags, printable, run_script, shown
+from utils import choose_device, counted, parse_flags, printable, raise_on_interrupt, run_script, shown
 from weights.file import MODEL_FILE
 
 if TYPE_CHECKING:  # modules that import torch are imported late, so that --help does not wait for it
@@ -287,6 +286,7 @@ def filter_folder(config: CaptionConfig, inputs: list[str], model_source: str | 
     captioner = None
     if config.keep != "own" or config.min_confidence:
         model_source = model_source or newest_model()
+        raise_on_interrupt()
         model = load_model(model_source, str(choose_device(config.device)[0]), config.base_dir)
         options = config.decoding()
         made_by = {"model": model_source, "weights": weights_sha256(model)[:16], "precision": config.precision}
@@ -343,8 +343,7 @@ def main() -> int:
         names = list(dict.fromkeys(names))
         output = open_output(config.output, names, config.num_captions, config.scores)
     model = load_model(model_source, str(choose_device(config.device)[0]), config.base_dir)
-    if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == "__main__":
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    raise_on_interrupt()
     if output:
         made_by = {"model": model_source, "weights": weights_sha256(model)[:16], "precision": config.precision}
         made_by |= {"max_length": min(LONGEST, model.config.text_positions)}

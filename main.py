@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Train a captioner: python main.py [--preset coco|demo|flickr8k|img2gpt] [any field of TrainConfig as a flag]."""
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from config import FILLED_IN, PRESETS, Basics, TrainConfig, UserError
-from utils import parse_flags, run_script, writable_directory
+from utils import exit_on_interrupt, parse_flags, raise_on_interrupt, run_script, writable_directory
 
 # Defaults for you to edit. A preset's values and flags override them.
 BATCH_SIZE = 128
@@ -70,6 +71,7 @@ def main() -> int:
     writable_directory(Path(), "the finished model is saved there, so start the command in another folder")
     from train import train
 
+    raise_on_interrupt()
     code = train(config)
     if code == 0 and not config.no_upload and int(os.environ.get("RANK", "0")) == 0:
         from publishing.hub import offer_upload
@@ -79,4 +81,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    exit_on_interrupt()  # until everything is imported
     run_script(main, without_reader=True)

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -98,11 +99,38 @@ def open_streams(without_reader: bool) -> None:
         setattr(sys, name, old)
 
 
+def exit_on_interrupt() -> None:
+    """Exit at once on Ctrl-C, until raise_on_interrupt: imports take seconds, and some of them swallow KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _exit)
+
+
+def raise_on_interrupt() -> None:
+    """Raise KeyboardInterrupt on Ctrl-C again."""
+    if signal.getsignal(signal.SIGINT) is _exit:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    os._exit(os.write(2, b"stopped\n") and 130)
+
+
+def silence_libraries() -> None:
+    """Hide what libraries tell programmers: warnings of future changes, and transformers' of texts that we shorten."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
+    if logging := sys.modules.get("transformers.utils.logging"):
+        logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|huggingface_hub|gradio|onnx\w*)\b")
+
+
 def run_script(main: Callable[[], int | None], without_reader: bool = False) -> None:
     """Run a script's main: a UserError becomes one line and exit code 2, Ctrl-C exit code 130. --debug: show tracebacks.
 
     without_reader: the script does more than print, so it continues when its output can no longer be written."""
     debug = "--debug" in sys.argv
+    if not debug:
+        silence_libraries()
     open_streams(without_reader)
     try:
         try:

@@ -144,7 +144,22 @@ def load_theirs(auto: Any, folder: Path, kinds: Container[str]) -> tuple[Any, li
         with no_larger(shapes):
             auto.from_config(config, trust_remote_code=False)
     options = {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
-    model, found = auto.from_pretrained(folder, config=config, dtype=torch.float32, **options)
+    with _without_bar():
+        model, found = auto.from_pretrained(folder, config=config, dtype=torch.float32, **options)
     if missing := sorted(found["missing_keys"]):  # transformers would use random ones
         raise UserError(f"{len(missing)} weights are missing, for example {missing[0]}")
     return model, sorted(found["unexpected_keys"])
+
+
+@contextlib.contextmanager
+def _without_bar() -> Iterator[None]:
+    """Hide transformers' bar for a file's tensors; downloads keep theirs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

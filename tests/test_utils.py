@@ -13,7 +13,9 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
+from processes import finished
 
 import utils
 from config import UserError
@@ -23,6 +25,7 @@ from utils import (
     atomic,
     choose_device,
     choose_precision,
+    counted,
     new_folder,
     put_in_place,
     read_log,
@@ -245,3 +248,31 @@ def test_a_signal_that_comes_twice_at_once_is_one_wish():
         assert ended.value.code == 143
     finally:
         stop.restore()
+
+
+def test_one_of_something_is_no_plural():
+    assert counted(1, "pictures without a caption") == "1 picture without a caption"
+    assert counted(1, "empty captions") == "1 empty caption" and counted(1200, "pictures") == "1,200 pictures"
+
+
+def test_what_libraries_tell_programmers_is_hidden(tmp_path):
+    """torch's FutureWarnings and transformers' "will result in indexing errors" reached people; --debug shows them."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import warnings\nfrom utils import run_script\n"
+        "def main():\n"
+        "    warnings.warn('old', FutureWarning)\n"
+        "    from weights.file import gpt2_tokenizer\n"
+        "    from transformers import AutoTokenizer, PreTrainedTokenizerFast\n"
+        "    from tokenizers import Tokenizer, models\n"
+        "    made = Tokenizer(models.WordLevel({'a': 0, 'b': 1}, unk_token='b'))\n"
+        "    PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=1).encode('abc abc')\n"
+        "    from transformers.utils import logging\n"
+        "    logging.get_logger('transformers.x').warning('for programmers')\n"
+        "    print('done')\n"
+        "run_script(main)\n"
+    )
+    environment = {"PYTHONPATH": ROOT}
+    done = finished(script, environment=environment)
+    assert (done.stdout, done.stderr) == ("done\n", "")
+    assert "FutureWarning" in finished(script, "--debug", environment=environment).stderr

@@ -509,11 +509,16 @@ raise AttributeError("half imported")
 """
 
 
-@pytest.mark.parametrize("package", ["tqdm", "tyro", "numpy", "transformers"])
-def test_ctrl_c_while_packages_are_imported(package, model, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "package"),
+    [("example_usage.py", name) for name in ("tqdm", "tyro", "numpy", "transformers")]
+    + [("evaluate.py", "tqdm"), ("evaluate.py", "transformers"), ("main.py", "tyro"), ("main.py", "pyarrow")],
+)
+def test_ctrl_c_while_packages_are_imported(script, package, model, tmp_path):
     """A traceback, or an error about a package that had swallowed it, and another exit code than later."""
     (tmp_path / f"{package}.py").write_text(STOPPED)
-    command, environment = ("example_usage.py", "a.png", model.path), {"PYTHONPATH": tmp_path}
+    arguments = {"example_usage.py": ("a.png", model.path), "evaluate.py": (model.path,), "main.py": ()}[script]
+    command, environment = (script, *arguments), {"PYTHONPATH": tmp_path}
     done = finished(*command, cwd=tmp_path, environment=environment, code=130)
     assert (done.stdout, done.stderr) == ("", "stopped\n")
 

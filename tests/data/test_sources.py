@@ -1348,7 +1348,10 @@ def test_too_few_pictures_to_split(tmp_path: Path, split: str, enough: int) -> N
             assert min(len(part) for part in load_tables("auto", tmp_path).values()) == 1
         else:
             message = error_of(lambda: load_tables("auto", tmp_path))
-            assert message.startswith(f"{tmp_path / 'c.csv'}: {counted(number, 'pictures')}") and f"at least {enough}" in message
+            assert (
+                message.startswith(f"{tmp_path / 'c.csv'}: {counted(number, 'pictures')}")
+                and f"at least {enough}" in message
+            )
 
 
 def test_what_is_tried_first(tmp_path: Path) -> None:
