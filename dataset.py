@@ -31,7 +31,7 @@ from data.pixels import Augmenter, Pixels, cut_out
 from data.sources import load_table, load_tables
 from data.table import CaptionTable
 from data.tokenizer import decode, train_tokenizer
-from utils import STOP_SIGNALS
+from utils import STOP_SIGNALS, forks
 from weights.file import gpt2_tokenizer
 
 __all__ = [
@@ -407,7 +407,7 @@ def make_dataloader(
         pin_memory=pin_memory,
         worker_init_fn=ignore_interrupts,
         # Forked workers share the table, the tokens and the cached pictures; otherwise each would get a copy.
-        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
+        multiprocessing_context="fork" if num_workers and forks() else None,
     )
 
 

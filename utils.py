@@ -423,8 +423,11 @@ def file_hash(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or a folder's list of names, is on the disk. Windows does so only for a file, and
+    only if it is open for writing."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -452,9 +455,10 @@ def new_folder(directory: str | os.PathLike[str], written: list[str], marker: st
         clear_left(directory)
         unfinished.mkdir(parents=True)
         yield unfinished
-        if directory.exists():
-            shutil.rmtree(directory)
+        old = directory.rename(unfinished_name(directory)) if directory.exists() else None
         unfinished.rename(directory)
+        if old:  # its files may still be in use, and Windows deletes none of those
+            shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory}: cannot be written ({first_line(error)}): name another folder") from error
     finally:
@@ -517,7 +521,8 @@ def delete_older(path: Path) -> None:
     """Delete the older versions of a cache file."""
     for other in path.parent.glob(f"{path.name.rpartition('-')[0]}-*"):
         if not other.name.startswith(path.name) and not other.name.endswith((".part", ".lock")):
-            other.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another process has just deleted it, or on Windows is using it
+                other.unlink()
 
 
 # Device and precision
@@ -641,13 +646,21 @@ def hub_folder(name: str, wanted: list[str], kind: str = "model") -> Path:
         raise UserError(f"{name}: no such path here, and not available from the Hugging Face Hub: {why}") from error
 
 
-# Memory
+# Processes and memory
+
+
+def forks() -> bool:
+    """Whether processes may be started by a fork: on Linux, unless another start method was chosen. Windows has no fork,
+    and macOS's is not safe once torch is imported."""
+    import multiprocessing
+
+    return sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) in (None, "fork")
 
 
 def keep_freed_memory() -> None:
     """Make glibc's allocator keep the memory that tensors free. By default it returns large blocks to the system, which
     fills them with zeros again at every training step. Other allocators are left unchanged."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # macOS has no mallopt, Windows no CDLL(None)
         import ctypes
 
         mallopt = ctypes.CDLL(None).mallopt
@@ -657,7 +670,8 @@ def keep_freed_memory() -> None:
 
 def available_memory() -> int:
     """Bytes of memory that this process may use: the machine's, or its container's limit if that is less."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30]
+    known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ())  # not on Windows
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else 8 << 30]
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             limits.append(int(Path(name).read_text()))

@@ -299,6 +299,6 @@ class GpuBenchmark:
             yield Row("ended", more="its process ended before it had finished")
         finally:
             process.kill()
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, AttributeError):  # Windows has no groups of processes
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()

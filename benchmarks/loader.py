@@ -97,7 +97,8 @@ class DataBenchmark:
             figures: dict[str, Any] = {"loader": self.loader(Path(folder))}
             if self.data_dir is not None:
                 figures["padding"] = self.padding(self.data_dir)
-            figures["table"] = [self.growth(Path(folder) / str(captions), captions) for captions in self.captions]
+            if sys.platform == "linux":  # which tells how much memory processes share
+                figures["table"] = [self.growth(Path(folder) / str(captions), captions) for captions in self.captions]
         return figures
 
     def loader(self, folder: Path) -> dict[str, float]:
@@ -166,7 +167,7 @@ class DataBenchmark:
             (folder / part).mkdir()
             for i in range(number):
                 os.close(os.open(folder / part / f"{i:012d}.jpg", os.O_CREAT))
-            with open(folder / "annotations" / f"captions_{part}.json", "w") as file:
+            with open(folder / "annotations" / f"captions_{part}.json", "w", encoding="utf-8") as file:
                 images = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in range(number)]
                 caption = "a caption of fifty-two letters, as long as COCO's: "
                 texts = [{"id": n, "image_id": n // 5, "caption": f"{caption}{n:06}"} for n in range(5 * number)]

@@ -25,7 +25,7 @@ from queue import LifoQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from config import UserError, ViTGPT2Config
-from utils import available_memory, in_one_line
+from utils import available_memory, forks, in_one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +141,7 @@ class _Worker:
 def _context() -> Any:
     """How processes are started. A fork of this process would copy the state of its threads. A fork of an idle process
     that has imported torch takes 60 ms and 14 MiB; a fresh start, as on Windows, takes 2 s and 300 MiB."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    if not forks():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "PIL.Image", "simplejpeg"])

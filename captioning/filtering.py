@@ -190,10 +190,10 @@ def _beside(out: Path, table: CaptionTable, row: int) -> str:
 
 
 def _relative(out: Path, picture: Path) -> str:
-    name = Path(os.path.relpath(picture.absolute(), out.parent.absolute())).as_posix()
-    if name.startswith("../"):
+    folder, file = (Path(os.path.abspath(path)) for path in (out.parent, picture))
+    if not file.is_relative_to(folder):  # above it, or on another drive of Windows
         raise UserError(f"{out}: a list stands above its pictures: write it into {picture.parent}, or a folder above")
-    return name
+    return file.relative_to(folder).as_posix()
 
 
 # Pictures

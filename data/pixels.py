@@ -138,7 +138,8 @@ class Pixels:
                 if not path.exists() or path.stat().st_size != needed:
                     # Left by a killed process, or by one of an earlier version.
                     for left in [*unfinished_of(path), *path.parent.glob(f"{path.name}.*.part")]:
-                        left.unlink()
+                        with contextlib.suppress(OSError):  # on Windows another process may be writing it
+                            left.unlink()
                     free = shutil.disk_usage(path.parent).free
                     if needed > free:
                         raise UserError(
@@ -146,10 +147,7 @@ class Pixels:
                             "are free): run without --cache, or set VIT_GPT2_CACHE to a folder on another disk"
                         )
                     with atomic(path) as unfinished:
-                        reserve(unfinished, needed)
-                        pictures, sums = self._mapped(unfinished, "r+")
-                        self._decode_into(torch.from_numpy(pictures), range(number))
-                        sums[:] = [BAD if row in self.bad else zlib.crc32(pictures[row]) for row in range(number)]
+                        self._fill(unfinished, needed)
                     delete_older(path)
                     print(f"cache       {path} ({needed / 1e9:.1f} GB, may be deleted at any time)")
             # Copy on write: pages are shared with every process, and torch is spared a warning about read-only memory.
@@ -162,6 +160,13 @@ class Pixels:
         self.file, self.cached = path, torch.from_numpy(pictures)
         self.unchecked[:] = True
         self._decode_into(self.cached, np.flatnonzero(self.sums == BAD).tolist())  # the error may have been temporary
+
+    def _fill(self, path: Path, size: int) -> None:
+        """Write the cache file. At the end it is no longer mapped: Windows renames no mapped file."""
+        reserve(path, size)
+        pictures, sums = self._mapped(path, "r+")
+        self._decode_into(torch.from_numpy(pictures), range(len(self.table)))
+        sums[:] = [BAD if row in self.bad else zlib.crc32(pictures[row]) for row in range(len(self.table))]
 
     def _mapped(self, path: Path, mode: Literal["r+", "c"]) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
         """The file's pictures, (N, 3, size, size), and the checksums after them, (N,)."""

@@ -134,7 +134,9 @@ def _spice(candidates: Sequence[str], references: Sequence[Sequence[str]], secon
         arguments = ["-Xmx8G", "-jar", str(jar), str(source), "-out", str(results), "-silent"]
         with _java(arguments, seconds, jar.parent) as program:
             program.wait()
-            scores = {one["image_id"]: float(one["scores"]["All"]["f"]) for one in json.loads(results.read_text())}
+            scores = {
+                one["image_id"]: float(one["scores"]["All"]["f"]) for one in json.loads(results.read_text("utf-8"))
+            }
             each = [scores[i] for i in range(len(pictures))]
     return float(np.mean(each)), each
 

@@ -6,7 +6,8 @@
         state.json               step, schedule, scaler, best score: all else that the next step depends on
         manifest.json            size and SHA-256 of the files above, written last
 
-`checkpoints/latest` and `checkpoints/best` are links for the user; the code reads the best one's name from state.json.
+`checkpoints/latest` and `checkpoints/best` are links for the user, where the system allows links; the code reads the
+best one's name from state.json.
 Nothing is ever pickled.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -154,13 +156,17 @@ def link_all(folder: Path, best: str | None) -> None:
 
 
 def link(folder: Path, name: str) -> None:
-    """Make `name`, beside the folder, a link to it. The link is replaced atomically."""
+    """Make `name`, beside the folder, a link to it. The link is replaced atomically. Windows allows links only in its
+    developer mode, and some disks and network folders have none: then there is no link."""
     path = folder.with_name(name)
     if path.is_dir() and not path.is_symlink():  # in a copy of a run, the links may have become folders
         remove(path)
     new = unfinished_name(path)
-    new.symlink_to(folder.name)
-    new.replace(path)
+    with contextlib.suppress(OSError):
+        new.symlink_to(folder.name)
+        if os.name == "nt":  # it does not replace a link to a folder
+            path.unlink(missing_ok=True)
+        new.replace(path)
 
 
 def clean(run: Path) -> None:
@@ -245,6 +251,7 @@ def load_optimizers(tensors: dict[str, Tensor], optimizers: list[torch.optim.Opt
     for key, tensor in tensors.items():
         number, index, name = key.split(".", 2)
         parameter = learned[int(number)][int(index)]
+        tensor = tensor.clone()  # else the checkpoint's file would stay mapped, and Windows deletes no mapped file
         value = like(parameter, tensor) if tensor.shape == parameter.shape else tensor  # else AdamW's step count
         states[int(number)].setdefault(int(index), {})[name] = value
     for optimizer, state in zip(optimizers, states, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -200,7 +201,8 @@ def compiles(job: Job) -> bool:
     model."""
     if job.config.compile is None:
         ours = not job.config.adapts and not job.config.shard and not job.model.config.language_model
-        return job.device.type == "cuda" and ours and job.steps >= LONG_RUN
+        compiler = importlib.util.find_spec("triton") is not None  # torch brings it on Linux, not on Windows
+        return job.device.type == "cuda" and compiler and ours and job.steps >= LONG_RUN
     return job.config.compile
 
 
