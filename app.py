@@ -37,7 +37,10 @@ class AppConfig:
     """A web page that captions pictures, by default at http://127.0.0.1:7860."""
 
     model: str | None = None
-    """A .safetensors file, a folder or user/name (default: the newest model here; if none, the page offers a demo)."""
+    """A .safetensors file, a folder, user/name, or vit-gpt2 or distilvit (default: the newest model here; if none, the
+    page offers a demo)."""
+    allow_pickle: bool = False
+    """Also read weights of transformers that are a pickle, from a source you trust; only the tensors are read."""
     host: str = "127.0.0.1"
     """Address to listen at: 127.0.0.1 for this machine only, 0.0.0.0 for all who can reach it."""
     port: int = 7860
@@ -420,7 +423,7 @@ def serve(config: AppConfig, uploads: Uploads) -> int:
     if source is not None:
         from captioning.engine import in_words  # imported late, so that --help does not wait for torch
 
-        captioner.load(source)
+        captioner.load(source, config.allow_pickle)
         precision = str(choose_precision(captioner.precision, captioner.device)[0])[6:]
         tokens = in_words("fp32" if (captioner.device.type, precision) == ("cpu", "float32") else "half")
         print(f"model       {source}, on {captioner.device} in {precision}; tokens by {tokens}")

@@ -303,6 +303,8 @@ class Captioning:
     """Sample only from the most likely tokens whose probabilities add up to this, 0 to 1."""
     base_dir: Path | None = None
     """Folder to search for the pretrained models that an adapter file needs, before the Hub."""
+    allow_pickle: bool = False
+    """Also read weights of transformers that are a pickle, from a source you trust; only the tensors are read."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Device to run on."""
     precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = "auto"

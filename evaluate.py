@@ -254,7 +254,7 @@ class Scored:
     """Options: what to score, against what, and by which metrics."""
 
     model: Annotated[str | None, tyro.conf.Positional] = None
-    """The model: a file, a folder or a Hub name."""
+    """The model: a file, a folder, a Hub name, or vit-gpt2 or distilvit."""
     data_dir: Path | None = None
     """Folder of the data."""
     dataset: str = "auto"
@@ -396,7 +396,7 @@ def earlier_parts(model: ImageCaptionModel, load: Callable[..., CaptionTable]) -
 
 def score_model(config: EvaluateConfig, source: str, more: MoreScores) -> dict[str, Any]:
     """Score a model on a split of a data set; write the files of evaluate_dataset."""
-    model = ImageCaptionModel.from_pretrained(source, config.base_dir)
+    model = ImageCaptionModel.from_pretrained(source, config.base_dir, config.allow_pickle)
     columns: Any = {"image_column": config.image_column, "caption_column": config.caption_column}
     load: Any = functools.partial(load_table, config.dataset, config.data_dir or Path(), **columns)
     table = load(config.split)

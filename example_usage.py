@@ -4,6 +4,7 @@
     python example_usage.py photo.jpg vit-gpt2-captioning.safetensors
     python example_usage.py photos/ "more/*.png" https://example.org/cat.jpg user/model
     python example_usage.py photos/ --output captions.csv  # resumes, if run again
+    python example_usage.py photo.jpg vit-gpt2  # a public model, downloaded once; or distilvit
     python example_usage.py "shards/*.tar" user/model --output out --format parquet
     python example_usage.py DIR user/model --filter DIR/good.jsonl --keep both
     find . -name "*.jpg" | python example_usage.py - --output sidecar
@@ -13,10 +14,10 @@
     caption_image(image_path="photo.jpg", model_source="vit-gpt2-captioning.safetensors")
 
 Without --model, the last argument is the model if it ends in .safetensors, is a folder with config.json, or is
-user/name and no local path; otherwise the newest local model is used. By default the command decodes with 3 beams.
-caption_image samples, and does the same as the command with do_sample=False, num_beams=3. The exit code is 0 if all
-pictures were captioned, 1 if some could not be (they are named on standard error), 2 if nothing could be started, 130
-after Ctrl-C.
+user/name or a short name and no local path; otherwise the newest local model is used. By default the command decodes
+with 3 beams. caption_image samples, and does the same as the command with do_sample=False, num_beams=3. The exit code
+is 0 if all pictures were captioned, 1 if some could not be (they are named on standard error), 2 if nothing could be
+started, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -63,13 +64,15 @@ def caption_image(
     top_p: float = 0.95,
     base_dir: Path | None = None,
     allow_private_urls: bool = False,
+    allow_pickle: bool = False,
     **options: Any,
 ) -> str:
-    """Return one caption of a picture (a path or a URL), by a model (a file, a folder or a Hub name user/repo).
+    """Return one caption of a picture (a path or a URL), by a model (a file, a folder, a Hub name user/repo, or a
+    short name such as vit-gpt2).
 
     Samples by default; do_sample=False is greedy, or beam search with num_beams=3. Without a GPU the device "cuda"
-    means the best one available. URLs of private addresses are refused unless allowed. Raises UserError for a picture
-    or a model that cannot be read.
+    means the best one available. URLs of private addresses and weights that are a pickle are refused unless allowed.
+    Raises UserError for a picture or a model that cannot be read.
     """
     import torch
 
@@ -78,7 +81,7 @@ def caption_image(
 
     if device == "cuda" and not torch.cuda.is_available():
         device = "auto"
-    model = load_model(str(model_source), str(choose_device(device)[0]), base_dir)
+    model = load_model(str(model_source), str(choose_device(device)[0]), base_dir, allow_pickle)
     name = str(image_path)
     pixels = prepare_picture(picture_source(name, allow_private_urls), model.config, name)
     options |= {"max_length": max_length, "do_sample": do_sample}
@@ -95,7 +98,8 @@ class PictureOptions:
     """Pictures, folders (with their subfolders), patterns such as "*.jpg", URLs, or - for a list of them on standard
     input; then the model, unless --model names it."""
     model: str | None = None
-    """The model: a .safetensors file, a folder or user/name (default: the last argument, or else the newest here)."""
+    """The model: a .safetensors file, a folder, user/name, or a public one for photographs: vit-gpt2 or distilvit
+    (default: the last argument, or else the newest here)."""
     output: str | None = None
     """captions.csv or captions.jsonl, a line for each picture; sidecar, name.txt beside each name.jpg; or xmp,
     name.jpg.xmp beside it, where photo programs read descriptions (default: print the captions). Pictures that already
@@ -256,6 +260,7 @@ def caption_shards(config: CaptionConfig, inputs: list[str], model_source: str) 
         size,
         config.decoding(),
         config.finish,
+        config.allow_pickle,
     )
     captioned, failed, there, broken, start = 0, 0, 0, 0, time.monotonic()
     try:
@@ -287,7 +292,7 @@ def filter_folder(config: CaptionConfig, inputs: list[str], model_source: str | 
     if config.keep != "own" or config.min_confidence:
         model_source = model_source or newest_model()
         raise_on_interrupt()
-        model = load_model(model_source, str(choose_device(config.device)[0]), config.base_dir)
+        model = load_model(model_source, str(choose_device(config.device)[0]), config.base_dir, config.allow_pickle)
         options = config.decoding()
         made_by = {"model": model_source, "weights": weights_sha256(model)[:16], "precision": config.precision}
         finish = Finish(config.prepend, config.append)
@@ -342,7 +347,7 @@ def main() -> int:
     if config.output and inputs:
         names = list(dict.fromkeys(names))
         output = open_output(config.output, names, config.num_captions, config.scores)
-    model = load_model(model_source, str(choose_device(config.device)[0]), config.base_dir)
+    model = load_model(model_source, str(choose_device(config.device)[0]), config.base_dir, config.allow_pickle)
     raise_on_interrupt()
     if output:
         made_by = {"model": model_source, "weights": weights_sha256(model)[:16], "precision": config.precision}

@@ -34,7 +34,7 @@ from decoding.search import Generated, generate
 from utils import write_json
 from weights.adapters import base_of, merge_adapters
 from weights.file import MODEL_FILE, Saved, check_finite, check_shapes, gpt2_tokenizer, part_of, write_model_file
-from weights.huggingface import read_captioner
+from weights.known import read_captioner
 from weights.remote import write_remote_code
 
 if TYPE_CHECKING:
@@ -774,13 +774,16 @@ class ImageCaptionModel(nn.Module):
             self._tokenizer.save_pretrained(directory)
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], base_dir: Path | None = None) -> ImageCaptionModel:
-        """Load a model, in eval mode, from a file, from a folder that save_pretrained or transformers wrote, or from a
-        Hub repository of either kind. Adapters are merged into their base models, which are searched in base_dir first.
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], base_dir: Path | None = None, allow_pickle: bool = False
+    ) -> ImageCaptionModel:
+        """Load a model, in eval mode, from a file, from a folder that save_pretrained or transformers wrote, from a Hub
+        repository of either kind, or by a short name such as vit-gpt2. Adapters are merged into their base models,
+        which are searched in base_dir first. allow_pickle: also read the tensors of a pickle of transformers.
 
         Raises UserError if there is no model, or if the file's tensors do not fit its config.
         """
-        return cls.from_saved(read_captioner(source), base_dir).eval()
+        return cls.from_saved(read_captioner(source, allow_pickle), base_dir).eval()
 
     @classmethod
     def from_saved(cls, saved: Saved, base_dir: Path | None = None) -> ImageCaptionModel:

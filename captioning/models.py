@@ -10,23 +10,24 @@ from typing import TYPE_CHECKING
 from config import UserError
 from data.kinds import is_picture
 from weights.file import MODEL_FILE, weights_hash
+from weights.known import KNOWN
 
 if TYPE_CHECKING:
     from model import ImageCaptionModel
 
 
-def load_model(source: str, device: str, base_dir: Path | None = None) -> ImageCaptionModel:
+def load_model(source: str, device: str, base_dir: Path | None = None, allow_pickle: bool = False) -> ImageCaptionModel:
     """Load a model onto a device; the last one is cached, so that captioning many pictures loads it once. Adapters are
     merged into the models that they name, which are searched for in base_dir first."""
     path = Path(source)
-    return _load_model(source, device, base_dir, path.stat().st_mtime_ns if path.exists() else 0)
+    return _load_model(source, device, base_dir, allow_pickle, path.stat().st_mtime_ns if path.exists() else 0)
 
 
 @functools.lru_cache(maxsize=1)
-def _load_model(source: str, device: str, base_dir: Path | None, written: int) -> ImageCaptionModel:
+def _load_model(source: str, device: str, base_dir: Path | None, allow_pickle: bool, written: int) -> ImageCaptionModel:
     from model import ImageCaptionModel
 
-    return ImageCaptionModel.from_pretrained(source, base_dir).to(device)
+    return ImageCaptionModel.from_pretrained(source, base_dir, allow_pickle).to(device)
 
 
 def is_url(name: str) -> bool:
@@ -40,7 +41,7 @@ def is_model(name: str) -> bool:
     if name.endswith(".safetensors") or (path / "config.json").is_file():
         return True
     picture = path.exists() or is_url(name) or is_picture(path) or glob.has_magic(name)
-    return not picture and name.count("/") == 1 and name[0] not in "./"
+    return not picture and (name in KNOWN or (name.count("/") == 1 and name[0] not in "./"))
 
 
 def newest_model() -> str:

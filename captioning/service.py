@@ -73,9 +73,9 @@ class Captioner:
         decoder.shared()  # starts its processes, so that they are ready for the first picture
         threading.Thread(target=self._work, daemon=True).start()
 
-    def load(self, source: str) -> None:
+    def load(self, source: str, allow_pickle: bool = False) -> None:
         """Use this model from now on."""
-        self.model = load_model(source, str(self.device))
+        self.model = load_model(source, str(self.device), allow_pickle=allow_pickle)
 
     def submit(self, picture: str | bytes, name: str, options: dict[str, Any]) -> Future[list[Caption]]:
         """Queue a picture; the result will be its captions, the best first. Raises UserError if it cannot be read."""

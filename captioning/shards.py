@@ -77,6 +77,7 @@ class Work:
     decoding: dict[str, Any] = field(default_factory=dict)
     """Options of caption_batch, and through it of model.generate."""
     finish: Finish = field(default_factory=Finish)
+    allow_pickle: bool = False
 
     def path(self, shard: Shard) -> Path:
         """Path of the shard's output."""
@@ -92,7 +93,7 @@ class Work:
         of other settings."""
         device = str(choose_device(self.device)[0])
         device = f"{device}:{rank('LOCAL_')[0]}" if device == "cuda" else device
-        model = load_model(self.model, device, self.base_dir)
+        model = load_model(self.model, device, self.base_dir, self.allow_pickle)
         made_by, path = self.made_by(model), self.output / ABOUT
         before = json_of(path.read_text(encoding="utf-8")) if path.exists() else made_by
         if other := [name for name in before | made_by if name != "model" and before.get(name) != made_by.get(name)]:

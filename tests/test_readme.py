@@ -89,6 +89,7 @@ def test_every_flag_and_file_that_is_named_exists():
     sources = "".join(path.read_text(encoding="utf-8") for path in paths)
     fields = set(re.findall(r"^    (\w+): ", sources, re.M))
     fields |= {"help", "help_all", "tyro_print_completion", "no_build_isolation", "ignore_scripts", "prefix"}  # tyro's own, pip's and npm's
+    fields |= {"index_url", "rm", "build_arg"}  # pip's and docker's
     fields |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "node_rank", "master_addr"}  # torchrun's
     fields |= {"nodes", "ntasks_per_node", "signal", "array", "gpus", "requeue"}  # srun's and sbatch's
     for flag in set(re.findall(r"(?<=[\s`])--([a-z][a-z0-9-]*[a-z0-9])", TEXT)):
@@ -170,7 +171,9 @@ ELSEWHERE = {
     "python evaluate.py vit-gpt2-captioning.safetensors --data-dir my_photos --tokenizer icu": "icu4py: test_words.py",
     "python evaluate.py vit-gpt2-captioning.safetensors --data-dir flickr8k --calibrate": "30 pictures: test_evaluate.py",
     'python example_usage.py "shards/*.tar" vit-gpt2-captioning.safetensors --output out --format jsonl --engine ray': "Ray: test_shards.py",
-    "python convert.py from-transformers nlpconnect": "the Hub",
+    "python example_usage.py photo.jpg --model distilvit": "the Hub: test_known.py",
+    "python example_usage.py photo.jpg --model vit-gpt2 --allow-pickle": "the Hub: test_known.py",
+    "python example_usage.py photos --model distilvit": "the Hub: test_known.py",
     "python upload_to_hf.py": "the Hub: test_upload.py",
     "python app.py": "it serves until it is stopped: test_app.py",
     "python benchmark.py": "minutes: test_benchmark.py",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from config import UserError
 from utils import first_line
 from weights.file import Saved, check_shapes, part_of, read_model_file, weights_hash
-from weights.huggingface import read_captioner
+from weights.known import read_captioner
 from weights.pretrained import read_parts
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else its import recommends a package of kernels

@@ -23,13 +23,11 @@ from weights.file import (
     METADATA_KEY,
     Saved,
     check_shapes,
-    find_model_file,
     gpt2_tokenizer,
     keys_from_text,
     keys_to_text,
     lfs_advice,
     plain_names,
-    read_model_file,
     tokenizer_from_json,
     write_tensors,
 )
@@ -52,6 +50,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
+PICKLES = [f"{PICKLE}*", "pytorch_model-*.bin"]
 SAFELY = "name one with safetensors, or write it again with transformers (from_pretrained, then save_pretrained)"
 MARKER = f"{METADATA_KEY}.json"  # metadata unknown to transformers; it shows that this project wrote the folder
 WRITTEN = [MARKER, WEIGHTS, "config.json", "generation_config.json", "preprocessor_config.json"]
@@ -215,15 +214,6 @@ def their_files(config: ViTGPT2Config, tokenizer: PreTrainedTokenizerFast) -> di
 # Reading
 
 
-def read_captioner(source: Source) -> Saved:
-    """Read a captioner from a model file of this project, a folder that this project or transformers wrote, or a Hub
-    repository (user/name) of either kind. Raises UserError if there is none."""
-    path = find_model_file(source)
-    if path.name == "config.json":  # it has no model file of this project, so transformers may have written it
-        return read_transformers(source)
-    return read_model_file(path)
-
-
 def read_transformers(source: Source, allow_pickle: bool = False) -> Saved:
     """Read a captioner from a folder or a Hub repository that transformers (4 or 5) wrote.
 
@@ -304,7 +294,7 @@ def read_weights(
         why = f"a {PICKLE} is a pickle, which may run untrusted code when it is read"
         raise UserError(f"{source}: no {WEIGHTS}, and {why}: {advice}")
     if not files:
-        folder = find_folder(source, [f"{PICKLE}*", "pytorch_model-*.bin"])
+        folder = find_folder(source, PICKLES)
         files = weight_files(folder, PICKLE)
     weights: dict[str, Tensor] = {}
     for path in files:
