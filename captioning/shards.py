@@ -181,7 +181,7 @@ def _packed(name: str) -> list[str]:
         files = list(map(str, files_below(name)))
     elif glob.has_magic(name) and not os.path.lexists(name):
         files = sorted(glob.glob(name, recursive=True))
-    elif is_model(name) and not name.endswith(".safetensors"):  # it has the form of a name on the Hub
+    elif "/" in name and is_model(name) and not name.endswith(".safetensors"):  # it has the form of a name on the Hub
         files = sorted(map(str, files_below(hub_folder(name, ["*.tar", "*.parquet"], "dataset"))))
     return [file for file in files if file.lower().endswith((".tar", ".parquet"))]
 
