@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from captioning.chat import Chat
-from captioning.door import LEAST, Door, Uploads, host_names, is_local, upload_folder
+from captioning.door import LEAST, Door, Uploads, check_free, host_names, is_local, upload_folder
 from captioning.models import newest_model
-from captioning.page import COLOURS, HEADER, NO_MODEL, PAGE, STYLE, WORDS, results, working
-from captioning.service import Captioner, Length, Source, Style, Training, caption_folder, decoding_options, show
+from captioning.page import COLOURS, FOLDER, HEADER, NO_MODEL, PAGE, STYLE, TABLE, WORDS, results, working
+from captioning.service import Captioner, Length, Settings, Source, Style, Training, caption_folder, full_url, show
 from config import NUM_BEAMS, UserError
 from utils import StopSignal, choose_precision, in_one_line, named, parse_flags, run_script
 from weights.file import MODEL_FILE
@@ -85,22 +85,25 @@ def build(captioner: Captioner, most_bytes: int, training: Training) -> gr.Block
     gr = gradio()
     with gr.Blocks(title="Captions for pictures", analytics_enabled=False) as page:
         gr.HTML(HEADER)
+        about = gr.HTML(captioner.about(), visible=captioner.model is not None)
         main = gr.Column(visible=captioner.model is not None)
         if captioner.model is None:  # otherwise the page has no such event
             with gr.Column(elem_id="untrained") as untrained:
-                demo(captioner, training, page, [untrained, main])
+                demo(captioner, training, page, [untrained, main, about])
         with main:
-            settings, answers = choices(), answer_fields()
+            settings, answers, download = setting_fields(), picture_answers(), folder_answers()
             with gr.Tabs():
                 with gr.Tab("Pictures"):
                     pictures_tab(captioner, most_bytes, settings, answers)
-                with gr.Tab("Folder"):
-                    folder_tab(captioner, settings, answers)
-            for row in (settings[:3], settings[3:]):
-                with gr.Row(elem_classes="settings"):
-                    for choice in row:
-                        choice.render()
-            for field in answers:
+                with gr.Tab("Folder", elem_id="folder-tab"):
+                    folder_tab(captioner, settings, download)
+            with gr.Accordion("Settings", open=False, elem_id="settings"):
+                for row in (settings[:3], settings[3:5], settings[5:]):
+                    with gr.Row(elem_classes="settings"):
+                        for field in row:
+                            field.render()
+                answers[0].render()
+            for field in (*answers[1:], *download):
                 field.render()
         endpoint(captioner, most_bytes, *settings[:2])
     guard(page)
@@ -147,28 +150,30 @@ def check_sent(field: Any, sent: Any) -> None:
 
 
 def demo(captioner: Captioner, training: Training, page: gr.Blocks, columns: list[Any]) -> None:
-    """A button that trains the demo while there is no model; then the second column replaces the first."""
+    """A button that trains the demo while there is no model; then the other fields replace the first column."""
     gr = gradio()
 
-    def train(request: Any) -> Iterator[tuple[str, Any, Any]]:
+    def train(request: Any) -> Iterator[list[Any]]:
         if captioner.model is not None:
             raise UserError("there is a model here already")
         if not is_local(request.client.host, request.headers):
             raise UserError("the demo can only be trained from this machine itself")
         training.start()
         while training.running:
-            yield working(training.line), gr.skip(), gr.skip()
+            yield [working(training.line), *[gr.skip()] * 3]
             time.sleep(0.5)
         if training.process is not None and training.process.returncode == 0:
             with training.lock:  # several clients may have waited
                 if captioner.model is None:
                     captioner.load(newest_model())
-            yield "", gr.update(visible=False), gr.update(visible=True)
+            yield ["", *trained()]
         else:
-            yield results([], [training.line]), gr.skip(), gr.skip()
+            yield [results([], [training.line]), *[gr.skip()] * 3]
 
     def trained() -> list[Any]:
-        return [gr.update(visible=(captioner.model is None) == shown) for shown in (True, False)]
+        """Updates of the columns, and of the line that says which model answers."""
+        there = captioner.model is not None
+        return [gr.update(visible=not there), gr.update(visible=there), gr.update(captioner.about(), visible=there)]
 
     train.__annotations__["request"] = gr.Request  # gradio passes the request to this annotation
     gr.HTML(NO_MODEL)
@@ -182,25 +187,26 @@ def pictures_tab(captioner: Captioner, most_bytes: int, settings: list[Any], ans
     """Single pictures, dropped or by URL, and the button that captions them again."""
     gr = gradio()
 
-    def show_sources(
-        sources: list[Source], length: Length, style: Style, number: int, prefix: str, without: str
-    ) -> tuple[Any, ...]:
-        """Updates of the answers: the button "again", the results, no table, and the pictures."""
-        options = decoding_options(length, style, number, attention=True, **text_controls(prefix, without))
-        html = show(captioner, sources, options, most_bytes)
-        return gr.update(visible=bool(sources)), html, gr.update(visible=False), sources
+    def show_sources(sources: list[Source], *values: Any) -> tuple[Any, ...]:
+        """Updates of the answers: the button "again", the results, and the pictures."""
+        html = show(captioner, sources, Settings(*values), most_bytes)
+        return gr.update(visible=bool(sources)), html, sources
 
-    def show_files(files: list[Source], *settings: Any) -> tuple[Any, ...]:
+    def show_files(files: list[Source], *values: Any) -> tuple[Any, ...]:
         """Caption dropped pictures; their field is empty again afterwards."""
-        return None, *show_sources(files, *settings)
+        return None, *show_sources(files, *values)
 
-    def show_url(url: str, *settings: Any) -> tuple[Any, ...]:
+    def show_url(url: str, *values: Any) -> tuple[Any, ...]:
         """Caption the picture at a URL."""
-        return show_sources([Source(url.strip(), url=url.strip())] if url.strip() else [], *settings)
+        url = full_url(url)
+        return show_sources([Source(url, url=url)] if url else [], *values)
 
-    files = upload(label="Drop or paste pictures", file_count="multiple", elem_id="pictures", height=150)
+    files = upload(label="Pictures", file_count="multiple", elem_id="pictures", show_label=False, height=150)
     url = gr.Textbox(
-        label="Or the address of a picture", placeholder="https://", submit_btn="Caption it", elem_id="address"
+        label="Or the address of a picture",
+        placeholder="www.example.com/cat.jpg",
+        submit_btn="Caption it",
+        elem_id="address",
     )
     again, *_, sources = answers
     files.upload(show_files, [files, *settings], [files, *answers], **PAGE_ONLY)
@@ -211,49 +217,60 @@ def pictures_tab(captioner: Captioner, most_bytes: int, settings: list[Any], ans
 def folder_tab(captioner: Captioner, settings: list[Any], answers: list[Any]) -> None:
     """A folder of pictures, which becomes a CSV."""
     gr = gradio()
-    folder = upload(label="Choose or drop a folder", file_count="directory", elem_id="folder", height=150)
+    gr.HTML(FOLDER)
+    folder = upload(label="Folder", file_count="directory", elem_id="folder", show_label=False, height=150)
 
-    def show_folder(
-        files: list[Source], length: Length, style: Style, prefix: str, without: str
-    ) -> Iterator[tuple[Any, ...]]:
+    def show_folder(files: list[Source], *values: Any) -> Iterator[tuple[Any, ...]]:
         """Yield progress, and at the end the CSV."""
         path = Path(tempfile.mkdtemp(dir=folder.GRADIO_CACHE)) / "captions.csv"  # deleted with the other uploads
-        options = decoding_options(length, style, 1, **text_controls(prefix, without))
-        for html in caption_folder(captioner, files, options, path):
-            yield None, gr.update(visible=False), html, gr.update(visible=False), []
-        yield None, gr.update(visible=False), html, gr.update(value=str(path), visible=True), []
+        html = ""
+        for html in caption_folder(captioner, files, Settings(*values), path):
+            yield None, gr.update(visible=False), html
+        yield None, gr.update(value=str(path), visible=True), html
 
-    length, style, _, *texts = settings
-    folder.upload(show_folder, [folder, length, style, *texts], [folder, *answers], show_progress="hidden", **PAGE_ONLY)
+    folder.upload(show_folder, [folder, *settings], [folder, *answers], show_progress="hidden", **PAGE_ONLY)
 
 
-def choices() -> list[Any]:
-    """Fields for length, style and number of captions, and for their words; .render() puts them on the page."""
+def setting_fields() -> list[Any]:
+    """Fields for what Settings has, in its order; .render() puts them on the page."""
     gr = gradio()
     lengths = [("Short", "short"), ("Normal", "normal"), ("Long", "long")]
     styles = [("Safe", "safe"), ("Varied", "varied"), ("Creative", "creative")]
+    spaces = "as it stands, with its spaces"
     return [
         gr.Radio(lengths, value="normal", label="Length", info="how long the captions are", render=False),
         gr.Radio(styles, value="safe", label="Style", info="creative: more surprises, more errors", render=False),
-        gr.Radio([1, 3, 5], value=3, label="Captions", info="for each picture", render=False),
-        gr.Textbox(label="Start with", placeholder="a photo of", render=False),
-        gr.Textbox(label="Without the words", placeholder="picture, image", render=False),
+        gr.Radio(
+            [1, 3, 5], value=3, label="Captions", info="for each picture", elem_classes="of-pictures", render=False
+        ),
+        gr.Textbox("", label="Start with", info="the model goes on from here", placeholder="a photo of", render=False),
+        gr.Textbox(
+            "", label="Without the words", info="separated by commas", placeholder="picture, image", render=False
+        ),
+        gr.Textbox("", label="Put before", info=spaces, placeholder="my trigger word, ", render=False),
+        gr.Textbox("", label="Put after", info=spaces, placeholder=", high quality", render=False),
+        gr.Number(0, label="Leave out below", info="% sure; 0 keeps all", minimum=0, maximum=100, render=False),
     ]
 
 
-def text_controls(prefix: str, without: str) -> dict[str, Any]:
-    """Options of model.generate for the text fields; words are separated by commas."""
-    return {"prefix": prefix.strip(), "bad_words": [word.strip() for word in without.split(",") if word.strip()]}
-
-
-def answer_fields() -> list[Any]:
-    """Fields for answers: the button "again", the captions, the CSV, the pictures; .render() puts them on the page."""
+def picture_answers() -> list[Any]:
+    """Fields for pictures: the button "again", their captions, and their sources; .render() puts them on the page."""
     gr = gradio()
     return [
-        gr.Button("Caption again with these settings", visible=False, render=False),
-        gr.HTML(js_on_load=WORDS, elem_id="results", render=False),
-        gr.DownloadButton("Download captions.csv", visible=False, render=False),
+        gr.Button("Caption again with these settings", visible=False, elem_classes="of-pictures", render=False),
+        gr.HTML(js_on_load=WORDS, elem_id="results", elem_classes="of-pictures", render=False),
         gr.State([], render=False),
+    ]
+
+
+def folder_answers() -> list[Any]:
+    """Fields for a folder: the CSV and its table; .render() puts them on the page."""
+    gr = gradio()
+    return [
+        gr.DownloadButton(
+            "Download captions.csv", variant="primary", visible=False, elem_classes="of-folder", render=False
+        ),
+        gr.HTML(js_on_load=TABLE, elem_id="table", elem_classes="of-folder", render=False),
     ]
 
 
@@ -284,15 +301,21 @@ def endpoint(captioner: Captioner, most_bytes: int, length: Any, style: Any) -> 
         beams: float,
         prefix: str,
         without: str,
+        prepend: str,
+        append: str,
+        min_confidence: float,
     ) -> list[dict[str, Any]]:
-        """Captions of one picture, a file or a URL, the best first: [{"caption": ..., "confidence": 0 to 1}, ...]."""
+        """Captions of one picture, a file or a URL, the best first: [{"caption": ..., "confidence": 0 to 1}, ...]. Those
+        with less than min_confidence are empty."""
         if bool(picture) == bool(url):
             raise UserError("give either a picture or a url")
-        source = Source(url, url=url) if url else picture[0]
-        options = decoding_options(length, style, int(captions), int(beams), **text_controls(prefix, without))
+        source = Source(url, url=full_url(url)) if url else picture[0]
+        settings = Settings(length, style, int(captions), prefix, without, prepend, append, 100 * min_confidence)
+        options, finish = settings.options(int(beams)), settings.finish()
         found = captioner.submit(source.read(most_bytes), source.name, options).result()
-        return [{"caption": each.text, "confidence": round(each.score or 0, 4)} for each in found]
+        return [{"caption": finish.caption(each).text, "confidence": round(each.score or 0, 4)} for each in found]
 
+    texts = [gr.Textbox("", label=label, visible=False) for label in ("prefix", "without", "prepend", "append")]
     parameters = [
         upload(label="picture", file_count="single", visible=False),
         gr.Textbox("", label="url", visible=False),
@@ -300,8 +323,8 @@ def endpoint(captioner: Captioner, most_bytes: int, length: Any, style: Any) -> 
         style,
         gr.Number(1, label="captions", minimum=1, maximum=5, precision=0, visible=False),
         gr.Number(NUM_BEAMS, label="beams", minimum=1, maximum=10, precision=0, visible=False),
-        gr.Textbox("", label="prefix", visible=False),
-        gr.Textbox("", label="without", visible=False),
+        *texts,
+        gr.Number(0, label="min_confidence", minimum=0, maximum=1, visible=False),
     ]
     answer = gr.JSON(label="captions", visible=False)
     ask = gr.Button(visible=False)
@@ -398,13 +421,14 @@ def launch(
             js=PAGE,
         )
     except OSError as error:
-        raise UserError(f"cannot listen at {host} port {port} ({error}): choose another --port or --host") from error
+        raise UserError(f"cannot listen at {host}, port {port} ({error}): choose another --port or --host") from error
     return str(address)
 
 
 def main() -> int:
     """Run the command line: serve until stopped."""
     config = parse_flags(AppConfig, __doc__)
+    check_free(config.host, config.port)  # before a minute is spent on loading the model
     with upload_folder() as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(folder)  # gradio reads it when it is imported
         return serve(config, Uploads(folder, int(config.max_upload_gigabytes * 2**30)))

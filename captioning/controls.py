@@ -61,9 +61,13 @@ class Finish:
 
     def caption(self, caption: Caption) -> Caption:
         """The caption with the text around it, or with the text `instead` if the model is not sure of it."""
-        if self.min_confidence and (caption.score or 0.0) < self.min_confidence:
+        if self.leaves_out(caption):
             return replace(caption, text=self.instead, words=[])
         return replace(caption, text=f"{self.prepend}{caption.text}{self.append}")
+
+    def leaves_out(self, caption: Caption) -> bool:
+        """Whether the model is not sure enough of the caption."""
+        return (caption.score or 0.0) < self.min_confidence
 
     def recorded(self, options: dict[str, Any]) -> dict[str, Any]:
         """These settings and the options of model.generate, for the record in caption files; only the number and the hash

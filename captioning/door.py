@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import re
@@ -61,6 +62,22 @@ def host_names(host: str, allowed: Iterable[str]) -> set[str]:
         machine = socket.gethostname()
         names |= {machine, machine.split(".")[0], f"{machine.split('.')[0]}.local"}
     return {name.strip().lower().rstrip(".") for name in names} - {""}
+
+
+def check_free(host: str, port: int) -> None:
+    """Raise UserError if nothing can listen at this host and port."""
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port {port}: must be 1 to 65535")
+    name = host.strip("[]")
+    try:
+        family = socket.AF_INET6 if ":" in name else socket.AF_INET
+        socket.create_server((name, port), family=family).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            why = f"port {port} of {name} is in use: stop the program that listens there, or choose another --port"
+        else:
+            why = f"cannot listen at {name}, port {port} ({error.strerror}): choose another --port or --host"
+        raise UserError(in_one_line(why)) from None
 
 
 class Door:

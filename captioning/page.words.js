@@ -1,5 +1,4 @@
 const LOW = [8, 10, 30, 204], HIGH = [255, 236, 150, 64];  // colour and opacity where attention is low and high
-const idle = new WeakMap();
 function show(word) {
   const card = word.closest('.card'), canvas = card.querySelector('canvas'), look = card.querySelector('.look');
   const heat = Uint8Array.from(atob(word.dataset.heat), (c) => c.charCodeAt(0)), side = Math.sqrt(heat.length);
@@ -13,21 +12,37 @@ function show(word) {
   card.querySelectorAll('.words .lit').forEach((other) => other.classList.remove('lit'));
   word.classList.add('lit');
   canvas.parentElement.classList.add('lit');
-  if (!idle.has(card)) idle.set(card, look.textContent);
   look.textContent = `“${word.textContent}”${word.ariaLabel.slice(word.textContent.length)}.`;
 }
 function reset(card) {  // show the word that was clicked, or the bare picture
   const pressed = card.querySelector('[aria-pressed=true]');
   if (pressed) return show(pressed);
   card.querySelectorAll('.lit').forEach((lit) => lit.classList.remove('lit'));
-  if (idle.has(card)) card.querySelector('.look').textContent = idle.get(card);
+  card.querySelector('.look').textContent = '';
 }
 const wordOf = (event) => event.target.closest?.('.words button');
 for (const kind of ['mouseover', 'focusin'])
   element.addEventListener(kind, (event) => wordOf(event) && show(wordOf(event)));
 for (const kind of ['mouseout', 'focusout'])
   element.addEventListener(kind, (event) => wordOf(event) && reset(wordOf(event).closest('.card')));
+async function copy(button) {
+  const text = button.dataset.text, label = button.firstChild;
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {  // without https, except on this machine, browsers offer only the old way
+    const field = document.body.appendChild(document.createElement('textarea'));
+    field.value = text;
+    field.select();
+    document.execCommand('copy');
+    field.remove();
+    button.focus();
+  }
+  label.data = announced.textContent = 'Copied';
+  setTimeout(() => label.data = 'Copy', 1500);
+}
 element.addEventListener('click', (event) => {
+  const button = event.target.closest?.('.copy');
+  if (button) copy(button);
   const word = wordOf(event);
   if (!word) return;
   const pressed = word.getAttribute('aria-pressed') === 'true';
@@ -56,5 +71,6 @@ announced.setAttribute('role', 'status');
 watch('value', () => {
   const cards = [...element.querySelectorAll('.card')];
   announced.textContent = cards.map((card) => `${card.ariaLabel}: ${card.querySelector('img').alt}`).join('. ');
-  cards[0]?.scrollIntoView({ block: 'nearest' });
+  cards[0]?.querySelector('img').decode().catch(() => {})  // before that it has no height
+    .then(() => cards[0].scrollIntoView({ block: 'nearest' }));
 });

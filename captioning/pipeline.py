@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from captioning.engine import find_engine
 from captioning.models import is_url
 from config import UserError, ViTGPT2Config
-from data.fetch import fetch_picture
+from data.fetch import PrivateAddressError, fetch_picture
 from data.kinds import files_below, folders_below, in_words, is_picture, left_out
 from data.pictures import PictureSource, prepare_picture
 from data.reading import clean
@@ -123,7 +123,10 @@ def _pictures(files: Iterable[str], none: str) -> list[str]:
 
 def picture_source(name: str, allow_private: bool = False) -> PictureSource:
     """The content of a URL; a path unchanged. Raises UserError where the URL gives no picture."""
-    return fetch_picture(name, allow_private=allow_private) if is_url(name) else name
+    try:
+        return fetch_picture(name, allow_private=allow_private) if is_url(name) else name
+    except PrivateAddressError as error:
+        raise UserError(f"{error} (--allow-private-urls fetches from those too)") from None
 
 
 # Captions

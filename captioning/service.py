@@ -9,23 +9,23 @@ app.py makes the page. Nothing here knows gradio. torch is imported late, so tha
 
 from __future__ import annotations
 
-import csv
+import re
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from captioning import decoder
-from captioning.controls import Length, length_options
+from captioning.controls import Finish, Length, length_options
 from captioning.decoder import BusyError
 from captioning.models import load_model
-from captioning.page import card, progress, results
+from captioning.page import MOST_ROWS, card, model_line, progress, results, table
 from config import NUM_BEAMS, UserError
 from data.kinds import in_words, is_picture, left_out
 from utils import ROOT, choose_device, in_one_line, named
@@ -68,6 +68,7 @@ class Captioner:
         self.device = choose_device(device)[0]
         self.precision = "fp32" if precision == "auto" and self.device.type == "cuda" else precision
         self.model: ImageCaptionModel | None = None
+        self.name = ""
         self.waiting: deque[Request] = deque()
         self.changed = threading.Condition()
         decoder.shared()  # starts its processes, so that they are ready for the first picture
@@ -76,6 +77,12 @@ class Captioner:
     def load(self, source: str, allow_pickle: bool = False) -> None:
         """Use this model from now on."""
         self.model = load_model(source, str(self.device), allow_pickle=allow_pickle)
+        path = Path(source)
+        self.name = path.name.removesuffix(".safetensors") if path.exists() else source
+
+    def about(self) -> str:
+        """HTML that says which model answers; "" while there is none."""
+        return model_line(self.name, self.model.num_parameters) if self.model else ""
 
     def submit(self, picture: str | bytes, name: str, options: dict[str, Any]) -> Future[list[Caption]]:
         """Queue a picture; the result will be its captions, the best first. Raises UserError if it cannot be read."""
@@ -150,6 +157,32 @@ def decoding_options(
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What the page's settings and the parameters of its endpoint say."""
+
+    length: Length = "normal"
+    style: Style = "safe"
+    captions: int = 1
+    prefix: str = ""
+    without: str = ""
+    """Words that captions do not have, separated by commas."""
+    prepend: str = ""
+    append: str = ""
+    percent: float | None = None
+    """Captions that the model is less sure of are left out."""
+
+    def options(self, beams: int = NUM_BEAMS, attention: bool = False) -> dict[str, Any]:
+        """Options for Captioner.submit."""
+        words = [word.strip() for word in self.without.split(",") if word.strip()]
+        controls = {"prefix": self.prefix.strip(), "bad_words": words}
+        return decoding_options(self.length, self.style, self.captions, beams, attention, **controls)
+
+    def finish(self) -> Finish:
+        """What is done to the captions afterwards."""
+        return Finish(prepend=self.prepend, append=self.append, min_confidence=(self.percent or 0) / 100)
+
+
+@dataclass(frozen=True)
 class Source:
     """A picture to read: an uploaded file (path) or a URL. Which of them is never guessed from the name."""
 
@@ -159,18 +192,34 @@ class Source:
 
     def read(self, most_bytes: int) -> bytes:
         """Read the file's content. Raises UserError."""
-        from data.fetch import fetch_picture
+        from data.fetch import PrivateAddressError, fetch_picture
 
         if self.url is not None:
-            return fetch_picture(self.url, max_bytes=most_bytes)
+            try:
+                return fetch_picture(self.url, max_bytes=most_bytes)
+            except PrivateAddressError as error:
+                raise UserError(f"{error}: save the picture, and give the file instead") from None
         try:
             return Path(self.path or "").read_bytes()
         except OSError:
             raise UserError(f"{self.name}: the file was deleted: upload it again") from None
 
+    @property
+    def place(self) -> list[tuple[bool, str]]:
+        """For sorting as example_usage.py does: the files of a folder by name, then the folders in it."""
+        *folders, name = self.name.split("/")
+        return [*((True, folder) for folder in folders), (False, name)]
 
-def show(captioner: Captioner, sources: Sequence[Source], options: dict[str, Any], most_bytes: int) -> str:
+
+def full_url(text: str) -> str:
+    """What a person wrote as the address of a picture, with https:// where a host name has no scheme."""
+    text = text.strip()
+    return f"https://{text}" if re.match(r"(?!-)[\w-]+(\.[\w-]+)*\.[^\W\d]{2,}(:\d+)?/", text) else text
+
+
+def show(captioner: Captioner, sources: Sequence[Source], settings: Settings, most_bytes: int) -> str:
     """HTML of pictures with their captions, in order, and a line for each that could not be captioned."""
+    options, finish = settings.options(attention=True), settings.finish()
     waiting, cards, errors = [], [], []
     for source in sources[:MOST_SHOWN]:
         try:
@@ -184,55 +233,64 @@ def show(captioner: Captioner, sources: Sequence[Source], options: dict[str, Any
         config = captioner.model.config  # type: ignore[union-attr]
         try:
             shown = decoder.shared().preview(content, name)
-            cards.append(card(name, shown, config.image_size / config.resize_size, captions.result()))
+            cards.append(card(name, shown, config.image_size / config.resize_size, captions.result(), finish))
         except UserError as error:
             errors.append(str(error))
     return results(cards, errors)
 
 
-def caption_folder(
-    captioner: Captioner, sources: Sequence[Source], options: dict[str, Any], table: Path
-) -> Iterator[str]:
-    """Write a CSV of file, caption and confidence, and yield progress as HTML. Only the newest lines stay in memory."""
-    shown = [source for source in sources if not Path(source.name).name.startswith(".")]
-    wanted = [source for source in shown if is_picture(source.name)]
+def caption_folder(captioner: Captioner, sources: Sequence[Source], settings: Settings, path: Path) -> Iterator[str]:
+    """Write the CSV that example_usage.py --output captions.csv --scores writes, and yield progress as HTML: the newest
+    rows, and at the end the first ones. No others stay in memory."""
+    from captioning.outputs import CaptionFile  # imported late: it imports torch
+
+    sources = [source for source in sources if not any(part[:1] == "." for part in source.name.split("/"))]
+    wanted = sorted((source for source in sources if is_picture(source.name)), key=lambda source: source.place)
+    options, finish = replace(settings, captions=1).options(), settings.finish()
     done, failed = 0, 0
+    first: list[tuple[str, Caption]] = []
     newest: deque[tuple[str, Caption]] = deque(maxlen=8)
-    errors: list[str] = []
+    errors = _same_names(wanted)
     waiting: deque[tuple[str, Future[list[Caption]]]] = deque()
     started = reported = time.monotonic()
+    output = CaptionFile(path, scores=True)
+    output.begin({})
     try:
-        with table.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "caption", "confidence"])
-            for source in [*wanted, None]:
-                if source is not None:
-                    waiting.append((source.name, _patiently(captioner, source, options)))
-                while waiting and (source is None or len(waiting) > 2 * MOST_AT_ONCE):
-                    name, captions = waiting.popleft()
-                    try:
-                        best = captions.result()[0]
-                    except UserError as error:
-                        failed += 1
-                        errors += [str(error)] if failed <= MOST_ERRORS else []
-                        continue
-                    done += 1
-                    newest.appendleft((name, best))
-                    writer.writerow([name, best.text, f"{best.score:.4f}"])
-                    if time.monotonic() - reported > 0.3:
-                        reported = time.monotonic()
-                        rate, ended = done / (reported - started), done + failed
-                        left = (len(wanted) - ended) / rate
-                        text = f"{ended:,} of {len(wanted):,} · {rate:.1f} pictures/s · {left:.0f} s left"
-                        yield progress(ended, len(wanted), text, newest, errors)
+        for source in [*wanted, None]:
+            if source is not None:
+                waiting.append((source.name, _patiently(captioner, source, options)))
+            while waiting and (source is None or len(waiting) > 2 * MOST_AT_ONCE):
+                name, captions = waiting.popleft()
+                try:
+                    best = finish.caption(captions.result()[0])
+                except UserError as error:
+                    failed += 1
+                    errors += [str(error)] if failed <= MOST_ERRORS else []
+                    continue
+                done += 1
+                newest.appendleft((name, best))
+                first += [(name, best)] if done <= MOST_ROWS else []
+                output.add(name, [best])
+                if time.monotonic() - reported > 0.3:
+                    reported = time.monotonic()
+                    rate, ended = done / (reported - started), done + failed
+                    left = (len(wanted) - ended) / rate
+                    text = f"{ended:,} of {len(wanted):,} · {rate:.1f} pictures/s · {left:.0f} s left"
+                    text += f" · {failed:,} could not be captioned" if failed else ""
+                    yield progress(ended, len(wanted), text, newest)
     finally:  # a client that has left needs no more captions
         for _, captions in waiting:
             captions.cancel()
     errors += [f"and {failed - MOST_ERRORS:,} more"] if failed > MOST_ERRORS else []
     text = f"{done:,} of {len(wanted):,} pictures captioned in {time.monotonic() - started:.1f} s"
-    others = in_words(left_out(source.name for source in shown))
-    text += f"; {others}" if others else ""
-    yield progress(1, 1, text, newest, errors)
+    others = in_words(left_out(source.name for source in sources))
+    yield table(f"{text}; {others}" if others else text, first, done, errors)
+
+
+def _same_names(sources: Sequence[Source]) -> list[str]:
+    """A line if pictures have the same name, as of browsers and programs that send names without folders."""
+    same = [name for name, number in Counter(source.name for source in sources).items() if number > 1]
+    return [f"{same[0]}: several pictures have this name: their rows in the CSV cannot be told apart"] if same else []
 
 
 def _patiently(captioner: Captioner, source: Source, options: dict[str, Any]) -> Future[list[Caption]]:

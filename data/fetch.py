@@ -38,12 +38,17 @@ GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # all of IPv6 that is assign
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv4 addresses, in networks that speak only IPv6
 
 
+class PrivateAddressError(UserError):
+    """The address is not public: whoever catches this knows what the user can do about it."""
+
+
 def fetch_picture(url: str, *, allow_private: bool = False, seconds: float = SECONDS, max_bytes: int = BYTES) -> bytes:
     """Download a picture file from an http or https address, at most 50 MiB, within 20 seconds.
 
     Private, loopback, link-local and all other addresses that are not public are refused, also behind names and
     redirects. So are proxies, because they would resolve the names; allow_private allows all of these. Raises
-    UserError, in one line, for what cannot be downloaded and for what is not a picture.
+    UserError, in one line, for what cannot be downloaded and for what is not a picture; PrivateAddressError for a refused
+    address.
     """
     fetch = _Fetch(url, allow_private, seconds, max_bytes)
     thread = threading.Thread(target=fetch.run, daemon=True)  # resolving a name ignores the deadline
@@ -57,7 +62,8 @@ def fetch_picture(url: str, *, allow_private: bool = False, seconds: float = SEC
         why = f"it took longer than {seconds:g} s" if late or error is None else _why(error)
         error = UserError(f"cannot be fetched ({why})")
     if error is not None:
-        raise UserError(in_one_line(f"{url if len(url) < 500 else url[:500] + '...'}: {error}")) from None
+        kind = PrivateAddressError if isinstance(error, PrivateAddressError) else UserError
+        raise kind(in_one_line(f"{url if len(url) < 500 else url[:500] + '...'}: {error}")) from None
     assert fetch.content is not None
     return fetch.content
 
@@ -158,7 +164,7 @@ class _Fetch(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         """Connect to an address that was checked to be public."""
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         if not all(is_public(str(address[4][0])) for address in found):
-            raise UserError("leads to an address that is not public (--allow-private-urls fetches from those too)")
+            raise PrivateAddressError("leads to an address that is not public")
         last: OSError = OSError("the name has no address")
         for family, kind, protocol, _, address in found:
             connection = socket.socket(family, kind, protocol)

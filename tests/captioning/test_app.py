@@ -6,6 +6,7 @@ import base64
 import csv
 import functools
 import http.server
+import itertools
 import os
 import re
 import shutil
@@ -26,8 +27,9 @@ from processes import finished, flags, launch, small_config
 
 import app
 from captioning import service
+from captioning.controls import Finish
 from captioning.engine import in_words
-from captioning.page import HEAT_SIDE, card, heat_map, place_of, results
+from captioning.page import HEAT_SIDE, card, heat_map, model_line, place_of, progress, results, table
 from captioning.pipeline import Caption, caption_batch
 from config import UserError
 from data.fetch import fetch_picture
@@ -145,9 +147,7 @@ def open_page(browser, server):
         page.on("request", lambda request: request.url.startswith(("http", "ws")) and asked(request.url, address))
         page.on("pageerror", lambda error: failures.append(str(error)))
         page.goto(address)
-        page.wait_for_function(
-            "document.querySelector('fieldset[aria-label], #untrained button')"
-        )  # its script has run
+        page.wait_for_selector("#pictures .mouse, #untrained button", state="attached")  # its script has run
         return page
 
     def asked(url: str, address: str) -> None:
@@ -163,6 +163,12 @@ def open_page(browser, server):
 def drop(page, *paths: str, into: str = "#pictures") -> None:
     """As if the files had been chosen."""
     page.set_input_files(f"{into} input[type=file]", [str(path) for path in paths])
+
+
+def settings_of(page) -> None:
+    """Open the settings."""
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Short").wait_for()
 
 
 def expected(server: Server, path: str, **options) -> list[str]:
@@ -190,9 +196,10 @@ def test_dropped_pictures_have_captions_and_confidence(open_page, server, pictur
     ]
     sure = [int(text.split(" %")[0]) for text in page.locator(".sure").all_inner_texts()]
     assert len(sure) == 9 and all(0 <= number <= 100 for number in sure)
-    assert "not whether the caption is true" in page.locator(".note").inner_text()
+    assert "not whether the caption is true" in page.locator("#results .note").last.inner_text()
     assert [Path(path).name for path in pictures[:3]] == page.locator("figcaption").all_inner_texts()
     # Once more, with other settings; what was dropped is still known.
+    settings_of(page)
     page.get_by_label("Short").check()
     page.locator("fieldset", has_text="Captions").get_by_label("1", exact=True).check()
     page.get_by_role("button", name="Caption again").click()
@@ -238,7 +245,7 @@ def test_the_heat_map_shows_where_a_word_looked_in_grey_as_well(open_page, serve
     word.click()
     page.mouse.move(0, 0)
     word.evaluate("w => w.blur()")
-    assert "Point at a word" in page.locator(".look").inner_text()
+    assert page.locator(".look").inner_text() == ""
 
 
 def test_everything_works_by_keyboard(open_page, pictures):
@@ -312,7 +319,7 @@ def test_the_address_of_a_picture(open_page, client, web, monkeypatch):
     page.get_by_role("button", name="Caption it").click()
     page.locator(".problem").wait_for()
     (line,) = page.locator(".problem").all_inner_texts()
-    assert line.startswith(f"{url}: leads to an address that is not public") and "\n" not in line
+    assert line == f"{url}: leads to an address that is not public: save the picture, and give the file instead"
     with pytest.raises(AppError, match="not public"):
         client.predict(picture=None, url=url, api_name="/caption")
     monkeypatch.setattr("data.fetch.fetch_picture", functools.partial(fetch_picture, allow_private=True))
@@ -320,6 +327,27 @@ def test_the_address_of_a_picture(open_page, client, web, monkeypatch):
     page.locator(".card").wait_for()
     (found,) = client.predict(picture=None, url=url, api_name="/caption")
     assert captions_in(page)[0] == " ".join(found["caption"].split())
+
+
+def test_an_address_without_a_scheme(client, pictures, web, monkeypatch):
+    """As browsers' address bars show them; what is not a host name stays as it is."""
+    for given, wanted in {
+        " www.example.com/cat.jpg\n": "https://www.example.com/cat.jpg",
+        "example.co.uk:8080/a?b=c": "https://example.co.uk:8080/a?b=c",
+        "http://example.com/x": "http://example.com/x",
+        "file:///etc/passwd": "file:///etc/passwd",
+        "pictures/cat.jpg": "pictures/cat.jpg",
+        "../a.b/c.jpg": "../a.b/c.jpg",
+        "/etc/hosts.allow/": "/etc/hosts.allow/",
+    }.items():
+        assert service.full_url(given) == wanted
+    asked = []
+    monkeypatch.setattr(
+        "data.fetch.fetch_picture",
+        lambda url, max_bytes: asked.append(url) or Path(pictures[0]).read_bytes(),
+    )
+    assert client.predict(picture=None, url="www.example.com/cat.jpg", api_name="/caption")[0]["caption"]
+    assert asked == ["https://www.example.com/cat.jpg"]
 
 
 def test_a_path_is_not_an_address(client, pictures):
@@ -353,43 +381,220 @@ def test_what_cannot_be_captioned_is_one_line(open_page, pictures, tmp_path):
     assert page.locator(".card").count() == 1  # what was there is there still
 
 
-def test_a_folder_becomes_a_table(open_page, server, pictures, tmp_path):
-    folder = tmp_path / "holiday"
-    (folder / "more").mkdir(parents=True)
-    for path in pictures[:8]:
-        shutil.copy(path, folder)
-    shutil.copy(pictures[8], folder / "more")
-    (folder / "damaged.png").write_bytes(Path(pictures[0]).read_bytes()[:200])
-    for name in ("notes.txt", "notes.pdf", "raw.CR2", "README"):
-        (folder / name).write_text("no picture")
-    page = open_page()
+def folder_of(page, folder: Path) -> str:
+    """Caption a folder, and return its CSV."""
     page.get_by_role("tab", name="Folder").click()
     drop(page, folder, into="#folder")
-    page.get_by_text("9 of 10 pictures captioned").wait_for()
-    assert "skipped: 1 without a suffix, 1 .cr2, 1 .pdf" in page.locator(".folder").inner_text()
-    assert page.get_by_role("progressbar").get_attribute("aria-valuenow") == "1"
-    (line,) = page.locator(".problem").all_inner_texts()
-    assert line.startswith("damaged.png: not a picture")
+    page.get_by_text("pictures captioned").wait_for(timeout=120_000)
     with page.expect_download() as download:
         page.get_by_role("button", name="Download captions.csv").click()
     assert download.value.suggested_filename == "captions.csv"
-    with open(download.value.path(), newline="", encoding="utf-8") as file:
-        rows = {row["file"]: row for row in csv.DictReader(file)}
-    assert rows.keys() == {Path(path).name for path in pictures[:9]}
-    for path in pictures[:9]:
-        row = rows[Path(path).name]
-        assert row["caption"] == expected(server, path, num_beams=3)[0] and 0 < float(row["confidence"]) < 1
+    return Path(download.value.path()).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def holiday(pictures, tmp_path) -> Path:
+    """A folder in whose folders pictures have equal names, beside what is no picture."""
+    folder = tmp_path / "holiday"
+    for number, name in enumerate(("b.jpg", "a.jpg", "more/z.jpg", "more/a.jpg", "More/deep/a.jpg", "a.b/c.jpg")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures[2 * number + 1], folder / name)
+    (folder / "damaged.png").write_bytes(Path(pictures[0]).read_bytes()[:200])
+    for name in ("notes.txt", "notes.pdf", "raw.CR2", "README"):
+        (folder / name).write_text("no picture")
+    return folder
+
+
+def test_a_folder_becomes_the_table_that_the_command_line_writes(open_page, model_file, holiday):
+    """With the folders of each name, in the same order."""
+    page = open_page()
+    content = folder_of(page, holiday)
+    assert "6 of 7 pictures captioned" in page.locator(".folder").inner_text()
+    assert "skipped: 1 without a suffix, 1 .cr2, 1 .pdf" in page.locator(".folder").inner_text()
+    assert "All 6 rows of captions.csv" in page.locator(".folder").inner_text()
+    (line,) = page.locator(".problem").all_inner_texts()
+    assert line.startswith("holiday/damaged.png: not a picture")
+    command = ("holiday", model_file, "--precision", "fp32", "--output", "captions.csv", "--scores")
+    finished("example_usage.py", *command, cwd=holiday.parent, code=1)  # as one is damaged
+    assert content == (holiday.parent / "captions.csv").read_text(encoding="utf-8")
+    assert [line.split(",")[0] for line in content.splitlines()[:3]] == ["file_name", "holiday/a.jpg", "holiday/b.jpg"]
+
+
+def test_dropped_folders(open_page, holiday):
+    """Dropped in either tab, or beside the fields; a browser gives no files of a folder, only a way to read it."""
+    page = open_page()
+
+    def drop_at(selector: str, *paths: Path) -> None:
+        page.locator(selector).scroll_into_view_if_needed()
+        box = page.locator(selector).bounding_box()
+        at = {"x": box["x"] + 20, "y": box["y"] + box["height"] / 2}
+        data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            session.send("Input.dispatchDragEvent", {"type": kind, **at, "data": data})
+
+    session = page.context.new_cdp_session(page)
+    drop_at("h1", holiday / "a.jpg")
+    page.locator(".card").wait_for()
+    assert page.locator("figcaption").all_inner_texts() == ["a.jpg"]
+    drop_at("#pictures", holiday)
+    page.locator(".card").nth(5).wait_for()
+    assert "holiday/more/a.jpg" in page.locator("figcaption").all_inner_texts()
+    page.get_by_role("tab", name="Folder").click()
+    assert not page.locator("#results").is_visible()
+    drop_at("#folder", holiday)
+    page.get_by_text("6 of 7 pictures captioned").wait_for()
+    assert "holiday/More/deep/a.jpg" in page.locator(".folder table").inner_text()
+
+
+def test_a_large_folder(open_page, pictures, tmp_path):
+    """The table shows how many of how many rows; the CSV has all of them, by name."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    for number in range(230):
+        (folder / f"{number:03}.jpg").hardlink_to(pictures[1])
+    page = open_page(width=390)
+    content = folder_of(page, folder)
+    assert [line.split(",")[0] for line in content.splitlines()[1:]] == [f"large/{n:03}.jpg" for n in range(230)]
+    assert "200 of 230 rows are shown; all are in captions.csv" in page.locator(".folder").inner_text()
+    assert page.locator(".folder tbody tr").count() == 200
+    box = page.locator(".folder .scroll")
+    assert box.bounding_box()["height"] < 500 and box.evaluate("e => e.scrollHeight > 2 * e.clientHeight")
+
+
+def test_pictures_without_folders_in_their_names(server, pictures, tmp_path):
+    """Equal names cannot be told apart: the page says so."""
+    sources = [service.Source("a.png", path=pictures[0]), service.Source("a.png", path=pictures[2])]
+    *_, end = service.caption_folder(server.captioner, sources, service.Settings(), tmp_path / "out.csv")
+    assert "a.png: several pictures have this name" in end
+
+
+def test_text_around_captions_and_captions_left_out(open_page, client, server, pictures, tmp_path):
+    """On cards, in the CSV and at the endpoint. The level is chosen so that only some captions are below it."""
+    ranked = [server.captioner.submit(path, path, service.Settings(captions=3).options()).result() for path in pictures]
+    path, captions = max(
+        zip(pictures, ranked, strict=True), key=lambda pair: (pair[1][0].score or 0) - (pair[1][2].score or 0)
+    )
+    level = round(50 * ((captions[0].score or 0) + (captions[2].score or 0)))
+    kept = [caption.text for caption in captions if (caption.score or 0) >= level / 100]
+    assert 0 < len(kept) < 3
+    page = open_page()
+    settings_of(page)
+    assert page.get_by_role("group", name="Captions").is_visible()
+    page.get_by_label("Put before").fill("<b>sks</b>, ")
+    page.get_by_label("Put after").fill(" {{1}}")
+    page.get_by_label("Leave out below").fill(str(level))
+    drop(page, path)
+    page.locator(".card").wait_for()
+    wanted = [f"<b>sks</b>, {' '.join(text.split())} {{{{1}}}}" for text in kept]
+    assert captions_in(page) == wanted
+    assert page.locator(".card img").get_attribute("alt") == f"<b>sks</b>, {kept[0]} {{{{1}}}}"
+    page.get_by_label("Leave out below").fill("100")
+    page.get_by_role("button", name="Caption again").click()
+    page.wait_for_function("document.querySelector('.words').textContent == 'not sure'")
+    assert not page.locator(".card .copy").count() and "% sure" in page.locator(".card").inner_text()
+    best = sorted(captions[0].score or 0 for captions in ranked)
+    gap, below = max((above - below, below) for below, above in itertools.pairwise(best))
+    enough = below + gap / 2
+    page.get_by_label("Leave out below").fill(str(100 * enough))
+    page.get_by_label("Leave out below").press("Tab")
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for source in pictures:
+        shutil.copy(source, folder)
+    rows = list(csv.DictReader(folder_of(page, folder).splitlines()))
+    assert not page.get_by_role("group", name="Captions").is_visible()  # a CSV has one for each picture
+    left_out = [row for row in rows if float(row["score"]) < enough]
+    assert 0 < len(left_out) < len(rows) == len(pictures)
+    for row in rows:
+        assert (row["caption"] == "") if row in left_out else row["caption"].startswith("<b>sks</b>, ")
+    assert page.locator(".folder td", has_text="not sure").count() == len(left_out)
+    options = {"captions": 3, "beams": 3, "prepend": "x ", "append": " y", "min_confidence": level / 100}
+    found = client.predict(picture=handle_file(path), **options, api_name="/caption")
+    assert [each["caption"] for each in found] == [f"x {text} y" for text in kept] + [""] * (3 - len(kept))
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_a_caption_is_copied(open_page, pictures, secure):
+    """Also where the page comes without https from another machine, and browsers hide their clipboard from scripts."""
+    page = open_page(permissions=["clipboard-read", "clipboard-write"])
+    if not secure:
+        page.evaluate("navigator.clipboard.writeText = undefined")
+    drop(page, pictures[0])
+    button = page.get_by_role("button", name="Copy caption 2")
+    button.click()
+    page.get_by_role("button", name="Copied caption 2").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == button.get_attribute("data-text")
+    assert button.get_attribute("data-text").split() == captions_in(page)[1].split()
+    page.get_by_role("button", name="Copy caption 2").wait_for()
+
+
+def test_the_first_screen(open_page, server, pictures):
+    """Which model answers; the settings are closed; on a telephone the caption is on the screen, and words are for touch."""
+    page = open_page(width=390, has_touch=True, is_mobile=True)
+    parameters = f"{server.captioner.model.num_parameters:,}"
+    assert (
+        page.locator(".model").inner_text()
+        == f"Model: {MODEL_FILE.removesuffix('.safetensors')} · {parameters} parameters"
+    )
+    assert page.locator("#pictures").inner_text().strip() == "Choose pictures"
+    assert not page.get_by_label("Short").is_visible()
+    drop(page, *pictures[:2])
+    page.locator(".card").nth(1).wait_for()
+    page.wait_for_function("document.querySelector('.words').getBoundingClientRect().bottom < innerHeight")
+    text = page.locator("#results").inner_text()
+    assert text.count("Tap a word: the picture shows where the model looked.") == 1 and "arrow keys" not in text
+    page = open_page()
+    drop(page, *pictures[:2])
+    page.locator(".card").nth(1).wait_for()
+    text = page.locator("#results").inner_text()
+    assert text.count("arrow keys") == 1 and "Tap" not in text
+
+
+# While captions are made, gradio makes the earlier ones paler.
+CLEAR = """() => ['.card', '.folder'].flatMap((s) => [...document.querySelectorAll(s)]).every((e) => {
+  for (; e; e = e.parentElement) if (getComputedStyle(e).opacity < 1) return false;
+  return true;
+})"""
+AXE = ROOT / "tests" / "node_modules" / "axe-core" / "axe.min.js"
+
+
+@pytest.mark.skipif(not AXE.exists(), reason="needs axe-core: npm install --prefix tests --ignore-scripts")
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(open_page, pictures, holiday, scheme, width):
+    page = open_page(width=width, color_scheme=scheme)
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+
+    def check() -> None:
+        page.wait_for_function(CLEAR)
+        found = page.evaluate("async () => (await axe.run()).violations.map((v) => [v.id, v.nodes.map((n) => n.html)])")
+        assert found == []
+
+    check()
+    drop(page, *pictures[:2], holiday / "damaged.png")
+    page.locator(".card").nth(1).wait_for()
+    check()
+    settings_of(page)
+    check()
+    folder_of(page, holiday)
+    check()
 
 
 def test_folder_progress(server, pictures, tmp_path):
     """What is yielded on the way: how many of how many, how fast, how long yet."""
-    sources = [service.Source(f"{number}.png", path=pictures[0]) for number in range(150)]
-    options = service.decoding_options("normal", "safe", 1)
-    *_, end = said = list(service.caption_folder(server.captioner, sources, options, tmp_path / "out.csv"))
-    assert "150 of 150 pictures captioned" in end and (tmp_path / "out.csv").read_text().count("\n") == 151
+    sources = [service.Source(f"{number:03}.png", path=pictures[0]) for number in range(150)]
+    said = list(service.caption_folder(server.captioner, sources, service.Settings(), tmp_path / "out.csv"))
+    end = said[-1]
+    assert (
+        len(said) > 1
+        and "150 of 150 pictures captioned" in end
+        and (tmp_path / "out.csv").read_text().count("\n") == 151
+    )
     for html in said[:-1]:
         done, total = map(int, re.search(r"(\d+) of (\d+) · [\d.]+ pictures/s · \d+ s left", html).groups())
         assert 0 < done < total == 150 and f'aria-valuenow="{done}"' in html
+        newest = [int(name) for name in re.findall(r"<td>(\d+)\.png", html)]
+        assert newest == sorted(newest, reverse=True) and len(newest) <= 8
 
 
 UNNAMED = """() => [...document.querySelectorAll('button, input, textarea, select, img, [role=tab], fieldset')]
@@ -674,7 +879,11 @@ def test_places_in_words():
 
 def test_nothing_in_a_card_is_markup():
     hostile = "<script>${1}{{2}}\"'"
-    html = results([card(hostile, b"", 1.0, [Caption(hostile, 0.5, [(hostile, np.eye(4))])])], [hostile])
+    finish = Finish(prepend=hostile, append=hostile)
+    caption = Caption(hostile, 0.5, [(hostile, np.eye(4))])
+    html = results([card(hostile, b"", 1.0, [caption], finish)], [hostile])
+    html += table(hostile, [(hostile, caption)], 1, [hostile]) + progress(1, 2, hostile, [(hostile, caption)])
+    html += model_line(hostile, 1)
     assert "<script" not in html and "${" not in html and "{{" not in html and "\"'" not in html
 
 
@@ -692,10 +901,22 @@ def test_the_command_line(model_file, pictures, tmp_path):
         assert found[0]["caption"] == caption_image(
             pictures[0], model_file, "cpu", do_sample=False, num_beams=3, precision="fp32"
         )
-        second = finished(*command, "--model", model_file, code=2)
-        assert second.stderr.count("\n") == 1 and f"port {port}" in second.stderr
+        # A second one stops before it reads its model, which is not even there.
+        second = finished(*command, "--model", tmp_path / "absent.safetensors", code=2)
+        assert second.stderr.count("\n") == 1
+        assert f"port {port} of 127.0.0.1 is in use" in second.stderr and "choose another --port" in second.stderr
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [(("--port", 70000), "--port 70000"), (("--host", "192.0.2.1"), "cannot listen at 192.0.2.1, port 7860")],
+)
+def test_where_nothing_can_listen(flags, why, tmp_path):
+    """192.0.2.1 is no machine's address."""
+    done = finished("app.py", *flags, "--model", tmp_path / "absent.safetensors", code=2)
+    assert done.stderr.count("\n") == 1 and why in done.stderr and "absent" not in done.stderr
 
 
 def test_a_missing_gradio_is_one_line(tmp_path):
