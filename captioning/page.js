@@ -13,7 +13,7 @@ const name = () => {
     button.removeAttribute('aria-label');
     words.innerHTML = '<span class="mouse"><b></b><br></span><span class="touch"><b></b></span>';
     button.querySelector('.mouse b').textContent = drop;
-    button.querySelector('.mouse').append(click);
+    button.querySelector('.mouse').append(` ${click}`);
     button.querySelector('.touch b').textContent = touch;
   }
 };

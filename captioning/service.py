@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 MOST_AT_ONCE = 16  # pictures in a batch
 MOST_WAITING = 400  # pictures that wait for their captions; more are refused
-MOST_SHOWN = 24  # pictures at a time in the page, each with its heat maps; folders have no limit
+MOST_SHOWN = 24  # pictures at a time in the page, each with its heat maps; a folder may have more
 MOST_ERRORS = 100  # errors that are listed for a folder; the others are counted
 DEMO = [sys.executable, str(ROOT / "main.py"), "--preset", "demo", "--no-upload"]
 
@@ -228,7 +228,7 @@ def show(captioner: Captioner, sources: Sequence[Source], settings: Settings, mo
         except UserError as error:
             errors.append(str(error))
     if len(sources) > MOST_SHOWN:
-        errors.append(f"{MOST_SHOWN} of {len(sources)} pictures are shown: the Folder tab takes any number")
+        errors.append(f"{MOST_SHOWN} of {len(sources)} pictures are shown: the Folder tab takes thousands")
     for name, content, captions in waiting:
         config = captioner.model.config  # type: ignore[union-attr]
         try:

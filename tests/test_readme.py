@@ -88,7 +88,14 @@ def test_every_flag_and_file_that_is_named_exists():
     paths = [*map(ROOT.joinpath, files), *(ROOT / "benchmarks").glob("*.py")]
     sources = "".join(path.read_text(encoding="utf-8") for path in paths)
     fields = set(re.findall(r"^    (\w+): ", sources, re.M))
-    fields |= {"help", "help_all", "tyro_print_completion", "no_build_isolation", "ignore_scripts", "prefix"}  # tyro's own, pip's and npm's
+    fields |= {
+        "help",
+        "help_all",
+        "tyro_print_completion",
+        "no_build_isolation",
+        "ignore_scripts",
+        "prefix",
+    }  # tyro's own, pip's and npm's
     fields |= {"index_url", "rm", "build_arg"}  # pip's and docker's
     fields |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "node_rank", "master_addr"}  # torchrun's
     fields |= {"nodes", "ntasks_per_node", "signal", "array", "gpus", "requeue"}  # srun's and sbatch's
