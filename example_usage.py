@@ -4,7 +4,7 @@
     python example_usage.py photo.jpg vit-gpt2-captioning.safetensors
     python example_usage.py photos/ "more/*.png" https://example.org/cat.jpg user/model
     python example_usage.py photos/ --output captions.csv  # resumes, if run again
-    python example_usage.py photo.jpg vit-gpt2  # a public model, downloaded once; or distilvit
+    python example_usage.py photo.jpg distilvit  # a public model, downloaded once
     python example_usage.py "shards/*.tar" user/model --output out --format parquet
     python example_usage.py DIR user/model --filter DIR/good.jsonl --keep both
     find . -name "*.jpg" | python example_usage.py - --output sidecar

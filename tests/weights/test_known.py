@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, free_port
 from hub import running_hub
 from PIL import Image
 from processes import finished, launch
@@ -126,6 +126,7 @@ def test_a_pickle_only_where_it_is_allowed(tmp_path, hub, user, pickled, safe):
     assert caption(tmp_path, user, "--model", "vit-gpt2") == (said, "")
 
 
+@pytest.mark.slow
 def test_a_pickle_by_its_full_name(tmp_path, user, safe):
     """The flag is for every model of transformers, not only for those with short names."""
     name = KNOWN["vit-gpt2"].repository
@@ -133,9 +134,10 @@ def test_a_pickle_by_its_full_name(tmp_path, user, safe):
     assert caption(tmp_path, user, name, "--allow-pickle")[0] == their_caption(safe, tmp_path / "photo.png")
 
 
+@pytest.mark.slow
 def test_other_scripts_know_the_names(tmp_path, user, scenes_dir):
     """evaluate.py, convert.py, and caption_image; app.py is below."""
-    flags = ("--data-dir", scenes_dir, "--allow-pickle", "--device", "cpu")
+    flags = ("--data-dir", scenes_dir, "--allow-pickle", "--device", "cpu", "--output-dir", "evaluation")
     finished("evaluate.py", "vit-gpt2", *flags, environment=user, cwd=tmp_path)
     assert "bleu_4" in json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     done = finished("convert.py", "to-transformers", "vit-gpt2", "out", environment=user, cwd=tmp_path)
@@ -147,9 +149,10 @@ def test_other_scripts_know_the_names(tmp_path, user, scenes_dir):
     assert done.stdout.strip() == caption(tmp_path, user, "vit-gpt2")[0]
 
 
+@pytest.mark.slow
 def test_the_page_knows_the_names(tmp_path, user):
     pytest.importorskip("gradio", reason="gradio is of requirements/app.txt")
-    command = ("app.py", "--model", "vit-gpt2", "--allow-pickle", "--port", 0, "--device", "cpu")
+    command = ("app.py", "--model", "vit-gpt2", "--allow-pickle", "--port", free_port(), "--device", "cpu")
     process = launch(*command, environment=user | {"PYTHONUNBUFFERED": "1"}, cwd=tmp_path)
     line = next((line for line in process.stdout if line.startswith(("model", "page"))), "")
     process.send_signal(signal.SIGTERM)
