@@ -524,11 +524,11 @@ def test_a_folder_waits_for_room_and_leaves_nothing_behind(model, picture, tmp_p
     captioner.model = model
     monkeypatch.setattr(service, "MOST_WAITING", 3)
     sources = [service.Source(f"{number}.png", path=picture) for number in range(20)]
-    *_, end = service.caption_folder(captioner, sources, OPTIONS, tmp_path / "a.csv")
+    *_, end = service.caption_folder(captioner, sources, service.Settings(), tmp_path / "a.csv")
     assert "20 of 20 pictures captioned" in end
     monkeypatch.setattr(service, "MOST_ERRORS", 2)
     bad = [service.Source(f"{number}.png", path="nowhere") for number in range(9)]
-    *_, end = service.caption_folder(captioner, bad, OPTIONS, tmp_path / "a.csv")
+    *_, end = service.caption_folder(captioner, bad, service.Settings(), tmp_path / "b.csv")
     assert end.count("problem") == 3 and "and 7 more" in end
 
 
