@@ -346,7 +346,8 @@ def atomic(path: Path) -> Iterator[Path]:
         sync(unfinished)  # else a power cut could leave the name without its content
         unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # replaced; or after an error it may still be open, and Windows refuses
+            unfinished.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -63,6 +63,8 @@ def test_train_resume_caption_and_evaluate(tmp_path, scenes_dir):
     assert 10 <= int(checkpoints(windows / "out")[-1].name.removeprefix("step-")) < 48
     finished(*training_line(flags, 1), environment=own, **more)
     assert ending(windows / "out") == ending(linux / "out")
+    kept, wanted = ([path.name for path in checkpoints(folder / "out")] for folder in (windows, linux))
+    assert kept == wanted  # also the one that the run was resumed from is deleted
     assert not (windows / "out/checkpoints/latest").exists() and (linux / "out/checkpoints/latest").is_symlink()
     assert not [*windows.rglob("*.unfinished")]
 

@@ -108,7 +108,8 @@ def save_checkpoint(
     newest = [path for path in checkpoints(run) if path.name <= folder.name][-keep:]
     for path in checkpoints(run):
         if path not in newest and path.name != best:
-            remove(path)
+            with contextlib.suppress(OSError):  # Windows deletes no file that somebody is reading: the next save does
+                remove(path)
 
 
 def no_room(folder: Path, needed: int, free: int, error: Exception | None = None) -> UserError:
@@ -172,7 +173,8 @@ def link(folder: Path, name: str) -> None:
 def clean(run: Path) -> None:
     """Delete the unfinished files of killed processes."""
     for path in [*run.glob(".*.unfinished"), *run.glob("checkpoints/.*.unfinished")]:
-        delete(path)
+        with contextlib.suppress(OSError):
+            delete(path)
 
 
 def check(folder: Path) -> dict[str, Any]:
