@@ -517,6 +517,7 @@ def test_text_around_captions_and_captions_left_out(open_page, client, server, p
 def test_a_caption_is_copied(open_page, pictures, secure):
     """Also where the page comes without https from another machine, and browsers hide their clipboard from scripts."""
     page = open_page(permissions=["clipboard-read", "clipboard-write"])
+    page.evaluate("navigator.clipboard.writeText('something else')")
     if not secure:
         page.evaluate("navigator.clipboard.writeText = undefined")
     drop(page, pictures[0])
