@@ -493,8 +493,8 @@ class Speed:
     """Time and memory."""
 
     compile: bool | None = None
-    """Compile the training step with torch.compile (default: in a long run on a GPU, without adapters or another
-    language model). A resumed run then matches only up to rounding."""
+    """Compile the training step with torch.compile: --compile or --no-compile (default: in a long run on a GPU, without
+    adapters or another language model). A resumed run then matches only up to rounding."""
     gradient_checkpointing: bool = False
     """Recompute activations instead of storing them: slower, less memory."""
     shard: bool = False

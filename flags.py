@@ -36,7 +36,6 @@ def print_help(
     if common:
         number = len(set(all_fields(kind)).difference(hidden))
         description = f"{description.rstrip()}\n\nThe flags that most people set; {HELP_ALL} shows all {number}."
-    options["config"] = (tyro.conf.FlagCreatePairsOff, *options.get("config", ()))
     shown = for_reading(kind, defaults, set(common or all_fields(kind)).difference(hidden))
     print(wrapped(description), end="\n\n")  # tyro would join its lines
     tyro.cli(shown, args=["--help"], description="", **options)
@@ -51,8 +50,9 @@ def all_fields(kind: type[Any]) -> Iterator[str]:
 
 def for_reading(kind: type[Any], defaults: Any, shown: Collection[str]) -> type[Any]:
     """A dataclass whose help is that of `kind`, for reading. shown: its fields. defaults None: those of the class."""
-    import tyro
+    from tyro import conf as markers
 
+    conf: Any = markers  # to a type checker they are types
     hints, texts = typing.get_type_hints(kind, include_extras=True), docstrings(kind)
     fields: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(kind):
@@ -62,9 +62,12 @@ def for_reading(kind: type[Any], defaults: Any, shown: Collection[str]) -> type[
             group = for_reading(hint, value, shown)  # type: ignore[arg-type]
             fields += [(field.name, group, dataclasses.field(default_factory=group))] * bool(dataclasses.fields(group))
         elif field.name in shown:
-            about = tyro.conf.arg(help=text, help_behavior_hint=hint_of(value, text), metavar=word(hint))
-            default = dataclasses.field(default_factory=partial(copy.copy, value))
-            fields.append((field.name, Annotated[hint, about], default))
+            named = field.name.upper() if conf.Positional in typing.get_args(hint) else ""
+            about = conf.arg(help=text, help_behavior_hint=hint_of(value, text), metavar=word(hint, named))
+            marks = (about,) if value is True else (about, conf.FlagCreatePairsOff)
+            fields.append(
+                (field.name, Annotated[(hint, *marks)], dataclasses.field(default_factory=partial(copy.copy, value)))
+            )
     made = dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
     made.__doc__ = kind.__doc__
     return made
@@ -90,11 +93,12 @@ def docstrings(kind: type[Any]) -> dict[str, str]:
 def hint_of(value: Any, text: str) -> str:
     """The default in brackets, or nothing where the text says it, and where it is nothing."""
     nothing = value is None or value is False or value is dataclasses.MISSING or value in ("", (), [])
-    return "" if nothing or "(default" in text or isinstance(value, bool) else f"(default: {value})"
+    return "" if nothing or "(default" in text else f"(default: {'on' if value is True else value})"
 
 
-def word(hint: Any) -> str | None:
-    """What stands for a flag's value: N, TEXT, {a,b}, ...; None for a switch, which has none."""
+def word(hint: Any, name: str = "") -> str | None:
+    """What stands for a value: N, TEXT, {a,b}, ...; the name of an argument without a flag; None for a switch, which has
+    no value."""
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -103,8 +107,8 @@ def word(hint: Any) -> str | None:
     if typing.get_origin(hint) is typing.Literal:
         return f"{{{','.join(map(str, typing.get_args(hint)))}}}"
     if typing.get_origin(hint) in (list, tuple):
-        return f"{word(typing.get_args(hint)[0])} ..."
-    return SHOWN_AS.get(hint)
+        return f"{name or word(typing.get_args(hint)[0])} ..."
+    return name or SHOWN_AS.get(hint)
 
 
 def wrapped(text: str) -> str:

@@ -226,7 +226,7 @@ def user(tmp_path_factory, scenes_dir) -> Path:
     (folder / "shards").mkdir()
     with tarfile.open(folder / "shards/0.tar", "w") as tar:
         tar.add(pictures[0], "0.jpg")
-    name = "runs/img2gpt-20260101-120000/img2gpt_epoch_3.safetensors"
+    name = "runs/my_photos-20260101-120000/img2gpt_epoch_3.safetensors"
     (folder / name).parent.mkdir(parents=True)
     model.save_file(folder / name)  # a whole model, where adapters would have to name pretrained ones
     return folder

@@ -25,7 +25,7 @@ from data.sources import load_table
 from dataset import CaptionDataset
 from evaluate import caption_loss
 from example_usage import caption_image, is_model
-from main import parse_arguments
+from main import INTERNAL, parse_arguments
 from model import ImageCaptionModel
 
 MODEL = "vit-gpt2-captioning.safetensors"
@@ -185,14 +185,20 @@ def test_another_runs_model_is_kept(demo, tmp_path):
 
 
 def test_evaluate_script(demo, tmp_path):
+    """Each evaluation has a folder, and names it; the second one overwrote the first."""
     output = script(tmp_path, "evaluate.py", demo / MODEL, "--data-dir", demo / "out/scenes", "--split", "test")
     before = json.loads((demo / "out/metrics.json").read_text())
-    after = json.loads((tmp_path / "evaluation/metrics.json").read_text())
+    (first,) = (tmp_path / "evaluation").iterdir()
+    after = json.loads((first / "metrics.json").read_text())
+    assert f"report      evaluation/{first.name}/report.html" in output and first.name.startswith(
+        "vit-gpt2-captioning-"
+    )
     assert after["bleu_4"] == before["bleu_4"] and "cider_d" in output
     folder = needs_shared("coco_eval")
     results, references = (folder / f"captions_val2014_fakecap_{kind}.json" for kind in ("results", "refs"))
     script(tmp_path, "evaluate.py", "--results", results, "--references", references)
-    assert json.loads((tmp_path / "evaluation/metrics.json").read_text())["cider_d"] == pytest.approx(0.5998, abs=1e-3)
+    (second,) = set((tmp_path / "evaluation").iterdir()) - {first}
+    assert json.loads((second / "metrics.json").read_text())["cider_d"] == pytest.approx(0.5998, abs=1e-3)
 
 
 @pytest.mark.slow
@@ -372,12 +378,12 @@ def test_unknown_flags_are_refused(tmp_path):
 
 def test_help_shows_every_field_with_its_sentence(tmp_path):
     """In groups, out of which a config is put together again: a field in none would be neither shown nor read."""
-    text = " ".join(script(tmp_path, "main.py", "--help").replace("│", " ").split())
+    text = " ".join(script(tmp_path, "main.py", "--help-all").replace("│", " ").split())
     groups = re.findall(r"─ (\w+) options ─", text)
     assert groups == ["basics", "data", "start", "learning", "adapters", "speed", "watching", "augmentation", "model"]
     for config in (TrainConfig, Augmentation, ViTGPT2Config):
         for field in dataclasses.fields(config):
-            if field.name not in ("model", "augmentation"):
+            if field.name not in ("model", "augmentation", *INTERNAL):
                 assert f"--{field.name.replace('_', '-')}" in text, field.name
     assert "Highest learning rate" in text and "Width of the encoder" in text
 
@@ -415,3 +421,21 @@ def test_seed_names():
     assert callable(download_coco_dataset)
     config = ViTGPT2Config(image_size=224, patch_size=16, vision_embed_dim=768, vocab_size=50257)
     assert (config.max_length, config.bridge, config.num_patches) == (512, "cross_attention", 196)
+
+
+def test_a_run_that_does_not_fit_into_memory_is_refused(tmp_path, scenes_dir):
+    """On a CPU the system killed it in its first step, without a word."""
+    flags = (
+        "--preset",
+        "demo",
+        "--dataset",
+        "coco",
+        "--data-dir",
+        scenes_dir,
+        "--batch-size",
+        20_000_000,
+        *tiny_flags(),
+    )
+    done = finished("main.py", *flags, cwd=tmp_path, code=2)
+    assert re.search(r"needs about [\d.]+ GiB of memory, and there are [\d.]+: use a smaller --batch-size", done.stderr)
+    assert done.stderr.count("\n") == 1 and "training:" not in done.stderr

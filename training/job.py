@@ -9,16 +9,18 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from config import FEW, PRETRAINED, TrainConfig, UserError, ViTGPT2Config
+from config import FEW, PRESETS, PRETRAINED, TrainConfig, UserError, ViTGPT2Config
 from data.download import download_coco_dataset, download_flickr30k
+from data.layouts import LAYOUTS
 from data.scenes import draw_scenes
 from data.skipped import BadPictures, check_overlap
+from data.sources import recognise
 from data.table import FLOOR, CaptionTable
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
 from model import ImageCaptionModel, choose_attention
@@ -37,6 +39,7 @@ COCO_PICTURES = 118_287
 COCO_DOWNLOAD_GB = 20
 TYPICAL_CAPTION = 14  # tokens, for estimates made before the captions are read
 LENGTH_MULTIPLE = 4  # on a GPU, T is rounded up to a multiple of this
+DAY = 86400  # seconds
 KEPT_SHARE_OF_MEMORY = 0.4  # pictures that fit into this share are cached there
 
 
@@ -55,6 +58,15 @@ def write_run(job: Job, finished: bool, **more: Any) -> None:
 # Data
 
 
+def fits(layout: str, directory: Path) -> bool:
+    """Whether a folder is in a layout of LAYOUTS."""
+    try:
+        recognise(directory, dataset=layout)
+    except UserError:
+        return False
+    return True
+
+
 def find_tables(config: TrainConfig, run: Path, floor: int = FLOOR) -> dict[str, CaptionTable]:
     """The train, val and test tables; they are drawn or downloaded if the config says so. `floor`: see load_tables."""
     dataset, directory = config.dataset, config.data_dir
@@ -70,6 +82,8 @@ def find_tables(config: TrainConfig, run: Path, floor: int = FLOOR) -> dict[str,
         directory = download_flickr30k()
     elif directory is None and "/" not in dataset:
         raise UserError(f"dataset {dataset} needs --data-dir: its folder")
+    elif directory and dataset == PRESETS[config.preset].dataset in LAYOUTS and not fits(dataset, directory):
+        dataset = "auto"  # the user's data with a preset's other settings
     tables = load_tables(dataset, directory or Path(), config.image_column, config.caption_column, floor)
     if lacking := [split for split in ("train", "val") if split not in tables]:
         raise UserError(
@@ -374,19 +388,44 @@ def choose_tokenizer(
     return "train", load_tokenizer("train", texts, config.model.vocab_size)
 
 
-def plan(job: Job, step: int) -> str:
-    """The text that is printed before training: sizes, steps, estimates."""
-    config, table, sizes, world = job.config, job.datasets["train"].table, job.model.config, job.world.size
-    share = dataclasses.replace(config, model=sizes, batch_size=-(-config.batch_size // world))  # of this process
-    seconds = estimated_seconds(share, len(table) // world, job.tokens, job.device, job.dtype) * (1 - step / job.steps)
+class Estimate(NamedTuple):
+    """What a process of the run needs."""
+
+    seconds: float
+    """Of training, from the current step on."""
+    captions: float
+    """Seconds of captions for val and test."""
+    memory: float
+    """Bytes, without the cached pictures."""
+
+
+def estimate(job: Job, step: int) -> Estimate:
+    """Estimate the rest of a run. Raises UserError where a CPU's memory is too small: the system would kill the process."""
+    config, world = job.config, job.world.size
+    share = dataclasses.replace(config, model=job.model.config, batch_size=-(-config.batch_size // world))
+    train, val, test = (len(job.datasets[split]) // world for split in ("train", "val", "test"))
+    seconds = estimated_seconds(share, train, job.tokens, job.device, job.dtype) * (1 - step / job.steps)
+    captions = estimated_caption_seconds(share, val, test, job.tokens, job.device, job.dtype)
     weights = sum(parameter.nbytes for parameter in job.model.parameters())
     learned = sum(parameter.numel() for parameter in job.model.parameters() if parameter.requires_grad)
     shards = world if config.shard else 1
     memory = estimated_memory(share, weights // shards, learned // shards, job.tokens)
+    free = available_memory() / job.world.local_size
+    if job.device.type == "cpu" and memory > free and not config.yes:
+        raise UserError(
+            f"the run needs about {memory / 2**30:.1f} GiB of memory, and there are {free / 2**30:.1f}: use a smaller "
+            "--batch-size with as many more --accumulation-steps, or a smaller model (--preset flickr8k); --yes tries it"
+        )
+    return Estimate(seconds, captions, memory)
+
+
+def plan(job: Job, step: int) -> str:
+    """The text that is printed before training: sizes, steps, estimates."""
+    config, table, sizes = job.config, job.datasets["train"].table, job.model.config
+    expected = estimate(job, step)
     different = {id(data): data.pixels.cached for data in job.datasets.values()}.values()  # val may serve as test
     cached = sum(pictures.numel() for pictures in different if pictures is not None)
     val, test = len(job.datasets["val"]), len(job.datasets["test"])
-    captions = estimated_caption_seconds(share, val // world, test // world, job.tokens, job.device, job.dtype)
     same = job.datasets["test"].table.split == "val"
     tested = "also used as test, as there is no test split" if same else f"{test:,} to test"
     left = ", ".join(counted(number, what) for what, number in table.left_out.items())
@@ -395,6 +434,8 @@ def plan(job: Job, step: int) -> str:
     if (few := min(val, test)) < FEW:
         chosen = ", so the validation loss chooses the best model" if job.loss_chooses else ""
         notes.append(f"scores are measured on {counted(few, 'pictures')}: below {FEW} they are mostly noise{chosen}")
+    if job.device.type == "cpu" and expected.seconds > DAY and config.preset != "flickr8k":
+        notes.append("too slow? --preset flickr8k trains a small model in less than an hour on two cores")
     return (
         f"attention   {choose_attention(job.device.type, job.dtype, sizes.decoder_embed_dim // sizes.decoder_num_heads)[1]}\n"
         f"model       {job.model.num_parameters:,} parameters, vocabulary {job.model.config.vocab_size:,}\n"
@@ -403,7 +444,7 @@ def plan(job: Job, step: int) -> str:
         f"            {'; '.join(filter(None, notes))}\n"
         f"steps       {job.steps:,} of {job.pictures_a_step} pictures x {config.captions_per_image} captions, "
         f"{job.steps_per_epoch:,} an epoch{f'; going on at step {step:,}' if step else ''}\n"
-        f"estimate    about {duration(seconds)} of training and {duration(captions)} of captions for val and test; about "
-        f"{memory / 2**30:.1f} GiB for the model and {cached / 2**30:.1f} GiB for pictures cached in memory\n"
+        f"estimate    about {duration(expected.seconds)} of training and {duration(expected.captions)} of captions for val "
+        f"and test; about {expected.memory / 2**30:.1f} GiB for the model and {cached / 2**30:.1f} GiB for pictures cached in memory\n"
         f"output      {job.run.folder}"
     )
