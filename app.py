@@ -25,7 +25,8 @@ from captioning.models import newest_model
 from captioning.page import COLOURS, FOLDER, HEADER, NO_MODEL, PAGE, STYLE, TABLE, WORDS, results, working
 from captioning.service import Captioner, Length, Settings, Source, Style, Training, caption_folder, full_url, show
 from config import NUM_BEAMS, UserError
-from utils import StopSignal, choose_precision, in_one_line, named, parse_flags, run_script
+from flags import parse_flags
+from utils import StopSignal, choose_precision, in_one_line, named, run_script
 from weights.file import MODEL_FILE
 
 if TYPE_CHECKING:

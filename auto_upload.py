@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError
+from flags import parse_flags
 from publishing.config import UploadConfig
-from utils import StopSignal, counted, parse_flags, printable, run_script
+from utils import StopSignal, counted, printable, run_script
 from weights.file import MODEL_FILE
 
 POLL_EVERY = 1.0  # seconds; a run deletes a checkpoint only when there are two newer ones

@@ -23,7 +23,8 @@ import sys
 from typing import Any
 
 from config import UserError
-from utils import parse_flags, run_script, write_json
+from flags import parse_flags
+from utils import run_script, write_json
 
 COMMANDS = {  # file in benchmarks/ and class; only that file is imported, so that --help does not wait for torch
     "data": ("loader", "DataBenchmark"),

@@ -17,7 +17,8 @@ import tyro
 from safetensors import SafetensorError
 
 from config import UserError
-from utils import first_line, parse_flags, run_script
+from flags import parse_flags
+from utils import first_line, run_script
 
 if TYPE_CHECKING:  # imported late, because it imports torch, for which --help would have to wait
     from model import ImageCaptionModel

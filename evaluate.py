@@ -37,6 +37,7 @@ from data.table import FLOOR, CaptionTable
 from data.tokenizer import decode
 from dataset import Batch, CaptionDataset, load_picture, load_table, make_dataloader
 from decoding.packed import how_int8
+from flags import parse_flags
 from model import ImageCaptionModel
 from scoring import calibration as calibrating
 from scoring.matching import matched
@@ -49,7 +50,6 @@ from utils import (
     choose_device,
     choose_precision,
     dated_folder,
-    parse_flags,
     raise_on_interrupt,
     run_script,
     writable_directory,

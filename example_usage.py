@@ -43,7 +43,8 @@ from captioning.filtering import Captioner, FilterOptions, filter_data
 from captioning.models import is_model, load_model, newest_model, weights_sha256
 from config import LONGEST, Captioning, UserError
 from data.scenes import draw, make_scene
-from utils import choose_device, counted, parse_flags, printable, raise_on_interrupt, run_script, shown
+from flags import parse_flags
+from utils import choose_device, counted, printable, raise_on_interrupt, run_script, shown
 from weights.file import MODEL_FILE
 
 if TYPE_CHECKING:  # modules that import torch are imported late, so that --help does not wait for it

@@ -1,4 +1,4 @@
-"""The help of the scripts: `--help` shows the flags that most people set, `--help-all` shows all of them.
+"""The scripts' flags, read by tyro; and their help: `--help` shows the flags that most people set, `--help-all` shows all of them.
 
 tyro prints it, from a copy of the script's dataclass that is made for reading: the docstrings without their line breaks, each
 default once, and no second name such as --no-no-upload.
@@ -11,19 +11,58 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import io
 import itertools
 import re
 import shutil
+import sys
 import textwrap
 import types
 import typing
 from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
+
+from config import UserError
+from utils import printable
+
+T = TypeVar("T")
 
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 SHOWN_AS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
+
+
+def parse_flags(
+    kind: type[T],
+    description: str | None,
+    arguments: list[str] | None = None,
+    common: Collection[str] = (),
+    hidden: Collection[str] = (),
+    **options: Any,
+) -> T:
+    """Parse a command line into a config with tyro. common: the fields that --help shows (none: all); hidden: those that
+    --help-all does not show either. A UserError from the config's checks is raised unchanged."""
+    import tyro  # late: benchmark.py gpu runs without it
+
+    given = sys.argv[1:] if arguments is None else arguments
+    if dataclasses.is_dataclass(kind) and (asked := {*HELP, HELP_ALL}.intersection(given)):
+        shown = () if HELP_ALL in asked else common
+        about = {name: value for name, value in options.items() if name in ("config", "prog")}
+        print_help(kind, description or "", options.get("default"), shown, hidden, **about)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=arguments, description=description, **options)
+    except SystemExit as end:
+        cause: BaseException | None = end
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        for line in complaint.getvalue().splitlines():
+            print(printable(line), file=sys.stderr)
+        raise
 
 
 def print_help(

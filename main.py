@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from config import FILLED_IN, PRESETS, Basics, TrainConfig, UserError
-from utils import exit_on_interrupt, parse_flags, raise_on_interrupt, run_script, writable_directory
+from flags import parse_flags
+from utils import exit_on_interrupt, raise_on_interrupt, run_script, writable_directory
 
 # Defaults for you to edit. A preset's values and flags override them.
 BATCH_SIZE = 128

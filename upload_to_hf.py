@@ -13,8 +13,9 @@ import sys
 
 from captioning.models import newest_model
 from config import UserError
+from flags import parse_flags
 from publishing.config import UploadConfig
-from utils import parse_flags, run_script
+from utils import run_script
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Helpers for every script: flags, one-line errors, signals, atomic writes, the disk cache, device and precision.
+"""Helpers for every script: one-line errors, signals, atomic writes, the disk cache, device and precision.
 
 Nothing here depends on models or data.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import functools
 import glob
 import hashlib
@@ -25,18 +24,16 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from config import UserError
-from flags import HELP, HELP_ALL, print_help
 
 if TYPE_CHECKING:  # importing torch takes a second, and --help should not wait for it
     import torch
 
-T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent  # of this repository
 # Closing a terminal sends SIGHUP. Slurm can be set to send SIGUSR1 before a job's time ends. Windows has neither.
 STOP_SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
@@ -153,38 +150,6 @@ def run_script(main: Callable[[], int | None], without_reader: bool = False) -> 
                 print(trace(), file=sys.stderr)
             print(f"error: {named(error)} (--debug shows where)", file=sys.stderr)
     sys.exit(code)
-
-
-def parse_flags(
-    kind: type[T],
-    description: str | None,
-    arguments: list[str] | None = None,
-    common: Collection[str] = (),
-    hidden: Collection[str] = (),
-    **options: Any,
-) -> T:
-    """Parse a command line into a config with tyro. common: the fields that --help shows (none: all); hidden: those that
-    --help-all does not show either. A UserError from the config's checks is raised unchanged."""
-    import tyro  # late: only scripts need it
-
-    given = sys.argv[1:] if arguments is None else arguments
-    if dataclasses.is_dataclass(kind) and (asked := {*HELP, HELP_ALL}.intersection(given)):
-        shown = () if HELP_ALL in asked else common
-        about = {name: value for name, value in options.items() if name in ("config", "prog")}
-        print_help(kind, description or "", options.get("default"), shown, hidden, **about)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, args=arguments, description=description, **options)
-    except SystemExit as end:
-        cause: BaseException | None = end
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__context__
-        if cause is not None:
-            raise cause from None
-        for line in complaint.getvalue().splitlines():
-            print(printable(line), file=sys.stderr)
-        raise
 
 
 class StopSignal:

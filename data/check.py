@@ -39,7 +39,8 @@ from data.pixels import in_threads
 from data.reading import Names
 from data.sources import load_tables
 from data.table import CaptionTable
-from utils import atomic, counted, in_one_line, parse_flags, writable_directory, write_csv, write_json
+from flags import parse_flags
+from utils import atomic, counted, in_one_line, writable_directory, write_csv, write_json
 
 SHOWN = 5  # examples printed
 PAIRS_SHOWN = 8

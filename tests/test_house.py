@@ -14,8 +14,8 @@ from conftest import ROOT
 
 ROWS = """
 config
-flags
 utils
+flags
 data decoding
 weights scoring
 model dataset

@@ -21,8 +21,8 @@ from conftest import ROOT, tiny_config, write_bases
 from config import UserError
 from convert import save_transformers
 from dataset import train_tokenizer
+from flags import parse_flags
 from model import ImageCaptionModel
-from utils import parse_flags
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
