@@ -66,9 +66,22 @@ def parse_in_groups(defaults: TrainConfig, arguments: list[str] | None) -> Train
     return TrainConfig(**values)
 
 
+def for_any_layout(config: TrainConfig) -> TrainConfig:
+    """The config; its dataset is auto where the data is the user's, and not in the layout of the preset's data."""
+    from data.layouts import LAYOUTS
+    from data.sources import recognise
+
+    if config.data_dir and config.dataset == PRESETS[config.preset].dataset and config.dataset in LAYOUTS:
+        try:
+            recognise(config.data_dir.expanduser(), dataset=config.dataset)
+        except UserError:
+            return dataclasses.replace(config, dataset="auto")
+    return config
+
+
 def main() -> int:
     """Parse the command line, train, and on a terminal ask whether to publish. Heavy imports come after --help."""
-    config = parse_arguments()
+    config = for_any_layout(parse_arguments())
     writable_directory(Path(), "the finished model is saved there, so start the command in another folder")
     from train import train
 

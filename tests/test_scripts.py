@@ -25,8 +25,9 @@ from data.sources import load_table
 from dataset import CaptionDataset
 from evaluate import caption_loss
 from example_usage import caption_image, is_model
-from main import INTERNAL, parse_arguments
+from main import INTERNAL, for_any_layout, parse_arguments
 from model import ImageCaptionModel
+from training.run import name_of
 
 MODEL = "vit-gpt2-captioning.safetensors"
 
@@ -421,6 +422,24 @@ def test_seed_names():
     assert callable(download_coco_dataset)
     config = ViTGPT2Config(image_size=224, patch_size=16, vision_embed_dim=768, vocab_size=50257)
     assert (config.max_length, config.bridge, config.num_patches) == (512, "cross_attention", 196)
+
+
+def test_a_preset_takes_data_in_any_layout(tmp_path):
+    """--preset flickr8k refused a folder of photographs with texts beside them."""
+    texts = tmp_path / "photos"
+    texts.mkdir()
+    for number in range(3):
+        (texts / f"{number}.txt").write_text(f"number {number}")
+        (texts / f"{number}.jpg").write_bytes(b"")
+    theirs = tmp_path / "theirs"
+    (theirs / "Images").mkdir(parents=True)
+    (theirs / "captions.txt").write_text("image,caption\n1.jpg,one .\n")
+    for folder, dataset in ((texts, "auto"), (theirs, "flickr8k"), (tmp_path / "absent", "auto")):
+        config = parse_arguments(["--preset", "flickr8k", "--data-dir", str(folder)])
+        assert for_any_layout(config).dataset == dataset
+    assert name_of(for_any_layout(parse_arguments(["--preset", "flickr8k", "--data-dir", str(texts)]))) == "photos"
+    chosen = parse_arguments(["--preset", "flickr8k", "--data-dir", str(texts), "--dataset", "csv"])
+    assert for_any_layout(chosen).dataset == "csv"
 
 
 def test_a_run_that_does_not_fit_into_memory_is_refused(tmp_path, scenes_dir):

@@ -15,12 +15,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from config import FEW, PRESETS, PRETRAINED, TrainConfig, UserError, ViTGPT2Config
+from config import FEW, PRETRAINED, TrainConfig, UserError, ViTGPT2Config
 from data.download import download_coco_dataset, download_flickr30k
-from data.layouts import LAYOUTS
 from data.scenes import draw_scenes
 from data.skipped import BadPictures, check_overlap
-from data.sources import recognise
 from data.table import FLOOR, CaptionTable
 from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
 from model import ImageCaptionModel, choose_attention
@@ -58,15 +56,6 @@ def write_run(job: Job, finished: bool, **more: Any) -> None:
 # Data
 
 
-def fits(layout: str, directory: Path) -> bool:
-    """Whether a folder is in a layout of LAYOUTS."""
-    try:
-        recognise(directory, dataset=layout)
-    except UserError:
-        return False
-    return True
-
-
 def find_tables(config: TrainConfig, run: Path, floor: int = FLOOR) -> dict[str, CaptionTable]:
     """The train, val and test tables; they are drawn or downloaded if the config says so. `floor`: see load_tables."""
     dataset, directory = config.dataset, config.data_dir
@@ -82,8 +71,6 @@ def find_tables(config: TrainConfig, run: Path, floor: int = FLOOR) -> dict[str,
         directory = download_flickr30k()
     elif directory is None and "/" not in dataset:
         raise UserError(f"dataset {dataset} needs --data-dir: its folder")
-    elif directory and dataset == PRESETS[config.preset].dataset in LAYOUTS and not fits(dataset, directory):
-        dataset = "auto"  # the user's data with a preset's other settings
     tables = load_tables(dataset, directory or Path(), config.image_column, config.caption_column, floor)
     if lacking := [split for split in ("train", "val") if split not in tables]:
         raise UserError(
