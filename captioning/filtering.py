@@ -286,8 +286,8 @@ def _candidates(
                 scores.add(result.name, result.captions)
     found: dict[int, list[Caption]] = {}
     for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-        _, texts, values = json_of(line).values()
-        row = of_name.get(json_of(line)["file_name"])
+        name, texts, values = json_of(line).values()
+        row = of_name.get(name)
         if row is None:
             continue
         each = [(texts, values)] if isinstance(texts, str) else list(zip(texts, values, strict=True))

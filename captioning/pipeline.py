@@ -35,7 +35,6 @@ from data.kinds import files_below, folders_below, in_words, is_picture, left_ou
 from data.pictures import PictureSource, prepare_picture
 from data.reading import clean
 from data.tokenizer import decode
-from dataset import IGNORE, Tokens
 from model import ImageCaptionModel
 from utils import autocast, choose_precision, first_line
 
@@ -173,6 +172,8 @@ def confidences(
     """The model's confidence in captions that are given: pixels (N, 3, S, S) and N lists of captions -> N lists of numbers.
     It is what caption_batch would give a caption that it wrote itself: the geometric mean of the tokens' probabilities,
     the end's among them. A caption longer than the model's text is cut."""
+    from dataset import IGNORE, Tokens  # late: it imports the readers of data sets, which captions do not need
+
     config, number = model.config, max([len(captions) for captions in texts], default=0)
     tokens = Tokens(itertools.chain.from_iterable(texts), model.tokenizer, config.text_positions - 1)
     longest = int(tokens.lengths.max(initial=0)) + 1
