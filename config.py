@@ -65,6 +65,8 @@ FILLED_IN: Any = None
 NEWER = {"vision_mlp_dim", "vision_activation", "vision_norm_eps", "vision_norm_first", "vision_norm_last"}
 NEWER |= {"vision_class_token", "vision_registers", "vision_layer_scale", "vision_positions", "vision_patch_bias"}
 """Fields that did not exist in version 0.1: its files and fingerprints lack them."""
+NEWER_SETTINGS = ("encoder_layer", "schedule", "cautious_decay", "reference_weight")
+"""Settings of a run that did not exist in version 0.1, and whose default is what it did."""
 CHOICES = {
     "resample": ("bicubic", "bilinear"),
     "bridge": ("cross_attention", "prefix"),
@@ -353,7 +355,7 @@ class Basics:
     batch_size: int = 128
     """Pictures in a batch, over all processes."""
     learning_rate: float = 2e-4
-    """Highest learning rate; it falls to zero along a cosine."""
+    """Highest learning rate; it falls to zero (see schedule)."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Device to train on."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
@@ -437,6 +439,9 @@ class Learning:
     reward: Literal["cider_d", "pac_s", "mix"] = "cider_d"
     """Reward of self-critical training: CIDEr-D; PAC-S, with pac; or mix, their sum. PAC-S alone uses no references:
     its captions drift away from human ones."""
+    reference_weight: float = 0.0
+    """Weight of the references' cross-entropy beside the rewards in self-critical training, which keeps the captions'
+    variety (0: none)."""
     pac: str | None = None
     """Weights of PAC-S for the reward: a Hub name or a folder of a CLIP in transformers' format, with safetensors."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -451,8 +456,13 @@ class Learning:
     """What to freeze; new is the cross-attention and the projection."""
     warmup_steps: int = 500
     """Steps in which the learning rate rises from zero (at most a tenth of the run)."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls to zero after the warm-up: along a cosine, or in a straight line (Bergsma et al. 2025,
+    arXiv:2502.15938)."""
     weight_decay: float = 0.01
     """Weight decay of matrices; biases, norms and embeddings have none."""
+    cautious_decay: bool = False
+    """Muon decays weights only where its update makes them smaller too (Chen et al. 2025, arXiv:2510.12402)."""
     gradient_clip: float = 1.0
     """Largest norm of the gradients."""
     overflow_limit: int = 20
@@ -563,6 +573,8 @@ class TrainConfig(
                 raise UserError("baseline others needs several captions a picture: use --captions-per-image 2 or more")
         elif self.reward != "cider_d":
             raise UserError(f"reward {self.reward} is for self-critical training: add --objective scst")
+        elif self.reference_weight:
+            raise UserError("reference_weight is for self-critical training: add --objective scst")
         if (self.reward != "cider_d") != (self.pac is not None):
             raise UserError("reward pac_s and mix, and nothing else, need PAC-S's weights: name them with --pac")
         started = {"encoder": self.init_encoder, "decoder": self.init_decoder or self.decoder, "new": None}
@@ -596,12 +608,20 @@ class TrainConfig(
         if self.cache_on_gpu and not self.augmentation.moves_pixels_only:
             raise UserError("cache_on_gpu supports only crops and flips: leave it out, or the other augmentations")
         shares = "word_dropout label_smoothing max_bad_share ema lora_dropout"
+        if self.cautious_decay and self.optimizer != "muon":
+            raise UserError("cautious_decay is Muon's: add --optimizer muon, or leave it out")
+        check_fields(self, "reference_weight", lambda x: x >= 0, "at least 0")
         check_fields(self, shares, lambda x: 0 <= x < 1, "at least 0 and below 1")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         values = dataclasses.asdict(self) | {"model": self.model.to_dict()}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @property
+    def learned_captions(self) -> int:
+        """Captions per picture that a step learns: in self-critical training samples, and references if they have a weight."""
+        return self.captions_per_image * (2 if self.reference_weight else 1)
 
     @property
     def adapts(self) -> bool:
@@ -617,8 +637,9 @@ class TrainConfig(
         )
         values = {name: value for name, value in self.to_dict().items() if name not in elsewhere.split()}
         values["compile"] = bool(self.compile)  # older versions had no None: their runs stay resumable
-        if self.encoder_layer == -1:  # version 0.1 had no such field: its runs stay resumable
-            del values["encoder_layer"]
+        for name in NEWER_SETTINGS:  # older versions lack them: their runs stay resumable
+            if values[name] == getattr(TrainConfig, name):
+                del values[name]
         if self.reward == "cider_d":
             del values["reward"], values["pac"]
         return json.loads(json.dumps(values))  # type: ignore[no-any-return]

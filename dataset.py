@@ -286,7 +286,8 @@ class Batch:
     bad: list[tuple[int, str]] = field(default_factory=list)
     """(row, what is wrong) of pictures that cannot be decoded; they have no captions to learn."""
     weights: Tensor | None = None
-    """float (N, K), of sampled captions: the score of each minus its baseline."""
+    """float (N, K), of sampled captions: the score of each minus its baseline. With references beside the samples all
+    captions' tensors are (N, 2 * K, ...), and the references' weights are TrainConfig.reference_weight."""
     rewards: Tensor | None = None
     """float (N, K), of sampled captions: the scores themselves."""
 

@@ -448,7 +448,13 @@ def transformers_step(job: Job, folder: Path) -> tuple[Any, Any]:
     known = {id(p) for p in inside}
     others = [p for p in model.parameters() if id(p) not in known]
     optimizers = [
-        Muon(inside, config.learning_rate, config.weight_decay, product_dtype(job.device, job.dtype)),
+        Muon(
+            inside,
+            config.learning_rate,
+            config.weight_decay,
+            product_dtype(job.device, job.dtype),
+            config.cautious_decay,
+        ),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 

@@ -70,7 +70,7 @@ def estimated_seconds(
     captions = config.captions_per_image
     passes = config.epochs * (5 if captions == 1 else 1)
     used = config.max_steps * config.batch_size * config.accumulation_steps if config.max_steps else passes * pictures
-    return used * step_operations(config.model, captions, tokens) / (0.3 * measured_rate(device, dtype))
+    return used * step_operations(config.model, config.learned_captions, tokens) / (0.3 * measured_rate(device, dtype))
 
 
 def estimated_caption_seconds(
@@ -90,8 +90,8 @@ def estimated_memory(config: TrainConfig, weights: int, learned: int, tokens: fl
     m = config.model
     stored = 2 if config.gradient_checkpointing else 34  # numbers a layer stores per position and unit of width
     states = m.num_states * m.vision_num_layers * m.vision_embed_dim
-    words = config.captions_per_image * tokens * m.decoder_num_layers * m.decoder_embed_dim * 1.3
-    head = config.captions_per_image * tokens * m.vocab_size * 3
+    words = config.learned_captions * tokens * m.decoder_num_layers * m.decoder_embed_dim * 1.3
+    head = config.learned_captions * tokens * m.vocab_size * 3
     numbers = weights + (16.0 if config.ema else 12.0) * learned
     return numbers + config.batch_size * (2 * stored * (states + words) + 4 * head)
 

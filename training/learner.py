@@ -29,12 +29,14 @@ LONG_RUN = 2000  # steps: compiling takes a minute or two, and saves an H100 40 
 @dataclass
 class Step:
     """Results of one step: on the device, the mean loss and the gradients' norm. Of this process's share: the pictures
-    (rows of the table), the number of picture-caption pairs, and the sum of the sampled captions' rewards."""
+    (rows of the table), the number of picture-caption pairs, and the number of sampled captions and the sum of their
+    rewards."""
 
     loss: Tensor
     norm: Tensor
     rows: list[int]
     pairs: int
+    samples: int = 0
     rewards: float = 0.0
 
 
@@ -112,8 +114,9 @@ class Learner:
         if self.average:
             self.average.update(self.model, step)
         pairs = sum(int((part.lengths > 0).sum()) for part in parts)
-        rewards = sum(part.rewards.sum().item() for part in parts if part.rewards is not None)
-        return Step(loss, norm, batch.rows, pairs, rewards)
+        scores = [part.rewards for part in parts if part.rewards is not None]
+        samples, rewards = sum(each.numel() for each in scores), sum(each.sum().item() for each in scores)
+        return Step(loss, norm, batch.rows, pairs, samples, rewards)
 
     def loss(self, part: Batch, words_blanked: float, smoothing: float) -> Tensor:
         """The mean loss of a micro-batch, a scalar on the device."""

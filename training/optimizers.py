@@ -49,10 +49,17 @@ class Muon(torch.optim.Optimizer):
     matrices one by one; here, those of the same shape are multiplied together.
     """
 
-    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
-        """params: matrices, or groups of them; dtype: of the products."""
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        cautious: bool = False,
+    ) -> None:
+        """params: matrices, or groups of them; dtype: of the products; cautious: see TrainConfig.cautious_decay."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.dtype = dtype
+        self.dtype, self.cautious = dtype, cautious
         # torch's protocol for optimizers that read on the device whether to skip the step: where `found_inf` is 1.
         self._step_supports_amp_scaling = self.param_groups[0]["params"][0].device.type == "cuda"
 
@@ -76,13 +83,18 @@ class Muon(torch.optim.Optimizer):
                 moved = tuple(torch.where(stop > 0, old, new) for old, new in zip(momenta, moved, strict=True))
                 decay = decay * (1 - stop)
             torch._foreach_copy_(momenta, moved)
-            torch._foreach_mul_(learned, 1 - decay)
+            if not self.cautious:
+                torch._foreach_mul_(learned, 1 - decay)
             for shape in dict.fromkeys(update.shape for update in updates):
                 same = [number for number, update in enumerate(updates) if update.shape == shape]
                 made = orthogonalized(torch.stack([updates[number] for number in same]), self.dtype)
                 made = made if stop is None else made.masked_fill(stop > 0, 0)
                 rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-                torch._foreach_add_([learned[number] for number in same], list(made.to(momenta[0].dtype)), alpha=-rate)
+                weights, made = [learned[number] for number in same], made.to(momenta[0].dtype)
+                if self.cautious:  # the update makes the weight smaller: decay it too
+                    for weight, update in zip(weights, made, strict=True):
+                        weight.mul_(1 - decay * (weight * update > 0))
+                torch._foreach_add_(weights, list(made), alpha=-rate)
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,17 +148,20 @@ def build_optimizers(
         return [torch.optim.AdamW([*described[True], *described[False]], lr=rate, betas=betas, fused=fused)]
     made: list[torch.optim.Optimizer] = []
     if described[True]:
-        made.append(Muon(described[True], lr=rate, dtype=product_dtype(model.device, dtype)))
+        product = product_dtype(model.device, dtype)
+        made.append(Muon(described[True], lr=rate, dtype=product, cautious=config.cautious_decay))
     if described[False]:
         made.append(torch.optim.AdamW(described[False], lr=rate, betas=betas, fused=fused))
     return made
 
 
 def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine down to zero at the last step."""
+    """Linear warm-up, then down to zero at the end of the run, as the schedule says."""
     warmup = min(config.warmup_steps, steps // 10)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
+    if config.schedule == "linear":
+        return config.learning_rate * (steps - step) / max(1, steps - warmup)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 

@@ -77,7 +77,7 @@ class Meter:
         self.losses.append(done.loss)
         self.epoch_loss, self.epoch_steps = self.epoch_loss + done.loss, self.epoch_steps + 1
         self.steps.append((step, done))
-        self.rewards, self.samples = self.rewards + done.rewards, self.samples + done.pairs
+        self.rewards, self.samples = self.rewards + done.rewards, self.samples + done.samples
 
     def remember(self) -> None:
         """Copy the weights before a step, so that the next line can give the norm of its update."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError
+from config import NEWER_SETTINGS, TrainConfig, UserError
 from training.checkpoint import check, checkpoints, in_use
 from utils import dated_folder, file_hash, writable_directory
 from weights.file import MODEL_FILE
@@ -75,7 +75,8 @@ class Run:
     def difference(self, config: TrainConfig) -> str:
         """The settings in which the run differs, as text in brackets; empty if they are not known."""
         with contextlib.suppress(TypeError, AttributeError, KeyError):
-            ours, theirs = config.learned_from, self.about.get("config", {})
+            newer = {name: getattr(TrainConfig, name) for name in NEWER_SETTINGS}  # older runs lack them
+            ours, theirs = newer | config.learned_from, newer | self.about.get("config", {})
             ours, theirs = ours | ours["model"], theirs | theirs["model"] | {"compile": bool(theirs["compile"])}
             names = [n for n, value in ours.items() if n != "model" and n in theirs and theirs[n] != value]
             if names:

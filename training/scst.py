@@ -4,6 +4,10 @@ A picture's K samples are one batch of the cached decoder, scored by CIDEr-D ove
 both, and learned in one folded pass like any K captions, each weighted by how much its score is above the baseline. A
 caption without an end token scores less (CIDEr-D counts the end as a word) or nothing (PAC-S), or else the model learns to
 break captions off.
+
+With reference_weight the picture's references are learned in the same pass, so that the model keeps their variety (rewards
+and cross-entropy mixed as by Paulus et al. 2018, arXiv:1705.04304). The loss is a mean over all tokens, so the rewards'
+part is then about half of what it is alone.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from config import TrainConfig, UserError
@@ -69,7 +74,7 @@ class SelfCritic:
 
     def sample(self, model: ImageCaptionModel, batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
         """A batch (on the device) whose captions are K samples of each of its pictures, with `rewards` (N, K), their scores,
-        and `weights` (N, K), their scores above the baseline."""
+        and `weights` (N, K), their scores above the baseline. With reference_weight the references follow: (N, 2 * K)."""
         pixels, rows = batch.pixel_values, np.array(batch.rows)
         number, captions = len(rows), self.config.captions_per_image
         if not number:  # this process's share is empty: the collate's black picture
@@ -90,8 +95,25 @@ class SelfCritic:
         weights = torch.from_numpy(rewards - baseline).float()
         weights[np.isin(rows, [row for row, _ in batch.bad])] = 0  # pictures that could not be read
         learned: dict[str, Any] = as_captions(drawn.cpu().reshape(number, captions, -1), model)
+        if share := self.config.reference_weight:
+            learned = side_by_side(learned, batch, model)
+            weights = torch.cat([weights, torch.full(batch.lengths.shape, share)], 1)
         learned |= {"weights": weights, "rewards": torch.from_numpy(rewards).float()}
         return replace(batch, **learned).to(device)
+
+
+def side_by_side(samples: dict[str, Tensor], batch: Batch, model: ImageCaptionModel) -> dict[str, Tensor]:
+    """The fields of K samples and, after them, of the batch's K references: (N, 2 * K, T)."""
+    pairs = {name: (samples[name], getattr(batch, name).cpu()) for name in ("input_ids", "labels")}
+    longest = max(tensor.shape[-1] for tensor in pairs["labels"])
+    filled = {"input_ids": model.config.pad_token_id, "labels": IGNORE}
+    joined = {
+        name: torch.cat([F.pad(each, (0, longest - each.shape[-1]), value=filled[name]) for each in pair], 1)
+        for name, pair in pairs.items()
+    }
+    lengths = torch.cat([samples["lengths"], batch.lengths.cpu()], 1)
+    real = torch.arange(longest) < lengths[..., None]
+    return joined | {"lengths": lengths, "positions": rounded_up(real.flatten().nonzero().squeeze(-1), real.numel())}
 
 
 def as_captions(sequences: Tensor, model: ImageCaptionModel) -> dict[str, Tensor]:

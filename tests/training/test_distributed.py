@@ -96,7 +96,7 @@ def test_a_share_of_nothing_is_a_batch_that_teaches_nothing():
 def test_captions_that_the_model_samples_itself(tmp_path, scenes_dir, never_stopped, clip_folder, reward):
     """A rank without a picture has nothing to sample, and no reward that could be averaged. CIDEr-D chooses, and says so."""
     changes = {"objective": "scst", "init_model": str(never_stopped / MODEL_FILE), "learning_rate": 1e-5}
-    changes |= {"reward": reward, "pac": str(clip_folder)} if reward == "mix" else {}
+    changes |= {"reward": reward, "pac": str(clip_folder), "reference_weight": 0.1} if reward == "mix" else {}
     config = small_config(scenes_dir, **changes, batch_size=19, max_steps=8, captions_per_image=2)
     said = forked(config, tmp_path, 2)
     assert re.search(r"^chosen      step \d+ by CIDEr-D \d.* of validation pictures; \w", said, re.MULTILINE)

@@ -105,6 +105,25 @@ def test_pac_s_and_the_mix_are_rewards(small, scenes_table, clip_folder):
     assert not SelfCritic(lost, critic.config, 16, CPU).pictures(critic.clip, rows).any()
 
 
+def test_references_beside_the_samples(small):
+    """The loss of both together is that of the samples and that of the references, each by its share of the tokens."""
+    model, batch, config, critic = small
+    model.eval()  # else dropout differs
+    torch.manual_seed(0)
+    drawn = critic.sample(model, batch, CPU, FP32)
+    critic.config = dataclasses.replace(config, reference_weight=0.25)
+    torch.manual_seed(0)
+    both = critic.sample(model, batch, CPU, FP32)
+    assert both.input_ids.shape[:2] == both.weights.shape == (8, 10) and torch.equal(both.rewards, drawn.rewards)
+    model.eval()
+    samples, references = (int(part.lengths.sum()) for part in (drawn, batch))
+    expected = samples * model(*drawn.inputs, weights=drawn.weights).loss
+    expected = (expected + 0.25 * references * model(*batch.inputs).loss) / (samples + references)
+    assert model(*both.inputs, weights=both.weights).loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    with pytest.raises(UserError, match="reference_weight is for self-critical training"):
+        dataclasses.replace(PRESETS["demo"], reference_weight=0.1)
+
+
 def test_weights_multiply_each_captions_loss(small):
     model, batch, _, _ = small
     model.eval()

@@ -63,6 +63,10 @@ def test_the_schedule_warms_up_and_falls_to_zero():
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 == max(rates)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:])) and rates[200] == pytest.approx(0)
     assert learning_rate_at(0, 5, config) == 1.0  # a very short run does not spend itself warming up
+    linear = dataclasses.replace(config, schedule="linear")
+    assert [learning_rate_at(step, 210, linear) for step in (10, 60, 110, 209)] == pytest.approx(
+        [1, 0.75, 0.5, 1 / 200]
+    )
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -190,6 +194,25 @@ def test_muon_steps_as_torchs_does():
             assert torch.equal(mine.state[a]["momentum_buffer"], other.state[b]["momentum_buffer"])
 
 
+def test_cautious_decay_makes_only_those_weights_smaller_that_shrink_anyway():
+    """Where update and weight have one sign the update shrinks the weight; elsewhere decay would work against it."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0))) for _ in range(3)]
+    before, gradient = weights[0].detach().clone(), torch.randn(6, 4)
+    for weight, decay, cautious in zip(weights, (0.0, 0.5, 0.5), (False, False, True), strict=True):
+        weight.grad = gradient.clone()
+        Muon([weight], lr=0.1, weight_decay=decay, cautious=cautious).step()
+    without, plain, careful = weights
+    shrinks = (before - without) * before > 0
+    assert 0 < shrinks.sum() < shrinks.numel()
+    torch.testing.assert_close(careful[shrinks], plain[shrinks])
+    torch.testing.assert_close(careful[~shrinks], without[~shrinks])
+    config = TrainConfig(optimizer="muon", cautious_decay=True)
+    assert build_optimizers(ImageCaptionModel(tiny_config()), config)[0].cautious
+    with pytest.raises(UserError, match="cautious_decay is Muon's"):
+        TrainConfig(cautious_decay=True)
+
+
 def test_the_average_forgets_its_beginning():
     """With its full decay from the first step, an average of 0.999 is of random weights for a thousand steps."""
     model = ImageCaptionModel(tiny_config())
@@ -300,6 +323,8 @@ def test_runs_find_their_own_continuation(tmp_path, monkeypatch, whole_run):
     assert Run.find(dataclasses.replace(config, resume="never")).folder != unfinished
     with pytest.raises(UserError, match=r"other settings \(learning_rate 0.002 instead of 0.001\)"):
         Run.find(dataclasses.replace(other, output_dir=unfinished))
+    with pytest.raises(UserError, match=r"other settings \(schedule 'cosine' instead of 'linear'\)"):
+        Run.find(dataclasses.replace(config, schedule="linear", output_dir=unfinished))
     with pytest.raises(UserError, match="no checkpoint"):
         Run.find(dataclasses.replace(config, resume="nowhere"))
 
@@ -462,11 +487,12 @@ def test_an_overflow_skips_both_optimizers(asks):
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_muon_asks_the_device_whether_to_step():
+@pytest.mark.parametrize("cautious", [False, True])
+def test_muon_asks_the_device_whether_to_step(cautious):
     """On a GPU nothing may wait for the answer: where it is no, momenta and weights stay, whatever the gradients are."""
     torch.manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(2)]
-    plain, asking = (Muon([weight], lr=0.1, weight_decay=0.1) for weight in weights)
+    plain, asking = (Muon([weight], lr=0.1, weight_decay=0.1, cautious=cautious) for weight in weights)
     weights[1].data.copy_(weights[0].data)
     for step in range(4):
         gradient = torch.randn(6, 4)
