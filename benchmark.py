@@ -7,6 +7,7 @@
     python benchmark.py precision     the cost of lower precision: CIDEr-D of a model in each precision
     python benchmark.py train         training steps by our loop, and by a plain loop with transformers' model
     python benchmark.py race          Flickr8k in equal time: five captions a step, one, and transformers
+    python benchmark.py ruler         what a change of the recipe gains: small runs on Flickr8k, several seeds
     python benchmark.py golden        the same small run by two commits: are all its files equal?
     python benchmark.py gpu           everything that needs a GPU, in eight minutes, next to predicted figures
     python benchmark.py plan          hours, money and traffic of hundreds of millions of pictures, from measured rates
@@ -35,6 +36,7 @@ COMMANDS = {  # file in benchmarks/ and class; only that file is imported, so th
     "metrics": ("metrics", "MetricsBenchmark"),
     "train": ("training", "TrainBenchmark"),
     "race": ("training", "RaceBenchmark"),
+    "ruler": ("ruler", "RulerBenchmark"),
     "golden": ("golden", "GoldenBenchmark"),
     "gpu": ("gpu", "GpuBenchmark"),
     "plan": ("plan", "PlanBenchmark"),

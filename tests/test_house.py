@@ -24,7 +24,8 @@ evaluate
 example_usage app
 train
 publishing
-main upload_to_hf auto_upload convert benchmarks
+main upload_to_hf auto_upload convert
+benchmarks
 benchmark
 """
 ROW = {part: number for number, row in enumerate(ROWS.split("\n")) for part in row.split()}

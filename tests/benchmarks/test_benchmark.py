@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from benchmarks.golden import golden_run
 from benchmarks.gpu import SECTIONS, GpuBenchmark
 from benchmarks.machine import training_rows
 from benchmarks.metrics import MetricsBenchmark
+from benchmarks.ruler import print_table, quarter_of
 from benchmarks.training import Loop, Running, TrainBenchmark
 from captioning.pipeline import caption_pictures
 from config import UserError
@@ -176,7 +178,7 @@ def test_the_metrics_benchmark_names_a_batch_that_is_too_large(tmp_path):
 def test_unknown_benchmarks_get_one_line(tmp_path):
     done = run("nothing", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.strip() == (
-        "error: usage: python benchmark.py data|machine|generate|folder|precision|metrics|train|race|golden|gpu|plan (add --help for its flags)"
+        "error: usage: python benchmark.py data|machine|generate|folder|precision|metrics|train|race|ruler|golden|gpu|plan (add --help for its flags)"
     )
 
 
@@ -217,6 +219,69 @@ def test_the_training_benchmark_of_adapters(tmp_path):
     assert [loop["whose"] for loop in loops] == ["ours", "LoRA", "QLoRA"]
     assert loops[1]["first_loss"] == loops[0]["first_loss"] == pytest.approx(loops[2]["first_loss"], abs=0.05)
     assert "QLoRA, 10 pairs bf16: a picture costs" in done.stdout and "parameters are trained" in done.stdout
+
+
+def test_the_rulers_table(capsys):
+    """Means, differences from the first choice, and Student's interval with the spread of all choices' seeds."""
+    losses = {"ema=0.9": [2.9, 2.92], "": [3.0, 3.02, 3.04], "schedule=linear": [2.95]}  # as they ended
+    print_table(
+        {
+            choice: {
+                str(seed): {"cider_d": 0.2, "val_loss": loss, "unique_captions": 0.5, "core_minutes": 2.0}
+                for seed, loss in enumerate(values)
+            }
+            for choice, values in losses.items()
+        },
+        base="",
+    )
+    spread, second, first, third = (line for line in capsys.readouterr().out.splitlines() if "seeds  " not in line)
+    # squares: 0.0008 and 0.0002, three degrees of freedom, t = 3.18; times sqrt(1/2 + 1/3) and sqrt(1 + 1/3)
+    assert "3 degrees of freedom" in spread and "val_loss 0.0183" in spread
+    assert "3.0200  " in first and "2.9100 (-0.1100 ± 0.0530)" in second and "2.9500 (-0.0700 ± 0.0670)" in third
+    print_table({"": {"0": {"cider_d": 0.2, "val_loss": 3.0, "unique_captions": 0.5, "core_minutes": 2.0}}}, "")
+    assert "one seed of each choice says nothing about chance" in capsys.readouterr().out
+
+
+@pytest.fixture
+def flickr8k(tmp_path, scenes_dir) -> Path:
+    """A Flickr8k of drawn scenes: eight to train on, four to validate, two to test."""
+    pictures = sorted((scenes_dir / "train2017").iterdir())[:14]
+    (tmp_path / "flickr8k/Images").mkdir(parents=True)
+    for picture in pictures:
+        shutil.copy(picture, tmp_path / "flickr8k/Images")
+    lines = [f"{picture.name},{word} {picture.stem}" for picture in pictures for word in ("a drawing of", "shapes of")]
+    (tmp_path / "flickr8k/captions.txt").write_text("\n".join(["image,caption", *lines]))
+    for split, part in (("train", pictures[:8]), ("dev", pictures[8:12]), ("test", pictures[12:])):
+        names = "\n".join(picture.name for picture in part)
+        (tmp_path / f"flickr8k/Flickr_8k.{split}Images.txt").write_text(names)
+    return tmp_path / "flickr8k"
+
+
+def test_the_ruler_trains_on_a_quarter(flickr8k, tmp_path):
+    """With all pictures the small model did not learn them by heart, and the ruler chose what made the preset worse."""
+    tables = {
+        split: load_table("flickr8k", quarter_of(flickr8k, tmp_path / split), split) for split in ("train", "val")
+    }
+    assert [len(table) for table in tables.values()] == [2, 4]
+    (flickr8k / "Flickr_8k.trainImages.txt").unlink()
+    with pytest.raises(UserError, match="the ruler needs the official lists of Flickr8k"):
+        quarter_of(flickr8k, tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_the_ruler_adds_choices_to_what_it_has_measured(tmp_path, flickr8k):
+    tiny = "max-steps=2 vision-embed-dim=32 decoder-embed-dim=32 image-size=32 resize-size=32 vocab-size=300"
+    command = ("ruler", "--data-dir", str(flickr8k), "--output", "ruler.json", "--choices", tiny)
+    assert "nope" in run(*command, "nope=1", cwd=tmp_path).stderr and not (tmp_path / "ruler.json").exists()
+    assert run(*command, "--seeds", "0", "1", cwd=tmp_path).returncode == 0
+    done = run(*command, f"{tiny} learning-rate=1e-3", "--seeds", "0", "1", "--at-a-time", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads((tmp_path / "ruler.json").read_text())["runs"]
+    assert [len(seeds) for seeds in runs.values()] == [2, 2] and done.stdout.count("CIDEr-D") == 2
+    first, second = runs.values()
+    assert first["0"]["val_loss"] != second["0"]["val_loss"] and first["0"]["steps"] == 2
+    (tmp_path / "ruler.json").write_text(json.dumps({"ruler": "another", "runs": runs}))
+    assert "has runs of another ruler" in run(*command, cwd=tmp_path).stderr
 
 
 def test_training_is_what_it_was(tmp_path):
