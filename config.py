@@ -340,7 +340,8 @@ class Basics:
     """The most common options."""
 
     preset: str = "coco"
-    """Named recipe that sets the defaults of all other flags: coco, demo, flickr8k or img2gpt."""
+    """Named recipe that sets the defaults of all other flags: coco, coco-siglip2, coco-siglip2-scst, demo, flickr8k or
+    img2gpt."""
     dataset: str = "auto"
     """Layout of the data: auto (detect it; COCO if there is no data_dir), coco, karpathy, flickr30k, flickr8k,
     imagefolder, webdataset, csv, sidecar; user/name, a data set on the Hugging Face Hub; or scenes, which are drawn."""
@@ -363,6 +364,8 @@ class Basics:
     resume: str = "auto"
     """auto: resume the newest unfinished run with the same settings; never: start again (checkpoints in the same folder
     are moved to checkpoints.previous); or the folder of a run to resume."""
+    plan: bool = False
+    """Only print steps, hours and memory of the run on an H100 and on a card of 24 GB; needs no data."""
 
 
 @dataclass(kw_only=True)
@@ -632,7 +635,7 @@ class TrainConfig(
     def learned_from(self) -> dict[str, Any]:
         """The settings that change what a run learns, as JSON values; not those for output, loading and the like."""
         elsewhere = (
-            "output_dir resume yes debug num_workers eval_interval keep_checkpoints checkpoint_interval checkpoint_minutes "
+            "output_dir resume plan yes debug num_workers eval_interval keep_checkpoints checkpoint_interval checkpoint_minutes "
             "cache cache_on_gpu max_bad_share allow_overlap no_upload base_dir merge wandb wandb_project shard"
         )
         values = {name: value for name, value in self.to_dict().items() if name not in elsewhere.split()}
@@ -660,8 +663,37 @@ def sizes(encoder: tuple[int, int, int], decoder: tuple[int, int, int], **others
     return ViTGPT2Config(**others)
 
 
+SIGLIP2 = ViTGPT2Config(image_size=384, vision_class_token=False, vision_activation="gelu_tanh", vision_norm_eps=1e-6)
+"""The sizes of SigLIP2-B/16 at 384 pixels and GPT-2, which the weights bring too."""
 PRESETS = {
     "coco": TrainConfig(),
+    # A strong pretrained encoder on the split that papers report. Every number is explained in docs/training.md.
+    "coco-siglip2": TrainConfig(
+        preset="coco-siglip2",
+        dataset="karpathy",
+        init_encoder="google/siglip2-base-patch16-384",
+        init_decoder="gpt2",
+        epochs=6,
+        learning_rate=2e-4,
+        encoder_learning_rate=2e-5,
+        decoder_learning_rate=5e-5,
+        weight_decay=0.05,
+        label_smoothing=0.1,
+        ema=0.999,
+        model=SIGLIP2,
+    ),
+    # Afterwards: rewards, from the model that coco-siglip2 left in the folder.
+    "coco-siglip2-scst": TrainConfig(
+        preset="coco-siglip2-scst",
+        dataset="karpathy",
+        objective="scst",
+        init_model="vit-gpt2-captioning.safetensors",
+        epochs=10,
+        learning_rate=5e-6,
+        encoder_learning_rate=1e-6,
+        warmup_steps=100,
+        model=dataclasses.replace(SIGLIP2, dropout=0.0),
+    ),
     # Drawn scenes, minutes on two CPU cores. Muon learns them in a third of AdamW's steps: EXPERIMENTS.md. The lowest
     # loss chooses the best checkpoint: CIDEr-D depends on which of five phrasings a caption has, and chose a worse one.
     "demo": TrainConfig(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a captioner: python main.py [--preset coco|demo|flickr8k|img2gpt] [any field of TrainConfig as a flag]."""
+"""Train a captioner: python main.py [--preset demo|flickr8k|coco|...] [any field of TrainConfig as a flag]."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def parse_in_groups(defaults: TrainConfig, arguments: list[str] | None) -> Train
 
 
 def for_any_layout(config: TrainConfig) -> TrainConfig:
-    """The config; its dataset is auto where the data is the user's, and not in the layout of the preset's data."""
+    """The config; its dataset is auto where the data is the user's, and not in the layout of the preset's data. COCO 2017
+    does not replace Karpathy's split of it: it trains on nearly all of that split's test pictures."""
     from data.layouts import LAYOUTS
     from data.sources import recognise
 
@@ -75,6 +76,8 @@ def for_any_layout(config: TrainConfig) -> TrainConfig:
         try:
             recognise(config.data_dir.expanduser(), dataset=config.dataset)
         except UserError:
+            if config.dataset == "karpathy" and any(config.data_dir.expanduser().glob("annotations/captions_*.json")):
+                raise
             return dataclasses.replace(config, dataset="auto")
     return config
 
@@ -82,6 +85,11 @@ def for_any_layout(config: TrainConfig) -> TrainConfig:
 def main() -> int:
     """Parse the command line, train, and on a terminal ask whether to publish. Heavy imports come after --help."""
     config = for_any_layout(parse_arguments())
+    if config.plan:
+        from training.cards import plan_for_cards
+
+        print(plan_for_cards(config))
+        return 0
     writable_directory(Path(), "the finished model is saved there, so start the command in another folder")
     from train import train
 

@@ -168,6 +168,7 @@ TINY += " --decoder-num-layers 1 --decoder-num-heads 2 --device cpu"
 # Commands that need more than two cores, minutes and no network: each entry is the beginning of one.
 ELSEWHERE = {
     "python main.py --preset demo": "the slow test below",
+    "python main.py --preset coco-siglip2": "COCO, pretrained models: test_cards.py",
     "python main.py --preset img2gpt": "Flickr30k, pretrained models: test_adapters.py",
     "python main.py --precision bf16 --init": "COCO",
     "python main.py --dataset karpathy": "COCO",
