@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import tempfile
 from pathlib import Path
 
@@ -126,11 +125,6 @@ def write_language_model(kind: str, folder, tokenizer, **changes) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def needs_package(name: str, requirements: str) -> pytest.MarkDecorator:

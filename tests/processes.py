@@ -7,7 +7,9 @@ run of a few dozen steps takes a second or two.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import socket
@@ -191,10 +193,21 @@ def forked(config: TrainConfig, folder: Path, ranks: int = 1, code: int = 0, **e
     return (folder / "output.txt").read_text()
 
 
+PORTS = itertools.count(20_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
+
+
+def free_port() -> int:
+    """A port for a server. It is below those that the system gives to connections, each of pytest's workers has a thousand:
+    one that the system had named as free was taken by a connection before the ranks met there."""
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("unreachable")
+
+
 def together(ranks: int) -> Iterator[dict[str, str]]:
     """What torchrun would put into the ranks' environments."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
+    port = str(free_port())
     for rank in map(str, range(ranks)):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         yield own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -13,8 +13,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port, needs_package
-from processes import IN_ORDER, surroundings
+from conftest import ROOT, needs_package
+from processes import IN_ORDER, free_port, surroundings
 
 LINES = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "").splitlines()
 COPIES = [line.split()[1:] for line in LINES if line.startswith("COPY ")]

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, free_port, needs_package, needs_shared, tiny_config
+from conftest import ROOT, needs_package, needs_shared, tiny_config
 from PIL import Image
-from processes import finished, flags, launch, small_config
+from processes import finished, flags, free_port, launch, small_config
 
 import app
 from captioning import service

@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import free_port, needs_package, tiny_config
+from conftest import needs_package, tiny_config
 from PIL import Image
-from processes import launch
+from processes import free_port, launch
 
 from model import ImageCaptionModel
 from weights.file import MODEL_FILE

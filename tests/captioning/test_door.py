@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port, needs_package, tiny_config
+from conftest import ROOT, needs_package, tiny_config
 from PIL import Image
+from processes import free_port
 
 import app
 from captioning import door, service

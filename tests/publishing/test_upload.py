@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, free_port, tiny_config, write_bases
+from conftest import ROOT, tiny_config, write_bases
 from hub import Hub, running_hub
 from huggingface_hub import ModelCard, SpaceCard, constants
 from PIL import Image
-from processes import SECONDS, launch, surroundings
+from processes import SECONDS, free_port, launch, surroundings
 from tiny import tiny_flags
 
 import upload_to_hf

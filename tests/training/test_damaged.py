@@ -248,7 +248,9 @@ def test_a_closed_terminal_saves(tmp_path, scenes_dir, ignored):
     """SIGHUP, which comes twice when a terminal is closed, ended a run at once; under nohup it is still nothing."""
     config = small_config(scenes_dir, max_steps=100_000 if not ignored else 400, checkpoint_interval=10**6)
     process = start(
-        flags(config), tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN) if ignored else None
+        flags(config),
+        tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL),
     )
     await_step(10, process, tmp_path / "out")
     for _ in range(2):

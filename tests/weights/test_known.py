@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, free_port
+from conftest import ROOT
 from hub import running_hub
 from PIL import Image
-from processes import finished, launch
+from processes import finished, free_port, launch
 from safetensors.torch import load_file, save_file
 from test_convert import make_theirs, spread, tokenizer  # noqa: F401
 
