@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import multiprocessing.connection
 import os
 import shlex
 import tempfile
@@ -19,11 +18,14 @@ import numpy as np
 import torch
 
 from benchmarks.captions import PRECISIONS
-from benchmarks.training import receive, start_process
+from benchmarks.training import each_in_a_process
 from config import NUM_BEAMS, TrainConfig, UserError
+from data.layouts import FLICKR8K_LISTS
 from dataset import make_dataloader
 from evaluate import caption_batches, caption_loss
 from main import parse_arguments
+from model import ImageCaptionModel
+from training.checkpoint import newest_complete
 from training.distributed import ALONE
 from training.job import Chosen, prepare
 from training.run import Run
@@ -36,7 +38,7 @@ RULER = (
 """The flickr8k preset with a quarter of its parameters, pictures and batch, so with as many steps and epochs: few steps
 reward speed alone, and do not punish what learns by heart. Rulers of fewer steps chose three times the learning rate, which
 made the preset itself worse (EXPERIMENTS.md)."""
-LIST = "Flickr_8k.trainImages.txt"
+LIST = FLICKR8K_LISTS["train"]
 SHARE = 4  # every fourth training picture
 SCORES = ("cider_d", "val_loss", "unique_captions")
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; beyond, the last one is a little too large.
@@ -79,8 +81,9 @@ def measure(config: TrainConfig, threads: int, folder: Path, pipe: Connection) -
         job = prepare(config, ALONE, Chosen(Run(folder), device, dtype))
         if learn(job) is not None:
             return  # stopped: half a training has no score
-        newest = max((folder / "checkpoints").glob("step-*")) / "model.safetensors"
-        model = type(job.model).from_pretrained(newest)
+        newest = newest_complete(folder)
+        assert newest is not None
+        model = ImageCaptionModel.from_pretrained(newest / "model.safetensors")
         loader = make_dataloader(job.datasets["val"], 64)
         by_beams, greedy = (
             caption_batches(model, loader, model.tokenizer, device, dtype, False, num_beams=beams).metrics()
@@ -123,28 +126,18 @@ class RulerBenchmark:
             runs = known["runs"]
         wanted = dict.fromkeys((choice, seed) for choice in self.choices for seed in self.seeds)
         waiting = [(c, s) for c, s in wanted if str(s) not in runs.get(c, {})]
-        for choice, _ in waiting:  # before the first run: a mistaken flag is one line now
-            ruler_config(choice, 0, self.data_dir, precision)
-        running: dict[tuple[str, int], tuple[Any, Connection]] = {}
         threads = max(1, (os.cpu_count() or 1) // self.at_a_time)
-        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        with tempfile.TemporaryDirectory() as folder:
             data = quarter_of(self.data_dir, Path(folder) / "data") if waiting else self.data_dir
-            while waiting or running:
-                while waiting and len(running) < self.at_a_time:
-                    choice, seed = waiting.pop(0)
-                    (run_folder := Path(folder) / str(len(waiting))).mkdir()
-                    config = ruler_config(choice, seed, data, precision)
-                    running[choice, seed] = start_process(measure, config, threads, run_folder)
-                    stack.callback(running[choice, seed][0].terminate)  # where another one fails
-                ready = multiprocessing.connection.wait([pipe for _, pipe in running.values()])
-                for key in [key for key, (_, pipe) in running.items() if pipe in ready]:
-                    process, pipe = running.pop(key)
-                    found = receive(pipe, f"{key[0] or 'the recipe'}, seed {key[1]}")
-                    process.join()
-                    runs.setdefault(key[0], {})[str(key[1])] = found
-                    write_json(self.output, about | {"runs": runs})
-                    line = "CIDEr-D {cider_d:.4f}, validation loss {val_loss:.4f}, different captions {unique_captions:.1%} (greedy {greedy_cider_d:.4f}, {greedy_unique_captions:.1%}), {core_minutes:.1f} minutes of a core"
-                    print(f"  {key[0] or 'the recipe'}, seed {key[1]}: {line.format(**found)}", flush=True)
+            jobs: dict[Any, tuple[Any, ...]] = {}
+            for choice, seed in waiting:
+                (run_folder := Path(folder) / str(len(jobs))).mkdir()
+                jobs[choice, seed] = (ruler_config(choice, seed, data, precision), threads, run_folder)
+            for (choice, seed), found in each_in_a_process(jobs, measure, self.at_a_time):
+                runs.setdefault(choice, {})[str(seed)] = found
+                write_json(self.output, about | {"runs": runs})
+                line = "CIDEr-D {cider_d:.4f}, validation loss {val_loss:.4f}, different captions {unique_captions:.1%} (greedy {greedy_cider_d:.4f}, {greedy_unique_captions:.1%}), {core_minutes:.1f} minutes of a core"
+                print(f"  {choice or 'the recipe'}, seed {seed}: {line.format(**found)}", flush=True)
         print_table(runs, self.choices[0])
         return about | {"runs": runs}
 

@@ -224,6 +224,28 @@ def receive(pipe: Connection, name: str) -> Any:
     return answer
 
 
+def each_in_a_process(
+    jobs: dict[Any, tuple[Any, ...]], target: Callable[..., None], at_a_time: int
+) -> Iterator[tuple[Any, Any]]:
+    """Run target(*arguments, pipe) for every key in a process, so many at a time; yield (key, its answer) as they end. Where
+    one fails the others are ended."""
+    waiting, running = dict(jobs), dict[Any, tuple[Any, Connection]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_a_time:
+                key = next(iter(waiting))
+                running[key] = start_process(target, *waiting.pop(key))
+            ready = multiprocessing.connection.wait([pipe for _, pipe in running.values()])
+            for key in [key for key, (_, pipe) in running.items() if pipe in ready]:
+                process, pipe = running.pop(key)
+                answer = receive(pipe, str(key))
+                process.join()
+                yield key, answer
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+
+
 class NoRoomError(UserError):
     """A loop's step does not fit into the GPU's memory."""
 
@@ -492,26 +514,20 @@ class RaceBenchmark:
 
     def run(self) -> dict[str, Any]:
         """Return each racer's steps, pairs trained on, and scores."""
-        found, waiting = {}, dict(RACERS)
-        running: dict[str, tuple[Any, Connection]] = {}
+        found: dict[str, Any] = {}
         chosen, reason = choose_precision("auto", torch.device("cpu"))
         precision: Any = next(name for name, dtype in PRECISIONS.items() if dtype == chosen)
         print(f"{self.core_minutes:g} minutes of a core each, in {precision} ({reason})")
         with tempfile.TemporaryDirectory() as folder:
-            while waiting or running:
-                while waiting and len(running) < self.at_a_time:
-                    racer, captions = next(iter(waiting.items()))
-                    del waiting[racer]
-                    config = dataclasses.replace(
-                        PRESETS["flickr8k"], data_dir=self.data_dir, captions_per_image=captions, precision=precision
-                    )
-                    (run_folder := Path(folder) / str(len(waiting))).mkdir()
-                    running[racer] = start_process(race, racer, config, 60 * self.core_minutes, run_folder)
-                ready = multiprocessing.connection.wait([pipe for _, pipe in running.values()])
-                for racer in [name for name, (_, pipe) in running.items() if pipe in ready]:
-                    process, pipe = running.pop(racer)
-                    found[racer] = receive(pipe, racer)
-                    process.join()
-                    line = "{steps:,} steps, {pairs:,} pairs ({epochs:.1f} epochs), validation loss {val_loss:.3f}, BLEU-4 {bleu_4:.4f}, CIDEr-D {cider_d:.4f}, different captions {unique_captions:.1%}"
-                    print(f"  {racer:20} {line.format(**found[racer])}", flush=True)
+            jobs: dict[Any, tuple[Any, ...]] = {}
+            for racer, captions in RACERS.items():
+                config = dataclasses.replace(
+                    PRESETS["flickr8k"], data_dir=self.data_dir, captions_per_image=captions, precision=precision
+                )
+                (run_folder := Path(folder) / str(len(jobs))).mkdir()
+                jobs[racer] = (racer, config, 60 * self.core_minutes, run_folder)
+            for racer, figures in each_in_a_process(jobs, race, self.at_a_time):
+                found[racer] = figures
+                line = "{steps:,} steps, {pairs:,} pairs ({epochs:.1f} epochs), validation loss {val_loss:.3f}, BLEU-4 {bleu_4:.4f}, CIDEr-D {cider_d:.4f}, different captions {unique_captions:.1%}"
+                print(f"  {racer:20} {line.format(**figures)}", flush=True)
         return {"core_minutes": self.core_minutes, "race": found}

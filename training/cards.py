@@ -10,15 +10,14 @@ from torch import nn
 
 from config import PRESETS, TrainConfig, UserError
 from model import ImageCaptionModel
-from training.estimates import PEAK_RATES, duration, estimated_memory, step_operations
+from training.estimates import PEAK_RATES, USED, duration, estimated_memory, run_operations
 from training.job import COCO_PICTURES, TYPICAL_CAPTION, pretrained_parts
+from training.optimizers import freeze
 from weights.file import part_of
 
 CARDS = {"H100": 80e9, "RTX 4090": 24e9}  # bytes of memory; the name is also PEAK_RATES'
 PICTURES = {"auto": COCO_PICTURES, "coco": COCO_PICTURES, "karpathy": 113_287, "flickr30k": 29_783, "flickr8k": 6_000}
 """Training pictures of known data sets, with five captions each."""
-USED = 0.3  # share of a card's rate that training reaches: 0.29 measured on an H100 (EXPERIMENTS.md)
-SAMPLING = 1.9  # a self-critical step's time, as a multiple of a step's: 214 and 112 ms there
 FEWEST = 8  # pictures at a time: below, a GPU is not busy
 ROOM = 0.9  # share of the memory that a plan may fill
 
@@ -42,9 +41,7 @@ def plan_for_cards(config: TrainConfig) -> str:
     a_step = config.batch_size * config.accumulation_steps
     an_epoch = -(-pictures * (1 if config.captions_per_image > 1 else 5) // a_step)
     steps = config.max_steps or config.epochs * an_epoch
-    operations = steps * a_step * step_operations(config.model, config.learned_captions, TYPICAL_CAPTION)
-    operations *= SAMPLING if config.objective == "scst" else 1
-    sizes = config.model
+    operations, sizes = run_operations(config, pictures, TYPICAL_CAPTION), config.model
     lines = [
         f"preset      {config.preset}; calculated, nothing is read",
         f"start       {' and '.join(parts) or 'random weights'}",
@@ -69,7 +66,8 @@ def plan_for_cards(config: TrainConfig) -> str:
 def learned_parameters(model: ImageCaptionModel, config: TrainConfig) -> int:
     """How many parameters a run trains, with frozen parts left out and adapters counted."""
     if not config.adapts:
-        return sum(p.numel() for name, p in model.named_parameters() if part_of(name) not in config.freeze)
+        freeze(model, config.freeze)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapted = [
         layer
         for name, layer in model.named_modules()

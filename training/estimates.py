@@ -26,6 +26,10 @@ PEAK_RATES = {
 }
 
 
+USED = 0.3  # share of a device's rate that training reaches: 0.29 measured on an H100 (EXPERIMENTS.md)
+SAMPLING = 1.9  # a self-critical step's time, as a multiple of a step's: 214 and 112 ms there
+
+
 def step_operations(config: ViTGPT2Config, captions: float, tokens: float) -> float:
     """Floating-point operations of a training step per picture, with this many captions of this many tokens.
 
@@ -63,14 +67,19 @@ def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
     return max(matmul_rate(device.type, dtype, 4096 if device.type == "cuda" else 512), 1.0)
 
 
+def run_operations(config: TrainConfig, pictures: int, tokens: float) -> float:
+    """Floating-point operations of the complete run, those that self-critical training samples with included."""
+    passes = config.epochs * (5 if config.captions_per_image == 1 else 1)
+    used = config.max_steps * config.batch_size * config.accumulation_steps if config.max_steps else passes * pictures
+    operations = used * step_operations(config.model, config.learned_captions, tokens)
+    return operations * (SAMPLING if config.objective == "scst" else 1)
+
+
 def estimated_seconds(
     config: TrainConfig, pictures: int, tokens: float, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Seconds of the complete run, at 30 % of the measured rate of a matrix product."""
-    captions = config.captions_per_image
-    passes = config.epochs * (5 if captions == 1 else 1)
-    used = config.max_steps * config.batch_size * config.accumulation_steps if config.max_steps else passes * pictures
-    return used * step_operations(config.model, config.learned_captions, tokens) / (0.3 * measured_rate(device, dtype))
+    """Seconds of the complete run, at a usual share of the measured rate of a matrix product."""
+    return run_operations(config, pictures, tokens) / (USED * measured_rate(device, dtype))
 
 
 def estimated_caption_seconds(
@@ -81,7 +90,7 @@ def estimated_caption_seconds(
     sizes = config.model
     greedy = config.epochs * min(config.val_pictures, val) * step_operations(sizes, 1, tokens)
     searched = test * step_operations(sizes, NUM_BEAMS, tokens)
-    return (greedy + searched) / 3 / (0.3 * measured_rate(device, dtype))  # a third: the forward pass alone
+    return (greedy + searched) / 3 / (USED * measured_rate(device, dtype))  # a third: the forward pass alone
 
 
 def estimated_memory(config: TrainConfig, weights: int, learned: int, tokens: float) -> float:
