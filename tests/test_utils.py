@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +61,14 @@ def test_the_rate_is_measured():
     rate = utils.matmul_rate("cpu", torch.float32, 256)
     assert 1e8 < rate < 1e14
     assert utils.matmul_rate("cpu", torch.float32, 256) == rate  # once a process
+
+
+def test_the_start_of_the_threads_is_not_the_rate(monkeypatch):
+    """On a busy machine the first product took 40 ms, no other was timed, and fp32 was said to compute 0 GFLOP/s: bf16
+    was chosen, even where the CPU emulates it."""
+    clock = itertools.chain([0.0, 0.08], itertools.count(1.0, 1e-3))
+    monkeypatch.setattr(utils, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert utils.timed_product("cpu", torch.float32, 8) == pytest.approx(5e-4)
 
 
 def test_a_slow_precision_is_found_out_by_a_small_product(monkeypatch):
