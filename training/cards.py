@@ -11,8 +11,9 @@ from torch import nn
 from config import PRESETS, TrainConfig, UserError
 from model import ImageCaptionModel
 from training.estimates import PEAK_RATES, USED, duration, estimated_memory, run_operations
-from training.job import COCO_PICTURES, TYPICAL_CAPTION, pretrained_parts
+from training.job import COCO_PICTURES, TYPICAL_CAPTION
 from training.optimizers import freeze
+from training.start import pretrained_parts
 from weights.file import part_of
 
 CARDS = {"H100": 80e9, "RTX 4090": 24e9}  # bytes of memory; the name is also PEAK_RATES'

@@ -1,4 +1,4 @@
-"""Prepare a run before its first step: folder, device, data, tokenizer, model; and print its plan."""
+"""Prepare a run before its first step: folder, device, data, model; and print its plan."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from config import FEW, PRETRAINED, TrainConfig, UserError, ViTGPT2Config
+from config import FEW, TrainConfig, UserError
 from data.download import download_coco_dataset, download_flickr30k
 from data.scenes import draw_scenes
 from data.skipped import BadPictures, check_overlap
 from data.table import FLOOR, CaptionTable
-from dataset import CaptionDataset, load_tables, load_tokenizer, make_dataloader
+from dataset import CaptionDataset, load_tables, make_dataloader
 from model import ImageCaptionModel, choose_attention
 from scoring.tokens import tokenizer_for
 from training.adapters import adapt, check_adapters
@@ -28,10 +27,10 @@ from training.checkpoint import newest_complete
 from training.distributed import World
 from training.estimates import duration, estimated_caption_seconds, estimated_memory, estimated_seconds
 from training.optimizers import freeze
-from training.run import Run, check_model
-from utils import available_memory, choose_device, choose_precision, counted, dtypes, key_of, some, write_json
-from weights.adapters import adapted_layers, find_base
-from weights.pretrained import is_language_model, read_parts
+from training.run import Run
+from training.start import make_model, pretrained_parts
+from utils import available_memory, choose_device, choose_precision, counted, dtypes, key_of, write_json
+from weights.adapters import adapted_layers
 
 COCO_PICTURES = 118_287
 COCO_DOWNLOAD_GB = 20
@@ -279,100 +278,6 @@ def make_datasets(
         for table_id, (split, table) in different.items()
     }
     return {split: of_table[id(table)] for split, table in tables.items()}
-
-
-def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> tuple[str, ImageCaptionModel]:
-    """The tokenizer's name, by which it can be loaded again, and the model to start from, with its tokenizer."""
-    torch.manual_seed(config.seed)
-    if config.init_model:
-        base = find_base(config.init_model, config.base_dir)
-        check_model(Path(base))
-        full = ImageCaptionModel.from_pretrained(base, config.base_dir)
-        full.merged = None  # training changes the merged weights
-        # Dropout belongs to this training, not to the loaded model.
-        trained = {f: getattr(config.model, f) for f in ("dropout", "vision_dropout", "vision_drop_path")}
-        model = ImageCaptionModel(dataclasses.replace(full.config, **trained))
-        model.load_state_dict(full.state_dict())
-        model.tokenizer, model.trained_on = full.tokenizer, full.trained_on
-        print(f"start       {config.init_model}, with its sizes and its tokenizer")
-        return config.init_model, model
-    parts = {part: name and find_base(name, config.base_dir) for part, name in pretrained_parts(config).items()}
-    if parts["decoder"] and is_language_model(parts["decoder"]):  # it brings its tokenizer
-        _, model = initialise(config.model, **parts, layer=config.encoder_layer)
-        add_prompt(model, config.prompt)
-        return parts["decoder"], model
-    if parts["decoder"] and config.tokenizer == "auto":
-        chosen = parts["decoder"]
-    name, tokenizer = choose_tokenizer(config, table, chosen)
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise UserError(f"tokenizer {config.tokenizer} has no end token: choose another --tokenizer")
-    sizes = dataclasses.replace(
-        config.model,
-        vocab_size=len(tokenizer),
-        end_token_id=end,
-        start_token_id=end if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
-        pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    )
-    if any(parts.values()):
-        wanted = sizes
-        sizes, model = initialise(wanted, **parts, layer=config.encoder_layer)
-        if sizes.vocab_size < len(tokenizer):
-            what = "leave --tokenizer out" if config.tokenizer != "auto" else "put its tokenizer's files beside it"
-            raise UserError(
-                f"{parts['decoder']} knows {sizes.vocab_size:,} tokens and tokenizer {name} has {len(tokenizer):,}: {what}"
-            )
-        for special in ("end_token_id", "start_token_id", "pad_token_id"):  # the decoder's may differ
-            setattr(model.config, special, getattr(wanted, special))
-    else:
-        model = ImageCaptionModel(sizes)
-    model.tokenizer = tokenizer
-    add_prompt(model, config.prompt)
-    return name, model
-
-
-def initialise(
-    config: ViTGPT2Config, encoder: str | None, decoder: str | None, layer: int = -1
-) -> tuple[ViTGPT2Config, ImageCaptionModel]:
-    """The config and the model with pretrained weights (see weights.pretrained.read_parts) and new ones. Prints what is
-    loaded, skipped and new."""
-    parts = read_parts(config, encoder, decoder, layer)
-    model = ImageCaptionModel.from_saved(parts)
-    made = [name for name in model.state_dict() if name not in parts.tensors]
-    print(f"loaded      {parts.taken}\nskipped     {parts.left}\nnew         {some(made)}")
-    return model.config, model
-
-
-def add_prompt(model: ImageCaptionModel, prompt: str) -> None:
-    """Set the prompt that the decoder reads before every caption. Raises UserError without prefix or room."""
-    if prompt:
-        ids = tuple(model.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids)
-        dataclasses.replace(model.config, prompt_ids=ids)  # checks them
-        model.config.prompt_ids = ids  # encoder and decoder share this config
-
-
-def pretrained_parts(config: TrainConfig) -> dict[str, str | None]:
-    """The names of the pretrained encoder and decoder; None: start from random weights."""
-    decoder = config.decoder or config.init_decoder
-    if config.init == "scratch":
-        return {"encoder": config.init_encoder, "decoder": decoder}
-    return {"encoder": config.init_encoder or PRETRAINED["encoder"], "decoder": decoder or PRETRAINED["decoder"]}
-
-
-def choose_tokenizer(
-    config: TrainConfig, table: CaptionTable, resumed: str | None
-) -> tuple[str, PreTrainedTokenizerFast]:
-    """The tokenizer's name and the tokenizer. "auto": the one that the run started with, else gpt2 if available, else a
-    new one trained on the captions."""
-    name = (resumed or "gpt2") if config.tokenizer == "auto" else config.tokenizer
-    texts = (text.as_py() for text in table.captions())
-    try:
-        return name, load_tokenizer(name, texts, config.model.vocab_size)
-    except UserError as error:
-        if config.tokenizer != "auto" or resumed:
-            raise
-        print(f"tokenizer   trained on the captions, as GPT-2's is not available ({error})")
-    return "train", load_tokenizer("train", texts, config.model.vocab_size)
 
 
 class Estimate(NamedTuple):

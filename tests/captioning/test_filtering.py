@@ -27,7 +27,7 @@ from data.sources import load_tables
 from data.tokenizer import decode
 from dataset import prepare_picture
 from model import ImageCaptionModel
-from training.job import initialise
+from training.start import initialise
 
 
 def photo(seed: int, quality: int = 95) -> bytes:

@@ -11,7 +11,7 @@ from processes import small_config
 
 from config import UserError
 from model import ImageCaptionModel
-from training.job import initialise
+from training.start import initialise
 from weights.file import MODEL_FILE
 
 PICTURES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))

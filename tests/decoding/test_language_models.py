@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from config import UserError
 from model import ImageCaptionModel
-from training.job import initialise
+from training.start import initialise
 
 PICTURES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 IDS = torch.randint(0, 300, (2, 3, 6), generator=torch.Generator().manual_seed(2))

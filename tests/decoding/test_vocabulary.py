@@ -8,7 +8,7 @@ from conftest import random_model, tiny_config, write_language_model
 
 from config import UserError
 from data.tokenizer import decode
-from training.job import initialise
+from training.start import initialise
 
 WORDS = ("a", "small", "red", "circle", "there are", "squares", "greenish")
 

@@ -26,8 +26,8 @@ from publishing.hub import UploadConfig, publish
 from train import train
 from training.adapters import adapt, check_adapters
 from training.checkpoint import checkpoints
-from training.job import initialise, pretrained_parts
 from training.optimizers import Average, Updater, freeze
+from training.start import initialise, pretrained_parts
 from utils import file_hash, read_log
 from weights import adapters
 from weights.adapters import find_base

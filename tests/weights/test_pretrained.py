@@ -17,7 +17,7 @@ from test_convert import CAPTIONS, TEXT, change_json, change_weights, spread
 from config import UserError
 from dataset import train_tokenizer
 from model import ImageCaptionModel
-from training.job import initialise, make_model
+from training.start import initialise, make_model
 
 VIT_SIZES = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, image_size=24)
 VIT_SIZES |= dict(patch_size=8)

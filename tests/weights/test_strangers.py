@@ -24,7 +24,7 @@ from config import UserError
 from dataset import train_tokenizer
 from decoding.foreign import check_ids, plain
 from model import ImageCaptionModel
-from training.job import initialise
+from training.start import initialise
 from utils import run_script
 from weights.file import METADATA_KEY
 

@@ -21,7 +21,7 @@ from decoding.packed import available, packed_model
 from model import ImageCaptionModel
 from training.adapters import adapt
 from training.estimates import estimated_memory, step_operations
-from training.job import initialise
+from training.start import initialise
 from weights.file import read_model_file
 from weights.huggingface import rename, tensor_names, write_transformers
 from weights.pretrained import read_parts
