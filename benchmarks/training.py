@@ -13,6 +13,7 @@ import multiprocessing.connection
 import os
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -207,10 +208,23 @@ def start_process(target: Callable[..., None], *arguments: Any, daemon: bool = F
     """Start a process by spawning (not forking); return it and a pipe, whose other end is target's last argument."""
     context = multiprocessing.get_context("spawn")
     pipe, end = context.Pipe()
-    process = context.Process(target=target, args=(*arguments, end), daemon=daemon)
+    process = context.Process(target=with_parent, args=(target, *arguments, end), daemon=daemon)
     process.start()
     end.close()
     return process, pipe
+
+
+def with_parent(target: Callable[..., None], *arguments: Any) -> None:
+    """A process: run target, and end when the parent does, even if it is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    target(*arguments)
 
 
 def receive(pipe: Connection, name: str) -> Any:

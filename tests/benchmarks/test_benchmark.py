@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_model, tiny_config
-from processes import finished
+from processes import finished, surroundings
 from tiny import tiny_flags
 
 from benchmarks import captions
@@ -398,3 +398,18 @@ def test_a_loop_that_does_not_fit_is_a_line(monkeypatch, tmp_path, capsys):
     found = job.turns([loop, dataclasses.replace(loop, pictures=3)], tmp_path / "model.safetensors", 1e9)
     assert [figures["pictures"] for figures in found] == [2]
     assert "3 pictures x 2: does not fit (CUDA out of memory.)" in capsys.readouterr().out
+
+
+def test_no_process_outlives_a_benchmark_that_is_killed(tmp_path):
+    """A ruler that was stopped by SIGTERM left its trainings behind, on all cores."""
+    (tmp_path / "waits.py").write_text(
+        "import time\ndef wait(pipe):\n    print('started', flush=True)\n    time.sleep(600)\n"
+    )
+    code = "from waits import wait\nfrom benchmarks.training import start_process\nstart_process(wait)[0].join()\n"
+    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
+    benchmark = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=surroundings({"PYTHONPATH": paths})
+    )
+    assert benchmark.stdout is not None and benchmark.stdout.readline() == "started\n"
+    benchmark.terminate()
+    assert benchmark.communicate(timeout=60)[0] == ""  # its end: no process writes there any more
