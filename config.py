@@ -419,8 +419,8 @@ class Start:
     """gpt2 (from the Hub); a folder with vocab.json and merges.txt; train: a new one, on the captions; auto: gpt2 if it
     is available, else train."""
     mimetic: bool = False
-    """Start a new encoder's attention and positions as trained ones look (Trockman & Kolter 2023, arXiv:2305.09828), which
-    helps where pictures are few."""
+    """Start the attention and the positions of an encoder that is not pretrained as trained ones look (Trockman & Kolter
+    2023, arXiv:2305.09828); helps where pictures are few."""
     seed: int = 0
     """Seed of the weights, the order, the crops and the drawn scenes."""
 
@@ -593,8 +593,6 @@ class TrainConfig(
             raise UserError("init_model is a full model: leave init, init_encoder and init_decoder out")
         if self.decoder and (self.init_decoder or self.init_model):
             raise UserError("decoder cannot be combined with init_decoder or init_model: leave those out")
-        if self.mimetic and (self.init_model or self.init != "scratch" or self.init_encoder):
-            raise UserError("mimetic starts a new encoder: leave it out, or init, init_encoder and init_model")
         if self.adapts and not (
             self.init_model or self.init == "pretrained" or (self.init_encoder and (self.init_decoder or self.decoder))
         ):

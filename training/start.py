@@ -65,7 +65,7 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
             setattr(model.config, special, getattr(wanted, special))
     else:
         model = ImageCaptionModel(sizes)
-    if config.mimetic:
+    if config.mimetic and not parts["encoder"]:
         start_as_trained(model.encoder)
     model.tokenizer = tokenizer
     add_prompt(model, config.prompt)

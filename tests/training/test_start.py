@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import write_bases
 from processes import small_config
 
-from config import TrainConfig, UserError
 from model import EncoderBlock, ImageCaptionModel
 from training.start import make_model, start_as_trained
 
@@ -50,6 +50,11 @@ def test_a_run_can_start_so(scenes_dir, scenes_table):
         assert torch.equal(tensor, expected.state_dict()[name]), name
 
 
-def test_only_a_new_encoder_can_start_so():
-    with pytest.raises(UserError, match="mimetic starts a new encoder"):
-        TrainConfig(mimetic=True, init_encoder="google/vit-base-patch16-224-in21k")
+def test_a_pretrained_encoder_stays_as_it_is(tmp_path, scenes_dir, scenes_table):
+    """A preset that starts so can be combined with a pretrained encoder."""
+    bases = write_bases(tmp_path, 48, 8, 300, 64)
+    config = small_config(scenes_dir, init_encoder=bases["encoder"], mimetic=True)
+    _, model = make_model(config, scenes_table, None)
+    _, plain = make_model(dataclasses.replace(config, mimetic=False), scenes_table, None)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, plain.state_dict()[name]), name
