@@ -65,7 +65,7 @@ FILLED_IN: Any = None
 NEWER = {"vision_mlp_dim", "vision_activation", "vision_norm_eps", "vision_norm_first", "vision_norm_last"}
 NEWER |= {"vision_class_token", "vision_registers", "vision_layer_scale", "vision_positions", "vision_patch_bias"}
 """Fields that did not exist in version 0.1: its files and fingerprints lack them."""
-NEWER_SETTINGS = ("encoder_layer", "schedule", "cautious_decay", "reference_weight", "mimetic")
+NEWER_SETTINGS = ("encoder_layer", "schedule", "cautious_decay", "reference_weight", "mimetic", "contrastive_weight")
 """Settings of a run that did not exist in version 0.1, and whose default is what it did."""
 CHOICES = {
     "resample": ("bicubic", "bilinear"),
@@ -437,8 +437,8 @@ class Learning:
     """Batches whose gradients are added up to one step."""
     objective: Literal["cross_entropy", "scst"] = "cross_entropy"
     """cross_entropy: predict the references' tokens. scst: self-critical training, raise the reward of captions that
-    the model samples (start from a trained model with init_model, learning rate about 1e-5; no flips, word dropout or
-    label smoothing)."""
+    the model samples (start from a trained model with init_model, learning rate about 1e-5; no flips, word dropout, label
+    smoothing or contrastive loss)."""
     baseline: Literal["others", "greedy"] = "others"
     """Score that a sampled caption must beat in self-critical training: the mean of the picture's other samples, or
     that of its greedy caption."""
@@ -479,6 +479,9 @@ class Learning:
     """Share of the decoder's input tokens that training hides, so that the decoder must use the picture."""
     label_smoothing: float = 0.0
     """Share of each target that is spread over the full vocabulary."""
+    contrastive_weight: float = 0.0
+    """Weight of a contrastive loss beside the captions': each picture must find its captions among those of its batch, and
+    they the picture (as in CoCa, Yu et al. 2022, arXiv:2205.01917)."""
 
 
 @dataclass(kw_only=True)
@@ -616,7 +619,7 @@ class TrainConfig(
         shares = "word_dropout label_smoothing max_bad_share ema lora_dropout"
         if self.cautious_decay and self.optimizer != "muon":
             raise UserError("cautious_decay is Muon's: add --optimizer muon, or leave it out")
-        check_fields(self, "reference_weight", lambda x: x >= 0, "at least 0")
+        check_fields(self, "reference_weight contrastive_weight", lambda x: x >= 0, "at least 0")
         check_fields(self, shares, lambda x: 0 <= x < 1, "at least 0 and below 1")
 
     def to_dict(self) -> dict[str, Any]:

@@ -579,10 +579,12 @@ class AttentionPooling(nn.Module):
 
 @dataclass
 class CaptionOutput:
-    """Result of a forward pass: logits (..., T, V) without labels; with labels the scalar loss and no logits."""
+    """Result of a forward pass: logits (..., T, V) without labels; with labels the scalar loss and no logits. The scalar
+    contrastive loss if it was asked for."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    contrastive_loss: Tensor | None = None
 
 
 class ImageCaptionModel(nn.Module):
@@ -684,6 +686,7 @@ class ImageCaptionModel(nn.Module):
         positions: Tensor | None = None,
         label_smoothing: float = 0.0,
         weights: Tensor | None = None,
+        contrastive: bool = False,
     ) -> CaptionOutput:
         """Compute next-token logits, or with labels the mean loss over real targets.
 
@@ -695,12 +698,14 @@ class ImageCaptionModel(nn.Module):
         positions: int64 (M,), indices of the targets in labels.flatten() (the collate function knows them, so the
             device need not compute them); entries equal to N * K * T are padding that rounds M up.
         weights: float (N,) or (N, K), factor for the loss of each caption's targets (default: 1).
+        contrastive: with labels, also compute contrastive_loss.
         """
         captions = 1 if input_ids.ndim == 2 else input_ids.shape[1]
         if input_ids.ndim not in (2, 3) or len(input_ids) != len(pixel_values):
             expected = f"({len(pixel_values)}, T) or ({len(pixel_values)}, K, T)"
             raise ValueError(f"input_ids is {tuple(input_ids.shape)}: expected {expected}")
-        cross = self.decoder.look(self.encode(pixel_values))
+        states = self.encode(pixel_values)
+        cross = self.decoder.look(states)
         rows = input_ids.reshape(len(pixel_values) * captions, -1)  # (N * K, T)
         if labels is None:
             return CaptionOutput(logits=self.decoder.head(self.decoder(rows, cross)).view(*input_ids.shape, -1))
@@ -722,7 +727,25 @@ class ImageCaptionModel(nn.Module):
         )
         if weights is not None:
             losses = (losses * F.pad(weights.flatten(), (0, 1))[positions // rows.shape[1]]).sum()
-        return CaptionOutput(loss=losses / (targets != -100).sum().clamp(min=1))
+        contrast = self.contrastive_loss(states, labels) if contrastive else None
+        return CaptionOutput(losses / (targets != -100).sum().clamp(min=1), contrastive_loss=contrast)
+
+    def contrastive_loss(self, states: Tensor, labels: Tensor) -> Tensor:
+        """How badly pictures and captions find each other among the batch's (cross-entropy, the mean of both directions),
+        as CoCa has it beside the captions' loss (Yu et al. 2022, arXiv:2205.01917). It needs no weights of its own: a
+        picture is the mean of its states (N, S, D), a caption the mean of its words' embeddings; labels (N, K, T) or
+        (N, T). Cosines are divided by CLIP's first temperature, 0.07. Returns a scalar."""
+        labels = labels.view(len(states), -1, labels.shape[-1])
+        words = (labels != -100) & (labels != self.config.end_token_id)
+        real, own = words.any(-1), torch.arange(len(states), device=states.device)  # real: (N, K)
+        embeddings = self.decoder.wte(labels.clamp(min=0)) * words.unsqueeze(-1)
+        pictures, captions = F.normalize(states.float().mean(1), dim=-1), F.normalize(embeddings.float().sum(2), dim=-1)
+        scores = torch.einsum("nd,mkd->nmk", pictures, captions).float() / 0.07
+        find_picture = scores.log_softmax(0)[own, own]  # (N, K)
+        scores = scores.masked_fill(~real, float("-inf"))
+        find_caption = scores.flatten(1).log_softmax(1).view_as(scores)[own, own]
+        found = (find_picture + find_caption).masked_fill(~real, 0)
+        return -found.sum() / (2 * real.sum().clamp(min=1))
 
     def generate(self, pixel_values: Tensor, **options: Any) -> Generated:
         """Generate captions for pictures; the options are those of decoding.search.generate."""

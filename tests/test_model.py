@@ -124,6 +124,36 @@ def test_no_target_at_all_gives_zero_not_nan(tiny_model):
     assert loss.item() == 0
 
 
+def test_the_contrastive_loss_caption_by_caption(tiny_model):
+    """Each caption finds its picture among the batch's, each picture its captions; an empty caption counts nothing and
+    does not make a gradient NaN."""
+    pixels, labels = torch.randn(3, 3, 16, 16), torch.randint(0, 48, (3, 2, 5))
+    labels[0, 1], labels[1, 0, 2:] = -100, torch.tensor([tiny_model.config.end_token_id, -100, -100])
+    found = tiny_model(pixels, labels.clamp(min=0), labels=labels, contrastive=True)
+    assert found.loss.item() == tiny_model(pixels, labels.clamp(min=0), labels=labels).loss.item()
+    with torch.no_grad():
+        pictures = F.normalize(tiny_model.encode(pixels).mean(1), dim=-1)
+        words = [
+            (row, text[(text >= 0) & (text != tiny_model.config.end_token_id)])
+            for row in range(3)
+            for text in labels[row]
+        ]
+        texts = [(row, tiny_model.decoder.wte(text).mean(0)) for row, text in words if len(text)]
+        scores = (
+            F.normalize(torch.stack([text for _, text in texts]), dim=-1) @ pictures.T / 0.07
+        )  # (captions, pictures)
+        rows = torch.tensor([row for row, _ in texts])
+        find_picture = F.cross_entropy(scores, rows)
+        find_caption = -scores.log_softmax(0)[torch.arange(len(rows)), rows].mean()
+    assert len(texts) == 5
+    assert found.contrastive_loss.item() == pytest.approx((find_picture + find_caption).item() / 2, abs=1e-5)
+    found.contrastive_loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in tiny_model.parameters())
+    assert tiny_model.encoder.patch_embedding.weight.grad.abs().sum() > 0
+    empty = tiny_model(pixels, labels.clamp(min=0), labels=torch.full_like(labels, -100), contrastive=True)
+    assert empty.contrastive_loss.item() == 0
+
+
 def test_default_size_is_exact():
     with torch.device("meta"):
         model = ImageCaptionModel(vocab_size=50257)

@@ -106,9 +106,10 @@ class Learner:
             last = number == len(parts) - 1
             with contextlib.nullcontext() if last or world.size == 1 or self.sharded else self.module.no_sync():
                 with autocast(job.device, job.dtype):
-                    part_loss = self.loss(part, words_blanked, smoothing)
+                    part_loss, contrast = self.losses(part, words_blanked, smoothing)
+                learned = part_loss if contrast is None else part_loss + config.contrastive_weight * contrast
                 share = count / max(total, 1)  # no tokens if none of the step's pictures can be read
-                self.scaler.scale(part_loss * (share * world.size)).backward()  # gradients are averaged over processes
+                self.scaler.scale(learned * (share * world.size)).backward()  # gradients are averaged over processes
             loss += part_loss.detach() * share
         norm = self.updater.update(loss, rate)
         if self.average:
@@ -118,8 +119,8 @@ class Learner:
         samples, rewards = sum(each.numel() for each in scores), sum(each.sum().item() for each in scores)
         return Step(loss, norm, batch.rows, pairs, samples, rewards)
 
-    def loss(self, part: Batch, words_blanked: float, smoothing: float) -> Tensor:
-        """The mean loss of a micro-batch, a scalar on the device."""
+    def losses(self, part: Batch, words_blanked: float, smoothing: float) -> tuple[Tensor, Tensor | None]:
+        """The mean loss of a micro-batch, a scalar on the device, and the contrastive one if it has a weight."""
         input_ids, module = blank_words(part.input_ids, words_blanked, self.model.config), self.module
         if module is not self.eager:
             if len(input_ids) < self.full_size:  # compiling again for an epoch's smaller last batch is not worth it
@@ -127,7 +128,10 @@ class Learner:
             for tensor, axis in ((input_ids, 2), (part.labels, 2), (part.positions, 0)):
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)  # else a second length would compile again
         pixels, _, *about = part.inputs
-        return module(pixels, input_ids, *about, label_smoothing=smoothing, weights=part.weights).loss
+        contrastive = self.job.config.contrastive_weight > 0 and self.critic is None
+        options = {"label_smoothing": smoothing, "weights": part.weights, "contrastive": contrastive}
+        found = module(pixels, input_ids, *about, **options)
+        return found.loss, found.contrastive_loss
 
     def moved(self, part: Batch) -> Batch:
         """The micro-batch moved to the device."""

@@ -23,10 +23,10 @@ from weights.file import MODEL_FILE
 
 KINDS = {
     "plain": {},
-    "smoothed": {"label_smoothing": 0.1, "word_dropout": 0.2, "ema": 0.9},
+    "smoothed": {"label_smoothing": 0.1, "word_dropout": 0.2, "ema": 0.9, "contrastive_weight": 0.5},
     "checkpointed": {"gradient_checkpointing": True, "bridge": "prefix", "prefix_length": 4},
     "lora": {"lora": True, "lora_dropout": 0.0},
-    "llama": {"bridge": "prefix", "prefix_length": 4, "max_length": 64},
+    "llama": {"bridge": "prefix", "prefix_length": 4, "max_length": 64, "contrastive_weight": 0.5},
 }
 
 
@@ -121,7 +121,7 @@ def test_a_step_fetches_nothing_from_the_device(scenes_dir, tmp_path, changes):
     counts = Waits()
     moved = learner.moved(second)
     with counts:
-        loss = learner.loss(moved, 0.1, 0.0)
+        loss, _ = learner.losses(moved, 0.1, 0.0)
     loss.backward()
     with counts:
         learner.updater.update(loss.detach(), 1e-3)
