@@ -112,7 +112,9 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "word_dropout": 0.1}], ids=["plain", "average"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"ema": 0.9, "word_dropout": 0.1, "contrastive_weight": 0.5}], ids=["plain", "all"]
+)
 def test_a_step_fetches_nothing_from_the_device(scenes_dir, tmp_path, changes):
     """Each `.item()` in the loop makes a GPU idle until Python has the next kernels ready. Lengths are the loader's."""
     learner = learner_of(scenes_dir, tmp_path, **changes)
