@@ -280,8 +280,10 @@ def test_the_ruler_adds_choices_to_what_it_has_measured(tmp_path, flickr8k):
     assert [len(seeds) for seeds in runs.values()] == [2, 2] and done.stdout.count("CIDEr-D") == 2
     first, second = runs.values()
     assert first["0"]["val_loss"] != second["0"]["val_loss"] and first["0"]["steps"] == 2
-    (tmp_path / "ruler.json").write_text(json.dumps({"ruler": "another", "runs": runs}))
-    assert "has runs of another ruler" in run(*command, cwd=tmp_path).stderr
+    known = json.loads((tmp_path / "ruler.json").read_text())
+    for changed in ({"ruler": "another"}, {"recipe": "of an older preset"}):
+        (tmp_path / "ruler.json").write_text(json.dumps(known | changed))
+        assert "has runs of another ruler, preset" in run(*command, cwd=tmp_path).stderr
 
 
 def test_training_is_what_it_was(tmp_path):
