@@ -419,8 +419,8 @@ class Start:
     """gpt2 (from the Hub); a folder with vocab.json and merges.txt; train: a new one, on the captions; auto: gpt2 if it
     is available, else train."""
     mimetic: bool = False
-    """Start the attention and the positions of an encoder that is not pretrained as trained ones look (Trockman & Kolter
-    2023, arXiv:2305.09828); helps where pictures are few."""
+    """Give an encoder attention weights and positions that resemble those of trained ones (Trockman & Kolter 2023,
+    arXiv:2305.09828); no effect on a pretrained encoder."""
     seed: int = 0
     """Seed of the weights, the order, the crops and the drawn scenes."""
 
@@ -480,8 +480,9 @@ class Learning:
     label_smoothing: float = 0.0
     """Share of each target that is spread over the full vocabulary."""
     contrastive_weight: float = 0.0
-    """Weight of a contrastive loss beside the captions': each picture must find its captions among those of its batch, and
-    they the picture (as in CoCa, Yu et al. 2022, arXiv:2205.01917)."""
+    """Weight of a contrastive loss beside that of the captions: pictures and captions must find each other among those that
+    a process has in a batch (accumulation_steps adds none); a simpler form of CoCa's (Yu et al. 2022, arXiv:2205.01917).
+    The logged loss does not contain it. No effect with rewards."""
 
 
 @dataclass(kw_only=True)

@@ -731,21 +731,22 @@ class ImageCaptionModel(nn.Module):
         return CaptionOutput(losses / (targets != -100).sum().clamp(min=1), contrastive_loss=contrast)
 
     def contrastive_loss(self, states: Tensor, labels: Tensor) -> Tensor:
-        """How badly pictures and captions find each other among the batch's (cross-entropy, the mean of both directions),
-        as CoCa has it beside the captions' loss (Yu et al. 2022, arXiv:2205.01917). It needs no weights of its own: a
-        picture is the mean of its states (N, S, D), a caption the mean of its words' embeddings; labels (N, K, T) or
-        (N, T). Cosines are divided by CLIP's first temperature, 0.07. Returns a scalar."""
+        """The contrastive loss (InfoNCE, the mean of both directions) of pictures and captions, a simpler form of CoCa's (Yu
+        et al. 2022, arXiv:2205.01917), without weights of its own: a picture is the mean of its states (N, S, D), a caption
+        the mean of its tokens' embeddings; labels (N, K, T) or (N, T). Cosine similarities are divided by CLIP's initial
+        temperature, 0.07. As a picture's K captions compete too, the loss does not reach 0. Returns a scalar."""
         labels = labels.view(len(states), -1, labels.shape[-1])
         words = (labels != -100) & (labels != self.config.end_token_id)
-        real, own = words.any(-1), torch.arange(len(states), device=states.device)  # real: (N, K)
-        embeddings = self.decoder.wte(labels.clamp(min=0)) * words.unsqueeze(-1)
-        pictures, captions = F.normalize(states.float().mean(1), dim=-1), F.normalize(embeddings.float().sum(2), dim=-1)
-        scores = torch.einsum("nd,mkd->nmk", pictures, captions).float() / 0.07
-        find_picture = scores.log_softmax(0)[own, own]  # (N, K)
-        scores = scores.masked_fill(~real, float("-inf"))
-        find_caption = scores.flatten(1).log_softmax(1).view_as(scores)[own, own]
-        found = (find_picture + find_caption).masked_fill(~real, 0)
-        return -found.sum() / (2 * real.sum().clamp(min=1))
+        real = words.any(-1)  # (N, K)
+        with torch.autocast(states.device.type, enabled=False):  # in bf16, scores would be rounded to 0.06
+            pictures = states[:, : states.shape[1] - len(self.config.prompt_ids)].float().mean(1)
+            captions = (self.decoder.wte(labels.clamp(min=0)).float() * words.unsqueeze(-1)).sum(2)
+            scores = torch.einsum("nd,mkd->nmk", F.normalize(pictures, dim=-1), F.normalize(captions, dim=-1)) / 0.07
+        # Pictures and captions that cannot be read do not compete. Not -inf, which would make gradients NaN.
+        scores = scores.masked_fill(~(real.any(-1)[:, None, None] & real), -1e4)
+        chances = scores.log_softmax(0) + scores.flatten(1).log_softmax(1).view_as(scores)
+        own = chances.diagonal(dim1=0, dim2=1).T  # (N, K)
+        return -own.masked_fill(~real, 0).sum() / (2 * real.sum().clamp(min=1))
 
     def generate(self, pixel_values: Tensor, **options: Any) -> Generated:
         """Generate captions for pictures; the options are those of decoding.search.generate."""

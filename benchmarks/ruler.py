@@ -117,14 +117,14 @@ class RulerBenchmark:
         """Return the ruler, its precision, and every run's scores: {choice: {seed: scores}}."""
         chosen, _ = choose_precision("auto", torch.device("cpu"))  # once for all: it is measured
         precision = next(name for name, dtype in PRECISIONS.items() if dtype == chosen)
-        recipe = ruler_config("", 0, Path(), precision).fingerprint  # the preset may change
+        recipe = ruler_config("", 0, Path(), precision).fingerprint  # the preset may change; code may too, unseen
         about: dict[str, Any] = {"ruler": RULER, "recipe": recipe, "precision": precision}
         runs: dict[str, dict[str, Any]] = {}
         if self.output.is_file():
             known = json.loads(self.output.read_text(encoding="utf-8"))
             if {name: known.get(name) for name in about} != about:
                 raise UserError(
-                    f"{self.output} has runs of another ruler, preset or precision: choose another --output"
+                    f"{self.output} has runs of another ruler, preset, precision or version: choose another --output"
                 )
             runs = known["runs"]
         wanted = dict.fromkeys((choice, seed) for choice in self.choices for seed in self.seeds)

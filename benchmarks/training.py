@@ -208,14 +208,14 @@ def start_process(target: Callable[..., None], *arguments: Any, daemon: bool = F
     """Start a process by spawning (not forking); return it and a pipe, whose other end is target's last argument."""
     context = multiprocessing.get_context("spawn")
     pipe, end = context.Pipe()
-    process = context.Process(target=with_parent, args=(target, *arguments, end), daemon=daemon)
+    process = context.Process(target=until_parent_ends, args=(target, *arguments, end), daemon=daemon)
     process.start()
     end.close()
     return process, pipe
 
 
-def with_parent(target: Callable[..., None], *arguments: Any) -> None:
-    """A process: run target, and end when the parent does, even if it is killed."""
+def until_parent_ends(target: Callable[..., None], *arguments: Any) -> None:
+    """A process: run target, and exit as soon as the parent process is gone, also if that was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -11,7 +11,7 @@ import typing
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config
+from conftest import random_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 import model as attention_module
@@ -124,34 +124,39 @@ def test_no_target_at_all_gives_zero_not_nan(tiny_model):
     assert loss.item() == 0
 
 
-def test_the_contrastive_loss_caption_by_caption(tiny_model):
-    """Each caption finds its picture among the batch's, each picture its captions; an empty caption counts nothing and
-    does not make a gradient NaN."""
-    pixels, labels = torch.randn(3, 3, 16, 16), torch.randint(0, 48, (3, 2, 5))
-    labels[0, 1], labels[1, 0, 2:] = -100, torch.tensor([tiny_model.config.end_token_id, -100, -100])
-    found = tiny_model(pixels, labels.clamp(min=0), labels=labels, contrastive=True)
-    assert found.loss.item() == tiny_model(pixels, labels.clamp(min=0), labels=labels).loss.item()
-    with torch.no_grad():
-        pictures = F.normalize(tiny_model.encode(pixels).mean(1), dim=-1)
-        words = [
-            (row, text[(text >= 0) & (text != tiny_model.config.end_token_id)])
-            for row in range(3)
-            for text in labels[row]
-        ]
-        texts = [(row, tiny_model.decoder.wte(text).mean(0)) for row, text in words if len(text)]
-        scores = (
-            F.normalize(torch.stack([text for _, text in texts]), dim=-1) @ pictures.T / 0.07
-        )  # (captions, pictures)
-        rows = torch.tensor([row for row, _ in texts])
-        find_picture = F.cross_entropy(scores, rows)
-        find_caption = -scores.log_softmax(0)[torch.arange(len(rows)), rows].mean()
-    assert len(texts) == 5
-    assert found.contrastive_loss.item() == pytest.approx((find_picture + find_caption).item() / 2, abs=1e-5)
-    found.contrastive_loss.backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in tiny_model.parameters())
-    assert tiny_model.encoder.patch_embedding.weight.grad.abs().sum() > 0
-    empty = tiny_model(pixels, labels.clamp(min=0), labels=torch.full_like(labels, -100), contrastive=True)
-    assert empty.contrastive_loss.item() == 0
+@pytest.mark.parametrize(
+    "changes", [{}, {"bridge": "prefix", "prefix_length": 3, "prompt_ids": (5, 6)}], ids=["cross-attention", "prompt"]
+)
+def test_the_contrastive_loss_caption_by_caption(changes):
+    """Each caption finds its picture among the batch's, each picture its captions. An empty caption and a picture without
+    captions count nothing, and the prompt is no part of a picture."""
+    model = random_model(tiny_config(**changes))
+    pixels, labels, end = torch.randn(4, 3, 16, 16), torch.randint(0, 48, (4, 2, 5)), model.config.end_token_id
+    labels[0, 1], labels[3], labels[1, 0, 2:] = -100, -100, torch.tensor([end, -100, -100])
+    found = model(pixels, labels.clamp(min=0), labels=labels, contrastive=True)
+    assert found.loss.item() == model(pixels, labels.clamp(min=0), labels=labels).loss.item()
+    states = model.encode(pixels)[:3, : -2 if changes else None]
+    texts = [(row, text[(text >= 0) & (text != end)]) for row in range(3) for text in labels[row]]
+    embedded = torch.stack([model.decoder.wte(text).mean(0) for _, text in texts if len(text)])
+    rows = torch.tensor([row for row, text in texts if len(text)])
+    scores = F.normalize(embedded, dim=-1) @ F.normalize(states.mean(1), dim=-1).T / 0.07  # (captions, pictures)
+    find_caption = -scores.log_softmax(0)[torch.arange(5), rows].mean()
+    expected = (F.cross_entropy(scores, rows) + find_caption) / 2
+    assert found.contrastive_loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(pixels, labels.clamp(min=0), labels=labels, contrastive=True).contrastive_loss
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(expected.item(), rel=0.05)
+    gradients = [
+        torch.autograd.grad(loss, [model.encoder.patch_embedding.weight, model.decoder.wte.weight])
+        for loss in (found.contrastive_loss, expected)
+    ]
+    for ours, by_hand in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, by_hand, rtol=1e-3, atol=1e-5)
+    nothing = model(
+        pixels, labels.clamp(min=0), labels=torch.full_like(labels, -100), contrastive=True
+    ).contrastive_loss
+    nothing.backward()
+    assert nothing.item() == 0 and not model.encoder.patch_embedding.weight.grad.any()
 
 
 def test_default_size_is_exact():

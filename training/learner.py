@@ -28,9 +28,9 @@ LONG_RUN = 2000  # steps: compiling takes a minute or two, and saves an H100 40 
 
 @dataclass
 class Step:
-    """Results of one step: on the device, the mean loss and the gradients' norm. Of this process's share: the pictures
-    (rows of the table), the number of picture-caption pairs, and the number of sampled captions and the sum of their
-    rewards."""
+    """Results of one step: on the device, the mean loss of the captions and the gradients' norm. Of this process's share:
+    the pictures (rows of the table), the number of picture-caption pairs, the number of sampled captions and the sum of
+    their rewards, and the contrastive loss of its last micro-batch, on the device."""
 
     loss: Tensor
     norm: Tensor
@@ -38,6 +38,7 @@ class Step:
     pairs: int
     samples: int = 0
     rewards: float = 0.0
+    contrast: Tensor | None = None
 
 
 class Learner:
@@ -88,7 +89,7 @@ class Learner:
 
     def step(self, batch: Batch, step: int, rate: float) -> Step:
         """Train on this process's share of a step's batch, at learning rate `rate`. Every token has the same weight, in
-        all processes and micro-batches."""
+        all processes and micro-batches; only the contrastive loss depends on how many pictures are together in one."""
         job, config, world = self.job, self.job.config, self.job.world
         # Dropout and samples depend on the step alone: resuming needs no generator's state.
         torch.manual_seed(
@@ -100,14 +101,17 @@ class Learner:
         words_blanked, smoothing = (0.0, 0.0) if self.critic else (config.word_dropout, config.label_smoothing)
         counts = [int(part.lengths.sum()) for part in parts]
         (total,) = world.sum(sum(counts))
-        loss = torch.zeros((), device=job.device)
+        loss, contrast = torch.zeros((), device=job.device), None
         for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
             part = part if self.critic else self.moved(part)
             last = number == len(parts) - 1
             with contextlib.nullcontext() if last or world.size == 1 or self.sharded else self.module.no_sync():
                 with autocast(job.device, job.dtype):
-                    part_loss, contrast = self.losses(part, words_blanked, smoothing)
-                learned = part_loss if contrast is None else part_loss + config.contrastive_weight * contrast
+                    part_loss, part_contrast = self.losses(part, words_blanked, smoothing)
+                learned = part_loss
+                if part_contrast is not None:
+                    learned = learned + config.contrastive_weight * part_contrast
+                    contrast = part_contrast.detach()
                 share = count / max(total, 1)  # no tokens if none of the step's pictures can be read
                 self.scaler.scale(learned * (share * world.size)).backward()  # gradients are averaged over processes
             loss += part_loss.detach() * share
@@ -117,7 +121,7 @@ class Learner:
         pairs = sum(int((part.lengths > 0).sum()) for part in parts)
         scores = [part.rewards for part in parts if part.rewards is not None]
         samples, rewards = sum(each.numel() for each in scores), sum(each.sum().item() for each in scores)
-        return Step(loss, norm, batch.rows, pairs, samples, rewards)
+        return Step(loss, norm, batch.rows, pairs, samples, rewards, contrast)
 
     def losses(self, part: Batch, words_blanked: float, smoothing: float) -> tuple[Tensor, Tensor | None]:
         """The mean loss of a micro-batch, a scalar on the device, and the contrastive one if it has a weight."""

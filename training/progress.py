@@ -119,6 +119,8 @@ class Meter:
             "mfu": operations / seconds / self.peak / world.size,
             "data_wait": self.waiting / seconds,
         }
+        if done.contrast is not None:
+            values["contrastive_loss"] = done.contrast.item()
         if self.device.type == "cuda":
             values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if self.learner.scaler.is_enabled():

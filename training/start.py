@@ -23,6 +23,19 @@ from weights.pretrained import is_language_model, read_parts
 def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> tuple[str, ImageCaptionModel]:
     """The tokenizer's name, by which it can be loaded again, and the model to start from, with its tokenizer."""
     torch.manual_seed(config.seed)
+    name, model = read_or_make(config, table, chosen)
+    if config.mimetic:
+        new = not (config.init_model or pretrained_parts(config)["encoder"])
+        print(
+            f"mimetic     {'the encoder starts as trained ones look' if new else 'no effect: the encoder is pretrained'}"
+        )
+        if new:
+            start_as_trained(model.encoder)
+    return name, model
+
+
+def read_or_make(config: TrainConfig, table: CaptionTable, chosen: str | None) -> tuple[str, ImageCaptionModel]:
+    """See make_model: with pretrained weights, and random ones for all others."""
     if config.init_model:
         base = find_base(config.init_model, config.base_dir)
         check_model(Path(base))
@@ -65,8 +78,6 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
             setattr(model.config, special, getattr(wanted, special))
     else:
         model = ImageCaptionModel(sizes)
-    if config.mimetic and not parts["encoder"]:
-        start_as_trained(model.encoder)
     model.tokenizer = tokenizer
     add_prompt(model, config.prompt)
     return name, model
@@ -86,16 +97,18 @@ def initialise(
 
 @torch.no_grad()
 def start_as_trained(encoder: VisionTransformer) -> None:
-    """Set a new encoder's attention to what trained ones have in common (Trockman & Kolter 2023, arXiv:2305.09828), whose
-    factors these are: each head compares what is alike, queries and keys multiply to 0.7 (Z + I) cut to the head's rank;
-    values and projection multiply to 0.4 (Z - I). Z is Gaussian noise of variance 1 / D. Learned positions start as sines
-    (2-D, as in MAE, arXiv:2111.06377), so that patches side by side are alike."""
+    """Give a new encoder attention and positions that resemble those of trained ones (Trockman & Kolter 2023,
+    arXiv:2305.09828, with its numbers for a small ViT). The product of a head's queries and keys is 0.7 (Z + I), cut to
+    rank D / H, so that a patch attends to patches like itself; the product of values and projection is 0.4 (Z - I). Z is
+    Gaussian noise of variance 1 / D. Learned positions are 2-D sines (as in MAE, arXiv:2111.06377), so that neighbours
+    are alike."""
     config = encoder.config
     width, heads, side = config.vision_embed_dim, config.vision_num_heads, config.image_size // config.patch_size
     size = width // heads
 
-    def factors(number: int, noise: float, identity: float) -> tuple[Tensor, Tensor]:
-        """(number, D, D) twice: their product is the target, and the first r columns and rows its best rank r."""
+    def halves(number: int, noise: float, identity: float) -> tuple[Tensor, Tensor]:
+        """Two tensors (number, D, D) whose product is the target; r columns of one by r rows of the other are its best
+        approximation of rank r."""
         target = noise * torch.randn(number, width, width) / math.sqrt(width) + identity * torch.eye(width)
         left, values, right = torch.linalg.svd(target)
         return left * values.sqrt().unsqueeze(-2), values.sqrt().unsqueeze(-1) * right
@@ -103,17 +116,19 @@ def start_as_trained(encoder: VisionTransformer) -> None:
     for block in encoder.blocks:
         assert isinstance(block, EncoderBlock)
         query, key, value = block.qkv.weight.view(3, width, width)
-        left, right = factors(heads, 0.7, 0.7)
+        left, right = halves(heads, 0.7, 0.7)
         query.copy_(left[:, :, :size].mT.flatten(0, 1))
         key.copy_(right[:, :size].flatten(0, 1))
-        left, right = factors(1, 0.4, -0.4)
+        left, right = halves(1, 0.4, -0.4)
         block.proj.weight.copy_(left[0])
         value.copy_(right[0])
     if config.vision_positions == "learned":
         rates = 1e4 ** -(torch.arange(-(-width // 4)) * 4 / width)
-        angles = torch.arange(side).unsqueeze(-1) * rates  # (side, D / 4)
+        angles = torch.arange(side).unsqueeze(-1) * rates  # (side, D / 4 rounded up)
         waves = torch.cat([angles.sin(), angles.cos()], -1)
-        sines = torch.cat([waves.repeat_interleave(side, 0), waves.repeat(side, 1)], -1)  # (side * side, D), rows first
+        sines = torch.cat(
+            [waves.repeat_interleave(side, 0), waves.repeat(side, 1)], -1
+        )  # (side * side, >= D), rows first
         encoder.position_embeddings[0, -side * side :] = sines[:, :width]
 
 

@@ -130,3 +130,20 @@ def test_a_step_fetches_nothing_from_the_device(scenes_dir, tmp_path, changes):
         if learner.average:
             learner.average.update(learner.model, 1)
     assert not counts.found
+
+
+def test_the_contrastive_loss_is_learned_but_not_logged_as_the_captions(scenes_dir, tmp_path):
+    """The compared losses above are the captions': they would not show if the other one were left out."""
+    learner = learner_of(scenes_dir, tmp_path, contrastive_weight=0.5, dropout=0.0, word_dropout=0.0)
+    (batch,) = training_batches(dataclasses.replace(learner.job, steps=1), 0)
+    model, part = learner.model, learner.moved(batch)
+    found = model(part.pixel_values, part.input_ids, part.lengths, part.labels, part.positions, contrastive=True)
+    expected = torch.autograd.grad(
+        found.loss + 0.5 * found.contrastive_loss, list(model.parameters()), allow_unused=True
+    )
+    learner.updater.update = lambda loss, rate: torch.zeros(())  # keeps the gradients
+    done = learner.step(batch, 0, 1e-3)
+    assert done.loss.item() == pytest.approx(found.loss.item())
+    assert done.contrast.item() == pytest.approx(found.contrastive_loss.item())
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
