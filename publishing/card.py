@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from config import LONGEST, NUM_BEAMS, PRETRAINED, UserError, ViTGPT2Config
+from config import LONGEST, NEWER_SETTINGS, NUM_BEAMS, PRETRAINED, TrainConfig, UserError, ViTGPT2Config
 from data.pictures import prepare_picture
 from data.tokenizer import decode
 from model import ImageCaptionModel
@@ -478,7 +478,8 @@ def training(run: Facts, model: ImageCaptionModel) -> str:
             rows.append((name, escape(str(run.about[name]))))
     if seconds := run.about.get("seconds") or run.seconds:
         rows.append(("time in training", f"{seconds / 60:.1f} minutes"))
-    names = [*SETTINGS.split(), *(OF_ADAPTERS.split() if model.merged else [])]
+    newer = [n for n in NEWER_SETTINGS if run.config.get(n, getattr(TrainConfig, n)) != getattr(TrainConfig, n)]
+    names = [*SETTINGS.split(), *newer, *(OF_ADAPTERS.split() if model.merged else [])]
     settings = {name: run.config.get(name) for name in names}
     if settings["max_steps"]:
         del settings["epochs"]

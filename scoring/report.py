@@ -270,6 +270,7 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> str:
     charts = []
     for title, names in (
         ("Loss (nats per token)", {"loss": "training", "val_loss": "validation"}),
+        ("Contrastive loss", {"contrastive_loss": "training"}),
         ("CIDEr-D", {"reward": "training, sampled", "val_cider_d": "validation, greedy"}),
         ("Learning rate", {"learning_rate": "learning rate"}),
     ):

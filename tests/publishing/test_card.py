@@ -85,7 +85,7 @@ def validate(tmp_path, monkeypatch):
 
 
 def test_all_that_is_known(folder, model, validate):
-    run = of_run(make_run(folder / "run", model, METRICS), model)
+    run = of_run(make_run(folder / "run", model, METRICS, contrastive_weight=0.2), model)
     found = written(folder, model, run)
     validate(found)
     about = found.data
@@ -99,9 +99,11 @@ def test_all_that_is_known(folder, model, validate):
         "num\\_beams 3",
         "drawn scenes",
         "| optimizer | muon |",
+        "| contrastive weight | 0.2 |",
         "bf16",
     ):
         assert part in found.text, part
+    assert "| schedule |" not in found.text  # the default
     assert "| steps | 20 |" in found.text and "0.5 minutes" in found.text  # 10 x 64 / 64 + 10 x 64 / 32 seconds
     assert "coloured shapes" in found.text and f"{model.num_parameters:,}" in found.text
     for part in ("AutoModelForImageTextToText", "from model import", "convert.py onnx", "bibtex", "## Licence"):

@@ -85,9 +85,11 @@ def test_a_share_of_nothing_is_a_batch_that_teaches_nothing():
     (part,) = batch.micro(4)
     assert part.pixel_values.shape == (1, 3, 16, 16) and part.rows == [] and not part.lengths.any()
     model = ImageCaptionModel(config)
-    loss = model(*part.inputs, weights=None).loss
-    loss.backward()
-    assert loss == 0 and all(parameter.grad is not None for parameter in model.parameters())
+    found = model(*part.inputs, weights=None, contrastive=True)
+    (found.loss + found.contrastive_loss).backward()
+    assert found.loss == found.contrastive_loss == 0 and all(
+        parameter.grad is not None for parameter in model.parameters()
+    )
     assert not any(parameter.grad.any() for parameter in model.parameters())
 
 
