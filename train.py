@@ -1,7 +1,7 @@
 """The training loop: steps, validation, checkpoints, and at the end the finished model.
 
 main.py calls `train(config)`. Batches, dropout and samples are pure functions of (seed, step), so a run can stop at any
-step and resume as if it had not stopped, with any number of processes.
+step and resume as if it had not stopped, with any number of processes (on which only the contrastive loss depends).
 """
 
 from __future__ import annotations

@@ -535,9 +535,9 @@ class RaceBenchmark:
         with tempfile.TemporaryDirectory() as folder:
             jobs: dict[Any, tuple[Any, ...]] = {}
             for racer, captions in RACERS.items():
-                config = dataclasses.replace(
-                    PRESETS["flickr8k"], data_dir=self.data_dir, captions_per_image=captions, precision=precision
-                )
+                changes: dict[str, Any] = {"data_dir": self.data_dir, "captions_per_image": captions}
+                changes |= {"contrastive_weight": 0.0}  # transformers' model has no such loss
+                config = dataclasses.replace(PRESETS["flickr8k"], precision=precision, **changes)
                 (run_folder := Path(folder) / str(len(jobs))).mkdir()
                 jobs[racer] = (racer, config, 60 * self.core_minutes, run_folder)
             for racer, figures in each_in_a_process(jobs, race, self.at_a_time):
