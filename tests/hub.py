@@ -13,7 +13,6 @@ import json
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -50,12 +49,11 @@ class Repository:
 
 @dataclass
 class Request:
-    """What was asked, when, and by whom; the body's size."""
+    """What was asked, and by whom; the body's size."""
 
     line: str
     token: str | None
     size: int
-    time: float
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -162,7 +160,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         size = int(self.headers.get("Content-Length") or 0)
         line = f"{self.command} {path}"
         with hub.lock:
-            hub.requests.append(Request(line, token, size, time.monotonic()))
+            hub.requests.append(Request(line, token, size))
             fault = next((f for f in hub.faults if f[2] > 0 and f[0].search(line)), None)
             if fault:
                 fault[2] -= 1
