@@ -728,7 +728,7 @@ PRESETS = {
         eval_interval=200,
         model=ViTGPT2Config(bridge="prefix"),
     ),
-    # Real photographs from scratch, half an hour on two CPU cores.
+    # Real photographs from scratch, 40 minutes of one CPU core.
     "flickr8k": TrainConfig(
         preset="flickr8k",
         dataset="flickr8k",

@@ -1,7 +1,8 @@
 """The training loop: steps, validation, checkpoints, and at the end the finished model.
 
-main.py calls `train(config)`. Batches, dropout and samples are pure functions of (seed, step), so a run can stop at any
-step and resume as if it had not stopped, with any number of processes (on which only the contrastive loss depends).
+main.py calls `train(config)`. Batches are pure functions of (seed, step), dropout and samples of (seed, step, process), so
+a run can stop at any step and resume as if it had not stopped. Another number of processes sees the same batches, with
+other dropout and samples, and its contrastive loss compares other pictures.
 """
 
 from __future__ import annotations

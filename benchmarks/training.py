@@ -512,7 +512,7 @@ def transformers_step(job: Job, folder: Path) -> tuple[Any, Any]:
 
 @dataclass(kw_only=True)
 class RaceBenchmark:
-    """Train the flickr8k preset in equal time from the same weights: with five captions per picture and step, with one,
+    """Train the flickr8k preset, without its contrastive loss, in equal time from the same weights: with five captions per picture and step, with one,
     and with one by transformers' model. Then score their captions of the validation pictures, by three beams."""
 
     data_dir: Path

@@ -485,6 +485,10 @@ def training(run: Facts, model: ImageCaptionModel) -> str:
         del settings["epochs"]
     if settings["objective"] != "scst":
         del settings["reward"]
+    else:
+        settings.pop("contrastive_weight", None)  # no effect there
+    if run.config.get("init_model") or run.config.get("init_encoder") or run.config.get("init") == "pretrained":
+        settings.pop("mimetic", None)
     rows += [(name.replace("_", " "), str(value)) for name, value in settings.items() if value not in (None, "")]
     return table(("", ""), rows)
 

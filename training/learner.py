@@ -91,7 +91,7 @@ class Learner:
         """Train on this process's share of a step's batch, at learning rate `rate`. Every token has the same weight, in
         all processes and micro-batches; only the contrastive loss depends on how many pictures are together in one."""
         job, config, world = self.job, self.job.config, self.job.world
-        # Dropout and samples depend on the step alone: resuming needs no generator's state.
+        # Dropout and samples depend on seed, step and process alone: resuming needs no generator's state.
         torch.manual_seed(
             int(np.random.SeedSequence((config.seed, step, world.rank)).generate_state(1, np.uint64)[0] >> 1)
         )

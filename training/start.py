@@ -27,7 +27,7 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
     if config.mimetic:
         new = not (config.init_model or pretrained_parts(config)["encoder"])
         print(
-            f"mimetic     {'the encoder starts as trained ones look' if new else 'no effect: the encoder is pretrained'}"
+            f"mimetic     {'the new encoder gets attention and positions like a trained one' if new else 'no effect: the encoder is pretrained'}"
         )
         if new:
             start_as_trained(model.encoder)

@@ -121,8 +121,9 @@ def test_what_is_not_known_is_not_there(folder, model, validate):
 
 
 def test_metadata_survives_the_hubs_own_classes(folder, model):
-    run = of_run(make_run(folder / "run", model, METRICS, init="pretrained"), model)
+    run = of_run(make_run(folder / "run", model, METRICS, init="pretrained", mimetic=True), model)
     found = written(folder, model, run)
+    assert "| mimetic |" not in found.text  # it has no effect on a pretrained encoder
     again = ModelCardData(**found.data.to_dict())
     assert again.to_dict() == found.data.to_dict() and again.eval_results == found.data.eval_results
     assert found.data.base_model == ["google/vit-base-patch16-224-in21k", "openai-community/gpt2"]
