@@ -512,8 +512,9 @@ def transformers_step(job: Job, folder: Path) -> tuple[Any, Any]:
 
 @dataclass(kw_only=True)
 class RaceBenchmark:
-    """Train the flickr8k preset, without its contrastive loss, in equal time from the same weights: with five captions per picture and step, with one,
-    and with one by transformers' model. Then score their captions of the validation pictures, by three beams."""
+    """Train the flickr8k preset, without its contrastive loss, in equal time from the same weights: with five captions per
+    picture and step, with one, and with one by transformers' model. Then score their captions of the validation pictures,
+    by three beams."""
 
     data_dir: Path
     """Folder of Flickr8k."""

@@ -26,9 +26,8 @@ def make_model(config: TrainConfig, table: CaptionTable, chosen: str | None) -> 
     name, model = read_or_make(config, table, chosen)
     if config.mimetic:
         new = not (config.init_model or pretrained_parts(config)["encoder"])
-        print(
-            f"mimetic     {'the new encoder gets attention and positions like a trained one' if new else 'no effect: the encoder is pretrained'}"
-        )
+        done = "the new encoder gets attention and positions like a trained one"
+        print(f"mimetic     {done if new else 'no effect: the encoder is pretrained'}")
         if new:
             start_as_trained(model.encoder)
     return name, model
